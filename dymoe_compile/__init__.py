@@ -1,0 +1,1 @@
+"""The offline compiler: Hugging Face MoE checkpoint -> DyMoE bundle."""

@@ -1,0 +1,82 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dymoe_runtime.spec import Rope
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+class Rotary:
+    """Rotates queries and keys; cosines and sines of the positions seen last are kept."""
+
+    def __init__(self, rope: Rope, head_dim: int) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._factor = rope.attention_factor
+        self._span = (0, 0)
+        self._table = (torch.empty(0), torch.empty(0))
+
+    def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
+        """Rotate x [heads, T, head_dim], whose first token stands at position `start`."""
+        cos, sin = self._cos_sin(start, start + x.shape[1])
+        half = x.shape[-1] // 2
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * cos + turned * sin
+
+    def _cos_sin(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._span != (start, stop):
+            angles = torch.arange(start, stop).float()[:, None] * self._frequencies
+            angles = torch.cat((angles, angles), dim=-1)  # [T, head_dim]
+            self._table = (angles.cos() * self._factor, angles.sin() * self._factor)
+            self._span = (start, stop)
+        return self._table
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Angles per position, float32 [head_dim / 2]."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(plain, rope)
+    if rope.kind == "yarn":
+        return _yarn(plain, rope, head_dim)
+    return plain
+
+
+def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, the rest blended."""
+    context = rope.original_max_position_embeddings
+    rotations = context * plain / (2 * math.pi)
+    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * plain / rope.factor + blend * plain
+
+
+def _yarn(plain: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
+    """YaRN (arXiv 2309.00071), section 3.2: interpolate below `beta_slow` rotations, not above `beta_fast`."""
+
+    def dimension(rotations: float) -> float:
+        positions = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(positions) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2).float() - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clamp(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """The factor on cosines and sines that YaRN uses where the configuration gives none."""
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)

@@ -1,0 +1,268 @@
+"""Nested precision tiers: a quantized matrix and the bytes it is stored as.
+
+A matrix is quantized once, to codes of the highest tier T of its ladder. The code of
+a lower tier t is the top t bits of it, so tiers share storage: a *plane* holds the bits
+that lead from one tier to the next. For each row r and block g of 64 columns
+
+    value = scale_t[r, g] * (code_t - (2^t - 1) / 2)
+    scale_t[r, g] = multiplier[r] * step_t[r, g] * 2^(T - t)
+
+with an 8-bit step for each tier and one bf16 multiplier for each row. There is no zero
+point: the grid is symmetric around zero. Columns are padded to whole blocks.
+
+A *record* is what is read from disk at once: all planes of all matrices of one expert,
+in one segment per tier, lowest first, each segment padded to a page. Segment i holds
+the planes, then the steps of tier i; segment 0 also holds the row multipliers.
+
+Planes are 8, 4, 2 or 1 bits wide and stored block by block, 8 * width bytes each:
+
+    width 8   byte i is column i
+    width 4   byte i (0..31): low nibble is column i, high nibble column i + 32
+    width 2   byte i (0..15): bits 2k, 2k+1 are column i + 16 k
+    width 1   bit i of the little-endian 64-bit word is column i
+
+These functions are the definition of the format. They are plain and slow; the kernels
+are tested against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+BLOCK = 64
+PAGE = 4096
+ALIGN = 64
+WIDTHS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A byte range of one segment of a record."""
+
+    segment: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plane:
+    """`width` bits of each code of a matrix; `tier` is the tier that it completes or leads to."""
+
+    width: int
+    tier: int
+    part: Part
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Where the planes, steps and multipliers of one [rows, cols] matrix lie in a record."""
+
+    rows: int
+    cols: int
+    ladder: tuple[int, ...]
+    planes: tuple[Plane, ...]  # most significant first
+    steps: tuple[Part, ...]  # u8 [rows, blocks], one per tier of the ladder
+    multiplier: Part  # bf16 [rows]
+
+    @property
+    def blocks(self) -> int:
+        return blocks_of(self.cols)
+
+    def planes_of(self, tier: int) -> Iterator[Plane]:
+        return (plane for plane in self.planes if plane.tier <= tier)
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The layout that all records of one kind share.
+
+    `segment_bytes` are payloads; `segment_spans` the same rounded up to whole pages, as
+    stored. `matrices` keeps the order in which it was given.
+    """
+
+    ladder: tuple[int, ...]
+    matrices: Mapping[str, MatrixLayout]
+    segment_bytes: tuple[int, ...]
+    segment_spans: tuple[int, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        return sum(self.segment_spans)
+
+    @property
+    def weights(self) -> int:
+        return sum(m.rows * m.cols for m in self.matrices.values())
+
+    def segments_of(self, tier: int) -> int:
+        """How many leading segments tier `tier` needs (0 for tier 0)."""
+        return sum(t <= tier for t in self.ladder)
+
+    def prefix_bytes(self, tier: int) -> int:
+        """Bytes of the record prefix that one read at `tier` takes."""
+        return sum(self.segment_spans[: self.segments_of(tier)])
+
+    def bits_per_weight(self, tier: int) -> float:
+        """Effective bits per weight at `tier`, steps and multipliers included, padding not."""
+        return 8 * sum(self.segment_bytes[: self.segments_of(tier)]) / self.weights
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix on the grid: codes of the highest tier, and what scales them."""
+
+    codes: np.ndarray  # uint8 [rows, cols]
+    steps: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks]
+    multiplier: torch.Tensor  # bfloat16 [rows]
+
+
+def blocks_of(cols: int) -> int:
+    return -(-cols // BLOCK)
+
+
+def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
+    """Return `ladder` as a tuple; ValueError unless it climbs strictly within 2..8."""
+    tiers = tuple(int(t) for t in ladder)
+    if not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
+        raise ValueError(f"tiers {list(ladder)}: expected increasing bits between 2 and 8, such as 2,3,4")
+    return tiers
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Split `bits` (1..8) into plane widths, widest first: 3 -> (2, 1)."""
+    widths = []
+    for width in WIDTHS:
+        if bits >= width:
+            widths.append(width)
+            bits -= width
+    return tuple(widths)
+
+
+def make_layout(shapes: Mapping[str, tuple[int, int]], ladder: Sequence[int], page: int = PAGE) -> RecordLayout:
+    """Lay out a record of matrices with `shapes` (name -> (rows, cols)) for `ladder`."""
+    ladder = check_ladder(ladder)
+    planes: dict[str, list[Plane]] = {name: [] for name in shapes}
+    steps: dict[str, list[Part]] = {name: [] for name in shapes}
+    multipliers: dict[str, Part] = {}
+    sizes = []
+    below = 0
+    for segment, tier in enumerate(ladder):
+        cursor = 0
+
+        def take(nbytes: int, segment: int = segment) -> Part:
+            nonlocal cursor
+            part = Part(segment, cursor, nbytes)
+            cursor += _round_up(nbytes, ALIGN)
+            return part
+
+        for name, (rows, cols) in shapes.items():
+            for width in plane_widths(tier - below):
+                planes[name].append(Plane(width, tier, take(rows * blocks_of(cols) * 8 * width)))
+        for name, (rows, cols) in shapes.items():
+            steps[name].append(take(rows * blocks_of(cols)))
+        if segment == 0:
+            for name, (rows, _) in shapes.items():
+                multipliers[name] = take(2 * rows)
+        sizes.append(cursor)
+        below = tier
+    matrices = {
+        name: MatrixLayout(rows, cols, ladder, tuple(planes[name]), tuple(steps[name]), multipliers[name])
+        for name, (rows, cols) in shapes.items()
+    }
+    return RecordLayout(ladder, matrices, tuple(sizes), tuple(_round_up(size, page) for size in sizes))
+
+
+def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -> np.ndarray:
+    """The bytes of one record, uint8 [record_bytes]; padding is zero."""
+    record = np.zeros(layout.record_bytes, np.uint8)
+    segments = split_record(layout, record)
+    for name, where in layout.matrices.items():
+        matrix = matrices[name]
+        assert matrix.codes.shape == (where.rows, where.cols)
+        shift = where.ladder[-1]
+        for plane in where.planes:
+            shift -= plane.width
+            bits = (matrix.codes >> shift) & ((1 << plane.width) - 1)
+            _put(segments, plane.part, pack_plane(bits.astype(np.uint8), plane.width))
+        for tier, part in zip(where.ladder, where.steps, strict=True):
+            _put(segments, part, matrix.steps[tier])
+        _put(segments, where.multiplier, matrix.multiplier.to(torch.bfloat16).view(torch.uint8).numpy())
+    return record
+
+
+def split_record(layout: RecordLayout, record: np.ndarray) -> list[np.ndarray]:
+    """Views of the segments of `record`, or of those that a shorter prefix holds."""
+    segments, start = [], 0
+    for span in layout.segment_spans:
+        if start + span > record.size:
+            break
+        segments.append(record[start : start + span])
+        start += span
+    return segments
+
+
+def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
+    """Codes of `tier`, uint8 [rows, cols], from the segments of a record."""
+    codes = np.zeros((where.rows, where.blocks * BLOCK), np.uint8)
+    for plane in where.planes_of(tier):
+        packed = _get(segments, plane.part).reshape(where.rows, where.blocks, 8 * plane.width)
+        codes = (codes << plane.width) | unpack_plane(packed, plane.width)
+    return np.ascontiguousarray(codes[:, : where.cols])
+
+
+def scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
+    """scale_t, float32 [rows, blocks]."""
+    steps = _get(segments, where.steps[where.ladder.index(tier)]).reshape(where.rows, where.blocks)
+    multiplier = torch.from_numpy(_get(segments, where.multiplier).copy()).view(torch.bfloat16).float()
+    return tier_scales(torch.from_numpy(steps.copy()), multiplier, tier, where.ladder[-1])
+
+
+def tier_scales(steps: torch.Tensor, multiplier: torch.Tensor, tier: int, top: int) -> torch.Tensor:
+    """scale_t = multiplier * step * 2^(top - tier); steps [..., rows, blocks], multiplier [..., rows]."""
+    return multiplier.float()[..., None] * steps.float() * 2.0 ** (top - tier)
+
+
+def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
+    """The matrix at `tier`, float32 [rows, cols]."""
+    codes = torch.from_numpy(unpack_codes(segments, where, tier)).float()
+    scales = scales_of(segments, where, tier).repeat_interleave(BLOCK, dim=1)[:, : where.cols]
+    return scales * (codes - (2**tier - 1) / 2)
+
+
+def pack_plane(bits: np.ndarray, width: int) -> np.ndarray:
+    """uint8 [rows, cols] of `width`-bit values -> uint8 [rows, blocks, 8 * width]."""
+    rows, cols = bits.shape
+    padded = np.zeros((rows, blocks_of(cols) * BLOCK), np.uint8)
+    padded[:, :cols] = bits
+    blocks = padded.reshape(rows, -1, BLOCK)
+    if width == 1:
+        return np.packbits(blocks, axis=-1, bitorder="little")
+    lanes = blocks.reshape(rows, blocks.shape[1], 8 // width, 8 * width)
+    packed = np.zeros((rows, blocks.shape[1], 8 * width), np.uint8)
+    for k in range(8 // width):
+        packed |= lanes[:, :, k] << (width * k)
+    return packed
+
+
+def unpack_plane(packed: np.ndarray, width: int) -> np.ndarray:
+    """uint8 [rows, blocks, 8 * width] -> uint8 [rows, blocks * 64]."""
+    rows = packed.shape[0]
+    if width == 1:
+        return np.unpackbits(packed, axis=-1, bitorder="little").reshape(rows, -1)
+    lanes = [(packed >> (width * k)) & ((1 << width) - 1) for k in range(8 // width)]
+    return np.concatenate(lanes, axis=-1).reshape(rows, -1)
+
+
+def _put(segments: Sequence[np.ndarray], part: Part, values: np.ndarray) -> None:
+    segments[part.segment][part.offset : part.offset + part.nbytes] = values.reshape(-1)
+
+
+def _get(segments: Sequence[np.ndarray], part: Part) -> np.ndarray:
+    return np.asarray(segments[part.segment])[part.offset : part.offset + part.nbytes]
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
