@@ -1,0 +1,80 @@
+"""Thresholds per layer from measured sensitivities: a budgeted solve over convex hulls.
+
+Model: the error that an expert at tier t adds to its layer grows with its gate squared, so
+a rule costs, in KL, sum_t S[layer, t] * (share of squared gates that runs at t), where
+S[layer, t] was measured with the whole layer at t. Each layer offers the rules on the lower
+convex hull of (bits, cost); bits are spent where they lower the cost most (Shoham & Gersho 1988).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dymoe_runtime.policy import ALWAYS, Thresholds, tiers_by_mass
+
+# Shares of importance at which the next lower tier may begin.
+SHARES = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, ALWAYS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of a layer's thresholds, with its mean bits and modelled cost."""
+
+    thresholds: Thresholds
+    bits: float
+    cost: float
+
+
+def layer_choices(
+    importance: torch.Tensor, energy: torch.Tensor, sensitivity: Mapping[int, float], ladder: Sequence[int]
+) -> list[Choice]:
+    """The choices of one layer that are worth considering, by rising bits.
+
+    importance, energy [samples, n]: of the experts that were active together (0 where not);
+    sensitivity: tier -> added KL with the whole layer at that tier.
+    """
+    active = importance > 0
+    energy = energy / energy.sum()
+    choices = []
+    for shares in itertools.combinations_with_replacement(SHARES, len(ladder) - 1):
+        thresholds = (*shares, ALWAYS)
+        tiers = tiers_by_mass(importance, thresholds, ladder)
+        bits = tiers[active].double().mean().item()
+        cost = sum(sensitivity[tier] * energy[tiers == tier].double().sum().item() for tier in ladder)
+        choices.append(Choice(thresholds, bits, cost))
+    return lower_hull(choices)
+
+
+def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of (bits, cost), by rising bits and falling cost."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.bits, c.cost)):
+        if hull and choice.cost >= hull[-1].cost:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], choice) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def solve(layers: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:
+    """One choice per layer with mean bits of at most `bits`, where they buy most; greedy on the hulls."""
+    picked = [0] * len(layers)
+    steps = sorted(
+        (_slope(a, b), layer, i) for layer, hull in enumerate(layers) for i, (a, b) in enumerate(itertools.pairwise(hull), 1)
+    )
+    total = sum(hull[0].bits for hull in layers)
+    for _, layer, i in steps:
+        more = layers[layer][i].bits - layers[layer][picked[layer]].bits
+        if picked[layer] == i - 1 and total + more <= bits * len(layers) + 1e-9:
+            picked[layer], total = i, total + more
+    return [hull[i] for hull, i in zip(layers, picked, strict=True)]
+
+
+def _slope(a: Choice, b: Choice) -> float:
+    """Change of cost per bit from a to b; negative, and the steeper the better."""
+    return (b.cost - a.cost) / max(b.bits - a.bits, 1e-12)

@@ -1,0 +1,73 @@
+"""dymoe-compile: options in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dymoe_compile.compile import CompileOptions, compile_bundle
+from dymoe_runtime import kernels
+from dymoe_runtime.console import ManyValues, one_sentence, print_json, progress_bar
+from dymoe_runtime.device import check_dense_bits, load_profile
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.inspect import describe, format_description
+from dymoe_runtime.tiers import check_ladder
+
+DEFAULT_PROFILE = "laptop-8gb"
+
+
+@click.command(cls=ManyValues)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle, by convention NAME.dymoe.")
+@click.option("--profile", default=DEFAULT_PROFILE, show_default=True, help="Device: a shipped name or a .toml file.")
+@click.option("--calibration", multiple=True, metavar="FILE…", help="Plain text, or JSONL with a `text` field. Default: a shipped mix.")
+@click.option("--calibration-tokens", type=click.IntRange(256), default=16384, show_default=True, help="How much of it to use.")
+@click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
+@click.option("--dense-bits", type=int, help="Bits of everything else: 4 to 8, or 16. Default: the profile's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--jobs", type=click.IntRange(1), help="Threads. Default: all cores that this process may use.")
+@click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping what is up to date.")
+@click.option("--max-kl", type=float, help="Exit with 3 unless an operating point reaches this KL.")
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@click.version_option(package_name="dymoe")
+@one_sentence
+def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
+    """Compile the Hugging Face MoE checkpoint MODEL into a bundle."""
+    if kernels.isa() == "torch" and kernels.missing_reason:
+        click.echo(f"note: {kernels.missing_reason}", err=True)
+    bundle, changed = compile_bundle(_options(model, output, o), progress_bar)
+    description = describe(bundle)
+    if as_json:
+        print_json({"changed": changed, **description})
+    elif changed:
+        click.echo(format_description(description))
+    else:
+        click.echo(f"{output}: up to date")
+
+
+def _options(model: Path, output: Path, o: dict[str, Any]) -> CompileOptions:
+    profile = load_profile(o["profile"])
+    dense_bits = o["dense_bits"] if o["dense_bits"] is not None else profile.dense_bits
+    check_dense_bits(dense_bits, "--dense-bits")
+    return CompileOptions(
+        model=model,
+        output=output,
+        profile=profile,
+        ladder=profile.ladder if o["tiers"] is None else _ladder(o["tiers"]),
+        dense_bits=dense_bits,
+        calibration=o["calibration"],
+        calibration_tokens=o["calibration_tokens"],
+        seed=o["seed"],
+        jobs=o["jobs"],
+        fresh=o["fresh"],
+        max_kl=o["max_kl"],
+    )
+
+
+def _ladder(text: str) -> tuple[int, ...]:
+    try:
+        return check_ladder([int(part) for part in text.split(",")])
+    except ValueError as error:
+        raise DymoeError(f"--tiers {text}: expected increasing bits between 2 and 8, such as 2,3,4") from error

@@ -1,0 +1,185 @@
+"""Writes a bundle beside its final place and renames it there when it is whole.
+
+Work in progress lives in `.NAME.partial`: `bundle/` takes the final files, `state/` what a
+later run needs to go on. A layer's files appear by rename, so a kill leaves whole layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from dymoe_runtime.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_file, record_name
+from dymoe_runtime.device import format_size
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tensorfile import NAMES, header_bytes
+from dymoe_runtime.tiers import PAGE, RecordLayout, split_record
+
+
+class BundleWriter:
+    """Builds the bundle `path`. `identity` says what it is made from; a partial one of another identity is discarded."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
+        self.path = path
+        self._partial = path.parent / f".{path.name}.partial"
+        self.directory = self._partial / "bundle"
+        self._state = self._partial / "state"
+        self._recover()
+        self._lock = self._take_lock()
+        if fresh or self._read_identity() != identity:
+            self._start_over(identity)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def load_state(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors and values saved under `name`, or None."""
+        values, tensors = self._state / f"{name}.json", self._state / f"{name}.safetensors"
+        if not values.exists():
+            return None
+        return load_file(tensors), json.loads(values.read_text())
+
+    def save_state(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Save what a later run needs; complete once it returns."""
+        path = self._state / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        _flush(path)
+        _replace(self._state / f"{name}.json", json.dumps(values).encode())
+
+    def drop_state(self, name: str) -> None:
+        for suffix in ("json", "safetensors"):
+            (self._state / f"{name}.{suffix}").unlink(missing_ok=True)
+
+    def write_layer(self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int) -> LayerEntry:
+        """Write `count` records, experts in order, as one safetensors file whose data is page aligned."""
+        names = {record_name(ExpertKey(layer, e)): ("U8", (layout.record_bytes,), layout.record_bytes) for e in range(count)}
+        header = header_bytes(names, PAGE)
+        path = self.directory / layer_file(index)
+        checksums = []
+        with _becoming(path) as file:
+            file.write(header)
+            for record in records:
+                file.write(memoryview(record))
+                checksums.append(tuple(zlib.crc32(segment) for segment in split_record(layout, record)))
+        return LayerEntry(path.name, len(header), tuple(checksums))
+
+    def write_dense(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+        """Write dense.safetensors from `tensors` in the order of `shapes`; the checksum of each."""
+        sizes = {
+            name: (NAMES[dtype], shape, dtype.itemsize * int(np.prod(shape))) for name, (dtype, shape) in shapes.items()
+        }
+        checksums = {}
+        with _becoming(self.directory / DENSE) as file:
+            file.write(header_bytes(sizes))
+            for name, tensor in zip(shapes, tensors, strict=True):
+                assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], name
+                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                file.write(data)
+                checksums[name] = zlib.crc32(data)
+        return checksums
+
+    def write_small(self, name: str, data: bytes) -> None:
+        _replace(self.directory / name, data)
+
+    def finish(self, manifest: Manifest) -> None:
+        """Put the complete bundle in its place; what was there before goes last."""
+        self.write_small(MANIFEST, manifest.to_text().encode())
+        _flush(self.directory)
+        if self.path.exists():
+            os.rename(self.path, self._old())
+        os.rename(self.directory, self.path)
+        _flush(self.path.parent)
+        shutil.rmtree(self._old(), ignore_errors=True)
+        shutil.rmtree(self._partial)
+
+    def _old(self) -> Path:
+        return self.path.parent / f".{self.path.name}.old"
+
+    def _recover(self) -> None:
+        """A kill between the two renames of `finish` left the previous bundle aside."""
+        if self._old().exists() and not self.path.exists():
+            os.rename(self._old(), self.path)
+        shutil.rmtree(self._old(), ignore_errors=True)
+
+    def _take_lock(self) -> int:
+        self._partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self._partial / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise DymoeError(f"{self.path}: another dymoe-compile is writing it; wait for it or stop it") from error
+        return lock
+
+    def _read_identity(self) -> Any:
+        try:
+            return json.loads((self._partial / "identity.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _start_over(self, identity: Mapping[str, Any]) -> None:
+        for directory in (self.directory, self._state):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+        _replace(self._partial / "identity.json", json.dumps(identity).encode())
+
+
+@contextlib.contextmanager
+def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
+    """Turns a full disk into a DymoeError that says how much room is needed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DymoeError(
+            f"{path}: the disk is full; the bundle needs about {format_size(needed)}: "
+            "free space or choose another place with -o, then run the same command to go on"
+        ) from error
+
+
+def check_space(path: Path, needed: int) -> None:
+    """DymoeError if the disk of `path` plainly cannot take `needed` bytes."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DymoeError(
+            f"{path}: the disk is full; the bundle needs about {format_size(needed)}, {format_size(free)} are free: "
+            "free space or choose another place with -o"
+        )
+
+
+@contextlib.contextmanager
+def _becoming(path: Path) -> Iterator[Any]:
+    """A file that appears under its name when it is complete and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _becoming(path) as file:
+        file.write(data)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

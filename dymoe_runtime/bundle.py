@@ -1,0 +1,257 @@
+"""A bundle on disk: manifest.json, policy.json, tokenizer, dense weights, one file of records per layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.policy import Policy
+from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
+from dymoe_runtime.tensorfile import read_header, read_into
+from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
+
+VERSION = 1
+MANIFEST = "manifest.json"
+POLICY = "policy.json"
+DENSE = "dense.safetensors"
+TOKENIZER = "tokenizer.json"
+# Kept beside the tokenizer where the checkpoint has them.
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle; `sha256` for small files, larger ones are checked piece by piece."""
+
+    nbytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """The records of one layer: expert e is at data_start + e * record_bytes."""
+
+    file: str
+    data_start: int
+    crc32: tuple[tuple[int, ...], ...]  # [experts][segments], of each segment with its padding
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, checked."""
+
+    spec: ModelSpec
+    ladder: tuple[int, ...]
+    dense_bits: int  # 2..8 quantized, 16 as bf16
+    files: Mapping[str, FileEntry]
+    dense_crc32: Mapping[str, int]
+    layers: Mapping[int, LayerEntry]
+    provenance: Mapping[str, Any]
+    version: int = VERSION
+
+    def to_text(self) -> str:
+        """Canonical JSON that ends with the digest of the rest."""
+        body = asdict(self)
+        body["layers"] = {str(layer): entry for layer, entry in body["layers"].items()}
+        body["sha256"] = _digest(body)
+        return json.dumps(body, indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_text(text: str, where: str) -> Manifest:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise DymoeError(f"{where}: not valid JSON ({error}); the bundle is damaged, recompile it") from error
+        if not isinstance(data, dict):
+            raise DymoeError(f"{where}: expected a JSON object; the bundle is damaged, recompile it")
+        if data.get("version") != VERSION:
+            raise DymoeError(
+                f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
+            )
+        if data.pop("sha256", None) != _digest(data):
+            raise DymoeError(f"{where}: does not match its own digest; the bundle was edited or damaged, recompile it")
+        data["spec"] = ModelSpec.from_json(data["spec"])
+        data["ladder"] = check_ladder(data["ladder"])
+        data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}
+        data["layers"] = {int(layer): _layer_entry(entry, where) for layer, entry in data["layers"].items()}
+        manifest: Manifest = strict(Manifest, data, where)
+        return manifest
+
+
+class Bundle:
+    """An opened bundle. Opening checks everything but the weights themselves."""
+
+    def __init__(self, path: Path, manifest: Manifest, policy: Policy) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.policy = policy
+        self.spec = manifest.spec
+        self.layout = expert_layout(manifest.spec, manifest.ladder)
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Bundle:
+        """Open the directory `path`; DymoeError names what is missing, damaged or too new."""
+        directory = Path(path)
+        manifest = read_manifest(directory)
+        for name, entry in manifest.files.items():
+            _check_file(directory / name, entry)
+        policy = Policy.from_json(json.loads((directory / POLICY).read_text(encoding="utf-8")))
+        return Bundle(directory, manifest, policy)
+
+    def record_span(self, key: ExpertKey) -> tuple[Path, int]:
+        """File and offset of the record of one expert."""
+        entry = self.manifest.layers[key.layer]
+        return self.path / entry.file, entry.data_start + key.expert * self.layout.record_bytes
+
+    def read_record(self, key: ExpertKey) -> list[torch.Tensor]:
+        """All segments of one expert, checked; for tools, the runtime reads through the store."""
+        path, offset = self.record_span(key)
+        record = np.empty(self.layout.record_bytes, np.uint8)
+        with open(path, "rb") as file:
+            read_into(file.fileno(), path, offset, memoryview(record))
+        segments = split_record(self.layout, record)
+        for index, segment in enumerate(segments):
+            self.check_segment(key, index, segment)
+        return [torch.from_numpy(segment) for segment in segments]
+
+    def check_segment(self, key: ExpertKey, segment: int, data: np.ndarray | memoryview) -> None:
+        """DymoeError unless `data` has the checksum that the manifest gives."""
+        if zlib.crc32(data) != self.manifest.layers[key.layer].crc32[key.expert][segment]:
+            tier = self.layout.ladder[segment]
+            path, offset = self.record_span(key)
+            raise DymoeError(
+                f"{path}: expert {key}, tier {tier}: checksum mismatch in the record at offset {offset}; "
+                "the bundle is damaged, copy or compile it again"
+            )
+
+    def verify(self) -> Iterator[tuple[str, str]]:
+        """Checks every tensor and record; yields (what was checked, problem or "")."""
+        for name in self.manifest.files:
+            if name.endswith(".safetensors"):
+                yield name, _problem(lambda name=name: self._verify_index(name))
+        for name in self.manifest.dense_crc32:
+            yield f"{DENSE}: {name}", _problem(lambda name=name: self._verify_dense(name))
+        for layer in self.manifest.layers:
+            for expert in range(self.spec.num_experts):
+                key = ExpertKey(layer, expert)
+                yield f"expert {key}", _problem(lambda key=key: self.read_record(key))
+
+    def expert_bytes(self) -> int:
+        """Bytes of all records."""
+        return len(self.manifest.layers) * self.spec.num_experts * self.layout.record_bytes
+
+    def total_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
+
+    def _verify_index(self, name: str) -> None:
+        header = read_header(self.path / name)
+        expected = set(self.manifest.dense_crc32)
+        for layer, entry in self.manifest.layers.items():
+            if entry.file == name:
+                expected = {record_name(ExpertKey(layer, e)) for e in range(self.spec.num_experts)}
+                for expert in range(self.spec.num_experts):
+                    key = ExpertKey(layer, expert)
+                    info = header.get(record_name(key))
+                    if info and (info.start, info.nbytes) != (self.record_span(key)[1], self.layout.record_bytes):
+                        raise DymoeError(f"{self.path / name}: record of expert {key} is not where the manifest says")
+        if set(header) != expected:
+            raise DymoeError(f"{self.path / name}: its index does not list the tensors of the manifest; recompile")
+
+    def _verify_dense(self, name: str) -> None:
+        path = self.path / DENSE
+        info = read_header(path)[name]
+        data = np.empty(info.nbytes, np.uint8)
+        with open(path, "rb") as file:
+            read_into(file.fileno(), path, info.start, memoryview(data))
+        check_dense(path, name, data, self.manifest.dense_crc32[name])
+
+
+def expert_layout(spec: ModelSpec, ladder: tuple[int, ...]) -> RecordLayout:
+    """The layout of every expert record of a model."""
+    return make_layout(spec.expert_shapes, ladder)
+
+
+def dense_layout(shape: tuple[int, ...], bits: int) -> RecordLayout:
+    """A dense matrix is a record with one matrix `weight` and a single tier."""
+    return make_layout({"weight": (shape[0], shape[1])}, (bits,), page=1)
+
+
+def is_quantized(name: str, shape: tuple[int, ...], bits: int) -> bool:
+    """Dense matrices are quantized; norms, biases and routers stay in float32."""
+    return bits <= 8 and len(shape) == 2 and not name.endswith(".router")
+
+
+def record_name(key: ExpertKey) -> str:
+    return f"experts.{key}"
+
+
+def layer_file(index: int) -> str:
+    return f"experts-{index:05d}.safetensors"
+
+
+def check_dense(path: Path, name: str, data: np.ndarray, crc32: int) -> None:
+    if zlib.crc32(memoryview(data)) != crc32:
+        raise DymoeError(f"{path}: tensor {name}: checksum mismatch; the bundle is damaged, copy or compile it again")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the bundle `directory`; DymoeError if there is none that this runtime reads."""
+    if not directory.is_dir():
+        what = "not a directory" if directory.exists() else "no such bundle"
+        raise DymoeError(f"{directory}: {what}; make one with dymoe-compile MODEL -o {directory}")
+    path = directory / MANIFEST
+    if not path.exists():
+        raise DymoeError(f"{path}: no such file; {directory} is not a bundle, or damaged: recompile it")
+    try:
+        return Manifest.from_text(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: not valid UTF-8; the bundle is damaged, recompile it") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DymoeError(f"{path}: malformed ({error!r}); the bundle is damaged, recompile it") from error
+
+
+def file_entry(path: Path, digest: bool) -> FileEntry:
+    data_digest = hashlib.sha256(path.read_bytes()).hexdigest() if digest else ""
+    return FileEntry(path.stat().st_size, data_digest)
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    if not path.exists():
+        raise DymoeError(f"{path}: missing from the bundle; copy or compile it again")
+    if path.stat().st_size != entry.nbytes:
+        raise DymoeError(f"{path}: {path.stat().st_size} bytes of {entry.nbytes}; copy or compile the bundle again")
+    if entry.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
+        raise DymoeError(f"{path}: does not match the manifest; it was edited or damaged, copy or compile the bundle again")
+
+
+def _layer_entry(entry: Mapping[str, Any], where: str) -> LayerEntry:
+    values = {**entry, "crc32": tuple(tuple(row) for row in entry.get("crc32", ()))}
+    layer: LayerEntry = strict(LayerEntry, values, where)
+    return layer
+
+
+def _problem(check: Any) -> str:
+    try:
+        check()
+    except DymoeError as error:
+        return str(error)
+    return ""
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

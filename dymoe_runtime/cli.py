@@ -1,0 +1,331 @@
+"""dymoe-run and dymoe-bundle: options in, text and figures out."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dymoe_runtime import kernels
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.device import format_size
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_reference
+from dymoe_runtime.generate import Token, generate
+from dymoe_runtime.inspect import describe, format_description
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.sampling import SamplingParams
+from dymoe_runtime.text import Tokenizer
+
+CHAT_CONTEXT = 4096
+
+
+@click.command(cls=ManyValues)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=click.Path(path_type=Path, allow_dash=True), help="Read the prompt from a file; - is stdin.")
+@click.option("--chat", is_flag=True, help="Converse by the model's chat template, a line a turn; with a prompt, answer once.")
+@click.option("--system", help="System message for --chat.")
+@click.option("--eval", "eval_files", multiple=True, metavar="FILE…", help="Score texts, teacher-forced.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Bundle or checkpoint that --eval compares with.")
+@click.option("--eval-phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True, help="Rule that chooses tiers in --eval.")
+@click.option("--bench", is_flag=True, help="Time random tokens.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Prompt of --bench.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decoded tokens of --bench.")
+@click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
+@click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
+@click.option("--context", type=click.IntRange(2), help="Tokens of context to make room for.")
+@click.option("--point", help="Operating point: mean bits, or auto to fit the memory. Default: the bundle's.")
+@click.option("--tiers", default="auto", show_default=True, help="Run every expert at this tier instead.")
+@click.option("--threads", type=click.IntRange(1), help="Default: all cores that this process may use.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT…", help="End before this text.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--no-look-ahead", is_flag=True, help="Do not read the next layer's experts early.")
+@click.option("--no-dynamic", is_flag=True, help="One tier for all experts, the nearest to the point's bits.")
+@click.option("--no-depth", is_flag=True, help="The same thresholds in all layers.")
+@click.option("--stats", is_flag=True, help="Print what the run cost to stderr.")
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@click.version_option(package_name="dymoe")
+@one_sentence
+def run(bundle: Path, **o: Any) -> None:
+    """Generate text from BUNDLE inside a memory budget."""
+    _check_modes(o)
+    opened = Bundle.open(bundle)
+    _say_if_slow()
+    if o["eval_files"]:
+        _evaluate(opened, o)
+    elif o["bench"]:
+        _bench(opened, o)
+    elif o["chat"] and o["prompt"] is None and o["prompt_file"] is None:
+        _converse(opened, o)
+    else:
+        _answer(opened, o)
+
+
+@click.group()
+@click.version_option(package_name="dymoe")
+def bundle() -> None:
+    """Look at a bundle or check it."""
+
+
+@bundle.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@one_sentence
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Sizes, effective bits, tiers and policy of BUNDLE."""
+    description = describe(Bundle.open(bundle))
+    if as_json:
+        print_json(description)
+    else:
+        click.echo(format_description(description))
+
+
+@bundle.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@one_sentence
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Check every tensor and record of BUNDLE against its checksum."""
+    opened = Bundle.open(bundle)
+    checked, problems = 0, []
+    pieces = len(opened.manifest.dense_crc32) + len(opened.manifest.layers) * (opened.spec.num_experts + 1) + 1
+    with progress_bar("verify", pieces) as advance:
+        for _, problem in opened.verify():
+            advance()
+            checked += 1
+            if problem:
+                problems.append(problem)
+    if as_json:
+        print_json({"ok": not problems, "checked": checked, "problems": problems})
+    if problems:
+        for problem in problems[1:]:
+            click.echo(problem, err=True)
+        raise DymoeError(problems[0])
+    if not as_json:
+        click.echo(f"{bundle}: {checked} pieces checked, all sound")
+
+
+def _check_modes(o: dict[str, Any]) -> None:
+    """UsageError for flags that contradict each other."""
+    modes = [name for name in ("eval_files", "bench", "chat") if o[name]]
+    if len(modes) > 1:
+        raise click.UsageError("--eval, --bench and --chat exclude each other")
+    if o["prompt"] is not None and o["prompt_file"] is not None:
+        raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if o["reference"] and not o["eval_files"]:
+        raise click.UsageError("--reference goes with --eval")
+    if o["tiers"] != "auto" and o["point"] is not None:
+        raise click.UsageError("--tiers and --point exclude each other")
+    if o["tiers"] != "auto" and not o["tiers"].isdigit():
+        raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
+    if o["point"] not in (None, "auto") and not _is_bits(o["point"]):
+        raise click.UsageError(f"--point {o['point']}: expected auto or mean bits, such as 3.0")
+
+
+def _is_bits(text: str) -> bool:
+    try:
+        return 0 < float(text) < 100
+    except ValueError:
+        return False
+
+
+def _run_options(o: dict[str, Any], context: int) -> RunOptions:
+    return RunOptions(
+        memory_bytes=o["memory"],
+        arena_bytes=o["arena"],
+        context=o["context"] or context,
+        point=o["point"],
+        tier=None if o["tiers"] == "auto" else int(o["tiers"]),
+        threads=o["threads"],
+        look_ahead=not o["no_look_ahead"],
+        dynamic=not o["no_dynamic"],
+        depth=not o["no_depth"],
+    )
+
+
+def _sampling(o: dict[str, Any]) -> SamplingParams:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return SamplingParams(**{name: o[name] for name in names})
+
+
+def _answer(bundle: Bundle, o: dict[str, Any]) -> None:
+    """Continue one prompt, or answer it by the chat template."""
+    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
+    prompt = _read_prompt(o)
+    if o["chat"]:
+        ids = tokenizer.encode(tokenizer.chat(_messages(o, prompt)), add_special_tokens=False)
+    else:
+        ids = tokenizer.encode(prompt)
+    params = _sampling(o)
+    with Model(bundle, _run_options(o, len(ids) + o["max_tokens"])) as model:
+        text, finish, timing = _stream(_generate(model, tokenizer, ids, params, o))
+        statistics = model.statistics() | timing
+    if o["stats"]:
+        click.echo(format_statistics(statistics), err=True)
+    if o["as_json"]:
+        print_json({"text": text, "finish": finish, **statistics})
+
+
+def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
+    """A conversation on stdin; each turn reuses what the cache has of the turns before."""
+    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
+    messages = _messages(o)
+    tokenizer.chat([*messages, {"role": "user", "content": ""}])
+    params = _sampling(o)
+    seen: list[int] = []
+    statistics: dict[str, Any] = {}
+    with Model(bundle, _run_options(o, CHAT_CONTEXT)) as model:
+        for line in _turns():
+            messages.append({"role": "user", "content": line})
+            ids = tokenizer.encode(tokenizer.chat(messages), add_special_tokens=False)
+            shared = min(len(os.path.commonprefix([seen, ids])), len(ids) - 1)
+            model.reset(min(shared, model.position))
+            text, _, timing = _stream(_generate(model, tokenizer, ids[model.position :], params, o))
+            messages.append({"role": "assistant", "content": text})
+            seen = ids
+            statistics = model.statistics() | timing
+            if o["stats"]:
+                click.echo(format_statistics(statistics), err=True)
+    if o["as_json"]:
+        print_json({"messages": messages, **statistics})
+
+
+def _turns() -> Iterator[str]:
+    """Lines of stdin, prompted for on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _messages(o: dict[str, Any], prompt: str | None = None) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": o["system"]}] if o["system"] else []
+    return system + ([] if prompt is None else [{"role": "user", "content": prompt}])
+
+
+def _generate(
+    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, o: dict[str, Any]
+) -> Iterator[Token]:
+    return generate(model, tokenizer, ids, params, o["max_tokens"], o["stop"], ignore_eos=o["ignore_eos"])
+
+
+def _stream(tokens: Iterator[Token]) -> tuple[str, str, dict[str, float]]:
+    """Print tokens as they come; the text, why it ended, and the times to the first and per further token."""
+    started = time.perf_counter()
+    arrived: list[float] = []
+    text, finish = "", ""
+    for token in tokens:
+        arrived.append(time.perf_counter())
+        text += token.text
+        click.echo(token.text, nl=False)
+        finish = token.finish or finish
+    click.echo("")
+    first = arrived[0] - started if arrived else 0.0
+    per_token = (arrived[-1] - arrived[0]) / (len(arrived) - 1) if len(arrived) > 1 else 0.0
+    return text, finish, {"ttft_s": first, "tpot_s": per_token}
+
+
+def _read_prompt(o: dict[str, Any]) -> str:
+    if o["prompt"] is not None:
+        return str(o["prompt"])
+    path: Path | None = o["prompt_file"]
+    try:
+        if path is not None and str(path) != "-":
+            return path.read_text(encoding="utf-8")
+        if path is None and sys.stdin.isatty():
+            raise click.UsageError("give --prompt TEXT, --prompt-file FILE, --chat, or a prompt on stdin")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except FileNotFoundError as error:
+        raise DymoeError(f"{path}: no such file; give the prompt's file with --prompt-file") from error
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path or 'stdin'}: the prompt is not UTF-8 text; convert it") from error
+
+
+def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
+    """Random tokens through prefill and decode; the keys of the result are a contract."""
+    count = o["prompt_tokens"] + o["new_tokens"]
+    ids = torch.randint(bundle.spec.vocab_size, (count,), generator=torch.Generator().manual_seed(o["seed"])).tolist()
+    with Model(bundle, _run_options(o, count)) as model:
+        started = time.perf_counter()
+        model.prefill(ids[: o["prompt_tokens"]])
+        first = time.perf_counter() - started
+        for token_id in ids[o["prompt_tokens"] :]:
+            model.decode(token_id)
+        statistics = model.statistics()
+        statistics |= {"ttft_s": first, "tpot_s": model.stats.decode.seconds / o["new_tokens"]}
+    if o["as_json"]:
+        print_json(statistics)
+    else:
+        click.echo(format_statistics(statistics))
+
+
+def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
+    texts = {name: tokenizer.encode(_read_text(Path(name))) for name in o["eval_files"]}
+    length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
+    reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
+    whole_table = o["tiers"] == "auto" and o["point"] is None and not o["no_dynamic"]
+    with Model(bundle, _run_options(o, length), pass_tokens=min(length, max(map(len, texts.values())))) as model:
+        job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
+        with progress_bar("eval", job.windows) as advance:
+            result = evaluate(model, job, whole_table, advance)
+        result |= {"peak_rss_bytes": model.statistics()["peak_rss_bytes"]}
+    if o["as_json"]:
+        print_json(result)
+    else:
+        click.echo(format_table(result))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DymoeError(f"{path}: no such file; give text files to --eval") from error
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: not UTF-8 text; convert it") from error
+    if not text.strip():
+        raise DymoeError(f"{path}: the text is empty; give text to --eval")
+    return text
+
+
+def format_statistics(s: dict[str, Any]) -> str:
+    """What a run cost and what each mechanism did, in a few lines."""
+    shares = ", ".join(f"{tier} bits {share:.0%}" for tier, share in s["tier_shares"].items())
+    ahead = s["look_ahead"]
+    return "\n".join(
+        (
+            f"precision   point {s['point']}: {s['bits_mean']:.2f} bits per active expert ({shares})",
+            f"experts     {format_size(s['read_bytes'])} read, {format_size(s['read_bytes_per_token'])} per token, "
+            f"hit rate {s['hit_rate']:.1%}, {s['evictions']} evictions, "
+            f"{format_size(s['resident_bytes'])} resident of {format_size(s['arena_bytes'])}",
+            f"look-ahead  {ahead['reads']} reads, {format_size(ahead['bytes'])}: {ahead['hits']} used, {ahead['waste']} not",
+            f"speed       prompt {s['prompt_tokens']} tokens at {s['prompt_tokens_per_s']:.1f}/s, "
+            f"first token after {s['ttft_s']:.2f} s, then {s['tokens_per_s']:.1f} tokens/s",
+            f"memory      peak {format_size(s['peak_rss_bytes'])}, budget {format_size(s['memory_bytes'])}, "
+            f"least that works {format_size(s['floor_bytes'])}",
+        )
+    )
+
+
+def _say_if_slow() -> None:
+    if kernels.isa() == "torch" and kernels.missing_reason:
+        click.echo(f"note: {kernels.missing_reason}", err=True)

@@ -1,0 +1,101 @@
+"""What the commands share: errors as one sentence, options that take several values, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import click
+import tqdm
+
+from dymoe_runtime.device import parse_size
+from dymoe_runtime.errors import DymoeError
+
+INTERRUPTED = 130
+
+
+class ManyValues(click.Command):
+    """A command whose `multiple` options also take several values after one flag: `--eval a b c`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = {flag for p in self.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
+        return super().parse_args(ctx, _spread(args, many, any(isinstance(p, click.Argument) for p in self.params)))
+
+
+def _spread(args: list[str], many: set[str], needs_argument: bool) -> list[str]:
+    """Repeat the flags in `many` before each of their values."""
+    spread: list[str] = []
+    flag, values, positional = "", 0, 0
+    for arg in args:
+        if arg.startswith("-") and arg != "-":
+            flag, values = arg if arg in many else "", 0
+            spread.append(arg)
+        elif flag:
+            spread += [arg] if values == 0 else [flag, arg]
+            values += 1
+        else:
+            spread.append(arg)
+            positional += 1
+    # `--calibration text.txt MODEL`: the last value was meant as the argument that is missing.
+    if needs_argument and positional == 0 and values > 1:
+        spread[-2:] = [spread[-1]]
+    return spread
+
+
+class Size(click.ParamType):
+    """A number of bytes: 4GiB, 500MB, 123."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a user can mend into one sentence on stderr and its exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except DymoeError as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our output has gone; keep Python from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}", 1)
+        except MemoryError:
+            fail("out of memory; give a smaller --memory or a smaller --context", 1)
+
+    return wrapped
+
+
+def fail(message: str, code: int) -> NoReturn:
+    name = click.get_current_context().find_root().info_name
+    click.echo(f"{name}: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def print_json(values: Any) -> None:
+    """One object on the last line of stdout."""
+    click.echo(json.dumps(values))
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr with the time left, where that is a terminal."""
+    with tqdm.tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,59 @@
+"""Weights outside the experts, as a bundle keeps them: quantized matrices, the rest in float32."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+from dymoe_runtime import kernels
+from dymoe_runtime.bundle import DENSE, Bundle, check_dense, dense_layout, is_quantized
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.tensorfile import read_header, read_tensor
+from dymoe_runtime.tiers import RecordLayout
+
+# Rows of a bf16 matrix turned to float32 at a time.
+ROWS_AT_ONCE = 4096
+
+
+class BundleDense:
+    """The dense weights of a bundle in memory, read and checked once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bits = bundle.manifest.dense_bits
+        self._layouts: dict[str, RecordLayout] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        path = bundle.path / DENSE
+        header = read_header(path)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            for name, shape in bundle.spec.tensor_shapes().items():
+                if name not in header:
+                    raise DymoeError(f"{path}: tensor {name} is missing; copy or compile the bundle again")
+                tensor = read_tensor(fd, path, header[name], name)
+                check_dense(path, name, tensor.view(-1).view(torch.uint8).numpy(), bundle.manifest.dense_crc32[name])
+                self._tensors[name] = tensor
+                if is_quantized(name, shape, self._bits):
+                    self._layouts[name] = dense_layout(shape, self._bits)
+        finally:
+            os.close(fd)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = self._tensors["embed"]
+        if "embed" in self._layouts:
+            return kernels.embed(self._layouts["embed"], self._bits, [weight], ids)
+        return weight[ids].float()
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._tensors[name], self._tensors.get(f"{name}_bias")
+        if name in self._layouts:
+            y = kernels.linear(self._layouts[name], self._bits, [weight], x)
+        elif weight.dtype == torch.float32:
+            y = F.linear(x, weight)
+        else:
+            y = torch.cat([F.linear(x, rows.float()) for rows in weight.split(ROWS_AT_ONCE)], dim=-1)
+        return y if bias is None else y + bias

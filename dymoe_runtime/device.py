@@ -1,0 +1,158 @@
+"""The machine: device profiles, memory limits, and what this process uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import strict
+from dymoe_runtime.tiers import check_ladder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+# Left free under a memory limit that is not ours to fill to the last byte.
+MARGIN = 0.05
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device to compile for: profiles/<name>.toml."""
+
+    name: str
+    ladder: tuple[int, ...]
+    dense_bits: int
+    memory_bytes: int  # for the whole process
+    disk_bytes_per_s: int
+    threads: int
+
+
+def load_profile(name: str) -> Profile:
+    """A shipped profile by name, or any TOML file; DymoeError names an unknown or missing key."""
+    path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.stem for file in _profiles().glob("*.toml")))
+        raise DymoeError(f"{path}: no such profile; shipped are {known}, or give a .toml file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DymoeError(f"{path}: not valid TOML ({error})") from error
+    return _profile(values, str(path))
+
+
+def _profile(values: dict[str, Any], where: str) -> Profile:
+    renamed = {"memory": "memory_bytes", "disk_bandwidth": "disk_bytes_per_s"}
+    if missing := sorted({"name", "ladder", "dense_bits", "threads", *renamed} - set(values)):
+        raise DymoeError(f"{where}: '{missing[0]}' is missing")
+    if unknown := sorted(set(values) - {"name", "ladder", "dense_bits", "threads", *renamed}):
+        raise DymoeError(f"{where}: unknown key '{unknown[0]}'")
+    try:
+        values["ladder"] = check_ladder(values["ladder"])
+        for theirs, ours in renamed.items():
+            values[ours] = parse_size(str(values.pop(theirs)).removesuffix("/s"))
+    except (ValueError, TypeError) as error:
+        raise DymoeError(f"{where}: {error}") from error
+    profile: Profile = strict(Profile, values, where)
+    if not isinstance(profile.threads, int) or profile.threads < 1:
+        raise DymoeError(f"{where}: 'threads' is {profile.threads!r}, expected a whole number of at least 1")
+    check_dense_bits(profile.dense_bits, where)
+    return profile
+
+
+def check_dense_bits(bits: int, where: str) -> None:
+    if bits not in (4, 5, 6, 7, 8, 16):
+        raise DymoeError(f"{where}: dense bits are {bits!r}, expected 4 to 8, or 16 for bf16")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '4GiB', '500 MB' or '123'; ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"'{text}' is not a size; write it like 4GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def format_size(nbytes: float) -> str:
+    """1234567 -> '1.2 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def memory_limit() -> int:
+    """Bytes that this process may use: its cgroup's limit or what is available, less a margin."""
+    limits = [available_memory(), *cgroup_limits()]
+    return int(min(limits) * (1 - MARGIN))
+
+
+def available_memory() -> int:
+    """Memory that can be had without swapping, what this process already holds included."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 + resident_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cgroup_limits() -> Iterator[int]:
+    """Limits of the cgroups that this process is in, versions 1 and 2, up to the root."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            yield from _limits(_CGROUP / "memory", path, "memory.limit_in_bytes")
+        elif controllers == "":
+            yield from _limits(_CGROUP, path, "memory.max")
+
+
+def _limits(root: Path, path: str, file: str) -> Iterator[int]:
+    folder = root / path.strip("/")
+    # Inside a container the path may be the host's, and only the root is visible.
+    for place in (folder, *folder.parents):
+        text = "".join(_lines(place / file))
+        if text.isdigit():
+            yield int(text)
+        if place == root:
+            break
+
+
+def resident_bytes() -> int:
+    """Resident set of this process, by the kernel."""
+    fields = "".join(_lines(Path("/proc/self/statm"))).split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set so far, by the kernel."""
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def default_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _profiles() -> Path:
+    installed = Path(__file__).parent / "profiles"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "profiles"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

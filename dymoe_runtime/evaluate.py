@@ -1,0 +1,222 @@
+"""Teacher-forced evaluation: likelihood of a text, and distance to a reference model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from dymoe_runtime.bundle import MANIFEST, Bundle
+from dymoe_runtime.decoder import Decoder
+from dymoe_runtime.device import memory_limit
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.policy import TierRule
+from dymoe_runtime.spec import ModelSpec
+
+# Positions whose logits are held at once.
+ROWS = 256
+
+
+@dataclass
+class Score:
+    """Sums over tokens; natural logarithms."""
+
+    tokens: int = 0
+    nll_sum: float = 0.0
+    kl_sum: float = 0.0
+    agreed: int = 0
+    compared: int = 0
+
+    def add(self, other: Score) -> None:
+        self.tokens += other.tokens
+        self.nll_sum += other.nll_sum
+        self.kl_sum += other.kl_sum
+        self.agreed += other.agreed
+        self.compared += other.compared
+
+    def to_json(self) -> dict[str, Any]:
+        """Per token: nll, perplexity and, against a reference, kl and top1_agreement."""
+        nll = self.nll_sum / self.tokens
+        result: dict[str, Any] = {"tokens": self.tokens, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        if self.compared:
+            result |= {"kl": self.kl_sum / self.compared, "top1_agreement": self.agreed / self.compared}
+        return result
+
+
+# Logits [rows, vocab] of hidden states [rows, H].
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def windows(ids: Sequence[int], length: int) -> Iterator[torch.Tensor]:
+    """Cut `ids` into windows of `length`; each starts anew, and a last one of a single token is left out."""
+    for start in range(0, len(ids), length):
+        window = torch.tensor(ids[start : start + length])
+        if len(window) > 1:
+            yield window
+
+
+def score_window(
+    ids: torch.Tensor, hidden: torch.Tensor, head: Head, reference: tuple[torch.Tensor, Head] | None = None
+) -> Score:
+    """Score the prediction of ids[1:] from hidden states [T, H]; `reference` is (hidden, head) of another model.
+
+    KL is sum p_ref log(p_ref / p) over the vocabulary, at the positions that are scored.
+    """
+    score = Score()
+    for start in range(0, len(ids) - 1, ROWS):
+        stop = min(start + ROWS, len(ids) - 1)
+        log_p = F.log_softmax(head(hidden[start:stop]), dim=-1)
+        score.tokens += stop - start
+        score.nll_sum -= log_p.gather(1, ids[start + 1 : stop + 1, None]).double().sum().item()
+        if reference is not None:
+            log_r = F.log_softmax(reference[1](reference[0][start:stop]), dim=-1)
+            score.kl_sum += F.kl_div(log_p, log_r, reduction="sum", log_target=True).item()
+            score.agreed += int((log_p.argmax(-1) == log_r.argmax(-1)).sum())
+            score.compared += stop - start
+    return score
+
+
+class Reference(Protocol):
+    """The model to compare with."""
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Texts to score, as token ids by file name, in windows of `length`."""
+
+    texts: Mapping[str, Sequence[int]]
+    length: int
+    prefill: bool = False  # choose tiers by the prefill rule, a window a chunk
+    reference: Reference | None = None
+
+    @property
+    def windows(self) -> int:
+        return sum(1 for ids in self.texts.values() for _ in windows(ids, self.length))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Model, job: Evaluation, whole_table: bool, advance: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Scores per file of the model's own setting, and with `whole_table` of every uniform tier beside it."""
+    rules = {model.point: model.rule}
+    if whole_table:
+        ladder, layers = model.bundle.manifest.ladder, model.spec.num_layers
+        rules = {f"tier {t}": TierRule.uniform(t, ladder, layers) for t in reversed(ladder)} | rules
+    rows = {name: _Row() for name in ((ORIGINAL, *rules) if job.reference else rules)}
+    for file, ids in job.texts.items():
+        for window in windows(ids, job.length):
+            _score_rows(model, window, file, job, rules, rows)
+            advance()
+    return {
+        "point": model.point,
+        "phase": "prefill" if job.prefill else "decode",
+        "files": rows[model.point].to_json()["files"],
+        "table": [{"point": name, **row.to_json()} for name, row in rows.items()],
+    }
+
+
+ORIGINAL = "reference"
+
+
+class _Row:
+    """Scores of one setting by file, and the tiers that it used."""
+
+    def __init__(self) -> None:
+        self.scores: dict[str, Score] = {}
+        self.used: dict[int, int] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        pairs = sum(self.used.values())
+        bits = sum(tier * count for tier, count in self.used.items()) / pairs if pairs else None
+        files = [{"file": file, **score.to_json()} for file, score in self.scores.items()]
+        return {"bits_mean": bits, "files": files}
+
+
+def _score_rows(
+    model: Model,
+    ids: torch.Tensor,
+    file: str,
+    job: Evaluation,
+    rules: Mapping[str, TierRule],
+    rows: Mapping[str, _Row],
+) -> None:
+    """Add one window to every row."""
+    reference = None
+    if job.reference is not None:
+        reference = (job.reference.hidden(ids), job.reference.logits)
+        rows[ORIGINAL].scores.setdefault(file, Score()).add(score_window(ids, *reference))
+    for name, rule in rules.items():
+        model.experts.rule = rule
+        model.experts.stats.used.clear()
+        hidden = model.decoder.forward(ids, weigh_tokens=job.prefill)
+        rows[name].scores.setdefault(file, Score()).add(score_window(ids, hidden, model.decoder.logits, reference))
+        for tier, count in model.experts.stats.used.items():
+            rows[name].used[tier] = rows[name].used.get(tier, 0) + count
+
+
+class DecoderReference:
+    """A decoder as the reference."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.logits = decoder.logits
+
+    @torch.inference_mode()
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._decoder.forward(ids)
+
+
+def open_reference(path: Path, spec: ModelSpec) -> Reference:
+    """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`."""
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        model = Model(bundle, RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit()))
+        decoder = model.decoder
+    else:
+        decoder = _open_checkpoint(path)
+    if decoder.spec.vocab_size != spec.vocab_size:
+        raise DymoeError(
+            f"{path}: its vocabulary has {decoder.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
+            "give the model that the bundle was compiled from"
+        )
+    return DecoderReference(decoder)
+
+
+def _open_checkpoint(path: Path) -> Decoder:
+    for entry in metadata.entry_points(group="dymoe.references"):
+        decoder: Decoder = entry.load()(path)
+        return decoder
+    raise DymoeError(f"{path}: not a bundle, and reading checkpoints needs dymoe_compile; install the whole dymoe package")
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` as text, a block per file."""
+    blocks = []
+    for index, first in enumerate(result["files"]):
+        lines = [f"{first['file']}: {first['tokens']} tokens scored, by the {result['phase']} rule"]
+        lines.append(f"  {'':<12}{'bits':>6}{'nll':>9}{'perplexity':>12}{'kl':>10}{'top-1':>8}")
+        for row in result["table"]:
+            lines.append(_format_row(row["point"], row["bits_mean"], row["files"][index]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _format_row(name: str, bits: float | None, score: Mapping[str, Any]) -> str:
+    label = name if name == ORIGINAL or name.startswith("tier") else f"point {name}"
+    shown = "" if bits is None else f"{bits:.2f}"
+    line = f"  {label:<12}{shown:>6}{score['nll']:>9.4f}{score['perplexity']:>12.3f}"
+    if "kl" in score:
+        line += f"{score['kl']:>10.5f}{score['top1_agreement']:>8.1%}"
+    return line

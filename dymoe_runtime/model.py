@@ -1,0 +1,288 @@
+"""A bundle loaded inside a memory budget: the language model that is generated from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dymoe_runtime import kernels
+from dymoe_runtime.bundle import DENSE, Bundle
+from dymoe_runtime.decoder import HEAVY_HITTER_QUERIES, Decoder, KVCache
+from dymoe_runtime.dense import BundleDense
+from dymoe_runtime.device import (
+    default_threads,
+    format_size,
+    memory_limit,
+    peak_resident_bytes,
+    resident_bytes,
+)
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.experts import LookAhead, StoredExperts
+from dymoe_runtime.policy import TierRule
+from dymoe_runtime.reader import RecordReader
+from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.store import ExpertStore, full_arena_bytes, least_arena_bytes
+from dymoe_runtime.tiers import RecordLayout
+
+# Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
+CHUNK = 256
+# What Python, torch and the allocator may still take after loading.
+RESERVE_BYTES = 64 << 20
+# A rank is worth reading ahead if the guess was right so often.
+LEAST_RECALL = 0.5
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a bundle; None means the measured or detected default."""
+
+    memory_bytes: int | None = None
+    arena_bytes: int | None = None  # for tests: the expert arena alone, whatever the process uses
+    context: int | None = None
+    point: str | None = None  # None: the policy's default; auto; or mean bits
+    tier: int | None = None  # every expert at this tier
+    threads: int | None = None
+    look_ahead: bool = True
+    dynamic: bool = True
+    depth: bool = True
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How the process's memory is divided, in bytes."""
+
+    memory: int
+    fixed: int  # resident before anything is loaded
+    dense: int
+    kv_cache: int
+    workspace: int  # activations of a prompt chunk, and the reserve
+    least_arena: int
+    full_arena: int
+
+    @property
+    def floor(self) -> int:
+        """The least memory that works, rounded up to MiB."""
+        need = self.fixed + self.dense + self.kv_cache + self.workspace + self.least_arena
+        return math.ceil(need / (1 << 20)) << 20
+
+    @property
+    def arena(self) -> int:
+        return min(self.memory - self.floor + self.least_arena, self.full_arena)
+
+
+@dataclass
+class PhaseStats:
+    """Time and tokens of the prompt or of decoding."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class RunStats:
+    prefill: PhaseStats = field(default_factory=PhaseStats)
+    decode: PhaseStats = field(default_factory=PhaseStats)
+
+
+class Model:
+    """A language model out of a bundle. Use as a context manager: it owns threads and files."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions | None = None, pass_tokens: int = CHUNK) -> None:
+        """Load `bundle`; `pass_tokens` is the most that will go through the decoder at once."""
+        options = options or RunOptions()
+        kernels.set_threads(options.threads or default_threads())
+        torch.set_num_threads(options.threads or default_threads())
+        self.bundle = bundle
+        self.spec = bundle.spec
+        self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
+        self.budget = plan_budget(bundle, self.max_context, options.memory_bytes, tokens=pass_tokens)
+        if options.arena_bytes is None:
+            check_budget(self.budget)
+        self.point, self.rule = choose_rule(bundle, options, self.budget)
+        self.stats = RunStats()
+        dense = BundleDense(bundle)
+        self._reader = RecordReader(bundle)
+        self.store = ExpertStore(
+            bundle.layout,
+            (bundle.spec.num_layers, bundle.spec.num_experts),
+            self._reader,
+            options.arena_bytes or self.budget.arena,
+            _prior(bundle),
+        )
+        self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
+        self.decoder = Decoder(bundle.spec, dense, self.experts)
+        if options.look_ahead:
+            self.experts.look_ahead = LookAhead(self.decoder.look_ahead, _ranks(bundle), 2 * bundle.spec.top_k)
+        self._cache = KVCache(bundle.spec, self.max_context)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.store.close()
+        self._reader.close()
+
+    @property
+    def position(self) -> int:
+        """Tokens in the KV cache."""
+        return self._cache.length
+
+    def reset(self, position: int = 0) -> None:
+        """Forget the tokens from `position` on."""
+        self._cache.length = min(position, self._cache.length)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
+        """Append a prompt in chunks; logits of its last token, float32 [vocab]."""
+        started = time.perf_counter()
+        x = torch.empty(0)
+        for start in range(0, len(ids), CHUNK):
+            chunk = torch.tensor(ids[start : start + CHUNK])
+            x = self.decoder.forward(chunk, self._cache, weigh_tokens=True)
+            self.store.tick()
+        logits = self.decoder.logits(x[-1:])[0]
+        self.stats.prefill.tokens += len(ids)
+        self.stats.prefill.seconds += time.perf_counter() - started
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, token_id: int) -> torch.Tensor:
+        """Append one token; logits of the next, float32 [vocab]."""
+        started = time.perf_counter()
+        x = self.decoder.forward(torch.tensor([token_id]), self._cache)
+        self.store.tick()
+        logits = self.decoder.logits(x)[0]
+        self.stats.decode.tokens += 1
+        self.stats.decode.seconds += time.perf_counter() - started
+        return logits
+
+    def reset_stats(self) -> None:
+        self.stats = RunStats()
+        self.store.reset_stats()
+        self.experts.stats.used.clear()
+
+    def statistics(self) -> dict[str, Any]:
+        """What the run cost so far; the keys are a contract."""
+        store, prefill, decode = self.store.stats, self.stats.prefill, self.stats.decode
+        tokens = prefill.tokens + decode.tokens
+        return {
+            "point": self.point,
+            "bits_mean": self.experts.stats.bits_mean,
+            "tier_shares": self.experts.stats.shares(),
+            "prompt_tokens": prefill.tokens,
+            "new_tokens": decode.tokens,
+            "prompt_tokens_per_s": prefill.tokens_per_s,
+            "tokens_per_s": decode.tokens_per_s,
+            "read_bytes": store.read_bytes,
+            "read_bytes_per_token": store.read_bytes / tokens if tokens else 0.0,
+            "hit_rate": store.hits / store.requests if store.requests else 0.0,
+            "look_ahead": {
+                "reads": store.look_ahead_reads,
+                "bytes": store.look_ahead_bytes,
+                "hits": store.look_ahead_hits,
+                "waste": store.look_ahead_reads - store.look_ahead_hits,
+            },
+            "evictions": store.evictions,
+            "arena_bytes": self.store.arena_bytes,
+            "resident_bytes": self.store.resident_bytes(),
+            "floor_bytes": self.budget.floor,
+            "memory_bytes": self.budget.memory,
+            "peak_rss_bytes": peak_resident_bytes(),
+            "kernels": kernels.isa(),
+        }
+
+
+def plan_budget(
+    bundle: Bundle, context: int, memory: int | None = None, fixed: int | None = None, tokens: int = CHUNK
+) -> Budget:
+    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken."""
+    experts = len(bundle.manifest.layers) * bundle.spec.num_experts
+    return Budget(
+        memory=memory if memory is not None else memory_limit(),
+        fixed=fixed if fixed is not None else resident_bytes(),
+        dense=bundle.manifest.files[DENSE].nbytes,
+        kv_cache=KVCache.bytes_needed(bundle.spec, context),
+        workspace=workspace_bytes(bundle.spec, bundle.layout, context, tokens) + RESERVE_BYTES,
+        least_arena=least_arena_bytes(bundle.layout),
+        full_arena=full_arena_bytes(bundle.layout, experts),
+    )
+
+
+def check_budget(budget: Budget) -> None:
+    """DymoeError that names the least that works if the memory is too little."""
+    if budget.memory < budget.floor:
+        # Said with some room, because what Python holds varies a little from run to run.
+        least = math.ceil(budget.floor * 1.01 / (1 << 20))
+        raise DymoeError(
+            f"memory budget of {format_size(budget.memory)} is too small for this bundle: "
+            f"the least that works is --memory {least}MiB"
+        )
+
+
+def workspace_bytes(spec: ModelSpec, layout: RecordLayout, context: int, tokens: int = CHUNK) -> int:
+    """An upper bound of the activations of one pass of `tokens`, and of what one expert needs beside."""
+    heads = spec.num_heads * spec.head_dim
+    rows = 8 * spec.hidden_size + 6 * heads + 4 * spec.expert_width + 3 * spec.dense_width + 2 * spec.num_experts
+    masks = CHUNK * context + 3 * HEAVY_HITTER_QUERIES * spec.num_heads * context
+    expert = layout.weights if kernels.isa() == "torch" else 0
+    return 4 * (max(tokens, CHUNK) * rows + masks + 3 * spec.vocab_size + 2 * expert)
+
+
+def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:
+    """The name of what was asked for, and its rule; DymoeError if the bundle does not have it."""
+    policy, ladder, layers = bundle.policy, bundle.manifest.ladder, bundle.spec.num_layers
+    if options.tier is not None:
+        if options.tier not in ladder:
+            raise DymoeError(f"--tiers {options.tier}: the bundle has tiers {', '.join(map(str, ladder))}")
+        return f"tier {options.tier}", TierRule.uniform(options.tier, ladder, layers)
+    if options.point is None:
+        point = policy.point(policy.default_point)
+    elif options.point == "auto":
+        point = policy.best_within(_affordable_bytes_per_token(bundle, options.arena_bytes or budget.arena))
+    else:
+        point = policy.nearest(float(options.point))
+    if not options.dynamic:
+        tier = min(ladder, key=lambda t: abs(t - point.bits_mean))
+        return f"tier {tier}", TierRule.uniform(tier, ladder, layers)
+    rule = TierRule.of(point, ladder)
+    return point.name, rule if options.depth else rule.without_depth()
+
+
+def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:
+    """Bytes per token at which the experts that a token uses come from memory as often as at the lowest tier.
+
+    With room for all experts at their mean bits nothing is read; a point is affordable up to there.
+    """
+    share = arena / max(bundle.expert_bytes(), 1)
+    whole = max(point.bytes_per_token for point in bundle.policy.points)
+    return whole * min(1.0, share)
+
+
+def _prior(bundle: Bundle) -> np.ndarray:
+    """Expected uses of each expert per token, [layers, experts]."""
+    prior = np.zeros((bundle.spec.num_layers, bundle.spec.num_experts))
+    for layer in bundle.policy.layers:
+        if layer.frequency:
+            prior[layer.layer] = layer.frequency
+    return prior
+
+
+def _ranks(bundle: Bundle) -> dict[int, int]:
+    """How many ranks of each layer's guess are worth reading, from the measured recall."""
+    return {
+        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall)
+        for layer in bundle.policy.layers
+    }

@@ -1,0 +1,189 @@
+"""Which tier each expert deserves: pure functions of routing and the measured policy.
+
+Decoding, the experts of a token are taken by falling gate; prefilling, the experts of a
+prompt chunk by falling importance, which is the sum over its tokens of gate times token
+weight. An expert gets the highest tier whose threshold exceeds the share of importance
+that comes before it. Thresholds are per layer, so depth decides too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dymoe_runtime.decoder import Routing
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import strict
+
+VERSION = 1
+# Above any share, which is below 1.
+ALWAYS = 2.0
+NEVER = 0.0
+# Points whose mean bits differ by less are of one size.
+SAME_BITS = 0.06
+
+Thresholds = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A measured setting of the thresholds.
+
+    `decode[layer]` and `prefill[layer]` hold one threshold per tier of the ladder, highest
+    tier first; the last is that of the lowest tier, and what lies beyond it is skipped.
+    """
+
+    name: str
+    kind: str  # uniform or mixed
+    decode: tuple[Thresholds, ...]
+    prefill: tuple[Thresholds, ...]
+    bits_mean: float  # tier of an active expert when decoding, mean over tokens and layers
+    effective_bits: float  # the same with steps and multipliers counted
+    bytes_per_token: float  # record bytes that decoding a token uses
+    kl: float  # to the original model, nats per token, on held-out calibration text
+    nll: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """What was measured of one layer; lists over experts are empty for a dense layer."""
+
+    layer: int
+    sensitivity: Mapping[str, float]  # tier -> KL of the model with only this layer at it, others highest
+    frequency: tuple[float, ...]  # share of tokens routed to each expert
+    gate_mass: tuple[float, ...]  # share of all gates
+    look_ahead_recall: tuple[float, ...]  # of rank 1, 2, ...: was the guess among the chosen
+
+
+@dataclass(frozen=True)
+class Policy:
+    """policy.json."""
+
+    ladder: tuple[int, ...]
+    layers: tuple[LayerPolicy, ...]
+    points: tuple[OperatingPoint, ...]  # by rising bits
+    default_point: str
+    notes: tuple[str, ...] = field(default=())
+    version: int = VERSION
+
+    def point(self, name: str) -> OperatingPoint:
+        return next(point for point in self.points if point.name == name)
+
+    def nearest(self, bits: float) -> OperatingPoint:
+        """The point with the nearest mean bits; of those about as near, the best."""
+        nearest = min(abs(point.bits_mean - bits) for point in self.points)
+        near = [point for point in self.points if abs(point.bits_mean - bits) <= nearest + SAME_BITS]
+        return min(near, key=lambda point: point.kl)
+
+    def best_within(self, bytes_per_token: float) -> OperatingPoint:
+        """The best point that uses at most so many bytes, else the smallest."""
+        fitting = [point for point in self.points if point.bytes_per_token <= bytes_per_token]
+        if fitting:
+            return min(fitting, key=lambda point: point.kl)
+        return min(self.points, key=lambda point: point.bytes_per_token)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Policy:
+        where = "policy.json"
+        if data.get("version") != VERSION:
+            raise DymoeError(
+                f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
+            )
+        layers = (dict(layer) for layer in data.get("layers", ()))
+        points = (dict(point) for point in data.get("points", ()))
+        return strict(
+            Policy,
+            {
+                **data,
+                "ladder": tuple(data.get("ladder", ())),
+                "layers": tuple(_tuples(LayerPolicy, layer, where) for layer in layers),
+                "points": tuple(_tuples(OperatingPoint, point, where) for point in points),
+                "notes": tuple(data.get("notes", ())),
+            },
+            where,
+        )
+
+
+@dataclass(frozen=True)
+class TierRule:
+    """Chooses tiers by an operating point."""
+
+    ladder: tuple[int, ...]
+    decode: tuple[Thresholds, ...]
+    prefill: tuple[Thresholds, ...]
+
+    @staticmethod
+    def of(point: OperatingPoint, ladder: tuple[int, ...]) -> TierRule:
+        return TierRule(ladder, point.decode, point.prefill)
+
+    @staticmethod
+    def uniform(tier: int, ladder: tuple[int, ...], layers: int) -> TierRule:
+        rows = (uniform_thresholds(tier, ladder),) * layers
+        return TierRule(ladder, rows, rows)
+
+    def without_depth(self) -> TierRule:
+        """The same mean thresholds in every layer."""
+        return replace(self, decode=_flat(self.decode), prefill=_flat(self.prefill))
+
+    def choose(self, layer: int, routing: Routing) -> torch.Tensor:
+        """Tier of each routed expert, int64 [T, k]."""
+        if routing.token_weights is None:
+            return tiers_by_mass(routing.gates, self.decode[layer], self.ladder)
+        return self._choose_for_chunk(layer, routing)
+
+    def _choose_for_chunk(self, layer: int, routing: Routing) -> torch.Tensor:
+        importance = chunk_importance(routing)
+        active = importance > 0
+        tiers = torch.zeros_like(importance, dtype=torch.int64)
+        tiers[active] = tiers_by_mass(importance[active][None], self.prefill[layer], self.ladder)[0]
+        return tiers[routing.experts]
+
+
+def chunk_importance(routing: Routing) -> torch.Tensor:
+    """Sum over the tokens of a chunk of gate times token weight, float32 [experts]; more than 0 if active."""
+    assert routing.token_weights is not None
+    size = int(routing.experts.max()) + 1
+    importance = torch.zeros(size)
+    weighted = routing.gates * routing.token_weights[:, None]
+    # An expert whose tokens weigh nothing is still active.
+    importance.index_add_(0, routing.experts.reshape(-1), weighted.reshape(-1).clamp_min(1e-12))
+    return importance
+
+
+def tiers_by_mass(importance: torch.Tensor, thresholds: Sequence[float], ladder: Sequence[int]) -> torch.Tensor:
+    """Tier of each of n experts by cumulative share of `importance` [..., n], int64 [..., n]; 0 is skipped."""
+    if all(threshold >= 1 for threshold in thresholds):
+        return torch.full(importance.shape, ladder[-1])
+    ordered, order = importance.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    share = before / ordered.sum(-1, keepdim=True).clamp_min(1e-30)
+    tiers = torch.zeros(importance.shape, dtype=torch.int64)
+    for tier, threshold in zip(ladder, reversed(thresholds), strict=True):
+        tiers[share < threshold] = tier
+    return torch.empty_like(tiers).scatter_(-1, order, tiers)
+
+
+def uniform_thresholds(tier: int, ladder: Sequence[int]) -> Thresholds:
+    """Thresholds that put every expert at `tier`."""
+    return tuple(ALWAYS if t <= tier else NEVER for t in reversed(ladder))
+
+
+def _flat(rows: tuple[Thresholds, ...]) -> tuple[Thresholds, ...]:
+    mean = tuple(sum(min(value, 1.0) for value in column) / len(rows) for column in zip(*rows, strict=True))
+    return (tuple(ALWAYS if value >= 1 else value for value in mean),) * len(rows)
+
+
+def _tuples(cls: Any, data: dict[str, Any], where: str) -> Any:
+    """Strictly build `cls`, turning JSON lists into tuples."""
+    return strict(cls, {name: _tuple(value) for name, value in data.items()}, where)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,401 @@
+"""The expert store: which segments of which experts are in memory, within a byte budget.
+
+Only the caller's thread changes the books; reader threads fill buffers and nothing else.
+Demanded reads go before look-ahead reads. What is evicted is always the last segment that
+an expert has, the one least used first: refinement planes are used no more often than the
+base plane below them, so they go first. Counts of use survive eviction and fade with time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dymoe_runtime.arena import Arena, Slot, chunk_bytes
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import RecordLayout
+
+# Reads at the same time; two nearly saturate a disk.
+IN_FLIGHT = 2
+# Experts held for the caller at once: one in use, the others arriving.
+WINDOW = IN_FLIGHT + 1
+# Uses count for less as later uses come: the weight of a use grows by this factor per token.
+GROWTH = 1.01
+RESCALE_AT = 1e30
+
+Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
+
+
+class Want(NamedTuple):
+    key: ExpertKey
+    tier: int
+
+
+@dataclass
+class StoreStats:
+    """Counts since the start or the last `reset`."""
+
+    requests: int = 0  # experts asked for
+    hits: int = 0  # of these, those that needed no read of their own
+    read_bytes: int = 0  # all reads
+    look_ahead_reads: int = 0
+    look_ahead_bytes: int = 0
+    look_ahead_hits: int = 0  # look-ahead reads that were used
+    look_ahead_waste: int = 0  # look-ahead reads that were evicted or overtaken unused
+    evictions: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(eq=False)
+class _Read:
+    """One read of consecutive segments of one expert."""
+
+    key: ExpertKey
+    first: int
+    buffers: list[torch.Tensor]
+    guess: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Entry:
+    """An expert with at least one segment in memory or on its way."""
+
+    key: ExpertKey
+    slots: list[Slot] = field(default_factory=list)
+    pins: int = 0
+    read: _Read | None = None
+    guessed: bool = False  # its last read was look-ahead and has not been used
+
+
+class ExpertStore:
+    """Keeps experts in an arena of `arena_bytes`, reading them with `reader`.
+
+    `shape` is (layers, experts per layer). `prior` [layers, experts], if given, says how often
+    each expert is expected per token, so that an early eviction is not blind.
+    """
+
+    def __init__(
+        self,
+        layout: RecordLayout,
+        shape: tuple[int, int],
+        reader: Reader,
+        arena_bytes: int,
+        prior: np.ndarray | None = None,
+    ) -> None:
+        least = least_arena_bytes(layout)
+        if arena_bytes < least:
+            raise DymoeError(f"expert arena of {arena_bytes} bytes is too small; the least that works is {least} bytes")
+        self.layout = layout
+        self.stats = StoreStats()
+        self._arena = Arena(layout.segment_spans, min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1])))
+        self.arena_bytes = self._arena.chunks * self._arena.chunk_bytes
+        self._entries: dict[ExpertKey, _Entry] = {}
+        self._uses = np.zeros((*shape, len(layout.ladder)))
+        if prior is not None:
+            self._uses += prior[:, :, None]
+        self._weight = 1.0
+        self._cost = np.full(shape, np.inf)  # of evicting an expert's last segment; inf where it must stay
+        self._readers = _Readers(reader)
+
+    def close(self) -> None:
+        self._readers.close()
+
+    def reset_stats(self) -> None:
+        self.stats = StoreStats()
+
+    def resident_bytes(self) -> int:
+        return sum(self.layout.segment_spans[s.size_class] for entry in self._entries.values() for s in entry.slots)
+
+    def tick(self) -> None:
+        """A token has passed: uses from now on count a little more than earlier ones."""
+        self._weight *= GROWTH
+        if self._weight > RESCALE_AT:
+            self._uses /= self._weight
+            self._cost /= self._weight
+            self._weight = 1.0
+
+    def begin(self, wants: Sequence[Want]) -> Iterator[tuple[Want, list[torch.Tensor]]]:
+        """Starts reading what is missing and yields each wanted expert's segments, in the given order.
+
+        Segments stay in place until the next one is asked for. The first reads are under way on return.
+        """
+        wanted = {want.key for want in wants}
+        held: deque[_Entry] = deque(self._demand(want, wanted) for want in wants[:WINDOW])
+        return self._deliver(wants, wanted, held)
+
+    def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
+        """Start reading experts that may be wanted soon, best guess first.
+
+        Displaces only segments that are used less than the guesses, and none of `needed_now`.
+        """
+        for read in self._readers.cancel_guesses():
+            self._undo_guess(read)
+        keep = {want.key for want in (*wants, *needed_now)}
+        for want in wants:
+            if not self._guess(want, keep):
+                break
+
+    def _deliver(
+        self, wants: Sequence[Want], wanted: set[ExpertKey], held: deque[_Entry]
+    ) -> Iterator[tuple[Want, list[torch.Tensor]]]:
+        try:
+            for index, want in enumerate(wants):
+                entry = held[0]
+                self._finish(entry)
+                yield want, [slot.memory for slot in entry.slots[: self.layout.segments_of(want.tier)]]
+                self._unpin(held.popleft())
+                if index + WINDOW < len(wants):
+                    held.append(self._demand(wants[index + WINDOW], wanted))
+        finally:
+            for entry in held:
+                self._unpin(entry)
+
+    def _demand(self, want: Want, wanted: set[ExpertKey]) -> _Entry:
+        """Pin the entry of `want`, reading what it lacks."""
+        entry = self._entries.setdefault(want.key, _Entry(want.key))
+        segments = self.layout.segments_of(want.tier)
+        self._uses[want.key][:segments] += self._weight
+        self.stats.requests += 1
+        entry.pins += 1
+        try:
+            if entry.guessed:
+                self._claim_guess(entry)
+            missing = segments - len(entry.slots)
+            self.stats.hits += missing <= 0
+            if missing > 0:
+                self._finish(entry)
+                self._read(entry, [self._make_room(size, wanted) for size in self._sizes(entry, segments)])
+            self._refresh(entry)
+        except BaseException:
+            self._unpin(entry)
+            raise
+        return entry
+
+    def _sizes(self, entry: _Entry, segments: int) -> range:
+        return range(len(entry.slots), segments)
+
+    def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
+        read = _Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
+        entry.slots += slots
+        entry.read = read
+        self.stats.read_bytes += sum(len(slot.memory) for slot in slots)
+        self._readers.submit(read)
+
+    def _finish(self, entry: _Entry) -> None:
+        """Wait for the entry's read; on an error give its memory back and raise it."""
+        read = entry.read
+        if read is None:
+            return
+        read.done.wait()
+        entry.read = None
+        if read.error is not None:
+            for slot in entry.slots[read.first :]:
+                self._arena.free(slot)
+            del entry.slots[read.first :]
+            raise read.error
+
+    def _unpin(self, entry: _Entry) -> None:
+        entry.pins -= 1
+        self._refresh(entry)
+
+    def _refresh(self, entry: _Entry) -> None:
+        """Bring the eviction cost and the movability of an entry up to date."""
+        if entry.read is not None and entry.pins == 0 and entry.read.done.is_set() and not entry.read.error:
+            entry.read = None
+        free = entry.pins == 0 and entry.read is None
+        for slot in entry.slots:
+            slot.movable = free
+        self._cost[entry.key] = self._uses[entry.key][len(entry.slots) - 1] if free and entry.slots else np.inf
+        if not entry.slots and entry.pins == 0:
+            self._entries.pop(entry.key, None)
+
+    def _make_room(self, size_class: int, wanted: set[ExpertKey]) -> Slot:
+        """A slot for a demanded segment, evicting what is least used; what is wanted now goes last."""
+        while True:
+            slot = self._arena.allocate(size_class)
+            if slot is not None:
+                return slot
+            self._settle()
+            victim = self._cheapest(wanted) or self._cheapest(set())
+            if victim is not None:
+                self._evict(victim)
+            elif not self._reclaim_guesses():
+                raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
+
+    def _cheapest(self, spared: set[ExpertKey]) -> _Entry | None:
+        cost = self._cost
+        if spared:
+            cost = cost.copy()
+            for key in spared:
+                cost[key] = np.inf
+        index = int(cost.argmin())
+        key = ExpertKey(*(int(i) for i in np.unravel_index(index, cost.shape)))
+        return self._entries[key] if cost.flat[index] < np.inf else None
+
+    def _evict(self, entry: _Entry) -> None:
+        if entry.guessed:
+            entry.guessed = False
+            self.stats.look_ahead_waste += 1
+        self._arena.free(entry.slots.pop())
+        self.stats.evictions += 1
+        self._refresh(entry)
+
+    def _settle(self) -> None:
+        """Look-ahead reads that have arrived may be evicted like anything else."""
+        for read in self._readers.finished_guesses():
+            entry = self._entries.get(read.key)
+            if entry is not None and entry.read is read and entry.pins == 0:
+                if read.error is not None:
+                    self._undo_guess(read)
+                else:
+                    self._refresh(entry)
+
+    def _reclaim_guesses(self) -> bool:
+        """Make look-ahead reads evictable: take back queued ones, else wait for one; whether there was any."""
+        cancelled = self._readers.cancel_guesses()
+        for read in cancelled:
+            self._undo_guess(read)
+        if cancelled:
+            return True
+        under_way = next((e.read for e in self._entries.values() if e.read is not None and e.pins == 0), None)
+        if under_way is not None:
+            under_way.done.wait()
+            self._settle()
+        return under_way is not None
+
+    def _guess(self, want: Want, keep: set[ExpertKey]) -> bool:
+        """Read `want` ahead; False where that would displace something better."""
+        entry = self._entries.setdefault(want.key, _Entry(want.key))
+        segments = self.layout.segments_of(want.tier)
+        if entry.read is not None or len(entry.slots) >= segments:
+            return True
+        slots: list[Slot] = []
+        for size in self._sizes(entry, segments):
+            slot = self._room_for_guess(size, want.key, keep)
+            if slot is None:
+                for taken in slots:
+                    self._arena.free(taken)
+                self._refresh(entry)
+                return False
+            slots.append(slot)
+        entry.guessed = True
+        self.stats.look_ahead_reads += 1
+        self.stats.look_ahead_bytes += sum(len(slot.memory) for slot in slots)
+        self._read(entry, slots, guess=True)
+        self._refresh(entry)
+        return True
+
+    def _room_for_guess(self, size_class: int, key: ExpertKey, keep: set[ExpertKey]) -> Slot | None:
+        while True:
+            slot = self._arena.allocate(size_class)
+            if slot is not None:
+                return slot
+            victim = self._cheapest(keep)
+            if victim is None or self._cost[victim.key] >= self._uses[key][size_class]:
+                return None
+            self._evict(victim)
+
+    def _claim_guess(self, entry: _Entry) -> None:
+        entry.guessed = False
+        self.stats.look_ahead_hits += 1
+        if entry.read is not None:
+            self._readers.hurry(entry.read)
+
+    def _undo_guess(self, read: _Read) -> None:
+        """Forget a look-ahead read that was never started or failed."""
+        entry = self._entries[read.key]
+        entry.read, entry.guessed = None, False
+        for slot in entry.slots[read.first :]:
+            self._arena.free(slot)
+        del entry.slots[read.first :]
+        if read.error is None:
+            self.stats.look_ahead_reads -= 1
+            nbytes = sum(len(buffer) for buffer in read.buffers)
+            self.stats.look_ahead_bytes -= nbytes
+            self.stats.read_bytes -= nbytes
+        self._refresh(entry)
+
+
+class _Readers:
+    """Threads that take demanded reads first and look-ahead reads otherwise."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._wake = threading.Condition()
+        self._demands: deque[_Read] = deque()
+        self._guesses: deque[_Read] = deque()
+        self._finished: deque[_Read] = deque()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: _Read) -> None:
+        with self._wake:
+            (self._guesses if read.guess else self._demands).append(read)
+            self._wake.notify()
+
+    def hurry(self, read: _Read) -> None:
+        """A look-ahead read is demanded now."""
+        with self._wake:
+            if read in self._guesses:
+                self._guesses.remove(read)
+                self._demands.append(read)
+
+    def cancel_guesses(self) -> list[_Read]:
+        """Take back look-ahead reads that no thread has started."""
+        with self._wake:
+            cancelled = list(self._guesses)
+            self._guesses.clear()
+            return cancelled
+
+    def finished_guesses(self) -> Iterator[_Read]:
+        while self._finished:
+            yield self._finished.popleft()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (read := self._next()) is not None:
+            try:
+                self._reader(read.key, read.first, read.buffers)
+            except Exception as error:  # handed to the caller, who raises it
+                read.error = error
+            read.done.set()
+            if read.guess:
+                self._finished.append(read)
+
+    def _next(self) -> _Read | None:
+        with self._wake:
+            while not (self._demands or self._guesses or self._closed):
+                self._wake.wait()
+            if self._closed:
+                return None
+            return (self._demands or self._guesses).popleft()
+
+
+def least_arena_bytes(layout: RecordLayout) -> int:
+    """The smallest arena that can always hold the experts in use."""
+    return WINDOW * len(layout.ladder) * chunk_bytes(layout.segment_spans)
+
+
+def full_arena_bytes(layout: RecordLayout, experts: int) -> int:
+    """An arena that holds all of `experts` records."""
+    chunk = chunk_bytes(layout.segment_spans)
+    return chunk * sum(-(-experts // (chunk // span)) for span in layout.segment_spans)
