@@ -100,8 +100,8 @@ class Model:
     def __init__(self, bundle: Bundle, options: RunOptions | None = None, pass_tokens: int = CHUNK) -> None:
         """Load `bundle`; `pass_tokens` is the most that will go through the decoder at once."""
         options = options or RunOptions()
-        kernels.set_threads(options.threads or default_threads())
-        torch.set_num_threads(options.threads or default_threads())
+        self._threads = options.threads or default_threads()
+        kernels.set_threads(self._threads)
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
@@ -148,6 +148,7 @@ class Model:
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Append a prompt in chunks; logits of its last token, float32 [vocab]."""
         started = time.perf_counter()
+        torch.set_num_threads(self._threads)
         x = torch.empty(0)
         for start in range(0, len(ids), CHUNK):
             chunk = torch.tensor(ids[start : start + CHUNK])
@@ -162,6 +163,8 @@ class Model:
     def decode(self, token_id: int) -> torch.Tensor:
         """Append one token; logits of the next, float32 [vocab]."""
         started = time.perf_counter()
+        # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
+        torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]

@@ -1,0 +1,48 @@
+# make demo, make test, make lint, make bench. Everything goes into .venv and build/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUNDLE := build/demo.dymoe
+PROMPT ?= The game was released in
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.runtime
+	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
+	@echo; echo '> $(PROMPT)'
+	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --max-tokens 60 --stats
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.runtime $(BUNDLE)
+	$(BIN)/python benchmarks/quality.py $(BUNDLE) examples/model examples/heldout/*.txt
+
+$(BUNDLE): $(VENV)/.runtime
+	$(BIN)/dymoe-compile examples/model -o $@
+
+$(VENV)/.runtime: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo 'dymoe needs Python 3.10 to 3.13: name one with make PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo 'python3-venv is missing: install it (Debian: apt install python3-venv) and run make again'; exit 1; }
+	@c++ --version >/dev/null 2>&1 || \
+	    echo 'no C++ compiler found: going on with slower kernels (Debian: apt install g++ python3-dev, then make clean)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,105 @@
+"""Products with records of nested tiers, on the best instruction set of this processor.
+
+`segments` are the leading segments of one record of `layout`, uint8 tensors of at least the
+payload's size; only those that `tier` needs must be given. Other tensors are contiguous on the
+CPU. The compiled kernels quantize activations to int8 in blocks of 64 columns; a block that is
+not finite gives NaN. Arguments that do not fit raise ValueError.
+
+DYMOE_ISA=name in the environment forces an instruction set, `torch` the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels import reference
+from dymoe_runtime.tiers import RecordLayout
+
+missing_reason: str | None = None
+try:
+    from dymoe_runtime.kernels import native
+except ImportError:
+    native = None  # type: ignore[assignment]
+    missing_reason = (
+        "compiled kernels are missing, running the slower torch reference; install a C++ compiler and reinstall dymoe"
+    )
+
+Segments = Sequence[torch.Tensor]
+
+
+class Kernels(Protocol):
+    """What the reference and the compiled kernels of each instruction set provide."""
+
+    isa: str
+
+    def ffn(
+        self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = ...
+    ) -> torch.Tensor: ...
+    def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
+    def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
+    def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
+    def threads(self) -> int: ...
+    def set_threads(self, count: int, /) -> None: ...
+
+
+def ffn(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """(act(x @ gate.T) * (x @ up.T)) @ down.T, x [T, H] -> [T, H]; act is silu, gelu or gelu_pytorch_tanh."""
+    return _active().ffn(layout, tier, segments, x, activation)
+
+
+def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T, x [T, cols] -> [T, rows]."""
+    return _active().linear(layout, tier, segments, x)
+
+
+def embed(layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of `weight`, ids int64 [N] -> float32 [N, cols]."""
+    return _active().embed(layout, tier, segments, ids)
+
+
+def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor:
+    """The matrix called `name`, float32 [rows, cols]."""
+    return _active().dequantize(layout, tier, segments, name)
+
+
+def set_threads(count: int) -> None:
+    """How many threads an operation may use; results do not depend on it."""
+    _active().set_threads(count)
+
+
+def threads() -> int:
+    """As many as torch uses unless set_threads was called."""
+    return _active().threads()
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2, neon, scalar or torch."""
+    return _active().isa
+
+
+def available_isas() -> list[str]:
+    """Those that run on this machine, best first; the last is the reference, torch."""
+    return [*(native.available_isas() if native else []), reference.isa]
+
+
+def select(name: str) -> Kernels:
+    """The kernels of the instruction set `name`; DymoeError unless it is available."""
+    if name not in available_isas():
+        raise DymoeError(f"instruction set '{name}' is not available here, choose one of {', '.join(available_isas())}")
+    return cast(Kernels, reference if name == reference.isa else native.Native(name))
+
+
+@cache
+def _active() -> Kernels:
+    forced = os.environ.get("DYMOE_ISA")
+    if forced and forced not in available_isas():
+        raise DymoeError(f"DYMOE_ISA={forced}: expected one of {', '.join(available_isas())}")
+    kernels = select(forced or available_isas()[0])
+    kernels.set_threads(torch.get_num_threads())
+    return kernels

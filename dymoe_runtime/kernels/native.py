@@ -1,0 +1,105 @@
+"""The compiled kernels of one instruction set, with the signatures of the reference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from dymoe_runtime.kernels import _native
+from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
+
+available_isas = _native.available_isas
+
+
+class Native:
+    """Activations are quantized to int8 in blocks of 64; bad arguments raise ValueError."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+        self.threads = _native.threads
+        self.set_threads = _native.set_threads
+
+    def ffn(
+        self,
+        layout: RecordLayout,
+        tier: int,
+        segments: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        activation: str = "silu",
+    ) -> torch.Tensor:
+        rows = _matrix(x, "x")
+        y = torch.empty(x.shape)
+        _plan_of(layout).ffn(self.isa, tier, _segments(segments), rows, _matrix(y, "y"), activation)
+        return y
+
+    def linear(
+        self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        rows = _matrix(x, "x")
+        y = torch.empty(x.shape[0], layout.matrices["weight"].rows)
+        _plan_of(layout).linear(self.isa, tier, _segments(segments), rows, _matrix(y, "y"))
+        return y
+
+    def embed(
+        self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids: torch.Tensor
+    ) -> torch.Tensor:
+        wanted = _vector(ids, torch.int64, "ids")
+        y = torch.empty(ids.shape[0], layout.matrices["weight"].cols)
+        _plan_of(layout).embed(self.isa, tier, _segments(segments), wanted, _matrix(y, "y"))
+        return y
+
+    def dequantize(self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+        where = layout.matrices[name]
+        y = torch.empty(where.rows, where.cols)
+        _plan_of(layout).dequantize(self.isa, tier, _segments(segments), name, _matrix(y, "y"))
+        return y
+
+
+def _segments(segments: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [_vector(segment, torch.uint8, "segments") for segment in segments]
+
+
+def _vector(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> tuple[int, int]:
+    """Address and length of a tensor that is safe to read there."""
+    _check(tensor, dtype, 1, name)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _matrix(tensor: torch.Tensor, name: str) -> tuple[int, int, int]:
+    _check(tensor, torch.float32, 2, name)
+    return tensor.data_ptr(), *tensor.shape
+
+
+def _check(tensor: torch.Tensor, dtype: torch.dtype, dims: int, name: str) -> None:
+    if tensor.dtype is dtype and tensor.dim() == dims and tensor.is_cpu and tensor.is_contiguous():
+        return
+    raise ValueError(
+        f"{name}: expected a contiguous {dtype} tensor of {dims} dimensions on the CPU, "
+        f"got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
+    )
+
+
+# By identity: a layout holds a dict and has no hash. An entry goes when its layout does, before
+# another object can have that id.
+_plans: dict[int, _native.Plan] = {}
+
+
+def _plan_of(layout: RecordLayout) -> _native.Plan:
+    plan = _plans.get(id(layout))
+    if plan is None:
+        plan = _native.Plan.make([_layout(name, where) for name, where in layout.matrices.items()])
+        _plans[id(layout)] = plan
+        weakref.finalize(layout, _plans.pop, id(layout), None).atexit = False
+    return plan
+
+
+def _layout(name: str, where: MatrixLayout) -> _native._Layout:
+    planes = [(plane.width, plane.tier, _part(plane.part)) for plane in where.planes]
+    steps = [_part(part) for part in where.steps]
+    return name, where.rows, where.cols, list(where.ladder), planes, steps, _part(where.multiplier)
+
+
+def _part(part: Part) -> tuple[int, int, int]:
+    return part.segment, part.offset, part.nbytes

@@ -1,0 +1,22 @@
+// Whole operations on records, in parallel over rows.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace dymoe {
+
+enum class Activation { silu, gelu, gelu_tanh };
+
+/// y = x . weight^T; x [tokens, cols], y [tokens, rows].
+void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y);
+
+/// y = (act(x . gate^T) * (x . up^T)) . down^T; x and y [tokens, hidden].
+void ffn(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const MatrixView& down, const float* x,
+         int64_t tokens, Activation activation, float* y);
+
+/// out[i] = row ids[i] of weight; ids below weight.rows, or null for all rows in order.
+void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out);
+
+}  // namespace dymoe

@@ -1,0 +1,90 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace dymoe {
+namespace {
+
+constexpr int64_t kMaxOffset = int64_t(1) << 60;  // keeps the end of a part from overflowing
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+int64_t blocks_of(const MatrixLayout& m) { return (m.cols + kBlock - 1) / kBlock; }
+
+void check_part(const MatrixLayout& m, const Part& part, int64_t nbytes) {
+  require(part.segment >= 0 && part.offset >= 0 && part.offset < kMaxOffset && part.nbytes == nbytes,
+          "matrix '" + m.name + "': a part of its layout does not fit its shape");
+}
+
+void check_planes(const MatrixLayout& m) {
+  int bits = 0;
+  size_t rung = 0;
+  for (const Plane& plane : m.planes) {
+    const int w = plane.width;
+    require(w == 1 || w == 2 || w == 4 || w == 8, "matrix '" + m.name + "': planes are 1, 2, 4 or 8 bits wide");
+    check_part(m, plane.part, m.rows * blocks_of(m) * 8 * w);
+    bits += w;
+    require(rung < m.ladder.size() && plane.tier == m.ladder[rung] && bits <= plane.tier,
+            "matrix '" + m.name + "': its planes do not follow its tiers");
+    if (bits == plane.tier) ++rung;
+  }
+  require(rung == m.ladder.size() && rung > 0 && bits <= 8, "matrix '" + m.name + "': its planes do not reach its tiers");
+}
+
+void check_matrix(const MatrixLayout& m) {
+  require(m.rows > 0 && m.cols > 0 && m.rows < (int64_t(1) << 31) && m.cols < (int64_t(1) << 31),
+          "matrix '" + m.name + "': its shape is out of range");
+  check_planes(m);
+  require(m.steps.size() == m.ladder.size(), "matrix '" + m.name + "': it needs one part of steps for each tier");
+  for (const Part& part : m.steps) check_part(m, part, m.rows * blocks_of(m));
+  check_part(m, m.multiplier, 2 * m.rows);
+}
+
+const uint8_t* locate(const MatrixLayout& m, int tier, const Part& part, const std::vector<Segment>& segments) {
+  const std::string where = "tier " + std::to_string(tier) + " of '" + m.name + "' ";
+  require(part.segment < int64_t(segments.size()), where + "needs segment " + std::to_string(part.segment) + ", got " +
+                                                       std::to_string(segments.size()) + " segments");
+  const Segment& segment = segments[part.segment];
+  const int64_t end = part.offset + part.nbytes;
+  require(end <= segment.nbytes, where + "needs " + std::to_string(end) + " bytes of segment " +
+                                     std::to_string(part.segment) + ", got " + std::to_string(segment.nbytes));
+  return segment.data + part.offset;
+}
+
+size_t rung_of(const MatrixLayout& m, int tier) {
+  const auto found = std::find(m.ladder.begin(), m.ladder.end(), tier);
+  if (found != m.ladder.end()) return found - m.ladder.begin();
+  std::string tiers;
+  for (int t : m.ladder) tiers += (tiers.empty() ? "" : ", ") + std::to_string(t);
+  throw std::invalid_argument("tier " + std::to_string(tier) + " of '" + m.name + "': its tiers are " + tiers);
+}
+
+}  // namespace
+
+Plan::Plan(std::vector<MatrixLayout> matrices) : matrices_(std::move(matrices)) {
+  for (const MatrixLayout& m : matrices_) check_matrix(m);
+}
+
+const MatrixLayout& Plan::matrix(const std::string& name) const {
+  for (const MatrixLayout& m : matrices_)
+    if (m.name == name) return m;
+  throw std::invalid_argument("this record has no matrix '" + name + "'");
+}
+
+MatrixView Plan::view(const std::string& name, int tier, const std::vector<Segment>& segments) const {
+  const MatrixLayout& m = matrix(name);
+  MatrixView view{};
+  view.rows = m.rows, view.cols = m.cols, view.blocks = blocks_of(m), view.bits = tier;
+  view.steps = locate(m, tier, m.steps[rung_of(m, tier)], segments);
+  view.multiplier = locate(m, tier, m.multiplier, segments);
+  view.step_unit = std::ldexp(1.0f, m.ladder.back() - tier);
+  for (const Plane& plane : m.planes)
+    if (plane.tier <= tier) view.plane[view.planes++] = {plane.width, locate(m, tier, plane.part, segments)};
+  return view;
+}
+
+}  // namespace dymoe

@@ -1,0 +1,333 @@
+// The kernels, written once over a `Vector` policy; an instruction set is a policy and `make_kernels`.
+//
+// Everything is in an unnamed namespace and calls no inline library function: a symbol shared
+// with another source file could be linked in the version compiled for the newer processor.
+//
+// A policy has
+//   Codes, Lanes                   64 codes; `lanes` floats
+//   load<W>, append<W>, store      codes from a plane of width W; (codes << W) | plane; codes as bytes
+//   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
+//   zero, broadcast, load_floats, load_steps, store_floats, multiply, multiply_add, sum
+//   direct_rows                    rows per tile of one token, read from the planes
+//   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#define DYMOE_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define DYMOE_UNROLL _Pragma("GCC unroll 16")
+#else
+#define DYMOE_UNROLL
+#endif
+
+namespace dymoe {
+namespace {
+
+constexpr int kNarrowBits = 6;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+float row_scale(const MatrixView& m, int64_t row) {
+  uint16_t high;
+  std::memcpy(&high, m.multiplier + 2 * row, sizeof high);
+  const uint32_t bits = uint32_t(high) << 16;
+  float multiplier;
+  std::memcpy(&multiplier, &bits, sizeof bits);
+  return multiplier * m.step_unit;
+}
+
+float centre(const MatrixView& m) { return 0.5f * float((1 << m.bits) - 1); }
+
+void prefetch_bytes(const uint8_t* begin, int64_t nbytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(begin + i);
+#endif
+}
+
+// Sources of codes: `load(row, block)`.
+
+/// The planes of a record, their widths known when compiling.
+template <class V, int First, int... Rest>
+struct Planes {
+  static constexpr int count = 1 + sizeof...(Rest);
+  static constexpr bool wide = (First + ... + Rest) > kNarrowBits;
+
+  int64_t blocks;
+  const uint8_t* data[count];
+
+  explicit Planes(const MatrixView& m) : blocks(m.blocks) {
+    for (int i = 0; i < count; ++i) data[i] = m.plane[i].data;
+  }
+
+  static bool fits(const MatrixView& m) {
+    constexpr int widths[] = {First, Rest...};
+    if (m.planes != count) return false;
+    for (int i = 0; i < count; ++i)
+      if (m.plane[i].width != widths[i]) return false;
+    return true;
+  }
+
+  typename V::Codes load(int64_t row, int64_t block) const {
+    const int64_t at = 8 * (row * blocks + block);
+    typename V::Codes codes = V::template load<First>(data[0] + at * First);
+    [[maybe_unused]] int i = 1;
+    ((codes = V::template append<Rest>(codes, data[i++] + at * Rest)), ...);
+    return codes;
+  }
+
+  /// Asks for `count` rows from `row` on.
+  void prefetch(int64_t row, int64_t count) const {
+    constexpr int widths[] = {First, Rest...};
+    for (int i = 0; i < Planes::count; ++i)
+      prefetch_bytes(data[i] + 8 * row * blocks * widths[i], 8 * count * blocks * widths[i]);
+  }
+};
+
+/// Rows unpacked to one byte per code; row 0 is the first of them.
+template <class V, bool Wide>
+struct Unpacked {
+  static constexpr bool wide = Wide;
+  const uint8_t* codes;
+  int64_t blocks;
+
+  typename V::Codes load(int64_t row, int64_t block) const {
+    return V::template load<8>(codes + (row * blocks + block) * kBlock);
+  }
+};
+
+template <class... Sources>
+struct Splits {
+  /// Calls `use` with the source whose widths are those of `m`; false if there is none.
+  template <class Use>
+  static bool visit(const MatrixView& m, Use use) {
+    return ((Sources::fits(m) && (use(Sources(m)), true)) || ...);
+  }
+};
+
+/// The splits compiled for themselves; any other is unpacked plane by plane.
+template <class V>
+using KnownSplits = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 1, 1, 4>, Planes<V, 2, 2>,
+                           Planes<V, 4>, Planes<V, 4, 2>, Planes<V, 8>>;
+
+/// Sums of `Rows` rows times `Tokens` tokens over the blocks of a row.
+template <class V, int Rows, int Tokens>
+struct Tile {
+  using Lanes = typename V::Lanes;
+
+  Lanes sums[Rows][Tokens];         // scale * dot
+  Lanes corrections[Rows][Tokens];  // scale * sum of activations
+  alignas(64) float scales[Rows][Tokens][kGroup];
+
+  Tile() {
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = corrections[r][t] = V::zero();
+  }
+
+  /// Combines the scales of `count` blocks of row r, from `block` on, and sums the corrections.
+  void combine(int r, const uint8_t* steps, int64_t count, const Activations& a, int64_t token, int64_t block) {
+    uint8_t padded[kGroup] = {};
+    if (count < kGroup) steps = static_cast<const uint8_t*>(std::memcpy(padded, steps, count));
+    DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes) {
+      const Lanes step = V::load_steps(steps + i);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const int64_t at = (token + t) * a.pitch + block + i;
+        const Lanes scale = V::multiply(step, V::load_floats(a.scales + at));
+        V::store_floats(scales[r][t] + i, scale);
+        corrections[r][t] = V::multiply_add(scale, V::load_floats(a.sums + at), corrections[r][t]);
+      }
+    }
+  }
+};
+
+/// y of Rows rows, from `row` on, and Tokens tokens, from `token` on; the codes are those of
+/// rows `source_row` on of `source`.
+template <class V, int Rows, int Tokens, class Source>
+void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const Activations& a, int64_t row,
+                   int64_t token, float* y, int64_t stride) {
+  Tile<V, Rows, Tokens> tile;
+  for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
+    const int64_t count = smaller(kGroup, m.blocks - begin);
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      tile.combine(r, m.steps + (row + r) * m.blocks + begin, count, a, token, begin);
+    for (int64_t i = 0; i < count; ++i) {
+      typename V::Codes codes[Rows];
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) codes[r] = source.load(source_row + r, begin + i);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const int8_t* block = a.codes + ((token + t) * a.blocks + begin + i) * kBlock;
+        DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+          tile.sums[r][t] = V::multiply_add(V::broadcast(tile.scales[r][t][i]),
+                                            V::template dot<Source::wide>(codes[r], block), tile.sums[r][t]);
+      }
+    }
+  }
+  const float off_centre = centre(m) - V::template offset<Source::wide>;
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
+      y[(token + t) * stride + row + r] =
+          (V::sum(tile.sums[r][t]) - off_centre * V::sum(tile.corrections[r][t])) * row_scale(m, row + r);
+}
+
+template <class V, class Source>
+void multiply_one_token(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
+                        float* y, int64_t stride) {
+  int64_t row = begin;
+  for (; row + V::direct_rows <= end; row += V::direct_rows) {
+    // The processor's own prefetch stops at each page, and a page is only a few rows.
+    source.prefetch(row + V::direct_rows, V::direct_rows);
+    prefetch_bytes(m.steps + (row + V::direct_rows) * m.blocks, V::direct_rows * m.blocks);
+    multiply_tile<V, V::direct_rows, 1>(m, source, row, a, row, 0, y, stride);
+  }
+  for (; row < end; ++row) multiply_tile<V, 1, 1>(m, source, row, a, row, 0, y, stride);
+}
+
+template <class V, int Rows, class Source>
+void multiply_tokens(const MatrixView& m, const Source& source, int64_t source_row, const Activations& a, int64_t row,
+                     float* y, int64_t stride) {
+  int64_t token = 0;
+  for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
+    multiply_tile<V, Rows, V::tile_tokens>(m, source, source_row, a, row, token, y, stride);
+  for (; token < a.tokens; ++token) multiply_tile<V, Rows, 1>(m, source, source_row, a, row, token, y, stride);
+}
+
+template <class V, int Width>
+void append_plane(const uint8_t* plane, int64_t blocks, bool first, uint8_t* codes) {
+  for (int64_t block = 0; block < blocks; ++block, plane += 8 * Width, codes += kBlock)
+    V::store(codes, first ? V::template load<Width>(plane)
+                          : V::template append<Width>(V::template load<8>(codes), plane));
+}
+
+/// Unpacks a row of any split.
+template <class V>
+void unpack_planes(const MatrixView& m, int64_t row, uint8_t* codes) {
+  for (int i = 0; i < m.planes; ++i) {
+    const uint8_t* plane = m.plane[i].data + row * m.blocks * 8 * m.plane[i].width;
+    switch (m.plane[i].width) {
+      case 8: append_plane<V, 8>(plane, m.blocks, i == 0, codes); break;
+      case 4: append_plane<V, 4>(plane, m.blocks, i == 0, codes); break;
+      case 2: append_plane<V, 2>(plane, m.blocks, i == 0, codes); break;
+      default: append_plane<V, 1>(plane, m.blocks, i == 0, codes); break;
+    }
+  }
+}
+
+/// Writes the codes of `count` rows from `row` on, one byte each.
+template <class V>
+void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes) {
+  const bool known = KnownSplits<V>::visit(m, [&](const auto& source) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t block = 0; block < m.blocks; ++block)
+        V::store(codes + (r * m.blocks + block) * kBlock, source.load(row + r, block));
+  });
+  if (known) return;
+  for (int64_t r = 0; r < count; ++r) unpack_planes<V>(m, row + r, codes + r * m.blocks * kBlock);
+}
+
+template <class V, bool Wide>
+void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+                       uint8_t* scratch) {
+  static_assert(V::tile_rows <= kScratchRows, "the scratch is too small");
+  const Unpacked<V, Wide> source{scratch, m.blocks};
+  for (int64_t row = begin; row < end; row += V::tile_rows) {
+    const int64_t count = smaller(V::tile_rows, end - row);
+    unpack_rows<V>(m, row, count, scratch);
+    if (count == V::tile_rows) {
+      multiply_tokens<V, V::tile_rows>(m, source, 0, a, row, y, stride);
+    } else {
+      for (int64_t r = 0; r < count; ++r) multiply_tokens<V, 1>(m, source, r, a, row + r, y, stride);
+    }
+  }
+}
+
+template <class V>
+void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+             uint8_t* scratch) {
+  const auto one_token = [&](const auto& source) { multiply_one_token<V>(m, source, a, begin, end, y, stride); };
+  if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
+  if (m.bits > kNarrowBits) {
+    multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch);
+  } else {
+    multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch);
+  }
+}
+
+/// Largest magnitude of 64 floats as its bits, which order like magnitudes, with NaN on top.
+uint32_t peak_bits(const float* x) {
+  uint32_t bits[kBlock], peak = 0;
+  std::memcpy(bits, x, sizeof bits);
+  for (int i = 0; i < kBlock; ++i) {
+    const uint32_t magnitude = bits[i] & 0x7fffffffu;
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  return peak;
+}
+
+/// Rounds x * inverse to nearest even, and returns the sum.
+int32_t round_block(const float* __restrict x, float inverse, int8_t* __restrict codes) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the low bits of (v + kRound) hold round(v)
+  constexpr int32_t kRoundBits = 0x4b400000;
+  float shifted[kBlock];
+  int32_t bits[kBlock], sum = 0;
+  for (int i = 0; i < kBlock; ++i) shifted[i] = x[i] * inverse + kRound;
+  std::memcpy(bits, shifted, sizeof bits);
+  for (int i = 0; i < kBlock; ++i) {
+    codes[i] = int8_t(bits[i] - kRoundBits);
+    sum += bits[i] - kRoundBits;
+  }
+  return sum;
+}
+
+void quantize_block(const float* x, int8_t* codes, float* scale, float* sum) {
+  const uint32_t bits = peak_bits(x);
+  float peak;
+  std::memcpy(&peak, &bits, sizeof peak);
+  const float inverse = 127.0f / peak;
+  const bool finite = bits < 0x7f800000u;
+  // A peak whose inverse overflows is below 1e-36 and counts as 0.
+  if (!finite || !(inverse <= FLT_MAX)) {
+    std::memset(codes, 0, kBlock);
+    *scale = finite ? 0.0f : NAN;
+    *sum = 0.0f;
+    return;
+  }
+  *scale = peak / 127.0f;
+  *sum = float(round_block(x, inverse, codes));
+}
+
+void quantize(const float* x, int64_t cols, int64_t token, const Activations& out) {
+  int8_t* codes = out.codes + token * out.blocks * kBlock;
+  float* scales = out.scales + token * out.pitch;
+  float* sums = out.sums + token * out.pitch;
+  for (int64_t block = 0; block < out.blocks; ++block) {
+    const float* from = x + block * kBlock;
+    float padded[kBlock] = {};
+    const int64_t count = smaller(kBlock, cols - block * kBlock);
+    if (count < kBlock) from = static_cast<const float*>(std::memcpy(padded, from, count * sizeof(float)));
+    quantize_block(from, codes + block * kBlock, scales + block, sums + block);
+  }
+  for (int64_t block = out.blocks; block < out.pitch; ++block) scales[block] = sums[block] = 0.0f;
+}
+
+template <class V>
+void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) {
+  unpack_rows<V>(m, row, 1, scratch);
+  const float middle = centre(m);
+  for (int64_t block = 0; block < m.blocks; ++block) {
+    const float scale = row_scale(m, row) * float(m.steps[row * m.blocks + block]);
+    const int64_t end = smaller(m.cols, (block + 1) * kBlock);
+    for (int64_t col = block * kBlock; col < end; ++col) out[col] = scale * (float(scratch[col]) - middle);
+  }
+}
+
+template <class V>
+constexpr Kernels make_kernels(const char* name) {
+  return {name, quantize, product<V>, dequantize<V>};
+}
+
+}  // namespace
+}  // namespace dymoe

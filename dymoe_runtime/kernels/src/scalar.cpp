@@ -1,0 +1,62 @@
+// Portable C++: the definition that the other instruction sets are tested against.
+#include "isa.h"
+#include "product.h"
+
+namespace dymoe {
+namespace {
+
+struct Scalar {
+  struct Codes {
+    uint8_t code[kBlock];
+  };
+  using Lanes = float;
+
+  static constexpr int lanes = 1;
+  static constexpr int direct_rows = 1, tile_rows = 1, tile_tokens = 1;
+  template <bool Wide>
+  static constexpr float offset = 0.0f;
+
+  template <int W>
+  static Codes load(const uint8_t* plane) {
+    Codes codes;
+    if constexpr (W == 1) {
+      for (int i = 0; i < kBlock; ++i) codes.code[i] = (plane[i / 8] >> (i % 8)) & 1;
+    } else {
+      constexpr int bytes = 8 * W;
+      for (int k = 0; k < 8 / W; ++k)
+        for (int i = 0; i < bytes; ++i) codes.code[k * bytes + i] = (plane[i] >> (W * k)) & ((1 << W) - 1);
+    }
+    return codes;
+  }
+
+  template <int W>
+  static Codes append(Codes codes, const uint8_t* plane) {
+    const Codes bits = load<W>(plane);
+    for (int i = 0; i < kBlock; ++i) codes.code[i] = uint8_t(codes.code[i] << W) | bits.code[i];
+    return codes;
+  }
+
+  static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
+
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, const int8_t* a) {
+    int32_t total = 0;
+    for (int i = 0; i < kBlock; ++i) total += int32_t(codes.code[i]) * a[i];
+    return float(total);
+  }
+
+  static Lanes zero() { return 0.0f; }
+  static Lanes broadcast(float value) { return value; }
+  static Lanes load_floats(const float* p) { return *p; }
+  static Lanes load_steps(const uint8_t* p) { return float(*p); }
+  static void store_floats(float* p, Lanes v) { *p = v; }
+  static Lanes multiply(Lanes a, Lanes b) { return a * b; }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+  static float sum(Lanes v) { return v; }
+};
+
+}  // namespace
+
+const Kernels kScalar = make_kernels<Scalar>("scalar");
+
+}  // namespace dymoe

@@ -1,0 +1,150 @@
+"""Sampling: logits → the next token, with the filters and their order as in Hugging Face transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dymoe_runtime.errors import DymoeError
+
+# Inclusive. The penalty is bounded so that no finite logit is scaled out of the range of a float32.
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 1000.0),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "seed": (0, 2**63 - 1),
+}
+WHOLE_NUMBERS = ("top_k", "seed")
+
+# Dividing logits by less than this overflows a float32 long before it changes which token wins.
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the defaults are greedy. Raises DymoeError outside LIMITS."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # 1 is off; counts the prompt and what was generated
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            kinds = int if name in WHOLE_NUMBERS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
+                flag = "--" + name.replace("_", "-")
+                raise DymoeError(f"{flag} {value}: must be {kind} from {low} to {high}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+class Sampler:
+    """Draws tokens with its own generator: equal seeds and logits give equal tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator().manual_seed(params.seed)
+
+    def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+        """The next token from float32 logits [V]; `history` is prompt and generated ids so far.
+
+        Raises DymoeError where the logits are NaN or hold no finite maximum. An `array("q")` as the
+        history is read in place, a list is copied.
+        """
+        check_logits(logits)
+        scores = penalize_repetition(logits, history, self.params.repetition_penalty)
+        if self.params.greedy:
+            return int(scores.argmax())
+        ids, scores = candidates(scores, self.params)
+        return int(ids[draw(scores, self._generator)])
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    top = float(logits.max())  # a single NaN makes the maximum NaN
+    if not math.isfinite(top):
+        kind = "NaN" if math.isnan(top) else "infinite"
+        raise DymoeError(
+            f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify"
+        )
+
+
+def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temperature, top-k, top-p and min-p, in that order, on scores [V].
+
+    Returns ids [C], rising, and their scores [C], where those that top-p or min-p remove are -inf.
+    """
+    scores = scores / params.temperature
+    if params.top_k:
+        ids = top_k_ids(scores, params.top_k)
+        scores = scores[ids]
+    else:
+        ids = torch.arange(scores.numel())
+    if params.top_p < 1.0:
+        scores = keep_top_p(scores, params.top_p)
+    if params.min_p:
+        scores = keep_min_p(scores, params.min_p)
+    return ids, scores
+
+
+def penalize_repetition(scores: torch.Tensor, history: Sequence[int], penalty: float) -> torch.Tensor:
+    """Divides positive and multiplies negative scores of ids in `history` by `penalty` (arXiv 1909.05858)."""
+    if penalty == 1.0 or not len(history):
+        return scores
+    ids = torch.from_numpy(np.asarray(history, dtype=np.int64))
+    ids = ids[ids < scores.numel()]
+    seen = scores[ids]
+    return scores.scatter(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def top_k_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids of the k largest scores, and of all that equal the smallest of them, rising."""
+    smallest = scores.topk(min(k, scores.numel())).values[-1]
+    return (scores >= smallest).nonzero().flatten()
+
+
+def keep_top_p(scores: torch.Tensor, p: float) -> torch.Tensor:
+    """Keeps the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
+
+    Of equal scores at the boundary the lowest ids stay; transformers leaves that to an unstable sort.
+    """
+    # NumPy sorts values without their indices, an order of magnitude faster than torch.sort.
+    ascending = torch.from_numpy(np.sort(scores.numpy()))
+    cumulative = ascending.softmax(0).cumsum(0)
+    removed = min(int(torch.searchsorted(cumulative, 1 - p, right=True)), scores.numel() - 1)
+    lowest = ascending[removed]
+    kept = scores >= lowest
+    removed_ties = removed - int(torch.searchsorted(ascending, lowest))
+    if removed_ties:
+        ties = (scores == lowest).nonzero().flatten()
+        kept[ties[-removed_ties:]] = False
+    return scores.where(kept, -math.inf)
+
+
+def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
+    """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
+    probabilities = scores.softmax(0)
+    return scores.masked_fill(probabilities < min_p * probabilities.max(), -math.inf)
+
+
+def draw(scores: torch.Tensor, generator: torch.Generator) -> int:
+    """One index by the softmax of scores [C], by inverting its distribution function.
+
+    torch.multinomial would draw one random number per token of the vocabulary.
+    """
+    distribution = scores.softmax(0).cumsum(0)
+    # Above zero and at most the total, so the first index that reaches it has a probability above zero.
+    point = (1 - torch.rand(1, generator=generator)) * distribution[-1]
+    return int(torch.searchsorted(distribution, point))

@@ -1,0 +1,386 @@
+"""Text: tokenizer files, chat templates, and decoding a stream of tokens."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+import tokenizers
+
+from dymoe_runtime.errors import DymoeError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RESTORE = "copy it from the model's repository or recompile the bundle"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with its special tokens and chat templates.
+
+    bos_id: int or None.  eos_ids: frozenset of the ids that end a text.
+    vocab_size: one more than the largest id; the model's logits may be wider.
+    special_ids: dict from a special token's text to its id; decoding skips these.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, str],
+        eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+    ) -> None:
+        """`special_tokens` maps the names in SPECIAL_TOKENS to texts in the vocabulary."""
+        _mark_special(backend, special_tokens.values())
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        self._chat_templates = dict(chat_templates)
+        self._add_bos = add_bos
+        self.bos_id = self._named_id("bos_token")
+        eos_id = self._named_id("eos_token")
+        self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else frozenset())
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+
+    @classmethod
+    def load(cls, directory: Path, eos_ids: Iterable[int] = ()) -> Tokenizer:
+        """Reads tokenizer.json and tokenizer_config.json, and the optional files beside them.
+
+        `eos_ids` come from the model's configuration and are joined with those of the files.
+        Raises DymoeError naming the file that is missing or malformed.
+        """
+        backend = _load_backend(directory / "tokenizer.json")
+        config = _read_json(directory / "tokenizer_config.json")
+        generation = _read_json(directory / "generation_config.json", optional=True)
+        names = {**_read_json(directory / "special_tokens_map.json", optional=True), **config}
+        return cls(
+            backend,
+            _special_tokens(names, backend, directory),
+            _chat_templates(config, directory),
+            {*eos_ids, *_generation_eos_ids(generation, directory)},
+            add_bos=config.get("add_bos_token") is True,
+        )
+
+    def _named_id(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with what the post-processor and `add_bos_token` put around it."""
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
+            raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
+        wants_bos = add_special_tokens and self._add_bos and self.bos_id is not None
+        return [self.bos_id, *ids] if wants_bos and ids[:1] != [self.bos_id] else ids  # type: ignore[list-item]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids outside the vocabulary have none."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; None outside the vocabulary."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    @property
+    def decoder_types(self) -> list[str]:
+        """Types of the decoders in tokenizer.json, in the order in which they run."""
+        decoder = self._backend.decoder
+        return [] if decoder is None else list(_flatten_decoders(json.loads(decoder.__getstate__())))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._chat_templates)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """Messages as the prompt that the model was trained on; encode it with add_special_tokens=False.
+
+        `kwargs` reach the template, such as `tools` or `enable_thinking`. Raises DymoeError without a
+        template, and where the template refuses the messages.
+        """
+        template = self._pick_chat_template(bool(kwargs.get("tools")))
+        variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        try:
+            return _compile_template(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except Exception as error:  # a template is a program of the model's author: it can raise anything
+            raise DymoeError(
+                f"the chat template failed: {error}; change the messages or use --prompt"
+            ) from error
+
+    def _pick_chat_template(self, tools: bool) -> str:
+        if not self._chat_templates:
+            raise DymoeError("the model has no chat template; give it plain text with --prompt")
+        name = "tool_use" if tools and "tool_use" in self._chat_templates else "default"
+        if name not in self._chat_templates:
+            found = ", ".join(self._chat_templates)
+            raise DymoeError(f"no chat template is named 'default' (found: {found}); use --prompt")
+        return self._chat_templates[name]
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises no narrower type
+        raise DymoeError(f"{path}: not a valid tokenizer ({error}); {RESTORE}") from error
+    # Training settings that would silently shorten or lengthen a prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DymoeError(f"{path}: missing; {RESTORE}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DymoeError(f"{path}: cannot be read ({error}); {RESTORE}") from error
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise DymoeError(f"{path}: not valid JSON ({error}); {RESTORE}") from error
+    if not isinstance(content, dict):
+        raise DymoeError(f"{path}: not a JSON object; {RESTORE}")
+    return content
+
+
+def _special_tokens(
+    names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path
+) -> dict[str, str]:
+    """Name → text. A token that is not in the vocabulary is an error where generation depends on it."""
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        entry = names.get(name)
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise DymoeError(f"{directory / 'tokenizer_config.json'}: {name} is not a text; {RESTORE}")
+        if backend.token_to_id(text) is None and name in ("bos_token", "eos_token"):
+            raise DymoeError(f"{directory / 'tokenizer.json'}: no token is the {name} {text!r}; {RESTORE}")
+        tokens[name] = text
+    return tokens
+
+
+def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
+    entry = generation.get("eos_token_id")
+    ids = [] if entry is None else entry if isinstance(entry, list) else [entry]
+    if not all(type(i) is int for i in ids):
+        path = directory / "generation_config.json"
+        raise DymoeError(f"{path}: eos_token_id {entry!r} is neither an id nor a list of ids; {RESTORE}")
+    return ids
+
+
+def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Name → template. A chat_template.jinja replaces those of tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return {"default": _read_text(path)}
+    entry = config.get("chat_template")
+    if entry is None:
+        return {}
+    if isinstance(entry, str):
+        return {"default": entry}
+    try:
+        return {item["name"]: item["template"] for item in entry}
+    except (TypeError, KeyError) as error:
+        path = directory / "tokenizer_config.json"
+        raise DymoeError(f"{path}: chat_template is not a text or a list of templates; {RESTORE}") from error
+
+
+def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Makes decoding skip named special tokens that tokenizer.json lists as ordinary words."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {text: None for text in texts if text not in added and backend.token_to_id(text) is not None}
+    backend.add_special_tokens(list(known))
+
+
+def _flatten_decoders(state: Mapping[str, Any]) -> Iterable[str]:
+    if state["type"] == "Sequence":
+        for inner in state["decoders"]:
+            yield from _flatten_decoders(inner)
+    else:
+        yield state["type"]
+
+
+# Chat templates: the environment that transformers' `apply_chat_template` gives them.
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what a trainer learns from; for rendering it is only a scope."""
+
+    tags = {"generation"}  # noqa: RUF012, jinja2 declares it mutable
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Refuses underscored names, with which a template could reach behind the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no named self: namespace(self=...) is legal
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: str) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own `tojson` escapes HTML, which a prompt must not."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@lru_cache(maxsize=8)
+def _compile_template(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["namespace"] = _Namespace
+    return environment.from_string(template)
+
+
+# Streaming: text of a growing sequence, given out once no later token can change it.
+
+
+class _Stream(Protocol):
+    def push(self, token_id: int, token: str) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class StreamDecoder:
+    """Decodes token by token: the pushes and the final flush join to `tokenizer.decode` of all ids.
+
+    A push costs O(1), amortized over the text. Special tokens are skipped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer.special_ids.values())
+        byte_level = tokenizer.decoder_types == ["ByteLevel"]
+        self._stream: _Stream = _ByteLevelStream() if byte_level else _WindowStream(tokenizer)
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain: never part of a character."""
+        token = None if token_id in self._skipped else self._tokenizer.token(token_id)
+        return "" if token is None else self._stream.push(token_id, token)
+
+    def flush(self) -> str:
+        """The rest, where incomplete characters are U+FFFD; call it once, at the end."""
+        return self._stream.flush()
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's spelling of bytes as printable characters."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+class _ByteLevelStream:
+    """Byte-level BPE: tokens are bytes, and their concatenation is UTF-8."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int, token: str) -> str:
+        try:
+            return self._decoder.decode(bytes(_BYTE_OF_CHAR[char] for char in token))
+        except KeyError:  # an added token that is spelled as itself
+            return self._decoder.decode(token.encode())
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowStream:
+    """Any other decoder: decodes a short window twice, without and with the pending tokens.
+
+    The window starts with tokens already given out, because a decoder may treat the first token of a
+    text differently (leading spaces).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._byte_fallback = "ByteFallback" in tokenizer.decoder_types
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int, token: str) -> str:
+        self._pending.append(token_id)
+        # The fallback decoder replaces a whole run of byte tokens if any of it is not UTF-8, so even
+        # complete characters are uncertain until the run ends.
+        if self._byte_fallback:
+            return "" if _is_byte(token) else self.flush()
+        text = self._pending_text()
+        return "" if text.endswith(REPLACEMENT) and not token.endswith(REPLACEMENT) else self._give_out(text)
+
+    def flush(self) -> str:
+        return self._give_out(self._pending_text())
+
+    def _pending_text(self) -> str:
+        known = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(known) :]
+
+    def _give_out(self, text: str) -> str:
+        if self._pending:
+            self._context, self._pending = self._pending, []
+        return text
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

@@ -1,0 +1,294 @@
+"""The compiled kernels against the reference, for every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from dymoe_runtime import kernels, tiers
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels import reference
+from dymoe_runtime.tiers import BLOCK, QuantizedMatrix, RecordLayout
+
+COMPILED = [name for name in kernels.available_isas() if name != "torch"]
+LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (6,), (3, 4), (2, 4), (3,), (5, 8), (7,), (4, 6)]
+CASES = [(ladder, tier) for ladder in LADDERS for tier in ladder]
+TOKENS = (0, 1, 2, 5, 33, 200)
+HIDDEN, INTERMEDIATE = 200, 77
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """The reference works on small tensors, for which the threads of torch crawl on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_matrix(rng: np.random.Generator, rows: int, cols: int, ladder: tuple[int, ...]) -> QuantizedMatrix:
+    blocks = tiers.blocks_of(cols)
+    return QuantizedMatrix(
+        rng.integers(0, 2 ** ladder[-1], (rows, cols), dtype=np.uint8),
+        {tier: rng.integers(1, 256, (rows, blocks), dtype=np.uint8) for tier in ladder},
+        torch.from_numpy(rng.uniform(1e-5, 1e-4, rows)).to(torch.bfloat16),
+    )
+
+
+@cache
+def random_record(
+    shapes: tuple[tuple[str, int, int], ...], ladder: tuple[int, ...]
+) -> tuple[RecordLayout, list[torch.Tensor]]:
+    rng = np.random.default_rng(len(shapes) + sum(ladder))
+    layout = tiers.make_layout({name: (rows, cols) for name, rows, cols in shapes}, ladder)
+    matrices = {name: random_matrix(rng, rows, cols, ladder) for name, rows, cols in shapes}
+    record = tiers.pack_record(layout, matrices)
+    return layout, [torch.from_numpy(segment) for segment in tiers.split_record(layout, record)]
+
+
+def weight(rows: int, cols: int, ladder: tuple[int, ...]) -> tuple[RecordLayout, list[torch.Tensor]]:
+    return random_record((("weight", rows, cols),), ladder)
+
+
+def expert(ladder: tuple[int, ...]) -> tuple[RecordLayout, list[torch.Tensor]]:
+    shapes = (("gate", INTERMEDIATE, HIDDEN), ("up", INTERMEDIATE, HIDDEN), ("down", HIDDEN, INTERMEDIATE))
+    return random_record(shapes, ladder)
+
+
+def random_input(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grid_input(tokens: int, cols: int) -> torch.Tensor:
+    """Activations that int8 holds exactly: integers up to 127 in each block, times a power of two."""
+    x = torch.randint(-127, 128, (tokens, cols), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::BLOCK] = 127.0
+    exponents = torch.arange(cols) // BLOCK % 5 - 2
+    return x * 2.0**exponents
+
+
+def rounding(x: torch.Tensor) -> torch.Tensor:
+    """The most that int8 moves each activation: half a step of max|x| / 127 over its block."""
+    blocks = tiers.blocks_of(x.shape[1])
+    padded = torch.nn.functional.pad(x, (0, blocks * BLOCK - x.shape[1]))
+    steps = padded.view(len(x), blocks, BLOCK).abs().amax(-1) / 127  # [T, blocks]
+    return steps.repeat_interleave(BLOCK, 1)[:, : x.shape[1]] / 2
+
+
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
+    """`bound`, and float rounding besides."""
+    slack = bound + 1e-5 * expected.abs().max() if expected.numel() else bound
+    assert actual.shape == expected.shape
+    assert ((actual - expected).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize(("ladder", "tier"), CASES)
+def test_linear_equals_reference(isa: str, ladder: tuple[int, ...], tier: int) -> None:
+    """Within |w| . (half a step of each activation), the bound of int8 activations."""
+    for rows, cols in ((37, 200), (4, 64), (1, 1), (19, 1100)):
+        layout, segments = weight(rows, cols, ladder)
+        given = segments[: layout.segments_of(tier)]
+        w = reference.dequantize(layout, tier, given, "weight")
+        for tokens in TOKENS if cols == 200 else (1, 5):
+            x = random_input(tokens, cols)
+            y = kernels.select(isa).linear(layout, tier, given, x)
+            assert_within(y, reference.linear(layout, tier, given, x), rounding(x) @ w.abs().T)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize(("ladder", "tier"), CASES)
+def test_exact_activations_leave_float_rounding(isa: str, ladder: tuple[int, ...], tier: int) -> None:
+    layout, segments = weight(21, 1100, ladder)
+    for tokens in (1, 7):
+        x = grid_input(tokens, 1100)
+        expected = x.double() @ reference.dequantize(layout, tier, segments, "weight").double().T
+        y = kernels.select(isa).linear(layout, tier, segments, x)
+        assert_within(y, expected, torch.zeros(()))
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("ladder", "tier"), [((2, 3, 4), t) for t in (2, 3, 4)] + [((5, 8), 8)])
+def test_ffn_equals_reference(isa: str, ladder: tuple[int, ...], tier: int, activation: str) -> None:
+    """Gate and up are exact for x on the grid, which leaves the rounding of the hidden vector."""
+    layout, segments = expert(ladder)
+    given = segments[: layout.segments_of(tier)]
+    gate, up, down = (reference.dequantize(layout, tier, given, name) for name in ("gate", "up", "down"))
+    for tokens in TOKENS:
+        x = grid_input(tokens, HIDDEN) / 64
+        hidden = reference.ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)
+        y = kernels.select(isa).ffn(layout, tier, given, x, activation)
+        bound = 1.01 * rounding(hidden) @ down.abs().T  # 1.01: float rounding can move the step
+        assert_within(y, reference.ffn(layout, tier, given, x, activation), bound)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize(("ladder", "tier"), CASES)
+def test_rows_equal_reference_bit_for_bit(isa: str, ladder: tuple[int, ...], tier: int) -> None:
+    layout, segments = weight(37, 200, ladder)
+    fast = kernels.select(isa)
+    expected = reference.dequantize(layout, tier, segments, "weight")
+    ids = torch.tensor([36, 0, 5, 5])
+    assert torch.equal(fast.dequantize(layout, tier, segments, "weight"), expected)
+    assert torch.equal(fast.embed(layout, tier, segments, ids), expected[ids])
+    assert torch.equal(reference.embed(layout, tier, segments, ids), expected[ids])
+    assert fast.embed(layout, tier, segments, ids[:0]).shape == (0, 200)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_activation_spoils_its_token_only(isa: str, bad: float) -> None:
+    layout, segments = weight(37, 200, (2, 3, 4))
+    x = random_input(3, 200)
+    x[1, 150] = bad
+    y = kernels.select(isa).linear(layout, 3, segments, x)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_tiny_and_huge_activations(isa: str) -> None:
+    layout, segments = weight(37, 200, (4,))
+    x = torch.stack([torch.zeros(200), torch.full((200,), 1e-42), torch.full((200,), 1e30)])
+    y = kernels.select(isa).linear(layout, 4, segments, x)
+    assert_within(y[:2], torch.zeros(2, 37), torch.full((), 1e-30))
+    assert_within(y[2:], reference.linear(layout, 4, segments, x[2:]), torch.zeros(()))
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("tokens", [1, 33, 200])
+def test_threads_and_company_do_not_change_a_token(isa: str, tokens: int) -> None:
+    layout, segments = weight(531, 1100, (2, 3, 4))
+    fast = kernels.select(isa)
+    x = random_input(tokens, 1100)
+    before = fast.threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            fast.set_threads(count)
+            results.append(fast.linear(layout, 3, segments, x))
+    finally:
+        fast.set_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[0][-1:], fast.linear(layout, 3, segments, x[-1:]))
+
+
+def test_callers_at_once_do_not_disturb_each_other() -> None:
+    layout, segments = weight(531, 1100, (2, 3, 4))
+    fast = kernels.select(COMPILED[0])
+    inputs = [random_input(1 + i % 3, 1100, seed=i) for i in range(200)]
+    expected = [fast.linear(layout, 4, segments, x) for x in inputs]
+    before = fast.threads()
+    try:
+        fast.set_threads(3)
+        with ThreadPoolExecutor(4) as callers:
+            results = list(callers.map(lambda x: fast.linear(layout, 4, segments, x), inputs))
+    finally:
+        fast.set_threads(before)
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_wrong_arguments_raise_value_error(isa: str) -> None:
+    layout, segments = weight(37, 200, (2, 3, 4))
+    fast = kernels.select(isa)
+    x = random_input(2, 200)
+    short = segments[0][: layout.segment_bytes[0] // 2]
+    wrong = [
+        lambda: fast.linear(layout, 3, segments[:1], x),
+        lambda: fast.linear(layout, 2, [short], x),
+        lambda: fast.linear(layout, 2, [segments[0].view(torch.int8)], x),
+        lambda: fast.linear(layout, 5, segments, x),
+        lambda: fast.linear(layout, 3, segments, x[:, :-1].contiguous()),
+        lambda: fast.linear(layout, 3, segments, x.double()),
+        lambda: fast.embed(layout, 3, segments, torch.tensor([37])),
+        lambda: fast.embed(layout, 3, segments, torch.tensor([-1])),
+        lambda: fast.ffn(*expert_at(2), x, "relu"),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError):
+            call()
+
+
+def expert_at(tier: int) -> tuple[RecordLayout, int, list[torch.Tensor]]:
+    layout, segments = expert((2, 3, 4))
+    return layout, tier, segments
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_strided_tensors_raise_value_error(isa: str) -> None:
+    layout, segments = weight(37, 200, (2, 3, 4))
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.select(isa).linear(layout, 3, segments, random_input(200, 2).T)
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.select(isa).linear(layout, 2, [segments[0].repeat(2)[::2]], random_input(2, 200))
+
+
+def test_unaligned_segments() -> None:
+    layout, segments = weight(37, 200, (2, 3, 4))
+    moved = [torch.cat([torch.zeros(1, dtype=torch.uint8), segment])[1:] for segment in segments]
+    x = random_input(5, 200)
+    for isa in COMPILED:
+        fast = kernels.select(isa)
+        assert torch.equal(fast.linear(layout, 4, moved, x), fast.linear(layout, 4, segments, x))
+
+
+def test_module_functions_use_the_best_isa() -> None:
+    layout, segments = weight(37, 200, (4,))
+    x, ids = random_input(2, 200), torch.tensor([1, 2])
+    best = kernels.select(kernels.isa())
+    assert kernels.isa() == os.environ.get("DYMOE_ISA", kernels.available_isas()[0])
+    assert torch.equal(kernels.linear(layout, 4, segments, x), best.linear(layout, 4, segments, x))
+    assert torch.equal(kernels.embed(layout, 4, segments, ids), best.embed(layout, 4, segments, ids))
+
+
+def test_unknown_isa_lists_those_available() -> None:
+    with pytest.raises(DymoeError, match=f"'sparc' .* {', '.join(kernels.available_isas())}$"):
+        kernels.select("sparc")
+
+
+def run_python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout + done.stderr
+
+
+def test_isa_from_the_environment() -> None:
+    code = "from dymoe_runtime import kernels; print(kernels.isa())"
+    assert run_python(code, DYMOE_ISA="torch").strip() == "torch"
+    expected = f"DymoeError: DYMOE_ISA=sparc: expected one of {', '.join(kernels.available_isas())}"
+    assert expected in run_python(code, DYMOE_ISA="sparc")
+
+
+FORK = """
+import os, torch
+from dymoe_runtime import kernels, tiers
+layout = tiers.make_layout({"weight": (512, 2048)}, (4,))
+segments = [torch.ones(n, dtype=torch.uint8) for n in layout.segment_bytes]
+x = torch.ones(3, 2048)
+kernels.set_threads(2)
+y = kernels.linear(layout, 4, segments, x)
+child = os.fork()
+same = torch.equal(y, kernels.linear(layout, 4, segments, x)) and kernels.threads() == 2
+if child == 0:
+    os._exit(0 if same else 1)
+print("child", os.waitpid(child, 0)[1], "parent", same)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_its_own_threads() -> None:
+    assert "child 0 parent True" in run_python(FORK, DYMOE_ISA=COMPILED[0])
