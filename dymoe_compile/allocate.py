@@ -65,7 +65,9 @@ def solve(layers: Sequence[Sequence[Choice]], bits: float) -> list[Choice]:
     """One choice per layer with mean bits of at most `bits`, where they buy most; greedy on the hulls."""
     picked = [0] * len(layers)
     steps = sorted(
-        (_slope(a, b), layer, i) for layer, hull in enumerate(layers) for i, (a, b) in enumerate(itertools.pairwise(hull), 1)
+        (_slope(a, b), layer, i)
+        for layer, hull in enumerate(layers)
+        for i, (a, b) in enumerate(itertools.pairwise(hull), 1)
     )
     total = sum(hull[0].bits for hull in layers)
     for _, layer, i in steps:

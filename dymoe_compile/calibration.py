@@ -1,37 +1,28 @@
-"""Calibration texts, and what one pass of them through the original model tells."""
+"""One pass of the calibration tokens through the original model, a layer in memory at a time.
+
+Each layer's experts are quantized and written on the way, and what its router did is noted.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
-from dymoe_runtime.decoder import Routing
-from dymoe_runtime.errors import DymoeError
+from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
+from dymoe_compile.progress import Advance, Progress
+from dymoe_compile.quantize import quantize_expert
+from dymoe_compile.sensitivity import Original
+from dymoe_compile.texts import Windows
+from dymoe_compile.writer import BundleWriter
+from dymoe_runtime.bundle import LayerEntry, expert_layout
+from dymoe_runtime.decoder import ACTIVATIONS, Decoder, Routing
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import pack_record
 
-DEFAULT_TEXTS = Path(__file__).parent / "data"
-WINDOW = 512
-LEAST_WINDOW = 32
-LEAST_TOKENS = 8 * LEAST_WINDOW
-# One window in this many is held out: not used for statistics, only to measure quality.
-HELD_OUT = 5
 # Tokens whose gates are kept per layer, to fit thresholds on.
 GATE_SAMPLE = 4096
-
-Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Calibration tokens, int64 [n, W] each; `digest` is the SHA-256 of the texts."""
-
-    train: torch.Tensor
-    held_out: torch.Tensor
-    digest: str
 
 
 @dataclass
@@ -46,40 +37,145 @@ class LayerStatistics:
     recall: list[float]  # [ranks]: was the guess of this rank, made one layer earlier, chosen
 
 
-def load_texts(files: Sequence[str]) -> list[str]:
-    """The text of each file: plain text, or JSONL whose lines have a `text` field."""
-    paths = [Path(file) for file in files] or sorted(DEFAULT_TEXTS.glob("*.txt"))
-    return [_read_jsonl(path) if path.suffix in (".jsonl", ".json") else _read(path) for path in paths]
+def calibrate(
+    checkpoint: Checkpoint,
+    windows: Windows,
+    ladder: tuple[int, ...],
+    seed: int,
+    writer: BundleWriter,
+    progress: Progress,
+) -> tuple[Original, dict[int, LayerStatistics], dict[int, LayerEntry]]:
+    """Run all windows through the original model, a layer at a time, quantizing each layer's experts on the way."""
+    spec = checkpoint.spec
+    run = LayerRun(checkpoint, windows, ladder, seed, writer)
+    statistics, layers, start, x = run.resume()
+    with progress("experts", len(spec.moe_layers) * spec.num_experts) as advance:
+        for _ in range(len(layers) * spec.num_experts):
+            advance()
+        for layer in range(start, spec.num_layers):
+            x = run.layer(layer, x, statistics, layers, advance)
+    held_out = x[windows.train.numel() :].split(windows.held_out.shape[1])
+    return Original(held_out, run.decoder.logits), statistics, layers
 
 
-def make_windows(texts: Sequence[str], encode: Encode, max_context: int, tokens: int, seed: int) -> Windows:
-    """Cut texts into windows, the same number from each text as far as it has them, about `tokens` in all."""
-    ids = [encode(text) for text in texts]
-    available = sum(len(text) for text in ids)
-    if available < LEAST_TOKENS:
-        raise DymoeError(
-            f"calibration text has {available} tokens, at least {LEAST_TOKENS} are needed; give more with --calibration"
+class LayerRun:
+    """One pass of the calibration windows through the original model, resumable after each layer.
+
+    Hidden states [T, H] hold the tokens of the training windows first, then the held-out ones.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Windows, ladder: tuple[int, ...], seed: int, writer: BundleWriter
+    ) -> None:
+        self.spec = checkpoint.spec
+        self.decoder = Decoder(checkpoint.spec, CheckpointDense(checkpoint), self._experts)
+        self._checkpoint = checkpoint
+        self._ladder = ladder
+        self._seed = seed
+        self._writer = writer
+        self._ids = torch.cat([windows.train, windows.held_out])
+        self._train = len(windows.train)
+        self._layout = expert_layout(checkpoint.spec, ladder)
+        self._activation = ACTIVATIONS[checkpoint.spec.activation]
+        self._advance: Advance = lambda: None
+        self._routing: Routing | None = None
+        self._entry: LayerEntry | None = None
+        self._guess: torch.Tensor | None = None  # [T, k], made at the previous layer
+
+    def resume(self) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry], int, torch.Tensor]:
+        """Statistics, files, next layer and hidden states of an interrupted run, or of a fresh one."""
+        statistics: dict[int, LayerStatistics] = {}
+        layers: dict[int, LayerEntry] = {}
+        for layer in reversed(range(self.spec.num_layers)):
+            hidden = self._writer.load_state(f"hidden-{layer}")
+            if hidden is not None:
+                for done in self.spec.moe_layers:
+                    if done <= layer:
+                        statistics[done], layers[done] = self._load(done)
+                self._guess = hidden[0].get("guess")
+                return statistics, layers, layer + 1, hidden[0]["x"]
+        return statistics, layers, 0, self.decoder.dense.embed(self._ids.reshape(-1))
+
+    def layer(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        statistics: dict[int, LayerStatistics],
+        layers: dict[int, LayerEntry],
+        advance: Advance,
+    ) -> torch.Tensor:
+        """Hidden states after `layer`, whose experts are written and whose statistics are noted."""
+        self._advance = advance
+        attended = [self.decoder.attend(layer, window, None, True) for window in x.split(self._ids.shape[1])]
+        weights = torch.cat([weight for _, weight in attended if weight is not None])
+        x = self.decoder.feed_forward(layer, torch.cat([window for window, _ in attended]), weights)
+        if layer not in self.spec.dense_layers:
+            statistics[layer], layers[layer] = self._note(layer)
+        self._guess = self._next_guess(layer)
+        state = {"x": x} if self._guess is None else {"x": x, "guess": self._guess}
+        self._writer.save_state(f"hidden-{layer}", state, {})
+        self._writer.drop_state(f"hidden-{layer - 1}")
+        return x
+
+    def _experts(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The experts seam while compiling: computes in full precision, quantizes and writes each expert."""
+        y = torch.zeros_like(h)
+        records = (self._expert(ExpertKey(layer, e), h, routing, y) for e in range(self.spec.num_experts))
+        index = self.spec.moe_layers.index(layer)
+        self._entry = self._writer.write_layer(index, layer, self._layout, records, self.spec.num_experts)
+        self._routing = routing
+        return y
+
+    def _expert(self, key: ExpertKey, h: torch.Tensor, routing: Routing, y: torch.Tensor) -> np.ndarray:
+        """Add one expert's output to y; its record."""
+        weights = {name: matrix.float() for name, matrix in self._checkpoint.expert(key).items()}
+        tokens, ranks = (routing.experts == key.expert).nonzero(as_tuple=True)
+        x, gates = h[tokens], routing.gates[tokens, ranks, None]
+        middle = self._activation(x @ weights["gate"].T) * (x @ weights["up"].T)
+        y.index_add_(0, tokens, middle @ weights["down"].T * gates)
+        self._advance()
+        return pack_record(self._layout, quantize_expert(weights, self._ladder, _importance(x, middle, gates)))
+
+    def _note(self, layer: int) -> tuple[LayerStatistics, LayerEntry]:
+        assert self._routing is not None and self._entry is not None and self._routing.token_weights is not None
+        tokens = self._train * self._ids.shape[1]
+        routing = Routing(
+            self._routing.experts[:tokens],
+            self._routing.gates[:tokens],
+            self._routing.residual[:tokens],
+            self._routing.token_weights[:tokens],
         )
-    length = max(LEAST_WINDOW, min(WINDOW, max_context, available // (2 * HELD_OUT)))
-    length = min(length, max_context)
-    windows = _round_robin([_cut(text, length, seed) for text in ids], max(2 * HELD_OUT, tokens // length))
-    if len(windows) < 2:
-        raise DymoeError(
-            f"calibration text is too short: no {2 * length} tokens in one piece; give longer text with --calibration"
-        )
-    stacked = torch.stack(windows)
-    held = torch.arange(len(stacked)) % HELD_OUT == HELD_OUT - 1
-    held[-1] |= not held.any()
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return Windows(stacked[~held], stacked[held], digest)
+        guess = None if self._guess is None else self._guess[:tokens]
+        seen = layer_statistics(routing, self._train, self.spec.num_experts, guess, self._seed)
+        tensors = {name: value for name, value in vars(seen).items() if isinstance(value, torch.Tensor)}
+        values = {name: value for name, value in vars(seen).items() if not isinstance(value, torch.Tensor)}
+        self._writer.save_state(f"layer-{layer}", tensors, {"statistics": values, "entry": asdict(self._entry)})
+        return seen, self._entry
+
+    def _load(self, layer: int) -> tuple[LayerStatistics, LayerEntry]:
+        state = self._writer.load_state(f"layer-{layer}")
+        assert state is not None
+        tensors, values = state
+        entry = values["entry"]
+        entry["crc32"] = tuple(tuple(row) for row in entry["crc32"])
+        return LayerStatistics(**{**values["statistics"], **tensors}), LayerEntry(**entry)
+
+    def _next_guess(self, layer: int) -> torch.Tensor | None:
+        """What this layer's residual stream makes the next layer's router choose."""
+        if layer + 1 not in self.spec.moe_layers or layer in self.spec.dense_layers:
+            return None
+        assert self._routing is not None
+        return self.decoder.look_ahead(layer + 1, self._routing.residual)[0]
 
 
-def layer_statistics(routing: Routing, windows: int, experts: int, guess: torch.Tensor | None, seed: int) -> LayerStatistics:
+def layer_statistics(
+    routing: Routing, windows: int, experts: int, guess: torch.Tensor | None, seed: int
+) -> LayerStatistics:
     """Statistics of one layer from the routing of all training tokens, `windows` equal windows of them.
 
     `guess` [T, k] is what the previous layer expected this router to choose.
     """
-    tokens, k = routing.experts.shape
+    tokens = len(routing.experts)
     counts = torch.bincount(routing.experts.reshape(-1), minlength=experts)
     mass = torch.zeros(experts).index_add_(0, routing.experts.reshape(-1), routing.gates.reshape(-1))
     assert routing.token_weights is not None
@@ -107,47 +203,13 @@ def _per_window(experts: torch.Tensor, values: torch.Tensor, windows: int, size:
     return torch.zeros(windows * size).index_add_(0, where, values.reshape(-1)).view(windows, size)
 
 
+def _importance(x: torch.Tensor, middle: torch.Tensor, gates: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gate-weighted mean square of what multiplies each column; empty where too few tokens came by to tell."""
+    if len(x) < x.shape[1]:
+        return {}
+    into, inside = (gates * x.square()).mean(0), (gates * middle.square()).mean(0)
+    return {"gate": into, "up": into, "down": inside}
+
+
 def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
-
-
-def _cut(ids: list[int], length: int, seed: int) -> list[torch.Tensor]:
-    """Whole windows of a text, in an order that `seed` decides."""
-    windows = [torch.tensor(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return [windows[i] for i in order.tolist()]
-
-
-def _round_robin(groups: list[list[torch.Tensor]], count: int) -> list[torch.Tensor]:
-    """Up to `count` windows, one from each group in turn."""
-    turns = range(max((len(group) for group in groups), default=0))
-    return [group[turn] for turn in turns for group in groups if turn < len(group)][:count]
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; give calibration text with --calibration FILE") from error
-    except IsADirectoryError as error:
-        raise DymoeError(f"{path}: is a directory; give its text files with --calibration FILE") from error
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    if not text.strip():
-        raise DymoeError(f"{path}: calibration text is empty; give text with --calibration FILE")
-    return text
-
-
-def _read_jsonl(path: Path) -> str:
-    """The `text` fields of a JSONL file, joined by blank lines."""
-    texts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DymoeError(f"{path}: line {number} is not a JSON object with a 'text' field") from error
-        if not isinstance(texts[-1], str):
-            raise DymoeError(f"{path}: line {number}: 'text' is not a string")
-    return "\n\n".join(texts)

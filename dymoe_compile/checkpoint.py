@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,16 @@ class Checkpoint:
         """Matrices gate, up [I, H] and down [H, I] of one routed expert, in stored precision."""
         return {name: self._expert_matrix(key, name) for name in MATRICES}
 
-    def digest(self) -> Iterator[tuple[int, str]]:
-        """Yields (bytes hashed so far, "") and finally (all bytes, SHA-256 of configuration and weights)."""
-        sha, done = hashlib.sha256(), 0
+    def digest(self, advance: Callable[[], object], step: int) -> str:
+        """SHA-256 of configuration and weights; `advance` is called for each `step` bytes."""
+        sha = hashlib.sha256()
         for path in (self.directory / "config.json", *self._shards):
             sha.update(path.name.encode())
             with open(path, "rb") as file:
-                while block := file.read(1 << 24):
+                while block := file.read(step):
                     sha.update(block)
-                    done += len(block)
-                    yield done, ""
-        yield done, sha.hexdigest()
+                    advance()
+        return sha.hexdigest()
 
     def total_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._shards)
@@ -122,7 +121,10 @@ class Checkpoint:
             return
         for name, shard in _weight_map(index).items():
             if name not in self._tensors:
-                raise DymoeError(f"{self.directory / shard}: tensor {name} is missing, though {INDEX} names it there; download the shard again")
+                raise DymoeError(
+                    f"{self.directory / shard}: tensor {name} is missing, though {INDEX} names it there; "
+                    "download the shard again"
+                )
 
     def _check_tensors(self) -> None:
         for ours, shape in self.spec.tensor_shapes().items():

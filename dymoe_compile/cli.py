@@ -20,10 +20,19 @@ DEFAULT_PROFILE = "laptop-8gb"
 
 @click.command(cls=ManyValues)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle, by convention NAME.dymoe.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle, by convention NAME.dymoe."
+)
 @click.option("--profile", default=DEFAULT_PROFILE, show_default=True, help="Device: a shipped name or a .toml file.")
-@click.option("--calibration", multiple=True, metavar="FILE…", help="Plain text, or JSONL with a `text` field. Default: a shipped mix.")
-@click.option("--calibration-tokens", type=click.IntRange(256), default=16384, show_default=True, help="How much of it to use.")
+@click.option(
+    "--calibration",
+    multiple=True,
+    metavar="FILE…",
+    help="Plain text, or JSONL with a `text` field. Default: a shipped mix.",
+)
+@click.option(
+    "--calibration-tokens", type=click.IntRange(256), default=16384, show_default=True, help="How much of it to use."
+)
 @click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
 @click.option("--dense-bits", type=int, help="Bits of everything else: 4 to 8, or 16. Default: the profile's.")
 @click.option("--seed", type=int, default=0, show_default=True)

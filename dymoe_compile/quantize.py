@@ -43,7 +43,7 @@ def quantize_matrix(
     `importance` [cols] weighs the squared error of each column, as the mean square of the
     activation that multiplies it does; without it all columns count alike.
     """
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     blocks = blocks_of(cols)
     column_weights = _column_weights(importance, cols)
     chunk = max(1, CHUNK_WEIGHTS // (blocks * BLOCK))

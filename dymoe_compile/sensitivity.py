@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from dymoe_compile.progress import Advance
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Decoder, Routing
@@ -15,7 +16,6 @@ from dymoe_runtime.evaluate import Head, Score, score_window
 from dymoe_runtime.policy import Thresholds, TierRule, tiers_by_mass
 from dymoe_runtime.spec import ExpertKey
 
-Progress = Callable[[], object]
 # The thresholds of the layers so far; rules that agree on them share their hidden states.
 Prefix = tuple[Thresholds, ...]
 
@@ -59,8 +59,8 @@ class Measurer:
         self._decoder = Decoder(bundle.spec, BundleDense(bundle), self._no_experts)
 
     @torch.inference_mode()
-    def measure(self, rules: Sequence[TierRule], progress: Progress = lambda: None) -> list[Measurement]:
-        """One Measurement per rule; `progress` is called once a layer."""
+    def measure(self, rules: Sequence[TierRule], advance: Advance = lambda: None) -> list[Measurement]:
+        """One Measurement per rule; `advance` is called once a layer."""
         results = [Measurement() for _ in rules]
         states: dict[Prefix, list[torch.Tensor]] = {(): [self._decoder.dense.embed(ids) for ids in self._windows]}
         for layer in range(self._bundle.spec.num_layers):
@@ -68,7 +68,7 @@ class Measurer:
                 states = {prefix: self._dense_layer(layer, xs) for prefix, xs in states.items()}
             else:
                 states = self._moe_layer(layer, states, rules, results)
-            progress()
+            advance()
         for rule, result in zip(rules, results, strict=True):
             self._score(states[self._prefix(rule, self._bundle.spec.num_layers)], result.score)
         return results
@@ -92,7 +92,9 @@ class Measurer:
             if thresholds not in branch.tiers:
                 branch.tiers[thresholds] = tiers_by_mass(branch.routing.gates, thresholds, rule.ladder)
                 branch.outputs[thresholds] = torch.zeros_like(branch.h)
-            for tier, count in zip(*(t.tolist() for t in branch.tiers[thresholds].unique(return_counts=True)), strict=True):
+            for tier, count in zip(
+                *(t.tolist() for t in branch.tiers[thresholds].unique(return_counts=True)), strict=True
+            ):
                 result.used[tier] = result.used.get(tier, 0) + count
         for expert in range(self._bundle.spec.num_experts):
             self._run_expert(ExpertKey(layer, expert), list(branches.values()))

@@ -30,7 +30,7 @@ from dymoe_runtime.tiers import PAGE, RecordLayout, split_record
 
 
 class BundleWriter:
-    """Builds the bundle `path`. `identity` says what it is made from; a partial one of another identity is discarded."""
+    """Builds the bundle `path` from what `identity` describes; a partial one of another identity is discarded."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
@@ -63,9 +63,13 @@ class BundleWriter:
         for suffix in ("json", "safetensors"):
             (self._state / f"{name}.{suffix}").unlink(missing_ok=True)
 
-    def write_layer(self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int) -> LayerEntry:
+    def write_layer(
+        self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int
+    ) -> LayerEntry:
         """Write `count` records, experts in order, as one safetensors file whose data is page aligned."""
-        names = {record_name(ExpertKey(layer, e)): ("U8", (layout.record_bytes,), layout.record_bytes) for e in range(count)}
+        names = {
+            record_name(ExpertKey(layer, e)): ("U8", (layout.record_bytes,), layout.record_bytes) for e in range(count)
+        }
         header = header_bytes(names, PAGE)
         path = self.directory / layer_file(index)
         checksums = []
@@ -76,7 +80,9 @@ class BundleWriter:
                 checksums.append(tuple(zlib.crc32(segment) for segment in split_record(layout, record)))
         return LayerEntry(path.name, len(header), tuple(checksums))
 
-    def write_dense(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    def write_dense(
+        self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+    ) -> dict[str, int]:
         """Write dense.safetensors from `tensors` in the order of `shapes`; the checksum of each."""
         sizes = {
             name: (NAMES[dtype], shape, dtype.itemsize * int(np.prod(shape))) for name, (dtype, shape) in shapes.items()

@@ -40,7 +40,9 @@ class Arena:
     `moved(slot)` is called after a slot's memory was moved elsewhere in the arena.
     """
 
-    def __init__(self, sizes: Sequence[int], budget_bytes: int, moved: Callable[[Slot], None] = lambda slot: None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], budget_bytes: int, moved: Callable[[Slot], None] = lambda slot: None
+    ) -> None:
         self.sizes = tuple(sizes)
         self.chunk_bytes = chunk_bytes(sizes)
         self.chunks = budget_bytes // self.chunk_bytes

@@ -236,7 +236,9 @@ def _check_file(path: Path, entry: FileEntry) -> None:
     if path.stat().st_size != entry.nbytes:
         raise DymoeError(f"{path}: {path.stat().st_size} bytes of {entry.nbytes}; copy or compile the bundle again")
     if entry.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
-        raise DymoeError(f"{path}: does not match the manifest; it was edited or damaged, copy or compile the bundle again")
+        raise DymoeError(
+            f"{path}: does not match the manifest; it was edited or damaged, copy or compile the bundle again"
+        )
 
 
 def _layer_entry(entry: Mapping[str, Any], where: str) -> LayerEntry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,12 +29,22 @@ CHAT_CONTEXT = 4096
 @click.command(cls=ManyValues)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue.")
-@click.option("--prompt-file", type=click.Path(path_type=Path, allow_dash=True), help="Read the prompt from a file; - is stdin.")
-@click.option("--chat", is_flag=True, help="Converse by the model's chat template, a line a turn; with a prompt, answer once.")
+@click.option(
+    "--prompt-file", type=click.Path(path_type=Path, allow_dash=True), help="Read the prompt from a file; - is stdin."
+)
+@click.option(
+    "--chat", is_flag=True, help="Converse by the model's chat template, a line a turn; with a prompt, answer once."
+)
 @click.option("--system", help="System message for --chat.")
 @click.option("--eval", "eval_files", multiple=True, metavar="FILE…", help="Score texts, teacher-forced.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Bundle or checkpoint that --eval compares with.")
-@click.option("--eval-phase", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True, help="Rule that chooses tiers in --eval.")
+@click.option(
+    "--eval-phase",
+    type=click.Choice(["decode", "prefill"]),
+    default="decode",
+    show_default=True,
+    help="Rule that chooses tiers in --eval.",
+)
 @click.option("--bench", is_flag=True, help="Time random tokens.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Prompt of --bench.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decoded tokens of --bench.")
@@ -193,8 +202,7 @@ def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
         for line in _turns():
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode(tokenizer.chat(messages), add_special_tokens=False)
-            shared = min(len(os.path.commonprefix([seen, ids])), len(ids) - 1)
-            model.reset(min(shared, model.position))
+            model.reset(min(_shared(seen, ids), len(ids) - 1))
             text, _, timing = _stream(_generate(model, tokenizer, ids[model.position :], params, o))
             messages.append({"role": "assistant", "content": text})
             seen = ids
@@ -203,6 +211,11 @@ def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
                 click.echo(format_statistics(statistics), err=True)
     if o["as_json"]:
         print_json({"messages": messages, **statistics})
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the prefix that a and b have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _turns() -> Iterator[str]:
@@ -317,7 +330,8 @@ def format_statistics(s: dict[str, Any]) -> str:
             f"experts     {format_size(s['read_bytes'])} read, {format_size(s['read_bytes_per_token'])} per token, "
             f"hit rate {s['hit_rate']:.1%}, {s['evictions']} evictions, "
             f"{format_size(s['resident_bytes'])} resident of {format_size(s['arena_bytes'])}",
-            f"look-ahead  {ahead['reads']} reads, {format_size(ahead['bytes'])}: {ahead['hits']} used, {ahead['waste']} not",
+            f"look-ahead  {ahead['reads']} reads, {format_size(ahead['bytes'])}: "
+            f"{ahead['hits']} used, {ahead['waste']} not",
             f"speed       prompt {s['prompt_tokens']} tokens at {s['prompt_tokens_per_s']:.1f}/s, "
             f"first token after {s['ttft_s']:.2f} s, then {s['tokens_per_s']:.1f} tokens/s",
             f"memory      peak {format_size(s['peak_rss_bytes'])}, budget {format_size(s['memory_bytes'])}, "

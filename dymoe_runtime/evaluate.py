@@ -198,7 +198,9 @@ def _open_checkpoint(path: Path) -> Decoder:
     for entry in metadata.entry_points(group="dymoe.references"):
         decoder: Decoder = entry.load()(path)
         return decoder
-    raise DymoeError(f"{path}: not a bundle, and reading checkpoints needs dymoe_compile; install the whole dymoe package")
+    raise DymoeError(
+        f"{path}: not a bundle, and reading checkpoints needs dymoe_compile; install the whole dymoe package"
+    )
 
 
 def format_table(result: Mapping[str, Any]) -> str:

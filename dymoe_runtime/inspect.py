@@ -7,7 +7,7 @@ from typing import Any
 
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import format_size
-from dymoe_runtime.model import plan_budget
+from dymoe_runtime.model import PROCESS_BYTES, plan_budget
 
 # Context for which the least memory is told.
 CONTEXT = 512
@@ -39,7 +39,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             }
             for tier in layout.ladder
         ],
-        "floor_bytes": plan_budget(bundle, context).floor,
+        "floor_bytes": plan_budget(bundle, context, fixed=PROCESS_BYTES).floor,
         "floor_context": context,
         "points": [
             {

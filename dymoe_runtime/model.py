@@ -34,6 +34,8 @@ from dymoe_runtime.tiers import RecordLayout
 CHUNK = 256
 # What Python, torch and the allocator may still take after loading.
 RESERVE_BYTES = 64 << 20
+# What a run holds before it loads anything, where it cannot be measured: Python and torch.
+PROCESS_BYTES = 280 << 20
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
 
@@ -286,6 +288,5 @@ def _prior(bundle: Bundle) -> np.ndarray:
 def _ranks(bundle: Bundle) -> dict[int, int]:
     """How many ranks of each layer's guess are worth reading, from the measured recall."""
     return {
-        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall)
-        for layer in bundle.policy.layers
+        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall) for layer in bundle.policy.layers
     }

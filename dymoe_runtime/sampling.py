@@ -76,9 +76,7 @@ def check_logits(logits: torch.Tensor) -> None:
     top = float(logits.max())  # a single NaN makes the maximum NaN
     if not math.isfinite(top):
         kind = "NaN" if math.isnan(top) else "infinite"
-        raise DymoeError(
-            f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify"
-        )
+        raise DymoeError(f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify")
 
 
 def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

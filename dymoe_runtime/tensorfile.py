@@ -75,7 +75,9 @@ def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | N
     tensor = torch.empty(shape, dtype=dtype)
     nbytes = tensor.numel() * tensor.element_size()
     if index is None and nbytes != info.nbytes:
-        raise DymoeError(f"{path}: tensor {name} has {info.nbytes} bytes, its shape needs {nbytes}; copy the file again")
+        raise DymoeError(
+            f"{path}: tensor {name} has {info.nbytes} bytes, its shape needs {nbytes}; copy the file again"
+        )
     read_into(fd, path, start, memoryview(tensor.view(-1).view(torch.uint8).numpy()) if nbytes else memoryview(b""))
     return tensor
 
@@ -94,7 +96,7 @@ def read_into(fd: int, path: Path, offset: int, buffer: memoryview) -> None:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], align: int = 8) -> bytes:
-    """The start of a file holding `tensors` (name -> dtype, shape, bytes) in order; data begins at a multiple of `align`."""
+    """The start of a file with `tensors` (name -> dtype, shape, bytes) in order; data begins at a multiple of `align`."""
     entries, cursor = {}, 0
     for name, (dtype, shape, nbytes) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, cursor + nbytes]}

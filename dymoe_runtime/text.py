@@ -107,9 +107,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat_templates)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """Messages as the prompt that the model was trained on; encode it with add_special_tokens=False.
 
         `kwargs` reach the template, such as `tools` or `enable_thinking`. Raises DymoeError without a
@@ -122,9 +120,7 @@ class Tokenizer:
                 messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
         except Exception as error:  # a template is a program of the model's author: it can raise anything
-            raise DymoeError(
-                f"the chat template failed: {error}; change the messages or use --prompt"
-            ) from error
+            raise DymoeError(f"the chat template failed: {error}; change the messages or use --prompt") from error
 
     def _pick_chat_template(self, tools: bool) -> str:
         if not self._chat_templates:
@@ -169,9 +165,7 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return content
 
 
-def _special_tokens(
-    names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path
-) -> dict[str, str]:
+def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
     """Name → text. A token that is not in the vocabulary is an error where generation depends on it."""
     tokens = {}
     for name in SPECIAL_TOKENS:
@@ -273,9 +267,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own `tojson` escapes HTML, which a prompt must not."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=8)

@@ -84,7 +84,8 @@ def test_ends_at_eos_without_showing_it() -> None:
 
 def test_eos_ids_add_to_those_of_the_tokenizer() -> None:
     word = BYTE_LEVEL.encode("x")[0]
-    assert [t.id for t in run(script("ab", word, 9), eos_ids={word})][-1] == word
+    tokens = run(script("ab", word, 9), eos_ids={word})
+    assert (shown(tokens), tokens[-1]) == ("ab", Token(word, "", "stop"))
     assert shown(run(script("ab", EOS), eos_ids={word})) == "ab"
 
 

@@ -54,9 +54,7 @@ def our_scores(logits: torch.Tensor, history: list[int], params: SamplingParams)
     (0, 1.0, 0.1), (0, 1.0, 1.0),
     (20, 0.8, 0.05), (300, 0.95, 0.01), (7, 0.5, 0.0),
 ])  # fmt: skip
-def test_filters_equal_transformers(
-    top_k: int, top_p: float, min_p: float, penalty: float, ties: bool
-) -> None:
+def test_filters_equal_transformers(top_k: int, top_p: float, min_p: float, penalty: float, ties: bool) -> None:
     for seed in range(4):
         temperature = (0.3, 1, 1.7, 0.01)[seed]
         params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty=penalty)
@@ -65,9 +63,7 @@ def test_filters_equal_transformers(
         ours = our_scores(logits, history, params)
         expected = expected_scores(logits, history, params)
         # Which of equal scores top-p removes is left to torch's unstable sort there.
-        assert (
-            torch.equal(ours.sort().values, expected.sort().values) if ties else torch.equal(ours, expected)
-        )
+        assert torch.equal(ours.sort().values, expected.sort().values) if ties else torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -49,9 +49,7 @@ def fallback_backend() -> tokenizers.Tokenizer:
     merges = [("▁", "t"), ("h", "e"), ("▁", "▁"), ("q", "u"), ("▁", "a"), ("▁", "你")]
     pieces += [left + right for left, right in merges]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -306,9 +304,7 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
             single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
         )
         ours = Tokenizer.load(save(tmp_path, backend))
-        theirs = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "tokenizer.json"), **CONFIG
-        )
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **CONFIG)
         for line in [*LINES, "", "<|im_start|>user</s>"]:
             for special in (True, False):
                 ids = ours.encode(line, add_special_tokens=special)
@@ -331,9 +327,7 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
     ("special_tokens_map.json", b"x", "not valid JSON .*; copy it"),
     ("chat_template.jinja", b"\xff", "cannot be read .*; copy it"),
 ])  # fmt: skip
-def test_bad_files_are_named_with_the_remedy(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_bad_files_are_named_with_the_remedy(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = save(tmp_path) / name
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(DymoeError, match=f"^{path}: {message}"):
@@ -375,8 +369,7 @@ TEMPLATES = {
     "{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% endfor %}{{ ns.n }}{{ dict(a=1) }}",
-    "generation": "{% for m in messages %}\n  {% generation %}\n{{ m.content }}\n  {% endgeneration %}\n"
-    "{% endfor %}",
+    "generation": "{% for m in messages %}\n  {% generation %}\n{{ m.content }}\n  {% endgeneration %}\n{% endfor %}",
     "date": "{{ strftime_now('%Y') }}",
     "kwargs": "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}.{{ absent }}",
 }
@@ -384,9 +377,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("prompt", [True, False])
-@pytest.mark.parametrize(
-    "extra", [{}, {"enable_thinking": False, "tools": [{"name": "é", "type": "function"}]}]
-)
+@pytest.mark.parametrize("extra", [{}, {"enable_thinking": False, "tools": [{"name": "é", "type": "function"}]}])
 def test_chat_equals_transformers(name: str, prompt: bool, extra: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     ours = Tokenizer(byte_level_backend(), CONFIG, {"default": TEMPLATES[name]})
@@ -395,9 +386,7 @@ def test_chat_equals_transformers(name: str, prompt: bool, extra: dict[str, Any]
     )
     rendered = ours.chat(MESSAGES, add_generation_prompt=prompt, **extra)
     assert rendered
-    assert rendered == theirs.apply_chat_template(
-        MESSAGES, add_generation_prompt=prompt, tokenize=False, **extra
-    )
+    assert rendered == theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt, tokenize=False, **extra)
     assert ours.encode(rendered, add_special_tokens=False) == theirs.apply_chat_template(
         MESSAGES, add_generation_prompt=prompt, return_dict=False, **extra
     )

@@ -89,7 +89,9 @@ def common_spec(config: Config, **family: Any) -> ModelSpec:
         raise DymoeError(f"config.json: hidden_act '{activation}' is not supported; known are {', '.join(ACTIVATIONS)}")
     experts = config.integer("num_experts", "num_local_experts", "n_routed_experts", default=0, least=0)
     if experts == 0:
-        raise DymoeError("config.json: the model has no routed experts (num_experts is 0 or missing); DyMoE compiles MoE models only")
+        raise DymoeError(
+            "config.json: the model has no routed experts (num_experts is 0 or missing); DyMoE compiles MoE models only"
+        )
     spec = ModelSpec(
         model_type=config.get("model_type"),
         vocab_size=config.integer("vocab_size"),
@@ -179,7 +181,5 @@ def common_names(moe: str = "mlp", *other_moe: str) -> Names:
         name: tuple(f"{layer}{block}.experts.{{expert}}.{name}_proj.weight" for block in blocks)
         for name in ("gate", "up", "down")
     }
-    stacked = {
-        name: tuple(f"{layer}{block}.experts.{name}_proj" for block in blocks) for name in ("gate_up", "down")
-    }
+    stacked = {name: tuple(f"{layer}{block}.experts.{name}_proj" for block in blocks) for name in ("gate_up", "down")}
     return Names(dense, expert, stacked)

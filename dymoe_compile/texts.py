@@ -1,0 +1,101 @@
+"""Calibration texts, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dymoe_runtime.errors import DymoeError
+
+DEFAULT_TEXTS = Path(__file__).parent / "data"
+WINDOW = 512
+LEAST_WINDOW = 32
+LEAST_TOKENS = 8 * LEAST_WINDOW
+# One window in this many is held out: not used for statistics, only to measure quality.
+HELD_OUT = 5
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration tokens, int64 [n, W] each; `digest` is the SHA-256 of the texts."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    digest: str
+
+
+def load_texts(files: Sequence[str]) -> list[str]:
+    """The text of each file: plain text, or JSONL whose lines have a `text` field."""
+    paths = [Path(file) for file in files] or sorted(DEFAULT_TEXTS.glob("*.txt"))
+    return [_read_jsonl(path) if path.suffix in (".jsonl", ".json") else _read(path) for path in paths]
+
+
+def make_windows(texts: Sequence[str], encode: Encode, max_context: int, tokens: int, seed: int) -> Windows:
+    """Cut texts into windows, the same number from each text as far as it has them, about `tokens` in all."""
+    ids = [encode(text) for text in texts]
+    available = sum(len(text) for text in ids)
+    if available < LEAST_TOKENS:
+        raise DymoeError(
+            f"calibration text has {available} tokens, at least {LEAST_TOKENS} are needed; give more with --calibration"
+        )
+    length = max(LEAST_WINDOW, min(WINDOW, max_context, available // (2 * HELD_OUT)))
+    length = min(length, max_context)
+    windows = _round_robin([_cut(text, length, seed) for text in ids], max(2 * HELD_OUT, tokens // length))
+    if len(windows) < 2:
+        raise DymoeError(
+            f"calibration text is too short: no {2 * length} tokens in one piece; give longer text with --calibration"
+        )
+    stacked = torch.stack(windows)
+    held = torch.arange(len(stacked)) % HELD_OUT == HELD_OUT - 1
+    held[-1] |= not held.any()
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return Windows(stacked[~held], stacked[held], digest)
+
+
+def _cut(ids: list[int], length: int, seed: int) -> list[torch.Tensor]:
+    """Whole windows of a text, in an order that `seed` decides."""
+    windows = [torch.tensor(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return [windows[i] for i in order.tolist()]
+
+
+def _round_robin(groups: list[list[torch.Tensor]], count: int) -> list[torch.Tensor]:
+    """Up to `count` windows, one from each group in turn."""
+    turns = range(max((len(group) for group in groups), default=0))
+    return [group[turn] for turn in turns for group in groups if turn < len(group)][:count]
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DymoeError(f"{path}: no such file; give calibration text with --calibration FILE") from error
+    except IsADirectoryError as error:
+        raise DymoeError(f"{path}: is a directory; give its text files with --calibration FILE") from error
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    if not text.strip():
+        raise DymoeError(f"{path}: calibration text is empty; give text with --calibration FILE")
+    return text
+
+
+def _read_jsonl(path: Path) -> str:
+    """The `text` fields of a JSONL file, joined by blank lines."""
+    texts = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DymoeError(f"{path}: line {number} is not a JSON object with a 'text' field") from error
+        if not isinstance(texts[-1], str):
+            raise DymoeError(f"{path}: line {number}: 'text' is not a string")
+    return "\n\n".join(texts)
