@@ -96,7 +96,7 @@ def read_into(fd: int, path: Path, offset: int, buffer: memoryview) -> None:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], align: int = 8) -> bytes:
-    """The start of a file with `tensors` (name -> dtype, shape, bytes) in order; data begins at a multiple of `align`."""
+    """The start of a file with `tensors` (name -> dtype, shape, bytes) in order; data starts `align`ed."""
     entries, cursor = {}, 0
     for name, (dtype, shape, nbytes) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [cursor, cursor + nbytes]}

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
+
+# isort: split
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+from dymoe_compile.cli import main as compile_command
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.cli import bundle as bundle_command
+from dymoe_runtime.cli import run as run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "model"
 
+assert dymoe_runtime.__version__
 torch.set_num_threads(2)
 
 
@@ -58,3 +73,111 @@ def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module
             else:
                 parameter.normal_(0, 0.3 if "experts" in name or "gate" in name else 0.15)
     return model
+
+
+def save_tiny(directory: Path, family: str, seed: int = 0, tokenizer: bool = True, **changes: object) -> Path:
+    """Save a tiny random checkpoint of `family` with a byte tokenizer of its vocabulary."""
+    tiny_model(family, seed, **{"vocab_size": 256, **changes}).save_pretrained(directory)
+    if tokenizer:
+        save_byte_tokenizer(directory)
+    return directory
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """A tokenizer whose tokens are the 256 bytes; token 0 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": alphabet[0]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The object on the last line of stdout."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+def invoke(command: Any, args: Sequence[object], stdin: str | None = None) -> Outcome:
+    """Run a command in this process; a traceback fails the test."""
+    result = CliRunner().invoke(command, [str(arg) for arg in args], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def compile_cli(*args: object) -> Outcome:
+    return invoke(compile_command, args)
+
+
+def run_cli(*args: object, stdin: str | None = None) -> Outcome:
+    return invoke(run_command, args, stdin)
+
+
+def bundle_cli(*args: object) -> Outcome:
+    return invoke(bundle_command, args)
+
+
+def assert_one_sentence(outcome: Outcome, *words: str, code: int = 1) -> None:
+    """The command failed with `code` and one line on stderr that has all `words`."""
+    assert outcome.code == code, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="session")
+def shipped_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, compiled with the defaults. Read only."""
+    path = tmp_path_factory.mktemp("shipped") / "demo.dymoe"
+    outcome = compile_cli(MODEL, "-o", path)
+    assert outcome.code == 0, outcome.err
+    return path
+
+
+@pytest.fixture(scope="session")
+def shipped(shipped_path: Path) -> Bundle:
+    return Bundle.open(shipped_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE checkpoint. Read only."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text just long enough to compile tiny models with quickly."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((EXAMPLES / "calibration" / "wiki.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, compiled. Read only."""
+    path = tmp_path_factory.mktemp("tiny-bundle") / "tiny.dymoe"
+    outcome = compile_cli(tiny_checkpoint, "-o", path, "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    return path
+
+
+@pytest.fixture
+def damaged(tiny_path: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may harm."""
+    return Path(shutil.copytree(tiny_path, tmp_path / "damaged.dymoe"))

@@ -175,9 +175,11 @@ def test_the_ends_of_a_layer_are_the_uniform_rules() -> None:
 
 def test_experts_that_were_not_active_do_not_count() -> None:
     importance, energy = routed()
-    padded = [torch.cat([t, torch.zeros(300, 3)], dim=1) for t in (importance, energy)]
+    none = torch.zeros(300, 3)
     sensitivity = {2: 0.1, 3: 0.03, 4: 0.0}
-    got = layer_choices(*padded, sensitivity, (2, 3, 4))
+    got = layer_choices(
+        torch.cat([importance, none], dim=1), torch.cat([energy, none], dim=1), sensitivity, (2, 3, 4)
+    )
     expected = layer_choices(importance, energy, sensitivity, (2, 3, 4))
     assert [c.bits for c in got] == pytest.approx([c.bits for c in expected])
     assert [c.cost for c in got] == pytest.approx([c.cost for c in expected])

@@ -187,13 +187,13 @@ def test_an_unknown_profile_is_answered_with_those_shipped() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DymoeError, match="absent.toml: no such profile"):
+    with pytest.raises(DymoeError, match=r"absent\.toml: no such profile"):
         load_profile(str(tmp_path / "absent.toml"))
 
 
 def test_a_folder_in_place_of_a_profile_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(DymoeError, match="folder.toml"):
+    with pytest.raises(DymoeError, match=r"folder\.toml"):
         load_profile(str(tmp_path / "folder.toml"))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,15 @@ from dymoe_runtime.tiers import (
 )
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (2,), (3, 5), (2, 6)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices are small here; threads that wait for each other take longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def gaussian(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -70,16 +82,23 @@ def test_the_error_falls_with_the_tier(ladder: tuple[int, ...], cols: int) -> No
     weight = gaussian(64, cols)
     errors = [error(weight, ladder, tier).sum().item() for tier in ladder]
     # A single column has blocks of one weight, which every tier can represent; then rounding of steps decides.
-    assert all(low > high for low, high in zip(errors, errors[1:], strict=False)) or cols == 1
+    assert all(low > high for low, high in itertools.pairwise(errors)) or cols == 1
     # The relative error of a Gaussian falls to about a third with every bit.
-    assert all(e / weight.square().sum().item() < 0.16 * 3.0 ** -(tier - 2) for e, tier in zip(errors, ladder))
+    total = weight.square().sum().item()
+    assert all(e < 0.16 * total * 3.0 ** -(tier - 2) for e, tier in zip(errors, ladder, strict=True))
 
 
 @pytest.mark.parametrize(
     ("ladder", "tier", "factor"),
     # Measured 1.095, 1.032, 1.038; 1.18, 1.042, 1.001 where the top is not clipped for the sake of the lower tiers.
-    [((2, 3, 4), 2, 1.12), ((2, 3, 4), 3, 1.05), ((2, 3, 4), 4, 1.05)]
-    + [((2, 3, 4, 8), 2, 1.22), ((2, 3, 4, 8), 4, 1.06), ((2, 3, 4, 8), 8, 1.01)],
+    [
+        ((2, 3, 4), 2, 1.12),
+        ((2, 3, 4), 3, 1.05),
+        ((2, 3, 4), 4, 1.05),
+        ((2, 3, 4, 8), 2, 1.22),
+        ((2, 3, 4, 8), 4, 1.06),
+        ((2, 3, 4, 8), 8, 1.01),
+    ],
 )
 def test_nesting_costs_little_against_quantizing_a_tier_alone(
     ladder: tuple[int, ...], tier: int, factor: float
@@ -87,6 +106,21 @@ def test_nesting_costs_little_against_quantizing_a_tier_alone(
     weight = gaussian(256, 512)
     alone = error(weight, (tier,), tier).sum()
     assert alone * 0.99 <= error(weight, ladder, tier).sum() <= alone * factor
+
+
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 3, 4, 8), (2, 6)], ids=str)
+def test_the_scales_of_lower_tiers_are_fitted_to_the_codes_they_inherit(ladder: tuple[int, ...]) -> None:
+    """Within half a step of the least-squares scale."""
+    weight = gaussian(30, 128)
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.5
+    matrix = quantize_matrix(weight, ladder, importance)
+    q, w = importance.view(-1, BLOCK), weight.view(30, -1, BLOCK)
+    for tier in ladder[:-1]:
+        shift = ladder[-1] - tier
+        levels = torch.from_numpy(matrix.codes >> shift).float().view(30, -1, BLOCK) - (2**tier - 1) / 2
+        fitted = (q * levels * w).sum(-1) / (q * levels * levels).sum(-1)
+        steps = fitted / (matrix.multiplier.float()[:, None] * 2**shift)
+        assert ((torch.from_numpy(matrix.steps[tier]) - steps.clamp(1, 255)).abs() <= 0.5001).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -172,7 +206,7 @@ def test_rows_do_not_influence_each_other(ladder: tuple[int, ...]) -> None:
 def test_rows_of_any_size_are_quantized_equally_well() -> None:
     weight = gaussian(12, 150)
     scale = torch.logspace(-12, 12, 12)[:, None]
-    for tier, bound in ((2, 0.2), (3, 0.06), (4, 0.015)):
+    for tier, bound in ((2, 0.2), (3, 0.06), (4, 0.02)):
         relative = error(weight * scale, (2, 3, 4), tier).sum(1) / (weight * scale).square().sum(1)
         assert relative.max() < bound
 
@@ -280,14 +314,10 @@ def test_chunks_of_rows_do_not_change_the_result(ladder: tuple[int, ...], monkey
 
 def test_quantizing_twice_gives_the_same_with_any_number_of_threads() -> None:
     weight = gaussian(64, 300)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = quantize_matrix(weight, (2, 3, 4))
-        torch.set_num_threads(2)
-        assert_same(quantize_matrix(weight, (2, 3, 4)), expected)
-    finally:
+    expected = quantize_matrix(weight, (2, 3, 4))
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
+        assert_same(quantize_matrix(weight, (2, 3, 4)), expected)
 
 
 def test_an_expert_is_quantized_matrix_by_matrix() -> None:

@@ -1,0 +1,340 @@
+"""Compiling: bundles of every family and shape, reproducible, resumable, never half there."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from safetensors import safe_open
+
+from dymoe_compile.families import supported
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import PAGE, dequantize, unpack_codes
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+
+
+@pytest.mark.parametrize("family", supported())
+def test_every_family_compiles_and_runs(family: str, tmp_path: Path, calibration_text: Path) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    bundle = tmp_path / "out.dymoe"
+    assert compile_cli(model, "-o", bundle, "--calibration", calibration_text).code == 0
+    assert bundle_cli("verify", bundle).code == 0
+    outcome = run_cli(bundle, "--prompt", "Hello there", "--max-tokens", 4, "--ignore-eos", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["new_tokens"] == 3
+
+
+ODD_SHAPES = [
+    ("qwen3_moe", {"mlp_only_layers": [0], "tie_word_embeddings": True}, "2,3,4"),
+    ("qwen3_moe", {"hidden_size": 72, "moe_intermediate_size": 130, "attention_bias": True}, "2,4"),
+    ("olmoe", {"hidden_size": 64, "num_experts": 9, "num_experts_per_tok": 9}, "3"),
+    ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 48}, "2,3,4,8"),
+    ("mixtral", {"num_hidden_layers": 1, "intermediate_size": 8}, "3,5"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "tiers"), ODD_SHAPES)
+def test_odd_shapes_and_ladders(family: str, changes: dict, tiers: str, tmp_path: Path, calibration_text: Path) -> None:
+    model = save_tiny(tmp_path / "model", family, **changes)
+    bundle = tmp_path / "out.dymoe"
+    outcome = compile_cli(model, "-o", bundle, "--tiers", tiers, "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    assert_codes_nest(Bundle.open(bundle))
+    for extra in ([], ["--no-dynamic"], ["--arena", "1MB"], ["--tiers", tiers[-1]]):
+        outcome = run_cli(bundle, "--prompt", "Some text to go on from.", "--max-tokens", 6, "--ignore-eos", *extra)
+        assert outcome.code == 0, outcome.err
+
+
+def assert_codes_nest(bundle: Bundle) -> None:
+    """The codes of every tier of every record are the top bits of its highest tier's."""
+    top = bundle.layout.ladder[-1]
+    for layer in bundle.spec.moe_layers:
+        for expert in range(bundle.spec.num_experts):
+            segments = [segment.numpy() for segment in bundle.read_record(ExpertKey(layer, expert))]
+            for where in bundle.layout.matrices.values():
+                codes = unpack_codes(segments, where, top)
+                for tier in bundle.layout.ladder:
+                    prefix = segments[: bundle.layout.segments_of(tier)]
+                    assert np.array_equal(unpack_codes(prefix, where, tier), codes >> (top - tier))
+
+
+def test_codes_nest_in_the_shipped_bundle(shipped: Bundle) -> None:
+    assert_codes_nest(shipped)
+
+
+def test_records_hold_the_weights(shipped: Bundle) -> None:
+    """Each tier of a record is nearer to the original weights than the tier below."""
+    from conftest import MODEL
+
+    from dymoe_compile.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(MODEL)
+    for key in (ExpertKey(0, 0), ExpertKey(3, 7), ExpertKey(5, 15)):
+        original = checkpoint.expert(key)
+        segments = [segment.numpy() for segment in shipped.read_record(key)]
+        for name, where in shipped.layout.matrices.items():
+            weight = original[name].float()
+            errors = [
+                ((dequantize(segments, where, t) - weight).square().sum() / weight.square().sum()).item()
+                for t in (2, 3, 4)
+            ]
+            assert errors[0] < 0.2 and errors[1] < 0.06 and errors[2] < 0.016, errors
+
+
+def test_record_files_are_page_aligned_safetensors(shipped: Bundle) -> None:
+    for layer, entry in shipped.manifest.layers.items():
+        path = shipped.path / entry.file
+        assert entry.data_start % PAGE == 0 and shipped.layout.record_bytes % PAGE == 0
+        with safe_open(path, framework="pt") as file:
+            assert len(file.keys()) == shipped.spec.num_experts
+            record = file.get_tensor(f"experts.{layer}.3")
+        segments = shipped.read_record(ExpertKey(layer, 3))
+        assert record.dtype == torch.uint8
+        assert torch.equal(record, torch.cat(segments))
+
+
+def test_one_direct_read_brings_a_record_prefix(shipped: Bundle) -> None:
+    import mmap
+
+    key = ExpertKey(2, 5)
+    path, offset = shipped.record_span(key)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    try:
+        for tier in shipped.layout.ladder:
+            buffer = mmap.mmap(-1, shipped.layout.prefix_bytes(tier))
+            try:
+                count = os.preadv(fd, [buffer], offset)
+            except OSError as error:
+                pytest.skip(f"the file system of {path} refuses O_DIRECT: {error}")
+            assert count == len(buffer)
+            expected = torch.cat(shipped.read_record(key)[: shipped.layout.segments_of(tier)])
+            assert bytes(buffer) == expected.numpy().tobytes()
+    finally:
+        os.close(fd)
+
+
+def test_the_same_input_gives_the_same_bytes(
+    tiny_checkpoint: Path, tiny_path: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.dymoe"
+    assert compile_cli(tiny_checkpoint, "-o", again, "--calibration", calibration_text).code == 0
+    assert same_files(tiny_path, again)
+
+
+def test_what_is_up_to_date_is_left_alone(tiny_checkpoint: Path, damaged: Path, calibration_text: Path) -> None:
+    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text)
+    before = (damaged / "manifest.json").stat().st_ino
+    assert "up to date" in compile_cli(*args).out
+    assert (damaged / "manifest.json").stat().st_ino == before
+    assert compile_cli(*args, "--fresh", "--json").json["changed"]
+    assert (damaged / "manifest.json").stat().st_ino != before
+
+
+@pytest.mark.parametrize("change", [("--seed", 1), ("--tiers", "2,4"), ("--dense-bits", 6)])
+def test_a_change_of_options_recompiles(
+    change: tuple, tiny_checkpoint: Path, damaged: Path, calibration_text: Path
+) -> None:
+    outcome = compile_cli(tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, *change, "--json")
+    assert outcome.code == 0 and outcome.json["changed"]
+    assert bundle_cli("verify", damaged).code == 0
+
+
+def test_a_damaged_bundle_is_compiled_again(tiny_checkpoint: Path, damaged: Path, calibration_text: Path) -> None:
+    (damaged / "policy.json").write_text("{}")
+    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, "--json")
+    assert compile_cli(*args).json["changed"]
+    assert bundle_cli("verify", damaged).code == 0
+
+
+def test_a_kill_leaves_no_bundle_and_the_next_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, calibration_text: Path
+) -> None:
+    """SIGKILL as soon as each layer's file is there; what is resumed equals what was never interrupted."""
+    model = save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=4, moe_intermediate_size=264)
+    whole, killed = tmp_path / "whole.dymoe", tmp_path / "killed.dymoe"
+    args = ["--calibration", str(calibration_text), "--jobs", "1"]
+    assert compile_cli(model, "-o", whole, *args).code == 0
+    partial = tmp_path / ".killed.dymoe.partial"
+    kills = 0
+    for layer in range(3):
+        command = [sys.executable, "-m", "dymoe_compile", str(model), "-o", str(killed), *args]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (partial / "state" / f"hidden-{layer}.json").exists():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        kills += process.wait(timeout=120) == -signal.SIGKILL
+        if not killed.exists():
+            assert not list(tmp_path.glob("**/.killed.dymoe.partial/**/manifest.json"))
+            assert_one_sentence(run_cli(killed, "--prompt", "x"), "no such bundle")
+    assert kills >= 2
+    assert compile_cli(model, "-o", killed, *args).code == 0
+    assert same_files(whole, killed)
+    assert not partial.exists()
+
+
+def test_the_old_bundle_stays_until_the_new_one_is_whole(
+    tiny_checkpoint: Path, damaged: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dymoe_compile.compile.fit_policy", interrupt)
+    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, "--seed", 3)
+    outcome = compile_cli(*args)
+    assert outcome.code == 130 and "Traceback" not in outcome.err
+    assert bundle_cli("verify", damaged).code == 0
+    assert Bundle.open(damaged).manifest.provenance["seed"] == 0
+
+
+def test_something_else_at_the_output_is_not_touched(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    assert_one_sentence(compile_cli(tiny_checkpoint, "-o", tmp_path / "precious"), "precious", "not a bundle")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_quality_gate_that_is_not_met_exits_with_3(
+    tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    assert_one_sentence(compile_cli(*args, "--max-kl", 1e-9), "KL", "1e-09", code=3)
+    assert not (tmp_path / "out.dymoe").exists()
+    assert compile_cli(*args, "--max-kl", 10).code == 0
+
+
+def test_a_device_that_cannot_hold_the_bundle_exits_with_4(
+    tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "watch.toml"
+    profile.write_text(
+        'name = "watch"\nladder = [2, 4]\ndense_bits = 8\nmemory = "64MiB"\ndisk_bandwidth = "1MB/s"\nthreads = 1\n'
+    )
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, "--profile", profile)
+    assert_one_sentence(compile_cli(*args), "watch", "64.0 MiB", code=4)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, tiny_checkpoint: Path, calibration_text: Path) -> None:
+    """A file system of 512 KiB; mounting one takes root."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        args = (tiny_checkpoint, "-o", place / "out.dymoe", "--calibration", calibration_text)
+        assert_one_sentence(compile_cli(*args), "disk is full", "-o")
+        assert not (place / "out.dymoe").exists()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_on_the_way_loses_nothing(
+    tmp_path: Path, tiny_checkpoint: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses a write after the room looked sufficient; the next run goes on."""
+    from dymoe_compile import writer
+
+    flush, calls = os.fsync, []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 9:
+            raise OSError(28, "No space left on device")
+        flush(fd)
+
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "fsync", full)
+        assert_one_sentence(compile_cli(*args), "disk is full", "free space")
+    assert not (tmp_path / "out.dymoe").exists()
+    assert compile_cli(*args).code == 0
+    assert bundle_cli("verify", tmp_path / "out.dymoe").code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        ("", "empty.txt", ("empty.txt", "empty")),
+        ("too short", "short.txt", ("tokens", "--calibration")),
+        ('{"no": "text"}\n', "bad.jsonl", ("bad.jsonl", "line 1", "text")),
+        ("not json\n", "bad.jsonl", ("bad.jsonl", "line 1")),
+        ('{"text": 5}\n', "bad.jsonl", ("bad.jsonl", "line 1")),
+        (None, "missing.txt", ("missing.txt", "no such file")),
+    ],
+)
+def test_bad_calibration_text_gets_one_sentence(
+    content: str | None, name: str, words: tuple[str, ...], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    assert_one_sentence(compile_cli(tiny_checkpoint, "-o", tmp_path / "o.dymoe", "--calibration", path), *words)
+
+
+def test_calibration_takes_several_files_and_jsonl(
+    tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": part}) for part in calibration_text.read_text(encoding="utf-8").split(".")]
+    jsonl = tmp_path / "text.jsonl"
+    jsonl.write_text("\n".join(lines))
+    outcome = compile_cli(
+        tiny_checkpoint,
+        "-o",
+        tmp_path / "o.dymoe",
+        "--calibration",
+        calibration_text,
+        jsonl,
+        "--tiers",
+        "2,4",
+        "--json",
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["provenance"]["ladder"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tiers", "4,2"), ("--tiers", "4,2")),
+        (("--tiers", "1,2"), ("--tiers",)),
+        (("--tiers", "four"), ("--tiers", "four")),
+        (("--dense-bits", 3), ("--dense-bits",)),
+        (("--profile", "toaster"), ("toaster", "laptop-8gb")),
+    ],
+)
+def test_bad_options_get_one_sentence(flags: tuple, words: tuple, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert_one_sentence(compile_cli(tiny_checkpoint, "-o", tmp_path / "o.dymoe", *flags), *words)
+
+
+def test_an_unknown_flag_is_a_usage_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert compile_cli(tiny_checkpoint, "-o", tmp_path / "o.dymoe", "--frobnicate").code == 2
+    assert compile_cli(tiny_checkpoint).code == 2
+
+
+def test_only_one_compiler_writes_a_bundle(tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path) -> None:
+    from dymoe_compile.writer import BundleWriter
+
+    writer = BundleWriter(tmp_path / "o.dymoe", {})
+    try:
+        args = (tiny_checkpoint, "-o", tmp_path / "o.dymoe", "--calibration", calibration_text)
+        assert_one_sentence(compile_cli(*args), "another dymoe-compile")
+    finally:
+        writer.close()

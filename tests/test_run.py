@@ -1,0 +1,342 @@
+"""Running bundles: the command's contract, its mechanisms, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, MODEL, assert_one_sentence, bundle_cli, run_cli, save_tiny
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.store import least_arena_bytes
+
+PROMPT = "The river flows through the town of"
+BENCH_KEYS = {
+    "ttft_s",
+    "tpot_s",
+    "prompt_tokens_per_s",
+    "tokens_per_s",
+    "read_bytes",
+    "read_bytes_per_token",
+    "hit_rate",
+    "bits_mean",
+    "peak_rss_bytes",
+}
+
+
+def answer(bundle: Path, *args: object, prompt: str = PROMPT, tokens: int = 24) -> dict:
+    outcome = run_cli(bundle, "--prompt", prompt, "--max-tokens", tokens, "--ignore-eos", "--json", *args)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(outcome.json["text"])
+    return outcome.json
+
+
+def test_a_prompt_comes_as_a_flag_a_file_or_stdin(shipped_path: Path, tmp_path: Path) -> None:
+    expected = answer(shipped_path)["text"]
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    tail = ("--max-tokens", 24, "--ignore-eos", "--json")
+    assert run_cli(shipped_path, "--prompt-file", tmp_path / "prompt.txt", *tail).json["text"] == expected
+    assert run_cli(shipped_path, *tail, stdin=PROMPT).json["text"] == expected
+    assert run_cli(shipped_path, "--prompt-file", "-", *tail, stdin=PROMPT).json["text"] == expected
+
+
+def test_bench_gives_the_keys_of_the_contract(tiny_path: Path) -> None:
+    outcome = run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5, "--json")
+    assert set(outcome.json) >= BENCH_KEYS
+    assert outcome.json["prompt_tokens"] == 9 and outcome.json["new_tokens"] == 5
+    assert "bits per active expert" in run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5).out
+
+
+def test_sampling_is_reproducible_by_its_seed(shipped_path: Path) -> None:
+    texts = [answer(shipped_path, "--temperature", 1, "--top-p", 0.9, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_string_ends_the_text_before_it(shipped_path: Path) -> None:
+    whole = answer(shipped_path)["text"]
+    stop = whole[10:14]
+    result = answer(shipped_path, "--stop", stop)
+    assert result["text"] == whole[: whole.index(stop)] and result["finish"] == "stop"
+
+
+def test_max_tokens_and_a_full_context_end_with_length(tmp_path: Path, tiny_path: Path) -> None:
+    assert answer(tiny_path, tokens=3)["finish"] == "length"
+    result = answer(tiny_path, "--context", 40, tokens=100)
+    assert result["finish"] == "length" and result["prompt_tokens"] + result["new_tokens"] <= 40
+
+
+def test_chat_answers_by_the_template(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--chat", "--prompt", "Hello", "--max-tokens", 5, "--json")
+    assert outcome.code == 0 and outcome.json["prompt_tokens"] >= 5
+    outcome = run_cli(shipped_path, "--chat", "--max-tokens", 5, "--json", stdin="Hello\nAnd again\n")
+    assert outcome.code == 0, outcome.err
+    roles = [message["role"] for message in outcome.json["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+
+
+def test_a_second_turn_goes_on_as_if_it_were_one_prompt(shipped_path: Path) -> None:
+    """What the KV cache keeps of the first turn changes nothing."""
+    args = ("--chat", "--max-tokens", 6, "--tiers", 4, "--json")
+    turns = run_cli(shipped_path, *args, stdin="Tell me\nAnd more\n").json["messages"]
+    template = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns[:3])
+    prompt = template + "<|im_start|>assistant\n"
+    again = run_cli(shipped_path, "--prompt", prompt, "--max-tokens", 6, "--tiers", 4, "--json").json["text"]
+    assert again == turns[3]["content"]
+
+
+# --- the three mechanisms ---
+
+
+def test_importance_decides_bits_and_can_be_switched_off(shipped_path: Path) -> None:
+    mixed = answer(shipped_path, "--point", 3)
+    assert set(mixed["tier_shares"]) == {"2", "3", "4"} and 2.7 < mixed["bits_mean"] < 3.3
+    uniform = answer(shipped_path, "--point", 3, "--no-dynamic")
+    assert uniform["tier_shares"] == {"3": 1.0}
+
+
+def test_depth_decides_bits_and_can_be_switched_off(shipped: Bundle) -> None:
+    point = next(p for p in shipped.policy.points if p.kind == "mixed" and p.bits_mean > 2.6)
+    assert len(set(point.decode)) > 1
+    with_depth = answer(shipped.path, "--point", point.name)
+    without = answer(shipped.path, "--point", point.name, "--no-depth")
+    assert with_depth["tier_shares"] != without["tier_shares"]
+
+
+def test_look_ahead_turns_misses_into_hits_and_can_be_switched_off(shipped: Bundle) -> None:
+    arena = int(shipped.expert_bytes() * 0.4)
+    ahead = answer(shipped.path, "--arena", arena)
+    plain = answer(shipped.path, "--arena", arena, "--no-look-ahead")
+    assert ahead["text"] == plain["text"]
+    assert plain["look_ahead"] == {"reads": 0, "bytes": 0, "hits": 0, "waste": 0}
+    assert ahead["look_ahead"]["hits"] > 10
+    assert ahead["look_ahead"]["reads"] == ahead["look_ahead"]["hits"] + ahead["look_ahead"]["waste"]
+
+
+def test_statistics_name_each_mechanism(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, "--stats")
+    for word in ("bits per active expert", "read", "hit rate", "look-ahead", "tokens/s", "peak", "least that works"):
+        assert word in outcome.err
+
+
+@pytest.mark.parametrize("point", ["auto", "2", "3.0", "4"])
+def test_points_are_taken_by_their_bits(shipped: Bundle, point: str) -> None:
+    result = answer(shipped.path, "--point", point, tokens=4)
+    if point != "auto":
+        chosen = shipped.policy.point(result["point"])
+        assert abs(chosen.bits_mean - float(point)) < 0.13
+        assert all(p.kl >= chosen.kl for p in shipped.policy.points if abs(p.bits_mean - chosen.bits_mean) < 1e-9)
+
+
+def test_auto_takes_fewer_bits_where_memory_is_short(shipped: Bundle) -> None:
+    bits = [
+        answer(shipped.path, "--point", "auto", "--arena", int(shipped.expert_bytes() * share), tokens=4)["bits_mean"]
+        for share in (0.3, 1.2)
+    ]
+    assert bits[0] < 2.5 < 3.5 < bits[1]
+
+
+@pytest.mark.parametrize("tier", [2, 3, 4])
+def test_a_tier_can_be_forced(shipped_path: Path, tier: int) -> None:
+    assert answer(shipped_path, "--tiers", tier, tokens=4)["tier_shares"] == {str(tier): 1.0}
+
+
+# --- the budget ---
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "def main():\n    " * 40])
+def test_every_budget_gives_the_same_tokens(shipped: Bundle, prompt: str) -> None:
+    """Tiers depend on routing only, so memory decides speed and nothing else. The arena never outgrows its share."""
+    least = least_arena_bytes(shipped.layout)
+    texts = set()
+    for share in (0.0, 0.25, 0.4, 0.6, 1.0):
+        arena = least + int(shipped.expert_bytes() * share)
+        for flags in ((), ("--no-look-ahead",), ("--threads", 1)):
+            result = answer(shipped.path, "--arena", arena, *flags, prompt=prompt)
+            assert result["resident_bytes"] <= result["arena_bytes"] <= arena
+            texts.add(result["text"])
+    assert len(texts) == 1
+
+
+def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
+    shares = (0.1, 0.3, 0.6, 1.2)
+    read = [answer(shipped.path, "--arena", int(shipped.expert_bytes() * share))["read_bytes"] for share in shares]
+    assert read == sorted(read, reverse=True) and read[-1] <= shipped.expert_bytes()
+
+
+def test_too_small_a_budget_names_the_least_that_works(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, "--memory", "10MiB")
+    assert_one_sentence(outcome, "10.0 MiB", "least that works", "--memory")
+
+
+# --- what is refused ---
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def newer(directory: Path) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+
+
+FILES = ("policy.json", "tokenizer.json", "dense.safetensors", "experts-00001.safetensors", "manifest.json")
+BAD_BUNDLES: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
+    ("newer version", newer, ("manifest.json", "version 99", "upgrade")),
+    ("flipped byte in the policy", lambda d: flip(d / "policy.json", 200), ("policy.json",)),
+    ("flipped byte in the manifest", lambda d: flip(d / "manifest.json", 900), ("manifest.json",)),
+    ("flipped first byte of the manifest", lambda d: flip(d / "manifest.json", 0), ("manifest.json",)),
+    ("flipped byte in the tokenizer", lambda d: flip(d / "tokenizer.json", 50), ("tokenizer.json",)),
+    ("short records", lambda d: (d / "experts-00001.safetensors").write_bytes(b"x" * 5000), ("experts-00001",)),
+    ("empty manifest", lambda d: (d / "manifest.json").write_bytes(b""), ("manifest.json",)),
+    ("binary manifest", lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe\x00"), ("manifest.json",)),
+    *((f"no {name}", lambda d, name=name: (d / name).unlink(), (name,)) for name in FILES),
+]
+
+
+@pytest.mark.parametrize(("harm", "words"), [case[1:] for case in BAD_BUNDLES], ids=[case[0] for case in BAD_BUNDLES])
+def test_a_bad_bundle_gets_one_sentence(harm: Callable[[Path], object], words: tuple[str, ...], damaged: Path) -> None:
+    harm(damaged)
+    for outcome in (run_cli(damaged, "--prompt", "x"), bundle_cli("verify", damaged), bundle_cli("inspect", damaged)):
+        assert_one_sentence(outcome, *words)
+
+
+def test_every_flipped_byte_of_the_manifest_is_noticed(damaged: Path) -> None:
+    path = damaged / "manifest.json"
+    whole = path.read_bytes()
+    for offset in range(0, len(whole), max(1, len(whole) // 60)):
+        flip(path, offset)
+        assert_one_sentence(bundle_cli("inspect", damaged), "manifest.json")
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2])
+def test_a_flipped_byte_in_a_record_is_named_and_never_becomes_text(damaged: Path, segment: int) -> None:
+    bundle = Bundle.open(damaged)
+    for layer in bundle.manifest.layers.values():
+        for expert in range(bundle.spec.num_experts):
+            start = layer.data_start + expert * bundle.layout.record_bytes
+            flip(damaged / layer.file, start + sum(bundle.layout.segment_spans[:segment]) + 5)
+    outcome = run_cli(damaged, "--prompt", "Hello", "--tiers", 4)
+    assert_one_sentence(outcome, "experts-0000", "checksum", "expert 0.")
+    outcome = bundle_cli("verify", damaged, "--json")
+    assert outcome.code == 1 and len(outcome.json["problems"]) == 3 * 6
+
+
+def test_a_flipped_byte_in_the_dense_weights_is_named(damaged: Path) -> None:
+    flip(damaged / "dense.safetensors", (damaged / "dense.safetensors").stat().st_size - 100)
+    for outcome in (run_cli(damaged, "--prompt", "x"), bundle_cli("verify", damaged)):
+        assert_one_sentence(outcome, "dense.safetensors", "checksum")
+
+
+def test_verify_names_the_records_that_are_wrong(damaged: Path) -> None:
+    bundle = Bundle.open(damaged)
+    entry = bundle.manifest.layers[1]
+    flip(damaged / entry.file, entry.data_start + 3 * bundle.layout.record_bytes)
+    outcome = bundle_cli("verify", damaged)
+    assert_one_sentence(outcome, entry.file, "expert 1.3", "tier 2")
+
+
+def test_verify_checks_the_index(damaged: Path) -> None:
+    path = damaged / "experts-00002.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"experts.2.0", b"experts.9.0", 1))
+    assert_one_sentence(bundle_cli("verify", damaged), "experts-00002", "index")
+
+
+def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_one_sentence(run_cli(tmp_path / "nowhere", "--prompt", "x"), "nowhere", "dymoe-compile")
+    assert_one_sentence(run_cli(tmp_path / "empty", "--prompt", "x"), "manifest.json", "not a bundle")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--prompt", ""), ("prompt",)),
+        (("--prompt", "x" * 600), ("600", "256")),
+        (("--prompt", "x", "--tiers", "5"), ("--tiers", "2, 3, 4")),
+        (("--prompt", "x", "--temperature", "nan"), ("temperature",)),
+        (("--prompt", "x", "--top-p", "1.5"), ("top", "p")),
+        (("--prompt-file", "/no/such/file"), ("/no/such/file",)),
+        (("--eval", "/no/such/file"), ("/no/such/file",)),
+        (("--prompt", "x", "--chat"), ("chat template",)),
+    ],
+)
+def test_bad_arguments_get_one_sentence(args: tuple, words: tuple, tiny_path: Path) -> None:
+    assert_one_sentence(run_cli(tiny_path, *args), *words)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--frobnicate",),
+        ("--prompt", "x", "--memory", "lots"),
+        ("--prompt", "x", "--point", "high"),
+        ("--prompt", "x", "--tiers", "4", "--point", "3"),
+        ("--prompt", "x", "--prompt-file", "y"),
+        ("--bench", "--chat"),
+        ("--prompt", "x", "--reference", "y"),
+    ],
+)
+def test_wrong_usage_exits_with_2(args: tuple, tiny_path: Path) -> None:
+    assert run_cli(tiny_path, *args).code == 2
+
+
+def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:
+    described = bundle_cli("inspect", shipped.path, "--json").json
+    assert described["expert_weights"] == 18_874_368
+    on_disk = sum(path.stat().st_size for path in shipped.path.iterdir())
+    assert described["total_bytes"] == on_disk
+    bits = {tier["tier"]: tier["effective_bits"] for tier in described["tiers"]}
+    assert bits[2] <= 2.35 and bits[4] <= 4.5
+    text = bundle_cli("inspect", shipped.path).out
+    assert all(point.name in text for point in shipped.policy.points)
+
+
+# --- evaluation ---
+
+
+def test_eval_prints_the_table_and_the_keys_of_the_contract(shipped_path: Path, tmp_path: Path) -> None:
+    texts = []
+    for domain in ("math", "code"):
+        texts.append(tmp_path / f"{domain}.txt")
+        texts[-1].write_text((EXAMPLES / "heldout" / f"{domain}.txt").read_text(encoding="utf-8")[:2500])
+    outcome = run_cli(shipped_path, "--eval", *texts, "--reference", MODEL, "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json
+    assert [file["file"] for file in result["files"]] == [str(path) for path in texts]
+    for file in result["files"]:
+        assert set(file) == {"file", "tokens", "nll", "perplexity", "kl", "top1_agreement"}
+    assert [row["point"] for row in result["table"]][:4] == ["reference", "tier 4", "tier 3", "tier 2"]
+    kl = {row["point"]: row["files"][0]["kl"] for row in result["table"][1:]}
+    assert kl["tier 4"] < kl["tier 3"] < kl["tier 2"]
+    text = run_cli(shipped_path, "--eval", texts[0], "--reference", MODEL).out
+    assert all(word in text for word in ("reference", "tier 4", "tier 2", "perplexity", "top-1"))
+
+
+def test_eval_can_take_one_setting_a_phase_and_a_bundle_as_reference(shipped_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text((EXAMPLES / "heldout" / "wiki.txt").read_text(encoding="utf-8")[:2000])
+    outcome = run_cli(shipped_path, "--eval", path, "--tiers", 4, "--reference", shipped_path, "--json")
+    assert len(outcome.json["table"]) == 2 and outcome.json["files"][0]["kl"] < 1e-9
+    for phase in ("decode", "prefill"):
+        outcome = run_cli(shipped_path, "--eval", path, "--point", 3, "--eval-phase", phase, "--json")
+        assert outcome.json["phase"] == phase and 2.5 < outcome.json["table"][0]["bits_mean"] < 4
+
+
+def test_eval_refuses_a_reference_of_another_vocabulary(shipped_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("some text to score, long enough")
+    other = save_tiny(tmp_path / "other", "olmoe")
+    assert_one_sentence(run_cli(shipped_path, "--eval", tmp_path / "t.txt", "--reference", other), "vocabulary")
+
+
+def test_verify_says_that_a_sound_bundle_is_sound(tiny_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_path, tmp_path / "moved elsewhere.dymoe"))
+    outcome = bundle_cli("verify", copy)
+    assert outcome.code == 0 and "sound" in outcome.out
