@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := build/demo.dymoe
-PROMPT ?= The game was released in
+PROMPT ?= def __init__(self, name):
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/*)
 
 .PHONY: demo test lint bench clean

@@ -51,7 +51,8 @@ def main(bundle: str, prompt: str = "The river flows through the town of") -> No
         fits &= ratio <= 1.05
         print(
             f"| {memory >> 20} (floor + {share:.0%}) | {s['peak_rss_bytes'] >> 20} | {ratio:.2f} "
-            f"| {s['arena_bytes'] >> 20} | {s['hit_rate']:.1%} | {s['read_bytes_per_token'] / 1e6:.1f} | {s['tokens_per_s']:.1f} |"
+            f"| {s['arena_bytes'] >> 20} | {s['hit_rate']:.1%} "
+            f"| {s['read_bytes_per_token'] / 1e6:.1f} | {s['tokens_per_s']:.1f} |"
         )
     print(f"same tokens at every budget: {'yes' if len(texts) == 1 else 'NO'}")
     sys.exit(not (fits and len(texts) == 1))

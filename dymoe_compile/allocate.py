@@ -55,7 +55,7 @@ def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
     for choice in sorted(choices, key=lambda c: (c.bits, c.cost)):
         if hull and choice.cost >= hull[-1].cost:
             continue
-        while len(hull) >= 2 and _slope(hull[-2], choice) <= _slope(hull[-2], hull[-1]):
+        while len(hull) >= 2 and _slope(hull[-1], choice) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(choice)
     return hull

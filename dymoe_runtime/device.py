@@ -57,19 +57,21 @@ def load_profile(name: str) -> Profile:
         raise DymoeError(f"{path}: no such profile; shipped are {known}, or give a .toml file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DymoeError(f"{path}: not valid TOML ({error})") from error
+    except OSError as error:
+        raise DymoeError(f"{path}: {error.strerror}; give a shipped profile's name or a readable .toml file") from error
     return _profile(values, str(path))
 
 
 def _profile(values: dict[str, Any], where: str) -> Profile:
-    renamed = {"memory": "memory_bytes", "disk_bandwidth": "disk_bytes_per_s"}
-    if missing := sorted({"name", "ladder", "dense_bits", "threads", *renamed} - set(values)):
+    keys = {"name", "ladder", "dense_bits", "memory", "disk_bandwidth", "threads"}
+    if missing := sorted(keys - set(values)):
         raise DymoeError(f"{where}: '{missing[0]}' is missing")
-    if unknown := sorted(set(values) - {"name", "ladder", "dense_bits", "threads", *renamed}):
+    if unknown := sorted(set(values) - keys):
         raise DymoeError(f"{where}: unknown key '{unknown[0]}'")
     try:
         values["ladder"] = check_ladder(values["ladder"])
-        for theirs, ours in renamed.items():
-            values[ours] = parse_size(str(values.pop(theirs)).removesuffix("/s"))
+        values["memory_bytes"] = parse_size(str(values.pop("memory")))
+        values["disk_bytes_per_s"] = parse_size(str(values.pop("disk_bandwidth")).removesuffix("/s"))
     except (ValueError, TypeError) as error:
         raise DymoeError(f"{where}: {error}") from error
     profile: Profile = strict(Profile, values, where)

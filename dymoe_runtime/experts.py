@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -13,6 +12,9 @@ from dymoe_runtime.decoder import Routing
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want
+
+# More than the highest tier.
+TIERS = 16
 
 # (layer, residual) -> (experts, gates) that the layer's router would choose.
 Guess = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -25,8 +27,9 @@ class TierStats:
     used: dict[int, int] = field(default_factory=dict)
 
     def add(self, tiers: torch.Tensor) -> None:
-        for tier, count in zip(*(t.tolist() for t in tiers.unique(return_counts=True)), strict=True):
-            self.used[tier] = self.used.get(tier, 0) + count
+        for tier, count in enumerate(tiers.reshape(-1).bincount().tolist()):
+            if count:
+                self.used[tier] = self.used.get(tier, 0) + count
 
     @property
     def bits_mean(self) -> float:
@@ -79,31 +82,29 @@ class StoredExperts:
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
         tiers = self.rule.choose(layer, routing)
         self.stats.add(tiers)
-        wants = _wants(layer, routing.experts, tiers)
+        groups = group_pairs(routing.experts, tiers)
+        wants = [Want(ExpertKey(layer, expert), max(by_tier)) for expert, by_tier in groups.items()]
         delivery = self.store.begin(wants)
         if self.look_ahead is not None:
             self.store.look_ahead(self.look_ahead.wants(layer + 1, routing, self.rule), wants)
         y = torch.zeros_like(h)
+        gates = routing.gates.reshape(-1, 1)
         for want, segments in delivery:
-            mine = routing.experts == want.key.expert
-            for tier in tiers[mine].unique().tolist():
-                if tier:
-                    self._add(y, h, routing, mine & (tiers == tier), tier, segments)
+            for tier, pairs in groups[want.key.expert].items():
+                tokens = pairs // routing.experts.shape[1]
+                out = kernels.ffn(self.store.layout, tier, segments, h[tokens], self._activation)
+                y.index_add_(0, tokens, out * gates[pairs])
         return y
 
-    def _add(
-        self, y: torch.Tensor, h: torch.Tensor, routing: Routing, where: torch.Tensor, tier: int, segments: Any
-    ) -> None:
-        """Add the gate-weighted output of one expert at one tier for the tokens in `where` [T, k]."""
-        tokens, ranks = where.nonzero(as_tuple=True)
-        out = kernels.ffn(self.store.layout, tier, segments, h[tokens], self._activation)
-        y.index_add_(0, tokens, out * routing.gates[tokens, ranks, None])
 
-
-def _wants(layer: int, experts: torch.Tensor, tiers: torch.Tensor) -> Sequence[Want]:
-    """Each active expert once, at the highest tier that any token gives it; by rank for one token."""
-    highest: dict[int, int] = {}
-    for expert, tier in zip(experts.reshape(-1).tolist(), tiers.reshape(-1).tolist(), strict=True):
-        highest[expert] = max(tier, highest.get(expert, 0))
-    order = highest if len(experts) == 1 else sorted(highest)
-    return [Want(ExpertKey(layer, expert), highest[expert]) for expert in order if highest[expert]]
+def group_pairs(experts: torch.Tensor, tiers: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
+    """expert -> tier -> indices into the flattened [T, k] of the pairs that run so; skipped ones are left out."""
+    keys = (experts * TIERS + tiers).reshape(-1)
+    ordered, order = keys.sort(stable=True)
+    values, counts = ordered.unique_consecutive(return_counts=True)
+    groups: dict[int, dict[int, torch.Tensor]] = {}
+    for value, pairs in zip(values.tolist(), order.split(counts.tolist()), strict=True):
+        expert, tier = divmod(value, TIERS)
+        if tier:
+            groups.setdefault(expert, {})[tier] = pairs
+    return groups

@@ -17,6 +17,7 @@ import torch
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import strict
+from dymoe_runtime.tiers import check_ladder
 
 VERSION = 1
 # Above any share, which is below 1.
@@ -96,19 +97,19 @@ class Policy:
             raise DymoeError(
                 f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
             )
-        layers = (dict(layer) for layer in data.get("layers", ()))
-        points = (dict(point) for point in data.get("points", ()))
-        return strict(
-            Policy,
-            {
-                **data,
-                "ladder": tuple(data.get("ladder", ())),
-                "layers": tuple(_tuples(LayerPolicy, layer, where) for layer in layers),
-                "points": tuple(_tuples(OperatingPoint, point, where) for point in points),
-                "notes": tuple(data.get("notes", ())),
-            },
-            where,
-        )
+        try:
+            values = {name: _tuple(value) for name, value in data.items()}
+            for name, cls in (("layers", LayerPolicy), ("points", OperatingPoint)):
+                if name in values:
+                    values[name] = tuple(_tuples(cls, item, f"{where}: {name}") for item in values[name])
+            values["notes"] = tuple(values.get("notes", ()))
+            if "ladder" in values:
+                values["ladder"] = check_ladder(values["ladder"])
+            policy: Policy = strict(Policy, values, where)
+            policy.point(policy.default_point)
+        except (TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise DymoeError(f"{where}: malformed ({error!r}); recompile the bundle") from error
+        return policy
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _flat(rows: tuple[Thresholds, ...]) -> tuple[Thresholds, ...]:
     return (tuple(ALWAYS if value >= 1 else value for value in mean),) * len(rows)
 
 
-def _tuples(cls: Any, data: dict[str, Any], where: str) -> Any:
+def _tuples(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     """Strictly build `cls`, turning JSON lists into tuples."""
     return strict(cls, {name: _tuple(value) for name, value in data.items()}, where)
 

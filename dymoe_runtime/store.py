@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +36,10 @@ Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
 class Want(NamedTuple):
     key: ExpertKey
     tier: int
+
+
+# An expert that was wanted, and its segments.
+Delivered = tuple[Want, list[torch.Tensor]]
 
 
 @dataclass
@@ -75,7 +79,7 @@ class _Entry:
     slots: list[Slot] = field(default_factory=list)
     pins: int = 0
     read: _Read | None = None
-    guessed: bool = False  # its last read was look-ahead and has not been used
+    guessed: int | None = None  # first of the segments that look-ahead read and nobody has used yet
 
 
 class ExpertStore:
@@ -112,6 +116,7 @@ class ExpertStore:
         self._readers.close()
 
     def reset_stats(self) -> None:
+        self._cancel_guesses()
         self.stats = StoreStats()
 
     def resident_bytes(self) -> int:
@@ -125,35 +130,39 @@ class ExpertStore:
             self._cost /= self._weight
             self._weight = 1.0
 
-    def begin(self, wants: Sequence[Want]) -> Iterator[tuple[Want, list[torch.Tensor]]]:
+    def begin(self, wants: Sequence[Want]) -> Generator[Delivered, None, None]:
         """Starts reading what is missing and yields each wanted expert's segments, in the given order.
 
         Segments stay in place until the next one is asked for. The first reads are under way on return.
         """
-        wanted = {want.key for want in wants}
-        held: deque[_Entry] = deque(self._demand(want, wanted) for want in wants[:WINDOW])
-        return self._deliver(wants, wanted, held)
+        delivery = self._deliver(wants)
+        next(delivery)
+        return delivery
 
     def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
         """Start reading experts that may be wanted soon, best guess first.
 
         Displaces only segments that are used less than the guesses, and none of `needed_now`.
         """
-        for read in self._readers.cancel_guesses():
-            self._undo_guess(read)
+        self._cancel_guesses()
         keep = {want.key for want in (*wants, *needed_now)}
         for want in wants:
             if not self._guess(want, keep):
                 break
 
-    def _deliver(
-        self, wants: Sequence[Want], wanted: set[ExpertKey], held: deque[_Entry]
-    ) -> Iterator[tuple[Want, list[torch.Tensor]]]:
+    def _deliver(self, wants: Sequence[Want]) -> Generator[Delivered, None, None]:
+        """Yields once when the first reads are under way, then each wanted expert."""
+        wanted = {want.key for want in wants}
+        held: deque[_Entry] = deque()
         try:
+            for want in wants[:WINDOW]:
+                held.append(self._demand(want, wanted))
+            yield Want(ExpertKey(-1, -1), 0), []
             for index, want in enumerate(wants):
-                entry = held[0]
-                self._finish(entry)
-                yield want, [slot.memory for slot in entry.slots[: self.layout.segments_of(want.tier)]]
+                entry, segments = held[0], self.layout.segments_of(want.tier)
+                if entry.read is not None and entry.read.first < segments:
+                    self._finish(entry)
+                yield want, [slot.memory for slot in entry.slots[:segments]]
                 self._unpin(held.popleft())
                 if index + WINDOW < len(wants):
                     held.append(self._demand(wants[index + WINDOW], wanted))
@@ -168,22 +177,32 @@ class ExpertStore:
         self._uses[want.key][:segments] += self._weight
         self.stats.requests += 1
         entry.pins += 1
+        # From here on it is in use, and room for its own next segments must not cost it these.
+        self._refresh(entry)
         try:
-            if entry.guessed:
+            if entry.guessed is not None and entry.guessed < segments:
                 self._claim_guess(entry)
             missing = segments - len(entry.slots)
             self.stats.hits += missing <= 0
             if missing > 0:
                 self._finish(entry)
-                self._read(entry, [self._make_room(size, wanted) for size in self._sizes(entry, segments)])
-            self._refresh(entry)
+                self._read(entry, self._make_rooms(entry, segments, wanted))
         except BaseException:
             self._unpin(entry)
             raise
         return entry
 
-    def _sizes(self, entry: _Entry, segments: int) -> range:
-        return range(len(entry.slots), segments)
+    def _make_rooms(self, entry: _Entry, segments: int, wanted: set[ExpertKey]) -> list[Slot]:
+        """Slots for what the entry lacks of its first `segments`; all or, with the error, none."""
+        slots: list[Slot] = []
+        try:
+            for size_class in range(len(entry.slots), segments):
+                slots.append(self._make_room(size_class, wanted))
+        except BaseException:
+            for slot in slots:
+                self._arena.free(slot)
+            raise
+        return slots
 
     def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
         read = _Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
@@ -211,7 +230,10 @@ class ExpertStore:
 
     def _refresh(self, entry: _Entry) -> None:
         """Bring the eviction cost and the movability of an entry up to date."""
-        if entry.read is not None and entry.pins == 0 and entry.read.done.is_set() and not entry.read.error:
+        if entry.read is not None and entry.pins == 0 and entry.read.done.is_set():
+            if entry.read.error is not None:
+                self._undo(entry.read)
+                return
             entry.read = None
         free = entry.pins == 0 and entry.read is None
         for slot in entry.slots:
@@ -223,14 +245,17 @@ class ExpertStore:
     def _make_room(self, size_class: int, wanted: set[ExpertKey]) -> Slot:
         """A slot for a demanded segment, evicting what is least used; what is wanted now goes last."""
         while True:
+            self._settle()
             slot = self._arena.allocate(size_class)
             if slot is not None:
                 return slot
-            self._settle()
-            victim = self._cheapest(wanted) or self._cheapest(set())
+            victim = self._cheapest(wanted)
+            if victim is None and self._cancel_guesses():
+                continue
+            victim = victim or self._cheapest(set())
             if victim is not None:
                 self._evict(victim)
-            elif not self._reclaim_guesses():
+            elif not self._wait_for_unpinned():
                 raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
 
     def _cheapest(self, spared: set[ExpertKey]) -> _Entry | None:
@@ -244,34 +269,32 @@ class ExpertStore:
         return self._entries[key] if cost.flat[index] < np.inf else None
 
     def _evict(self, entry: _Entry) -> None:
-        if entry.guessed:
-            entry.guessed = False
-            self.stats.look_ahead_waste += 1
         self._arena.free(entry.slots.pop())
+        if entry.guessed is not None and entry.guessed <= len(entry.slots):
+            entry.guessed = None
+            self.stats.look_ahead_waste += 1
         self.stats.evictions += 1
         self._refresh(entry)
 
     def _settle(self) -> None:
-        """Look-ahead reads that have arrived may be evicted like anything else."""
-        for read in self._readers.finished_guesses():
+        """Reads that have arrived for nobody in particular may be evicted like anything else."""
+        for read in self._readers.finished():
             entry = self._entries.get(read.key)
-            if entry is not None and entry.read is read and entry.pins == 0:
-                if read.error is not None:
-                    self._undo_guess(read)
-                else:
-                    self._refresh(entry)
+            if entry is not None and entry.read is read:
+                self._refresh(entry)
 
-    def _reclaim_guesses(self) -> bool:
-        """Make look-ahead reads evictable: take back queued ones, else wait for one; whether there was any."""
+    def _cancel_guesses(self) -> bool:
+        """Take back look-ahead reads that have not started; whether there were any."""
         cancelled = self._readers.cancel_guesses()
         for read in cancelled:
-            self._undo_guess(read)
-        if cancelled:
-            return True
+            self._undo(read)
+        return bool(cancelled)
+
+    def _wait_for_unpinned(self) -> bool:
+        """Wait for a read that nobody holds, so that it can be evicted; whether there was one."""
         under_way = next((e.read for e in self._entries.values() if e.read is not None and e.pins == 0), None)
         if under_way is not None:
             under_way.done.wait()
-            self._settle()
         return under_way is not None
 
     def _guess(self, want: Want, keep: set[ExpertKey]) -> bool:
@@ -281,15 +304,15 @@ class ExpertStore:
         if entry.read is not None or len(entry.slots) >= segments:
             return True
         slots: list[Slot] = []
-        for size in self._sizes(entry, segments):
-            slot = self._room_for_guess(size, want.key, keep)
+        for size_class in range(len(entry.slots), segments):
+            slot = self._room_for_guess(size_class, want.key, keep)
             if slot is None:
                 for taken in slots:
                     self._arena.free(taken)
                 self._refresh(entry)
                 return False
             slots.append(slot)
-        entry.guessed = True
+        entry.guessed = len(entry.slots)
         self.stats.look_ahead_reads += 1
         self.stats.look_ahead_bytes += sum(len(slot.memory) for slot in slots)
         self._read(entry, slots, guess=True)
@@ -307,15 +330,15 @@ class ExpertStore:
             self._evict(victim)
 
     def _claim_guess(self, entry: _Entry) -> None:
-        entry.guessed = False
+        entry.guessed = None
         self.stats.look_ahead_hits += 1
         if entry.read is not None:
             self._readers.hurry(entry.read)
 
-    def _undo_guess(self, read: _Read) -> None:
-        """Forget a look-ahead read that was never started or failed."""
+    def _undo(self, read: _Read) -> None:
+        """Forget a read that was never started, or that failed while nobody waited for it."""
         entry = self._entries[read.key]
-        entry.read, entry.guessed = None, False
+        entry.read, entry.guessed = None, None
         for slot in entry.slots[read.first :]:
             self._arena.free(slot)
         del entry.slots[read.first :]
@@ -360,7 +383,8 @@ class _Readers:
             self._guesses.clear()
             return cancelled
 
-    def finished_guesses(self) -> Iterator[_Read]:
+    def finished(self) -> Iterator[_Read]:
+        """Reads that have ended since the last call."""
         while self._finished:
             yield self._finished.popleft()
 
@@ -370,6 +394,9 @@ class _Readers:
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
+        for read in (*self._demands, *self._guesses):
+            read.error = DymoeError("the expert store was closed while an expert was read")
+            read.done.set()
 
     def _run(self) -> None:
         while (read := self._next()) is not None:
@@ -378,8 +405,7 @@ class _Readers:
             except Exception as error:  # handed to the caller, who raises it
                 read.error = error
             read.done.set()
-            if read.guess:
-                self._finished.append(read)
+            self._finished.append(read)
 
     def _next(self) -> _Read | None:
         with self._wake:

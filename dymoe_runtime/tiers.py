@@ -125,8 +125,9 @@ def blocks_of(cols: int) -> int:
 
 def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
     """Return `ladder` as a tuple; ValueError unless it climbs strictly within 2..8."""
-    tiers = tuple(int(t) for t in ladder)
-    if not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
+    tiers = tuple(ladder)
+    whole = all(type(tier) is int for tier in tiers)
+    if not whole or not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
         raise ValueError(f"tiers {list(ladder)}: expected increasing bits between 2 and 8, such as 2,3,4")
     return tiers
 

@@ -177,9 +177,7 @@ def test_experts_that_were_not_active_do_not_count() -> None:
     importance, energy = routed()
     none = torch.zeros(300, 3)
     sensitivity = {2: 0.1, 3: 0.03, 4: 0.0}
-    got = layer_choices(
-        torch.cat([importance, none], dim=1), torch.cat([energy, none], dim=1), sensitivity, (2, 3, 4)
-    )
+    got = layer_choices(torch.cat([importance, none], dim=1), torch.cat([energy, none], dim=1), sensitivity, (2, 3, 4))
     expected = layer_choices(importance, energy, sensitivity, (2, 3, 4))
     assert [c.bits for c in got] == pytest.approx([c.bits for c in expected])
     assert [c.cost for c in got] == pytest.approx([c.cost for c in expected])
