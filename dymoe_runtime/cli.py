@@ -297,7 +297,7 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
     length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
     reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
     whole_table = o["tiers"] == "auto" and o["point"] is None and not o["no_dynamic"]
-    with Model(bundle, _run_options(o, length), pass_tokens=min(length, max(map(len, texts.values())))) as model:
+    with Model(bundle, _run_options(o, length), window=min(length, max(map(len, texts.values())))) as model:
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:
             result = evaluate(model, job, whole_table, advance)

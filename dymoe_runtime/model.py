@@ -33,7 +33,7 @@ from dymoe_runtime.tiers import RecordLayout
 # Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
 CHUNK = 256
 # What Python, torch and the allocator may still take after loading.
-RESERVE_BYTES = 64 << 20
+RESERVE_BYTES = 48 << 20
 # What a run holds before it loads anything, where it cannot be measured: Python and torch.
 PROCESS_BYTES = 280 << 20
 # A rank is worth reading ahead if the guess was right so often.
@@ -99,15 +99,15 @@ class RunStats:
 class Model:
     """A language model out of a bundle. Use as a context manager: it owns threads and files."""
 
-    def __init__(self, bundle: Bundle, options: RunOptions | None = None, pass_tokens: int = CHUNK) -> None:
-        """Load `bundle`; `pass_tokens` is the most that will go through the decoder at once."""
+    def __init__(self, bundle: Bundle, options: RunOptions | None = None, window: int | None = None) -> None:
+        """Load `bundle`; with `window` to score texts of so many tokens at once, which needs no KV cache."""
         options = options or RunOptions()
         self._threads = options.threads or default_threads()
         kernels.set_threads(self._threads)
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
-        self.budget = plan_budget(bundle, self.max_context, options.memory_bytes, tokens=pass_tokens)
+        self.budget = plan_budget(bundle, self.max_context, options.memory_bytes, window=window)
         if options.arena_bytes is None:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
@@ -125,7 +125,7 @@ class Model:
         self.decoder = Decoder(bundle.spec, dense, self.experts)
         if options.look_ahead:
             self.experts.look_ahead = LookAhead(self.decoder.look_ahead, _ranks(bundle), 2 * bundle.spec.top_k)
-        self._cache = KVCache(bundle.spec, self.max_context)
+        self._cache = KVCache(bundle.spec, 0 if window else self.max_context)
 
     def __enter__(self) -> Model:
         return self
@@ -211,16 +211,19 @@ class Model:
 
 
 def plan_budget(
-    bundle: Bundle, context: int, memory: int | None = None, fixed: int | None = None, tokens: int = CHUNK
+    bundle: Bundle, context: int, memory: int | None = None, fixed: int | None = None, window: int | None = None
 ) -> Budget:
-    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken."""
+    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken.
+
+    Room is made for a KV cache of `context` tokens, or for passes of `window` tokens without one.
+    """
     experts = len(bundle.manifest.layers) * bundle.spec.num_experts
     return Budget(
         memory=memory if memory is not None else memory_limit(),
         fixed=fixed if fixed is not None else resident_bytes(),
         dense=bundle.manifest.files[DENSE].nbytes,
-        kv_cache=KVCache.bytes_needed(bundle.spec, context),
-        workspace=workspace_bytes(bundle.spec, bundle.layout, context, tokens) + RESERVE_BYTES,
+        kv_cache=0 if window else KVCache.bytes_needed(bundle.spec, context),
+        workspace=workspace_bytes(bundle.spec, bundle.layout, window or context, window or CHUNK) + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
     )
@@ -237,13 +240,15 @@ def check_budget(budget: Budget) -> None:
         )
 
 
-def workspace_bytes(spec: ModelSpec, layout: RecordLayout, context: int, tokens: int = CHUNK) -> int:
-    """An upper bound of the activations of one pass of `tokens`, and of what one expert needs beside."""
+def workspace_bytes(spec: ModelSpec, layout: RecordLayout, context: int, tokens: int) -> int:
+    """An upper bound of the activations of a pass of `tokens` that sees `context`, and of what one expert needs."""
     heads = spec.num_heads * spec.head_dim
     rows = 8 * spec.hidden_size + 6 * heads + 4 * spec.expert_width + 3 * spec.dense_width + 2 * spec.num_experts
-    masks = CHUNK * context + 3 * HEAVY_HITTER_QUERIES * spec.num_heads * context
+    masks = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads) * context
+    if spec.sliding_window:
+        masks += tokens * context
     expert = layout.weights if kernels.isa() == "torch" else 0
-    return 4 * (max(tokens, CHUNK) * rows + masks + 3 * spec.vocab_size + 2 * expert)
+    return 4 * (tokens * rows + masks + 3 * spec.vocab_size + 2 * expert)
 
 
 def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:

@@ -57,13 +57,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, eos_ids: Iterable[int] = ()) -> Tokenizer:
-        """Reads tokenizer.json and tokenizer_config.json, and the optional files beside them.
+        """Reads tokenizer.json, and tokenizer_config.json and the other files beside it where they are.
 
         `eos_ids` come from the model's configuration and are joined with those of the files.
         Raises DymoeError naming the file that is missing or malformed.
         """
         backend = _load_backend(directory / "tokenizer.json")
-        config = _read_json(directory / "tokenizer_config.json")
+        config = _read_json(directory / "tokenizer_config.json", optional=True)
         generation = _read_json(directory / "generation_config.json", optional=True)
         names = {**_read_json(directory / "special_tokens_map.json", optional=True), **config}
         return cls(
