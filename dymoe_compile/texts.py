@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text import read_text
 
 DEFAULT_TEXTS = Path(__file__).parent / "data"
 WINDOW = 512
 LEAST_WINDOW = 32
+REMEDY = "give calibration text with --calibration FILE"
 LEAST_TOKENS = 8 * LEAST_WINDOW
 # One window in this many is held out: not used for statistics, only to measure quality.
 HELD_OUT = 5
@@ -34,7 +36,7 @@ class Windows:
 def load_texts(files: Sequence[str]) -> list[str]:
     """The text of each file: plain text, or JSONL whose lines have a `text` field."""
     paths = [Path(file) for file in files] or sorted(DEFAULT_TEXTS.glob("*.txt"))
-    return [_read_jsonl(path) if path.suffix in (".jsonl", ".json") else _read(path) for path in paths]
+    return [_read_jsonl(path) if path.suffix in (".jsonl", ".json") else read_text(path, REMEDY) for path in paths]
 
 
 def make_windows(texts: Sequence[str], encode: Encode, max_context: int, tokens: int, seed: int) -> Windows:
@@ -72,24 +74,10 @@ def _round_robin(groups: list[list[torch.Tensor]], count: int) -> list[torch.Ten
     return [group[turn] for turn in turns for group in groups if turn < len(group)][:count]
 
 
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; give calibration text with --calibration FILE") from error
-    except IsADirectoryError as error:
-        raise DymoeError(f"{path}: is a directory; give its text files with --calibration FILE") from error
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    if not text.strip():
-        raise DymoeError(f"{path}: calibration text is empty; give text with --calibration FILE")
-    return text
-
-
 def _read_jsonl(path: Path) -> str:
     """The `text` fields of a JSONL file, joined by blank lines."""
     texts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, REMEDY).splitlines(), 1):
         if not line.strip():
             continue
         try:

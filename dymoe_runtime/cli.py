@@ -21,7 +21,7 @@ from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.model import Model, RunOptions
 from dymoe_runtime.sampling import SamplingParams
-from dymoe_runtime.text import Tokenizer
+from dymoe_runtime.text import Tokenizer, read_text
 
 CHAT_CONTEXT = 4096
 
@@ -293,7 +293,7 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
 
 def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
-    texts = {name: tokenizer.encode(_read_text(Path(name))) for name in o["eval_files"]}
+    texts = {name: tokenizer.encode(read_text(Path(name), "give text files to --eval")) for name in o["eval_files"]}
     length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
     reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
     whole_table = o["tiers"] == "auto" and o["point"] is None and not o["no_dynamic"]
@@ -306,18 +306,6 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
         print_json(result)
     else:
         click.echo(format_table(result))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; give text files to --eval") from error
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: not UTF-8 text; convert it") from error
-    if not text.strip():
-        raise DymoeError(f"{path}: the text is empty; give text to --eval")
-    return text
 
 
 def format_statistics(s: dict[str, Any]) -> str:

@@ -132,6 +132,20 @@ class Tokenizer:
         return self._chat_templates[name]
 
 
+def read_text(path: Path, remedy: str) -> str:
+    """A UTF-8 file that is not blank; DymoeError that ends with `remedy` otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DymoeError(f"{path}: {what}; {remedy}") from error
+    if not text.strip():
+        raise DymoeError(f"{path}: the text is empty; {remedy}")
+    return text
+
+
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     text = _read_text(path)
     try:
