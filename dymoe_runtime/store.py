@@ -8,9 +8,8 @@ base plane below them, so they go first. Counts of use survive eviction and fade
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,18 +18,15 @@ import torch
 
 from dymoe_runtime.arena import Arena, Slot, chunk_bytes
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.read_queue import IN_FLIGHT, Read, Reader, ReadQueue
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout
 
-# Reads at the same time; two nearly saturate a disk.
-IN_FLIGHT = 2
 # Experts held for the caller at once: one in use, the others arriving.
 WINDOW = IN_FLIGHT + 1
 # Uses count for less as later uses come: the weight of a use grows by this factor per token.
 GROWTH = 1.01
 RESCALE_AT = 1e30
-
-Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
 
 
 class Want(NamedTuple):
@@ -60,25 +56,13 @@ class StoreStats:
 
 
 @dataclass(eq=False)
-class _Read:
-    """One read of consecutive segments of one expert."""
-
-    key: ExpertKey
-    first: int
-    buffers: list[torch.Tensor]
-    guess: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
 class _Entry:
     """An expert with at least one segment in memory or on its way."""
 
     key: ExpertKey
     slots: list[Slot] = field(default_factory=list)
     pins: int = 0
-    read: _Read | None = None
+    read: Read | None = None
     guessed: int | None = None  # first of the segments that look-ahead read and nobody has used yet
 
 
@@ -110,10 +94,10 @@ class ExpertStore:
             self._uses += prior[:, :, None]
         self._weight = 1.0
         self._cost = np.full(shape, np.inf)  # of evicting an expert's last segment; inf where it must stay
-        self._readers = _Readers(reader)
+        self._reads = ReadQueue(reader)
 
     def close(self) -> None:
-        self._readers.close()
+        self._reads.close()
 
     def reset_stats(self) -> None:
         self._cancel_guesses()
@@ -205,11 +189,11 @@ class ExpertStore:
         return slots
 
     def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
-        read = _Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
+        read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
         entry.slots += slots
         entry.read = read
         self.stats.read_bytes += sum(len(slot.memory) for slot in slots)
-        self._readers.submit(read)
+        self._reads.submit(read)
 
     def _finish(self, entry: _Entry) -> None:
         """Wait for the entry's read; on an error give its memory back and raise it."""
@@ -278,14 +262,14 @@ class ExpertStore:
 
     def _settle(self) -> None:
         """Reads that have arrived for nobody in particular may be evicted like anything else."""
-        for read in self._readers.finished():
+        for read in self._reads.finished():
             entry = self._entries.get(read.key)
             if entry is not None and entry.read is read:
                 self._refresh(entry)
 
     def _cancel_guesses(self) -> bool:
         """Take back look-ahead reads that have not started; whether there were any."""
-        cancelled = self._readers.cancel_guesses()
+        cancelled = self._reads.cancel_guesses()
         for read in cancelled:
             self._undo(read)
         return bool(cancelled)
@@ -333,9 +317,9 @@ class ExpertStore:
         entry.guessed = None
         self.stats.look_ahead_hits += 1
         if entry.read is not None:
-            self._readers.hurry(entry.read)
+            self._reads.hurry(entry.read)
 
-    def _undo(self, read: _Read) -> None:
+    def _undo(self, read: Read) -> None:
         """Forget a read that was never started, or that failed while nobody waited for it."""
         entry = self._entries[read.key]
         entry.read, entry.guessed = None, None
@@ -348,72 +332,6 @@ class ExpertStore:
             self.stats.look_ahead_bytes -= nbytes
             self.stats.read_bytes -= nbytes
         self._refresh(entry)
-
-
-class _Readers:
-    """Threads that take demanded reads first and look-ahead reads otherwise."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._wake = threading.Condition()
-        self._demands: deque[_Read] = deque()
-        self._guesses: deque[_Read] = deque()
-        self._finished: deque[_Read] = deque()
-        self._closed = False
-        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, read: _Read) -> None:
-        with self._wake:
-            (self._guesses if read.guess else self._demands).append(read)
-            self._wake.notify()
-
-    def hurry(self, read: _Read) -> None:
-        """A look-ahead read is demanded now."""
-        with self._wake:
-            if read in self._guesses:
-                self._guesses.remove(read)
-                self._demands.append(read)
-
-    def cancel_guesses(self) -> list[_Read]:
-        """Take back look-ahead reads that no thread has started."""
-        with self._wake:
-            cancelled = list(self._guesses)
-            self._guesses.clear()
-            return cancelled
-
-    def finished(self) -> Iterator[_Read]:
-        """Reads that have ended since the last call."""
-        while self._finished:
-            yield self._finished.popleft()
-
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for read in (*self._demands, *self._guesses):
-            read.error = DymoeError("the expert store was closed while an expert was read")
-            read.done.set()
-
-    def _run(self) -> None:
-        while (read := self._next()) is not None:
-            try:
-                self._reader(read.key, read.first, read.buffers)
-            except Exception as error:  # handed to the caller, who raises it
-                read.error = error
-            read.done.set()
-            self._finished.append(read)
-
-    def _next(self) -> _Read | None:
-        with self._wake:
-            while not (self._demands or self._guesses or self._closed):
-                self._wake.wait()
-            if self._closed:
-                return None
-            return (self._demands or self._guesses).popleft()
 
 
 def least_arena_bytes(layout: RecordLayout) -> int:
