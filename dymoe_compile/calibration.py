@@ -16,8 +16,10 @@ from dymoe_compile.quantize import quantize_expert
 from dymoe_compile.sensitivity import Original
 from dymoe_compile.texts import Windows
 from dymoe_compile.writer import BundleWriter
+from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.bundle import LayerEntry, expert_layout
-from dymoe_runtime.decoder import ACTIVATIONS, Decoder, Routing
+from dymoe_runtime.decoder import Decoder, Routing
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import pack_record
 
@@ -84,17 +86,26 @@ class LayerRun:
 
     def resume(self) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry], int, torch.Tensor]:
         """Statistics, files, next layer and hidden states of an interrupted run, or of a fresh one."""
-        statistics: dict[int, LayerStatistics] = {}
-        layers: dict[int, LayerEntry] = {}
         for layer in reversed(range(self.spec.num_layers)):
             hidden = self._writer.load_state(f"hidden-{layer}")
-            if hidden is not None:
-                for done in self.spec.moe_layers:
-                    if done <= layer:
-                        statistics[done], layers[done] = self._load(done)
+            done = None if hidden is None else self._load_until(layer)
+            if hidden is not None and done is not None:
                 self._guess = hidden[0].get("guess")
-                return statistics, layers, layer + 1, hidden[0]["x"]
-        return statistics, layers, 0, self.decoder.dense.embed(self._ids.reshape(-1))
+                return *done, layer + 1, hidden[0]["x"]
+        return {}, {}, 0, self.decoder.dense.embed(self._ids.reshape(-1))
+
+    def _load_until(self, last: int) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry]] | None:
+        """What an earlier run noted of the layers up to `last`, or None where any of it is missing or damaged."""
+        statistics: dict[int, LayerStatistics] = {}
+        layers: dict[int, LayerEntry] = {}
+        for layer in self.spec.moe_layers:
+            if layer > last:
+                break
+            loaded = self._load(layer)
+            if loaded is None or not self._writer.layer_is_whole(loaded[1], self._layout):
+                return None
+            statistics[layer], layers[layer] = loaded
+        return statistics, layers
 
     def layer(
         self,
@@ -109,6 +120,11 @@ class LayerRun:
         attended = [self.decoder.attend(layer, window, None, True) for window in x.split(self._ids.shape[1])]
         weights = torch.cat([weight for _, weight in attended if weight is not None])
         x = self.decoder.feed_forward(layer, torch.cat([window for window, _ in attended]), weights)
+        if not torch.isfinite(x).all():
+            raise DymoeError(
+                f"layer {layer}: the model's activations are not finite; its weights or the numbers in config.json "
+                "are out of range: copy the checkpoint again from the model's repository"
+            )
         if layer not in self.spec.dense_layers:
             statistics[layer], layers[layer] = self._note(layer)
         self._guess = self._next_guess(layer)
@@ -152,9 +168,10 @@ class LayerRun:
         self._writer.save_state(f"layer-{layer}", tensors, {"statistics": values, "entry": asdict(self._entry)})
         return seen, self._entry
 
-    def _load(self, layer: int) -> tuple[LayerStatistics, LayerEntry]:
+    def _load(self, layer: int) -> tuple[LayerStatistics, LayerEntry] | None:
         state = self._writer.load_state(f"layer-{layer}")
-        assert state is not None
+        if state is None:
+            return None
         tensors, values = state
         entry = values["entry"]
         entry["crc32"] = tuple(tuple(row) for row in entry["crc32"])

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from dymoe_compile.families import Config, Family, Names, family_of
+from dymoe_runtime.dense import linear_by_rows
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json, read_text
 from dymoe_runtime.spec import MATRICES, ExpertKey, ModelSpec
 from dymoe_runtime.tensorfile import TensorInfo, read_header, read_tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REMEDY = "copy it again from the model's repository"
 FLOATS = ("BF16", "F16", "F32")
-# Rows of a matrix turned to float32 at a time where the whole would be large.
-ROWS_AT_ONCE = 4096
 
 
 class Checkpoint:
@@ -36,6 +35,7 @@ class Checkpoint:
         for shard in self._shards:
             for name, info in read_header(shard).items():
                 self._tensors[name] = (shard, info)
+        self._placed: set[str] = set()
         self._check_index()
         self._check_tensors()
         self._files: dict[Path, int] = {}
@@ -127,11 +127,21 @@ class Checkpoint:
                 )
 
     def _check_tensors(self) -> None:
-        for ours, shape in self.spec.tensor_shapes().items():
+        for ours, shape in self.spec.each_tensor():
             self._check_shape(self._find(self._candidates(ours), ours)[0], shape)
         for layer in self.spec.moe_layers:
             for expert in range(self.spec.num_experts):
                 self._check_expert(ExpertKey(layer, expert))
+        self._check_leftovers()
+
+    def _check_leftovers(self) -> None:
+        """A layer's tensor that the configuration has no place for would silently be left out."""
+        for name in self._tensors:
+            if name.startswith("model.layers.") and name not in self._placed and not name.endswith("inv_freq"):
+                raise DymoeError(
+                    f"{self.directory}: tensor {name} has no place in the model that config.json describes; "
+                    "use the config.json that belongs to this checkpoint"
+                )
 
     def _check_expert(self, key: ExpertKey) -> None:
         for name, (rows, cols) in self.spec.expert_shapes.items():
@@ -147,6 +157,7 @@ class Checkpoint:
             self._check_shape(found, (self.spec.num_experts, rows if down else 2 * rows, cols))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._placed.add(name)
         path, info = self._tensors[name]
         if info.shape != shape:
             raise DymoeError(
@@ -178,7 +189,7 @@ class CheckpointDense:
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self._tensor(name)
-        y = torch.cat([F.linear(x, rows.float()) for rows in weight.split(ROWS_AT_ONCE)], dim=-1)
+        y = linear_by_rows(x, weight)
         return y + self._tensor(f"{name}_bias") if f"{name}_bias" in self._known else y
 
     def _tensor(self, name: str) -> torch.Tensor:
@@ -206,15 +217,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; copy it from the model's repository") from error
-    except ValueError as error:
-        raise DymoeError(f"{path}: not valid JSON ({error}); copy it again from the model's repository") from error
-    if not isinstance(values, dict):
-        raise DymoeError(f"{path}: expected a JSON object; copy it again from the model's repository")
-    return values
+    """A JSON object out of a checkpoint; DymoeError names the file."""
+    return parse_json(read_text(path, REMEDY), str(path), REMEDY)
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -232,9 +236,13 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, a file beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DymoeError(f"{index}: 'weight_map' is missing; download the file again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard:
+            raise DymoeError(f"{index}: tensor {name} is said to be in {shard!r}; download the file again")
     return weight_map
 
 

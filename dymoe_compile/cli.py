@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from dymoe_compile.compile import CompileOptions, compile_bundle
 from dymoe_runtime import kernels
-from dymoe_runtime.console import ManyValues, one_sentence, print_json, progress_bar
+from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, one_sentence, print_json, progress_bar
 from dymoe_runtime.device import check_dense_bits, load_profile
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.inspect import describe, format_description
@@ -35,8 +36,10 @@ DEFAULT_PROFILE = "laptop-8gb"
 )
 @click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
 @click.option("--dense-bits", type=int, help="Bits of everything else: 4 to 8, or 16. Default: the profile's.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--jobs", type=click.IntRange(1), help="Threads. Default: all cores that this process may use.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_THREADS), help="Threads. Default: all cores that this process may use."
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping what is up to date.")
 @click.option("--max-kl", type=float, help="Exit with 3 unless an operating point reaches this KL.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
@@ -60,6 +63,8 @@ def _options(model: Path, output: Path, o: dict[str, Any]) -> CompileOptions:
     profile = load_profile(o["profile"])
     dense_bits = o["dense_bits"] if o["dense_bits"] is not None else profile.dense_bits
     check_dense_bits(dense_bits, "--dense-bits")
+    if o["max_kl"] is not None and not 0 < o["max_kl"] < math.inf:
+        raise DymoeError(f"--max-kl {o['max_kl']}: expected a number above 0")
     return CompileOptions(
         model=model,
         output=output,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dymoe_compile.texts import Windows, load_texts, make_windows
 from dymoe_compile.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import (
+    MANIFEST,
     POLICY,
     TOKENIZER,
     TOKENIZER_EXTRAS,
@@ -39,7 +40,7 @@ from dymoe_runtime.bundle import (
 )
 from dymoe_runtime.device import Profile, default_threads, format_size
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
-from dymoe_runtime.model import PROCESS_BYTES, plan_budget
+from dymoe_runtime.model import PROCESS_BYTES, check_ids, plan_budget
 from dymoe_runtime.policy import Policy
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.text import Tokenizer
@@ -66,6 +67,8 @@ class CompileOptions:
 
 def compile_bundle(options: CompileOptions, progress: Progress = silent) -> tuple[Bundle, bool]:
     """Compile `options.model` to the bundle `options.output`; the bundle, and whether anything had to be done."""
+    # A link at the output is followed: what it points to is replaced, not the link.
+    options = replace(options, output=options.output.resolve())
     torch.set_num_threads(options.jobs or default_threads())
     kernels.set_threads(options.jobs or default_threads())
     check_output(options.output)
@@ -78,7 +81,7 @@ def compile_bundle(options: CompileOptions, progress: Progress = silent) -> tupl
         options.calibration_tokens,
         options.seed,
     )
-    check_vocabulary(windows, checkpoint.spec)
+    check_ids([*windows.train.reshape(-1).tolist(), *windows.held_out.reshape(-1).tolist()], checkpoint.spec)
     provenance = describe(options, checkpoint, windows, progress)
     if not options.fresh and (bundle := up_to_date(options.output, provenance)):
         check_quality(bundle, options)
@@ -91,13 +94,13 @@ def build(
     options: CompileOptions, checkpoint: Checkpoint, windows: Windows, provenance: dict[str, Any], progress: Progress
 ) -> Bundle:
     """Write the bundle; a run that was interrupted goes on with its last whole layer."""
-    needed = bundle_bytes(checkpoint.spec, options)
+    needed = bundle_bytes(checkpoint.spec, options, windows.train.numel() + windows.held_out.numel())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         explaining_full_disk(options.output, needed),
         contextlib.closing(BundleWriter(options.output, provenance, options.fresh)) as writer,
     ):
-        check_space(writer.directory, needed - directory_bytes(writer.directory))
+        check_space(writer.directory, needed - writer.used_bytes())
         copy_tokenizer(options.model, writer)
         dense_crc32 = write_dense(checkpoint, options.dense_bits, writer, progress)
         original, statistics, layers = calibrate(checkpoint, windows, options.ladder, options.seed, writer, progress)
@@ -105,7 +108,7 @@ def build(
         draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
         policy = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
         check_quality(Bundle(writer.directory, manifest, policy), options)
-        writer.write_small(POLICY, (json.dumps(policy.to_json(), indent=1) + "\n").encode())
+        writer.write_small(POLICY, (json.dumps(policy.to_json(), indent=1, allow_nan=False) + "\n").encode())
         writer.finish(make_manifest(checkpoint.spec, options, writer.directory, dense_crc32, layers, provenance))
     return Bundle.open(options.output)
 
@@ -114,17 +117,8 @@ def check_output(output: Path) -> None:
     """DymoeError where writing to `output` would destroy something that is not a bundle."""
     if not output.exists():
         return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "manifest.json").exists()):
-        raise DymoeError(f"{output}: exists and is not a bundle; choose another place with -o")
-
-
-def check_vocabulary(windows: Windows, spec: ModelSpec) -> None:
-    largest = int(max(windows.train.max(), windows.held_out.max()))
-    if largest >= spec.vocab_size:
-        raise DymoeError(
-            f"tokenizer.json: gives token {largest}, the model knows {spec.vocab_size}; "
-            "use the tokenizer that belongs to the checkpoint"
-        )
+    if not output.is_dir() or output.is_mount() or not _holds_only_a_bundle(output):
+        raise DymoeError(f"{output}: exists and is not a bundle, or holds other files; choose another place with -o")
 
 
 def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> dict[str, Any]:
@@ -159,16 +153,12 @@ def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
     return None
 
 
-def bundle_bytes(spec: ModelSpec, options: CompileOptions) -> int:
+def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
     """About what the bundle and the state of an interrupted run take on the disk."""
     dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * min(options.dense_bits + 1, 16) // 8
     records = len(spec.moe_layers) * spec.num_experts * expert_layout(spec, options.ladder).record_bytes
-    state = 2 * 4 * options.calibration_tokens * spec.hidden_size
+    state = 2 * 4 * tokens * spec.hidden_size
     return dense + records + state + (1 << 20)
-
-
-def directory_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
@@ -179,7 +169,8 @@ def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
 
 def write_dense(checkpoint: Checkpoint, bits: int, writer: BundleWriter, progress: Progress) -> dict[str, int]:
     """Quantize and write what is outside the experts; the checksum of each tensor."""
-    if done := writer.load_state("dense"):
+    done = writer.load_state("dense")
+    if done is not None and writer.dense_is_whole(done[1]):
         return dict(done[1])
     shapes = checkpoint.spec.tensor_shapes()
     stored = {name: _dense_storage(name, shape, bits) for name, shape in shapes.items()}
@@ -205,7 +196,7 @@ def check_quality(bundle: Bundle, options: CompileOptions) -> None:
             f"this bundle needs at least {format_size(floor)}; choose a larger profile or fewer --dense-bits"
         )
     best = min(point.kl for point in bundle.policy.points)
-    if options.max_kl is not None and best > options.max_kl:
+    if options.max_kl is not None and not best <= options.max_kl:
         raise QualityError(
             f"no operating point reaches a KL of {options.max_kl:g}, the best has {best:g}; "
             "add a higher tier to --tiers or raise --max-kl"
@@ -241,6 +232,18 @@ def _dense_tensor(tensor: torch.Tensor, name: str, shape: tuple[int, ...], bits:
         record = pack_record(dense_layout(shape, bits), {"weight": quantize_matrix(tensor, (bits,))})
         return torch.from_numpy(record)
     return tensor.to(_dense_storage(name, shape, bits)[0])
+
+
+def _holds_only_a_bundle(directory: Path) -> bool:
+    """Whether a directory is empty, or has a manifest of ours and nothing that it does not name."""
+    present = {path.name for path in directory.iterdir()}
+    try:
+        if not present:
+            return True
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return "ladder" in manifest and present <= {MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _source_digest(checkpoint: Checkpoint, progress: Progress) -> str:

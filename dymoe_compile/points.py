@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from dymoe_compile.progress import Progress
 from dymoe_compile.sensitivity import Measurement, Measurer, Original
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import Profile
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.model import PROCESS_BYTES
 from dymoe_runtime.policy import LayerPolicy, OperatingPoint, Policy, TierRule
 
@@ -67,6 +69,11 @@ def measure_sensitivity(
     table: dict[int, dict[int, float]] = {layer: {} for layer in bundle.spec.moe_layers}
     for (layer, tier), result in zip(cases, results, strict=True):
         table[layer][tier] = result.score.kl_sum / result.score.compared
+        if not math.isfinite(table[layer][tier]):
+            raise DymoeError(
+                f"layer {layer}: its output at {tier} bits is not finite; its weights are out of range for this "
+                "precision: copy the checkpoint again, or give higher --tiers"
+            )
     return table
 
 

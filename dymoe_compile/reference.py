@@ -7,7 +7,8 @@ import os
 import torch
 
 from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
-from dymoe_runtime.decoder import ACTIVATIONS, Decoder, Routing
+from dymoe_runtime.activations import ACTIVATIONS
+from dymoe_runtime.decoder import Decoder, Routing
 from dymoe_runtime.spec import ExpertKey
 
 # Experts kept as float32 between calls; beyond this they are read again each time.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.text import read_text
+from dymoe_runtime.files import read_text
 
 DEFAULT_TEXTS = Path(__file__).parent / "data"
 WINDOW = 512
@@ -77,12 +77,12 @@ def _round_robin(groups: list[list[torch.Tensor]], count: int) -> list[torch.Ten
 def _read_jsonl(path: Path) -> str:
     """The `text` fields of a JSONL file, joined by blank lines."""
     texts = []
-    for number, line in enumerate(read_text(path, REMEDY).splitlines(), 1):
+    for number, line in enumerate(read_text(path, REMEDY).split("\n"), 1):
         if not line.strip():
             continue
         try:
             texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DymoeError(f"{path}: line {number} is not a JSON object with a 'text' field") from error
         if not isinstance(texts[-1], str):
             raise DymoeError(f"{path}: line {number}: 'text' is not a string")

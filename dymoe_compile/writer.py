@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dymoe_runtime.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_file, record_name
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.tensorfile import NAMES, header_bytes
+from dymoe_runtime.tensorfile import NAMES, header_bytes, read_header
 from dymoe_runtime.tiers import PAGE, RecordLayout, split_record
 
 
@@ -37,8 +38,8 @@ class BundleWriter:
         self._partial = path.parent / f".{path.name}.partial"
         self.directory = self._partial / "bundle"
         self._state = self._partial / "state"
-        self._recover()
         self._lock = self._take_lock()
+        self._recover()
         if fresh or self._read_identity() != identity:
             self._start_over(identity)
 
@@ -46,11 +47,12 @@ class BundleWriter:
         os.close(self._lock)
 
     def load_state(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and values saved under `name`, or None."""
-        values, tensors = self._state / f"{name}.json", self._state / f"{name}.safetensors"
-        if not values.exists():
+        """Tensors and values saved under `name`, or None where they are missing or damaged."""
+        try:
+            values = json.loads((self._state / f"{name}.json").read_text())
+            return load_file(self._state / f"{name}.safetensors"), values
+        except (OSError, ValueError, SafetensorError):
             return None
-        return load_file(tensors), json.loads(values.read_text())
 
     def save_state(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Save what a later run needs; complete once it returns."""
@@ -97,6 +99,37 @@ class BundleWriter:
                 checksums[name] = zlib.crc32(data)
         return checksums
 
+    def layer_is_whole(self, entry: LayerEntry, layout: RecordLayout) -> bool:
+        """Whether the records that an earlier run wrote are still what it wrote."""
+        try:
+            with open(self.directory / entry.file, "rb") as file:
+                file.seek(entry.data_start)
+                for checksums in entry.crc32:
+                    record = np.frombuffer(file.read(layout.record_bytes), np.uint8)
+                    if checksums != tuple(zlib.crc32(segment) for segment in split_record(layout, record)):
+                        return False
+        except OSError:
+            return False
+        return True
+
+    def dense_is_whole(self, checksums: Mapping[str, int]) -> bool:
+        """Whether dense.safetensors is still what an earlier run wrote."""
+        path = self.directory / DENSE
+        try:
+            header = read_header(path)
+            with open(path, "rb") as file:
+                for name, info in header.items():
+                    file.seek(info.start)
+                    if zlib.crc32(file.read(info.nbytes)) != checksums[name]:
+                        return False
+        except (OSError, KeyError, DymoeError):
+            return False
+        return set(header) == set(checksums)
+
+    def used_bytes(self) -> int:
+        """What the work in progress takes on the disk."""
+        return sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
+
     def write_small(self, name: str, data: bytes) -> None:
         _replace(self.directory / name, data)
 
@@ -139,7 +172,7 @@ class BundleWriter:
     def _start_over(self, identity: Mapping[str, Any]) -> None:
         for directory in (self.directory, self._state):
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
+            directory.mkdir(parents=True)
         _replace(self._partial / "identity.json", json.dumps(identity).encode())
 
 

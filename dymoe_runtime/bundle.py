@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json
 from dymoe_runtime.policy import Policy
 from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
 from dymoe_runtime.tensorfile import read_header, read_into
 from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
 
 VERSION = 1
+DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 DENSE = "dense.safetensors"
@@ -73,18 +75,13 @@ class Manifest:
 
     @staticmethod
     def from_text(text: str, where: str) -> Manifest:
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise DymoeError(f"{where}: not valid JSON ({error}); the bundle is damaged, recompile it") from error
-        if not isinstance(data, dict):
-            raise DymoeError(f"{where}: expected a JSON object; the bundle is damaged, recompile it")
+        data = parse_json(text, where, DAMAGED)
         if data.get("version") != VERSION:
             raise DymoeError(
                 f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
             )
         if data.pop("sha256", None) != _digest(data):
-            raise DymoeError(f"{where}: does not match its own digest; the bundle was edited or damaged, recompile it")
+            raise DymoeError(f"{where}: does not match its own digest; {DAMAGED}")
         data["spec"] = ModelSpec.from_json(data["spec"])
         data["ladder"] = check_ladder(data["ladder"])
         data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}
@@ -135,8 +132,7 @@ class Bundle:
             tier = self.layout.ladder[segment]
             path, offset = self.record_span(key)
             raise DymoeError(
-                f"{path}: expert {key}, tier {tier}: checksum mismatch in the record at offset {offset}; "
-                "the bundle is damaged, copy or compile it again"
+                f"{path}: expert {key}, tier {tier}: checksum mismatch in the record at offset {offset}; {DAMAGED}"
             )
 
     def verify(self) -> Iterator[tuple[str, str]]:
@@ -168,13 +164,17 @@ class Bundle:
                     key = ExpertKey(layer, expert)
                     info = header.get(record_name(key))
                     if info and (info.start, info.nbytes) != (self.record_span(key)[1], self.layout.record_bytes):
-                        raise DymoeError(f"{self.path / name}: record of expert {key} is not where the manifest says")
+                        raise DymoeError(
+                            f"{self.path / name}: record of expert {key} is not where the manifest says; {DAMAGED}"
+                        )
         if set(header) != expected:
-            raise DymoeError(f"{self.path / name}: its index does not list the tensors of the manifest; recompile")
+            raise DymoeError(f"{self.path / name}: its index does not list the tensors of the manifest; {DAMAGED}")
 
     def _verify_dense(self, name: str) -> None:
         path = self.path / DENSE
-        info = read_header(path)[name]
+        info = read_header(path).get(name)
+        if info is None:
+            raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
         data = np.empty(info.nbytes, np.uint8)
         with open(path, "rb") as file:
             read_into(file.fileno(), path, info.start, memoryview(data))
@@ -206,7 +206,7 @@ def layer_file(index: int) -> str:
 
 def check_dense(path: Path, name: str, data: np.ndarray, crc32: int) -> None:
     if zlib.crc32(memoryview(data)) != crc32:
-        raise DymoeError(f"{path}: tensor {name}: checksum mismatch; the bundle is damaged, copy or compile it again")
+        raise DymoeError(f"{path}: tensor {name}: checksum mismatch; {DAMAGED}")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -220,9 +220,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.from_text(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: not valid UTF-8; the bundle is damaged, recompile it") from error
+        raise DymoeError(f"{path}: not valid UTF-8; {DAMAGED}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DymoeError(f"{path}: malformed ({error!r}); the bundle is damaged, recompile it") from error
+        raise DymoeError(f"{path}: malformed ({error!r}); {DAMAGED}") from error
 
 
 def file_entry(path: Path, digest: bool) -> FileEntry:
@@ -232,13 +232,11 @@ def file_entry(path: Path, digest: bool) -> FileEntry:
 
 def _check_file(path: Path, entry: FileEntry) -> None:
     if not path.exists():
-        raise DymoeError(f"{path}: missing from the bundle; copy or compile it again")
+        raise DymoeError(f"{path}: missing; {DAMAGED}")
     if path.stat().st_size != entry.nbytes:
-        raise DymoeError(f"{path}: {path.stat().st_size} bytes of {entry.nbytes}; copy or compile the bundle again")
+        raise DymoeError(f"{path}: {path.stat().st_size} bytes of {entry.nbytes}; {DAMAGED}")
     if entry.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
-        raise DymoeError(
-            f"{path}: does not match the manifest; it was edited or damaged, copy or compile the bundle again"
-        )
+        raise DymoeError(f"{path}: does not match the manifest; {DAMAGED}")
 
 
 def _layer_entry(entry: Mapping[str, Any], where: str) -> LayerEntry:

@@ -13,15 +13,16 @@ import torch
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, Size, one_sentence, print_json, progress_bar
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_reference
+from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model, RunOptions, check_ids
 from dymoe_runtime.sampling import SamplingParams
-from dymoe_runtime.text import Tokenizer, read_text
+from dymoe_runtime.text import Tokenizer
 
 CHAT_CONTEXT = 4096
 
@@ -53,14 +54,14 @@ CHAT_CONTEXT = 4096
 @click.option("--context", type=click.IntRange(2), help="Tokens of context to make room for.")
 @click.option("--point", help="Operating point: mean bits, or auto to fit the memory. Default: the bundle's.")
 @click.option("--tiers", default="auto", show_default=True, help="Run every expert at this tier instead.")
-@click.option("--threads", type=click.IntRange(1), help="Default: all cores that this process may use.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Default: all cores that this process may use.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--min-p", type=float, default=0.0, show_default=True)
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT…", help="End before this text.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
 @click.option("--no-look-ahead", is_flag=True, help="Do not read the next layer's experts early.")
@@ -136,11 +137,15 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--eval, --bench and --chat exclude each other")
     if o["prompt"] is not None and o["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
+    if o["prompt"] is not None and (o["bench"] or o["eval_files"]):
+        raise click.UsageError("--prompt goes with neither --bench nor --eval")
+    if len(set(o["eval_files"])) < len(o["eval_files"]):
+        raise click.UsageError("--eval names a file twice")
     if o["reference"] and not o["eval_files"]:
         raise click.UsageError("--reference goes with --eval")
     if o["tiers"] != "auto" and o["point"] is not None:
         raise click.UsageError("--tiers and --point exclude each other")
-    if o["tiers"] != "auto" and not o["tiers"].isdigit():
+    if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
         raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
     if o["point"] not in (None, "auto") and not _is_bits(o["point"]):
         raise click.UsageError(f"--point {o['point']}: expected auto or mean bits, such as 3.0")
@@ -220,14 +225,16 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _turns() -> Iterator[str]:
     """Lines of stdin, prompted for on a terminal."""
+    if sys.stdin is None:
+        return
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()
         if not line:
             return
         if line.strip():
-            yield line.rstrip("\n")
+            yield _decoded(line, "stdin").rstrip("\r\n")
 
 
 def _messages(o: dict[str, Any], prompt: str | None = None) -> list[dict[str, str]]:
@@ -258,24 +265,32 @@ def _stream(tokens: Iterator[Token]) -> tuple[str, str, dict[str, float]]:
 
 
 def _read_prompt(o: dict[str, Any]) -> str:
+    """The prompt, from the flag, the file or stdin."""
+    path: Path | None = o["prompt_file"]
     if o["prompt"] is not None:
         return str(o["prompt"])
-    path: Path | None = o["prompt_file"]
+    if path is not None and str(path) != "-":
+        return read_text(path, "give the prompt's file with --prompt-file")
+    if sys.stdin is None or (path is None and sys.stdin.isatty()):
+        raise click.UsageError("give --prompt TEXT, --prompt-file FILE, --chat, or a prompt on stdin")
+    return _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
-        if path is not None and str(path) != "-":
-            return path.read_text(encoding="utf-8")
-        if path is None and sys.stdin.isatty():
-            raise click.UsageError("give --prompt TEXT, --prompt-file FILE, --chat, or a prompt on stdin")
-        return sys.stdin.buffer.read().decode("utf-8")
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; give the prompt's file with --prompt-file") from error
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DymoeError(f"{path or 'stdin'}: the prompt is not UTF-8 text; convert it") from error
+        raise DymoeError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
 
 
 def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
     """Random tokens through prefill and decode; the keys of the result are a contract."""
     count = o["prompt_tokens"] + o["new_tokens"]
+    if count > bundle.spec.max_context:
+        raise DymoeError(
+            f"--bench: {count} tokens do not fit the model's context of {bundle.spec.max_context}; "
+            "give fewer --prompt-tokens or --new-tokens"
+        )
     ids = torch.randint(bundle.spec.vocab_size, (count,), generator=torch.Generator().manual_seed(o["seed"])).tolist()
     with Model(bundle, _run_options(o, count)) as model:
         started = time.perf_counter()
@@ -294,6 +309,10 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
 def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
     texts = {name: tokenizer.encode(read_text(Path(name), "give text files to --eval")) for name in o["eval_files"]}
+    for name, ids in texts.items():
+        check_ids(ids, bundle.spec)
+        if len(ids) < 2:
+            raise DymoeError(f"{name}: a single token has nothing to score; give longer text to --eval")
     length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
     reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
     whole_table = o["tiers"] == "auto" and o["point"] is None and not o["no_dynamic"]

@@ -17,6 +17,8 @@ from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
 
 INTERRUPTED = 130
+MOST_THREADS = 1024
+MOST_SEED = (1 << 63) - 1
 
 
 class ManyValues(click.Command):
@@ -76,7 +78,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", 1)
+            fail(f"{where}{error.strerror or error}; check the path and its permissions", 1)
         except MemoryError:
             fail("out of memory; give a smaller --memory or a smaller --context", 1)
 
@@ -91,7 +93,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def print_json(values: Any) -> None:
     """One object on the last line of stdout."""
-    click.echo(json.dumps(values))
+    click.echo(json.dumps(values, allow_nan=False))
 
 
 @contextlib.contextmanager

@@ -14,17 +14,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
 
 # Queries at the end of a prompt whose attention decides which of its tokens weigh most.
 HEAVY_HITTER_QUERIES = 32
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dymoe_runtime import kernels
-from dymoe_runtime.bundle import DENSE, Bundle, check_dense, dense_layout, is_quantized
+from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, is_quantized
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.tensorfile import read_header, read_tensor
 from dymoe_runtime.tiers import RecordLayout
@@ -30,7 +30,7 @@ class BundleDense:
         try:
             for name, shape in bundle.spec.tensor_shapes().items():
                 if name not in header:
-                    raise DymoeError(f"{path}: tensor {name} is missing; copy or compile the bundle again")
+                    raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
                 tensor = read_tensor(fd, path, header[name], name)
                 check_dense(path, name, tensor.view(-1).view(torch.uint8).numpy(), bundle.manifest.dense_crc32[name])
                 self._tensors[name] = tensor
@@ -55,5 +55,10 @@ class BundleDense:
         elif weight.dtype == torch.float32:
             y = F.linear(x, weight)
         else:
-            y = torch.cat([F.linear(x, rows.float()) for rows in weight.split(ROWS_AT_ONCE)], dim=-1)
+            y = linear_by_rows(x, weight)
         return y if bias is None else y + bias
+
+
+def linear_by_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, cols] @ weight.T [cols, rows] in float32, without the whole of a large weight in float32."""
+    return torch.cat([F.linear(x, rows.float()) for rows in weight.split(ROWS_AT_ONCE)], dim=-1)

@@ -44,6 +44,8 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         """Per token: nll, perplexity and, against a reference, kl and top1_agreement."""
         nll = self.nll_sum / self.tokens
+        if not math.isfinite(nll + self.kl_sum):
+            raise DymoeError("the model's output is not finite; its weights may be damaged: run dymoe-bundle verify")
         result: dict[str, Any] = {"tokens": self.tokens, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
         if self.compared:
             result |= {"kl": self.kl_sum / self.compared, "top1_agreement": self.agreed / self.compared}

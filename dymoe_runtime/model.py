@@ -149,6 +149,7 @@ class Model:
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Append a prompt in chunks; logits of its last token, float32 [vocab]."""
+        self._check(ids)
         started = time.perf_counter()
         torch.set_num_threads(self._threads)
         x = torch.empty(0)
@@ -164,6 +165,7 @@ class Model:
     @torch.inference_mode()
     def decode(self, token_id: int) -> torch.Tensor:
         """Append one token; logits of the next, float32 [vocab]."""
+        self._check([token_id])
         started = time.perf_counter()
         # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
         torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
@@ -173,6 +175,15 @@ class Model:
         self.stats.decode.tokens += 1
         self.stats.decode.seconds += time.perf_counter() - started
         return logits
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """DymoeError where `ids` do not fit the context or the vocabulary."""
+        check_ids(ids, self.spec)
+        if self.position + len(ids) > self.max_context:
+            raise DymoeError(
+                f"{self.position + len(ids)} tokens do not fit a context of {self.max_context}; "
+                "give fewer, or a larger --context if the model has it"
+            )
 
     def reset_stats(self) -> None:
         self.stats = RunStats()
@@ -208,6 +219,15 @@ class Model:
             "peak_rss_bytes": peak_resident_bytes(),
             "kernels": kernels.isa(),
         }
+
+
+def check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
+    """DymoeError where the tokenizer gives a token that the model does not know."""
+    if ids and max(ids) >= spec.vocab_size:
+        raise DymoeError(
+            f"tokenizer.json: gives token {max(ids)}, the model knows {spec.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def plan_budget(

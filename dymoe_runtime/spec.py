@@ -81,9 +81,10 @@ class ModelSpec:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name -> shape of every tensor outside the routed experts."""
-        return dict(self._tensor_shapes())
+        return dict(self.each_tensor())
 
-    def _tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def each_tensor(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """`tensor_shapes` one by one."""
         hidden = self.hidden_size
         yield "embed", (self.vocab_size, hidden)
         for layer in range(self.num_layers):

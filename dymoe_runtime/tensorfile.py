@@ -7,6 +7,7 @@ a JSON header name -> {dtype, shape, data_offsets}, then the data.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json
 
 DTYPES = {
     "F32": torch.float32,
@@ -43,13 +45,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             size = os.fstat(file.fileno()).st_size
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise DymoeError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), f"{path}: header", "copy the file again")
         tensors = {name: _info(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
     except FileNotFoundError as error:
         raise DymoeError(f"{path}: no such file; copy it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DymoeError(f"{path}: malformed safetensors header ({error}); copy the file again") from error
-    end = max((info.start + info.nbytes for info in tensors.values()), default=0)
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if info.start < end:
+            raise DymoeError(f"{path}: tensor {name} overlaps another; copy the file again")
+        end = info.start + info.nbytes
     if end > size:
         raise DymoeError(f"{path}: truncated, {size} bytes of {end}; copy the file again")
     return tensors
@@ -57,9 +63,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end:
-        raise ValueError(f"data_offsets {begin}, {end}")
-    return TensorInfo(entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(f"shape {shape}, data_offsets {begin}, {end}")
+    if entry["dtype"] in DTYPES and math.prod(shape) * DTYPES[entry["dtype"]].itemsize != end - begin:
+        raise ValueError(f"{end - begin} bytes for {entry['dtype']} of shape {shape}")
+    return TensorInfo(entry["dtype"], shape, data_start + begin, end - begin)
 
 
 def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None) -> torch.Tensor:
@@ -73,12 +82,8 @@ def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | N
         shape = shape[1:]
         start += index * info.nbytes // info.shape[0]
     tensor = torch.empty(shape, dtype=dtype)
-    nbytes = tensor.numel() * tensor.element_size()
-    if index is None and nbytes != info.nbytes:
-        raise DymoeError(
-            f"{path}: tensor {name} has {info.nbytes} bytes, its shape needs {nbytes}; copy the file again"
-        )
-    read_into(fd, path, start, memoryview(tensor.view(-1).view(torch.uint8).numpy()) if nbytes else memoryview(b""))
+    if tensor.numel():
+        read_into(fd, path, start, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     return tensor
 
 

@@ -20,6 +20,7 @@ import jinja2.utils
 import tokenizers
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 RESTORE = "copy it from the model's repository or recompile the bundle"
@@ -132,20 +133,6 @@ class Tokenizer:
         return self._chat_templates[name]
 
 
-def read_text(path: Path, remedy: str) -> str:
-    """A UTF-8 file that is not blank; DymoeError that ends with `remedy` otherwise."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise DymoeError(f"{path}: {what}; {remedy}") from error
-    if not text.strip():
-        raise DymoeError(f"{path}: the text is empty; {remedy}")
-    return text
-
-
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     text = _read_text(path)
     try:
@@ -170,13 +157,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise DymoeError(f"{path}: not valid JSON ({error}); {RESTORE}") from error
-    if not isinstance(content, dict):
-        raise DymoeError(f"{path}: not a JSON object; {RESTORE}")
-    return content
+    return parse_json(_read_text(path), str(path), RESTORE)
 
 
 def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:

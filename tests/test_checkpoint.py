@@ -122,6 +122,24 @@ def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 
+
+def add_bias(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    state = load_file(path) | {"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def overlap(directory: Path) -> None:
+    """lm_head points to the bytes of the embedding."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["lm_head.weight"]["data_offsets"] = header["model.embed_tokens.weight"]["data_offsets"]
+    text = json.dumps(header).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("no model_type", lambda d: rewrite_config(d, model_type=None), ("model_type", *FAMILIES)),
     ("unknown family", lambda d: rewrite_config(d, model_type="mamba"), ("mamba", *FAMILIES)),
@@ -140,6 +158,26 @@ BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("top-k above experts", lambda d: rewrite_config(d, num_experts_per_tok=7), ("num_experts_per_tok",)),
     ("unknown rope", lambda d: rewrite_config(d, rope_parameters={"rope_type": "longrope"}), ("longrope",)),
     ("unknown activation", lambda d: rewrite_config(d, hidden_act="relu9"), ("relu9",)),
+    ("fewer layers than there are", lambda d: rewrite_config(d, num_hidden_layers=2), ("model.layers.2", "no place")),
+    ("no bias where there is one", add_bias, ("q_proj.bias", "no place")),
+    ("absurd number of layers", lambda d: rewrite_config(d, num_hidden_layers=10**7), ("num_hidden_layers",)),
+    ("negative epsilon", lambda d: rewrite_config(d, rms_norm_eps=-1.0), ("rms_norm_eps",)),
+    ("NaN epsilon", lambda d: rewrite_config(d, rms_norm_eps=float("nan")), ("rms_norm_eps",)),
+    ("text for a boolean", lambda d: rewrite_config(d, tie_word_embeddings="no"), ("tie_word_embeddings",)),
+    ("negative window", lambda d: rewrite_config(d, use_sliding_window=True, sliding_window=-3), ("sliding_window",)),
+    ("odd end of text", lambda d: rewrite_config(d, eos_token_id=["a"]), ("eos_token_id",)),
+    ("list for an activation", lambda d: rewrite_config(d, hidden_act=["silu"]), ("hidden_act",)),
+    ("text for a rope", lambda d: rewrite_config(d, rope_parameters="abc"), ("rope_parameters",)),
+    ("zero theta", lambda d: rewrite_config(d, rope_parameters={"rope_theta": 0}), ("rope_theta",)),
+    (
+        "zero rope factor",
+        lambda d: rewrite_config(d, rope_parameters={"rope_type": "linear", "factor": 0}),
+        ("factor",),
+    ),
+    ("context of one", lambda d: rewrite_config(d, max_position_embeddings=1), ("max_position_embeddings",)),
+    ("deeply nested config", lambda d: (d / "config.json").write_text("[" * 100_000), ("config.json", "JSON")),
+    ("overlapping tensors", overlap, ("overlaps",)),
+    ("weights beyond float32", lambda d: rewrite_tensor(d, DOWN, lambda t: t * 1e38), ("layer 1", "not finite")),
     ("config not JSON", lambda d: (d / "config.json").write_text("{"), ("config.json", "JSON")),
     ("config missing", lambda d: (d / "config.json").unlink(), ("config.json",)),
     ("weights missing", lambda d: (d / "model.safetensors").unlink(), ("model.safetensors",)),
@@ -178,6 +216,16 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     shard.unlink()
     assert_one_sentence(compile_cli(tmp_path / "model", "-o", tmp_path / "out.dymoe"), shard.name, "missing")
+
+
+@pytest.mark.parametrize("shard", [None, 3, "../elsewhere.safetensors", "."])
+def test_an_index_that_points_elsewhere_is_refused(shard: object, tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["lm_head.weight"] = shard
+    index.write_text(json.dumps(values))
+    assert_one_sentence(compile_cli(tmp_path / "model", "-o", tmp_path / "out.dymoe"), "index.json", "lm_head")
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:

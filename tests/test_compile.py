@@ -205,6 +205,61 @@ def test_the_old_bundle_stays_until_the_new_one_is_whole(
     assert Bundle.open(damaged).manifest.provenance["seed"] == 0
 
 
+def test_files_beside_a_bundle_or_a_foreign_manifest_are_not_touched(
+    tiny_checkpoint: Path, damaged: Path, tmp_path: Path
+) -> None:
+    (damaged / "notes.txt").write_text("mine")
+    assert_one_sentence(compile_cli(tiny_checkpoint, "-o", damaged, "--fresh"), "other files")
+    assert (damaged / "notes.txt").read_text() == "mine"
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"name": "web extension", "files": {}}')
+    assert_one_sentence(compile_cli(tiny_checkpoint, "-o", tmp_path / "extension"), "not a bundle")
+    assert (tmp_path / "extension" / "manifest.json").exists()
+
+
+def test_a_link_at_the_output_is_followed(
+    tiny_checkpoint: Path, damaged: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link.dymoe"
+    link.symlink_to(damaged)
+    args = (tiny_checkpoint, "-o", link, "--calibration", calibration_text, "--seed", 5)
+    assert compile_cli(*args).code == 0
+    assert link.is_symlink() and Bundle.open(damaged).manifest.provenance["seed"] == 5
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+DAMAGED_RESTS = (
+    "state/hidden-2.safetensors",
+    "state/layer-0.json",
+    "state/dense.json",
+    "bundle/experts-00000.safetensors",
+    "bundle/dense.safetensors",
+)
+
+
+@pytest.mark.parametrize("harm", DAMAGED_RESTS)
+def test_a_damaged_rest_of_an_interrupted_run_is_done_again(
+    harm: str,
+    tiny_checkpoint: Path,
+    tiny_path: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    with monkeypatch.context() as patch:
+        patch.setattr("dymoe_compile.points.measure_sensitivity", interrupt)
+        assert compile_cli(*args).code == 130
+    path = tmp_path / ".out.dymoe.partial" / harm
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert compile_cli(*args).code == 0
+    assert same_files(tiny_path, tmp_path / "out.dymoe")
+
+
 def test_something_else_at_the_output_is_not_touched(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
@@ -292,9 +347,11 @@ def test_bad_calibration_text_gets_one_sentence(
 def test_calibration_takes_several_files_and_jsonl(
     tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"text": part}) for part in calibration_text.read_text(encoding="utf-8").split(".")]
+    parts = calibration_text.read_text(encoding="utf-8").split(".")
+    # U+2028 may stand in JSON text and ends no line.
+    lines = [json.dumps({"text": part + "\u2028"}, ensure_ascii=False) for part in parts]
     jsonl = tmp_path / "text.jsonl"
-    jsonl.write_text("\n".join(lines))
+    jsonl.write_text("\n".join(lines), encoding="utf-8")
     outcome = compile_cli(
         tiny_checkpoint,
         "-o",
@@ -318,6 +375,7 @@ def test_calibration_takes_several_files_and_jsonl(
         (("--tiers", "four"), ("--tiers", "four")),
         (("--dense-bits", 3), ("--dense-bits",)),
         (("--profile", "toaster"), ("toaster", "laptop-8gb")),
+        (("--max-kl", "nan"), ("--max-kl",)),
     ],
 )
 def test_bad_options_get_one_sentence(flags: tuple, words: tuple, tiny_checkpoint: Path, tmp_path: Path) -> None:

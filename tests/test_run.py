@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLES, MODEL, assert_one_sentence, bundle_cli, run_cli, save_tiny
+from conftest import EXAMPLES, MODEL, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.store import least_arena_bytes
@@ -265,6 +267,8 @@ def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
         (("--prompt", "x", "--top-p", "1.5"), ("top", "p")),
         (("--prompt-file", "/no/such/file"), ("/no/such/file",)),
         (("--eval", "/no/such/file"), ("/no/such/file",)),
+        (("--eval", "/tmp"), ("/tmp", "directory", "--eval")),
+        (("--bench", "--prompt-tokens", 250, "--new-tokens", 40), ("290", "256")),
         (("--prompt", "x", "--chat"), ("chat template",)),
     ],
 )
@@ -282,6 +286,11 @@ def test_bad_arguments_get_one_sentence(args: tuple, words: tuple, tiny_path: Pa
         ("--prompt", "x", "--prompt-file", "y"),
         ("--bench", "--chat"),
         ("--prompt", "x", "--reference", "y"),
+        ("--prompt", "x", "--eval", "y"),
+        ("--eval", "y", "y"),
+        ("--prompt", "x", "--tiers", "\u00b2"),
+        ("--prompt", "x", "--threads", 10**12),
+        ("--prompt", "x", "--seed", 10**30),
     ],
 )
 def test_wrong_usage_exits_with_2(args: tuple, tiny_path: Path) -> None:
@@ -328,6 +337,28 @@ def test_eval_can_take_one_setting_a_phase_and_a_bundle_as_reference(shipped_pat
     for phase in ("decode", "prefill"):
         outcome = run_cli(shipped_path, "--eval", path, "--point", 3, "--eval-phase", phase, "--json")
         assert outcome.json["phase"] == phase and 2.5 < outcome.json["table"][0]["bits_mean"] < 4
+
+
+def test_eval_refuses_what_it_cannot_score(tiny_path: Path, tmp_path: Path) -> None:
+    cases = (("one.txt", b"a", "single token"), ("blank.txt", b" \n", "empty"), ("x.bin", b"\xff", "UTF-8"))
+    for name, content, word in cases:
+        (tmp_path / name).write_bytes(content)
+        assert_one_sentence(run_cli(tiny_path, "--eval", tmp_path / name), name, word)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path, calibration_text: Path) -> None:
+    """The byte tokenizer has 256 tokens, the model 222; plain ASCII text does not show it."""
+    text = tmp_path / "ascii.txt"
+    text.write_text(calibration_text.read_text(encoding="utf-8").encode("ascii", "ignore").decode())
+    model = save_tiny(tmp_path / "model", "mixtral", vocab_size=222)
+    assert compile_cli(model, "-o", tmp_path / "b.dymoe", "--calibration", text).code == 0
+    assert_one_sentence(run_cli(tmp_path / "b.dymoe", "--prompt", "\u00c0\u00ff"), "tokenizer.json", "222")
+
+
+def test_a_conversation_that_is_not_utf_8_is_refused(shipped_path: Path) -> None:
+    command = [sys.executable, "-m", "dymoe_runtime", str(shipped_path), "--chat", "--max-tokens", "2"]
+    done = subprocess.run(command, input=b"hello\n\xff\n", capture_output=True, timeout=60)
+    assert done.returncode == 1 and b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_eval_refuses_a_reference_of_another_vocabulary(shipped_path: Path, tmp_path: Path) -> None:

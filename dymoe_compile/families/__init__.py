@@ -11,11 +11,13 @@ Each of our names maps to the names that checkpoints are seen to use, the usual 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from dymoe_runtime.decoder import ACTIVATIONS
+from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.rope import KINDS, yarn_attention_factor
 from dymoe_runtime.spec import ModelSpec, Rope
@@ -38,17 +40,52 @@ class Config:
             raise DymoeError(f"config.json: '{names[0]}' is missing; copy config.json from the model's repository")
         return default
 
-    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1) -> int:
+    def integer(self, *names: str, default: Any = _REQUIRED, least: int = 1, most: int = 1 << 31) -> int:
         value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise DymoeError(f"config.json: '{names[0]}' is {value!r}, expected a whole number of at least {least}")
-        return value
+        if not _is_whole(value) or not least <= value <= most:
+            self._refuse(names[0], value, f"a whole number from {least} to {most}")
+        return int(value)
 
-    def number(self, *names: str, default: Any = _REQUIRED) -> float:
+    def number(self, *names: str, default: Any = _REQUIRED, above: float = 0.0) -> float:
+        """A finite number larger than `above`."""
         value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise DymoeError(f"config.json: '{names[0]}' is {value!r}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < math.inf:
+            self._refuse(names[0], value, f"a number above {above:g}")
         return float(value)
+
+    def boolean(self, *names: str, default: bool) -> bool:
+        value = self.get(*names, default=default)
+        if not isinstance(value, bool):
+            self._refuse(names[0], value, "true or false")
+        return bool(value)
+
+    def integers(self, *names: str) -> tuple[int, ...]:
+        """A list of whole numbers, or a single one; none where the key is missing."""
+        value = self.get(*names, default=[])
+        values = value if isinstance(value, list) else [value]
+        if not all(_is_whole(item) and 0 <= item < 1 << 31 for item in values):
+            self._refuse(names[0], value, "whole numbers from 0")
+        return tuple(values)
+
+    def choice(self, *names: str, default: str, known: Iterable[str]) -> str:
+        value = self.get(*names, default=default)
+        if value not in tuple(known):
+            self._refuse(names[0], value, f"one of those supported: {', '.join(known)}")
+        return str(value)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.get(name, default={})
+        if not isinstance(value, dict):
+            self._refuse(name, value, "an object")
+        return dict(value)
+
+    @staticmethod
+    def _refuse(name: str, value: Any, expected: str) -> NoReturn:
+        raise DymoeError(f"config.json: '{name}' is {str(value)[:60]!r}, expected {expected}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -84,9 +121,6 @@ def common_spec(config: Config, **family: Any) -> ModelSpec:
     """A ModelSpec from the keys that all families share; `family` gives the rest."""
     heads = config.integer("num_attention_heads")
     hidden = config.integer("hidden_size")
-    activation = config.get("hidden_act", default="silu")
-    if activation not in ACTIVATIONS:
-        raise DymoeError(f"config.json: hidden_act '{activation}' is not supported; known are {', '.join(ACTIVATIONS)}")
     experts = config.integer("num_experts", "num_local_experts", "n_routed_experts", default=0, least=0)
     if experts == 0:
         raise DymoeError(
@@ -96,15 +130,15 @@ def common_spec(config: Config, **family: Any) -> ModelSpec:
         model_type=config.get("model_type"),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=layers_of(config),
         num_heads=heads,
         num_kv_heads=config.integer("num_key_value_heads", default=heads),
-        max_context=config.integer("max_position_embeddings"),
+        max_context=config.integer("max_position_embeddings", least=2),
         num_experts=experts,
         top_k=config.integer("num_experts_per_tok"),
-        activation=activation,
-        tie_embeddings=bool(config.get("tie_word_embeddings", default=False)),
-        eos_ids=token_ids(config.get("eos_token_id", default=())),
+        activation=config.choice("hidden_act", default="silu", known=ACTIVATIONS),
+        tie_embeddings=config.boolean("tie_word_embeddings", default=False),
+        eos_ids=config.integers("eos_token_id"),
         **{"head_dim": config.integer("head_dim", default=hidden // heads), **family},
     )
     check(spec)
@@ -125,36 +159,39 @@ def check(spec: ModelSpec) -> None:
         raise DymoeError("config.json: no layer has routed experts; DyMoE compiles MoE models only")
 
 
-def token_ids(value: Any) -> tuple[int, ...]:
-    """eos_token_id is a number or a list of them."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+def layers_of(config: Config) -> int:
+    return config.integer("num_hidden_layers", most=10_000)
+
+
+def window_of(config: Config) -> int | None:
+    """Tokens that attention looks back, itself included; None for all."""
+    return config.integer("sliding_window", default=0, least=0) or None
 
 
 def rope_of(config: Config, theta: float = 10000.0) -> Rope:
     """Rope from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    merged = {**config.get("rope_scaling", default={}), **config.get("rope_parameters", default={})}
+    merged = {**config.mapping("rope_scaling"), **config.mapping("rope_parameters")}
     values = Config({"rope_theta": config.get("rope_theta", default=theta), **merged})
-    kind = values.get("rope_type", "type", default="default")
-    if kind not in KINDS:
-        raise DymoeError(f"config.json: rope_type '{kind}' is not supported; known are {', '.join(KINDS)}")
+    kind = values.choice("rope_type", "type", default="default", known=KINDS)
     context = config.integer("max_position_embeddings")
     original = values.integer("original_max_position_embeddings", default=context)
     factor = values.number("factor", default=context / original if kind == "yarn" else 1.0)
     attention = 1.0
     if kind == "yarn":
-        scales = values.number("mscale", default=0), values.number("mscale_all_dim", default=0)
+        scales = (values.number(name, default=0.0, above=-1.0) for name in ("mscale", "mscale_all_dim"))
         attention = values.number("attention_factor", default=yarn_attention_factor(factor, *scales))
+    low = values.number("low_freq_factor", default=1.0)
     return Rope(
-        theta=values.number("rope_theta"),
+        theta=values.number("rope_theta", above=1.0),
         kind=kind,
         factor=factor,
         original_max_position_embeddings=original,
-        low_freq_factor=values.number("low_freq_factor", default=1.0),
-        high_freq_factor=values.number("high_freq_factor", default=4.0),
+        low_freq_factor=low,
+        high_freq_factor=values.number("high_freq_factor", default=4.0 * low, above=low),
         beta_fast=values.number("beta_fast", default=32.0),
         beta_slow=values.number("beta_slow", default=1.0),
         attention_factor=attention,
-        truncate=bool(values.get("truncate", default=True)),
+        truncate=values.boolean("truncate", default=True),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dymoe_compile.families import Config, Names, common_names, common_spec, rope_of
+from dymoe_compile.families import Config, Names, common_names, common_spec, rope_of, window_of
 from dymoe_runtime.spec import ModelSpec
 
 THETA = 1_000_000.0
@@ -17,7 +17,7 @@ def spec(config: Config) -> ModelSpec:
         rope=rope_of(config, THETA),
         norm_topk=True,
         expert_width=config.integer("intermediate_size"),
-        sliding_window=config.get("sliding_window", default=None),
+        sliding_window=window_of(config),
     )
 
 

@@ -7,16 +7,15 @@ from dymoe_runtime.spec import ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
-    clip = config.get("clip_qkv", default=None)
     return common_spec(
         config,
         norm_eps=config.number("rms_norm_eps", default=1e-5),
         rope=rope_of(config),
-        norm_topk=bool(config.get("norm_topk_prob", default=False)),
+        norm_topk=config.boolean("norm_topk_prob", default=False),
         expert_width=config.integer("intermediate_size"),
         qk_norm="full",
-        attention_bias=bool(config.get("attention_bias", default=False)),
-        clip_qkv=None if clip is None else float(clip),
+        attention_bias=config.boolean("attention_bias", default=False),
+        clip_qkv=None if config.get("clip_qkv", default=None) is None else config.number("clip_qkv"),
     )
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dymoe_compile.families import Config, Names, common_names, common_spec, rope_of
+from dymoe_compile.families import Config, Names, common_names, common_spec, layers_of, rope_of, window_of
 from dymoe_runtime.spec import ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
-    layers = config.integer("num_hidden_layers")
     step = config.integer("decoder_sparse_step", default=1)
-    dense = set(config.get("mlp_only_layers", default=()))
+    dense = set(config.integers("mlp_only_layers"))
     return common_spec(
         config,
         norm_eps=config.number("rms_norm_eps", default=1e-6),
         rope=rope_of(config),
-        norm_topk=bool(config.get("norm_topk_prob", default=False)),
+        norm_topk=config.boolean("norm_topk_prob", default=False),
         expert_width=config.integer("moe_intermediate_size"),
         qk_norm="head",
-        attention_bias=bool(config.get("attention_bias", default=False)),
-        sliding_window=config.get("sliding_window", default=None)
-        if config.get("use_sliding_window", default=False)
-        else None,
-        dense_layers=tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step),
+        attention_bias=config.boolean("attention_bias", default=False),
+        sliding_window=window_of(config) if config.boolean("use_sliding_window", default=False) else None,
+        dense_layers=tuple(layer for layer in range(layers_of(config)) if layer in dense or (layer + 1) % step),
         dense_width=config.integer("intermediate_size", default=0, least=0),
     )
 

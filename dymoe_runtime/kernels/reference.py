@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dymoe_runtime import tiers
+from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 isa = "torch"
 threads = torch.get_num_threads
