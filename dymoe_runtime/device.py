@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -32,6 +34,7 @@ UNITS = {
 }
 # Left free under a memory limit that is not ours to fill to the last byte.
 MARGIN = 0.05
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -152,6 +155,15 @@ def peak_resident_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def return_large_blocks() -> None:
+    """Have glibc give every freed block from 1 MiB on back to the system, not keep it for later.
+
+    Costs some speed where large blocks come and go, but memory is then what is in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def default_threads() -> int:

@@ -21,14 +21,15 @@ from dymoe_runtime.device import (
     memory_limit,
     peak_resident_bytes,
     resident_bytes,
+    return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import LookAhead, StoredExperts
+from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import ExpertStore, full_arena_bytes, least_arena_bytes
-from dymoe_runtime.tiers import RecordLayout
 
 # Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
 CHUNK = 256
@@ -104,6 +105,8 @@ class Model:
         options = options or RunOptions()
         self._threads = options.threads or default_threads()
         kernels.set_threads(self._threads)
+        if kernels.isa() == "torch":
+            return_large_blocks()
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
@@ -243,7 +246,7 @@ def plan_budget(
         fixed=fixed if fixed is not None else resident_bytes(),
         dense=bundle.manifest.files[DENSE].nbytes,
         kv_cache=0 if window else KVCache.bytes_needed(bundle.spec, context),
-        workspace=workspace_bytes(bundle.spec, bundle.layout, window or context, window or CHUNK) + RESERVE_BYTES,
+        workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
     )
@@ -260,15 +263,15 @@ def check_budget(budget: Budget) -> None:
         )
 
 
-def workspace_bytes(spec: ModelSpec, layout: RecordLayout, context: int, tokens: int) -> int:
-    """An upper bound of the activations of a pass of `tokens` that sees `context`, and of what one expert needs."""
+def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
+    """An upper bound of the activations of a pass of `tokens` that sees `context` tokens."""
     heads = spec.num_heads * spec.head_dim
     rows = 8 * spec.hidden_size + 6 * heads + 4 * spec.expert_width + 3 * spec.dense_width + 2 * spec.num_experts
     masks = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads) * context
     if spec.sliding_window:
         masks += tokens * context
-    expert = layout.weights if kernels.isa() == "torch" else 0
-    return 4 * (tokens * rows + masks + 3 * spec.vocab_size + 2 * expert)
+    dequantized = 8 * WEIGHTS_AT_ONCE if kernels.isa() == "torch" else 0
+    return 4 * (tokens * rows + masks + 3 * spec.vocab_size + dequantized)
 
 
 def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:

@@ -11,6 +11,9 @@ from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
+# Weights of a matrix that are in float at a time, each with about six times its size beside it.
+WEIGHTS_AT_ONCE = 1 << 17
+
 isa = "torch"
 threads = torch.get_num_threads
 set_threads = torch.set_num_threads
@@ -25,15 +28,16 @@ def ffn(
 ) -> torch.Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation '{activation}': expected {', '.join(ACTIVATIONS)}")
-    gate, up, down = (dequantize(layout, tier, segments, name) for name in ("gate", "up", "down"))
-    _check_input(x, gate.shape[1])
-    hidden = ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)  # [T, I]
-    return hidden @ down.T
+    arrays, gate = _arrays(layout, tier, segments), layout.matrices["gate"]
+    _check_input(x, gate.cols)
+    hidden = ACTIVATIONS[activation](_product(arrays, gate, tier, x))  # [T, I]
+    hidden *= _product(arrays, layout.matrices["up"], tier, x)
+    return _product(arrays, layout.matrices["down"], tier, hidden)
 
 
 def linear(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     _check_input(x, layout.matrices["weight"].cols)
-    return x @ dequantize(layout, tier, segments, "weight").T
+    return _product(_arrays(layout, tier, segments), layout.matrices["weight"], tier, x)
 
 
 def embed(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -43,8 +47,7 @@ def embed(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids
         raise ValueError(f"ids: {int(outside[0])} is not below {where.rows}")
     if not ids.numel():
         return torch.empty(0, where.cols)
-    few = tiers.make_layout({"weight": (ids.numel(), where.cols)}, where.ladder).matrices["weight"]
-    return tiers.dequantize(_take_rows(_arrays(layout, tier, segments), where, few, ids.numpy()), few, tier)
+    return _rows(_arrays(layout, tier, segments), where, tier, ids.numpy())
 
 
 def dequantize(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], name: str) -> torch.Tensor:
@@ -70,6 +73,19 @@ def _array(index: int, segment: torch.Tensor) -> np.ndarray:
 def _check_input(x: torch.Tensor, cols: int) -> None:
     if x.dim() != 2 or x.shape[1] != cols or x.dtype != torch.float32:
         raise ValueError(f"x: expected float32 of shape [*, {cols}], got {x.dtype} of {list(x.shape)}")
+
+
+def _product(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, x: torch.Tensor) -> torch.Tensor:
+    """x @ W.T, a few rows of W in float at a time, so that a large matrix takes little memory."""
+    step = max(1, WEIGHTS_AT_ONCE // where.cols)
+    rows = np.arange(where.rows)
+    return torch.cat([x @ _rows(segments, where, tier, rows[i : i + step]).T for i in rows[::step]], dim=-1)
+
+
+def _rows(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, ids: np.ndarray) -> torch.Tensor:
+    """Rows `ids` of a matrix, float32 [len(ids), cols]."""
+    few = tiers.make_layout({"weight": (len(ids), where.cols)}, where.ladder).matrices["weight"]
+    return tiers.dequantize(_take_rows(segments, where, few, ids), few, tier)
 
 
 def _take_rows(
