@@ -52,6 +52,8 @@ PROFILE_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class CompileOptions:
+    """What to compile, for which device, and how; `ladder` and `dense_bits` override the profile's."""
+
     model: Path
     output: Path
     profile: Profile

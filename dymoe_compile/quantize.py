@@ -20,7 +20,7 @@ from dymoe_runtime.tiers import BLOCK, QuantizedMatrix, blocks_of, tier_scales
 LOWER_TIER_LOSS = 0.1
 # Clipping factors tried per block, relative to the largest magnitude.
 CLIPS = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
-# From six bits on, clipping no longer pays.
+# From six bits on no clipping is tried: the highest tier does not need it, lower ones of the ladder lose a little.
 FINE = 6
 MAX_STEP = 255
 # Weights worked on at once, so that temporaries stay in the processor's cache.

@@ -11,7 +11,8 @@ import torch
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.sampling import Sampler, SamplingParams
-from dymoe_runtime.text import StreamDecoder, Tokenizer
+from dymoe_runtime.stream import StreamDecoder
+from dymoe_runtime.text import Tokenizer
 
 
 class LanguageModel(Protocol):

@@ -295,10 +295,7 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
 
 
 def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:
-    """Bytes per token at which the experts that a token uses come from memory as often as at the lowest tier.
-
-    With room for all experts at their mean bits nothing is read; a point is affordable up to there.
-    """
+    """Bytes per token of the point at which all experts, at that point's mean size, would just fill the arena."""
     share = arena / max(bundle.expert_bytes(), 1)
     whole = max(point.bytes_per_token for point in bundle.policy.points)
     return whole * min(1.0, share)

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.text import REPLACEMENT, StreamDecoder, Tokenizer
+from dymoe_runtime.stream import REPLACEMENT, StreamDecoder
+from dymoe_runtime.text import Tokenizer
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.  Two  spaces, a tab\tand a newline.\n",
@@ -151,7 +152,7 @@ def test_streams_of_random_bytes_join_to_the_whole(build: Callable[[], tokenizer
 
 def byte_spelling(tokenizer: Tokenizer) -> dict[int, int]:
     """Byte → id of the token that is only that byte."""
-    from dymoe_runtime.text import _BYTE_OF_CHAR
+    from dymoe_runtime.stream import _BYTE_OF_CHAR
 
     names = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
     if tokenizer.decoder_types[0] != "ByteLevel":
