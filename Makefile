@@ -23,7 +23,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.runtime $(BUNDLE)
-	$(BIN)/python benchmarks/quality.py $(BUNDLE) examples/model examples/heldout/*.txt
+	$(BIN)/python benchmarks/quality/table.py $(BUNDLE) examples/model \
+	    $(addprefix --calibration ,$(wildcard dymoe_compile/data/*.txt)) \
+	    $(addprefix --held-out ,$(wildcard examples/heldout/*.txt))
 
 $(BUNDLE): $(VENV)/.runtime
 	$(BIN)/dymoe-compile examples/model -o $@

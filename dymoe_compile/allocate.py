@@ -18,6 +18,8 @@ from dymoe_runtime.policy import ALWAYS, Thresholds, tiers_by_mass
 
 # Shares of importance at which the next lower tier may begin.
 SHARES = (0.0, 0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, ALWAYS)
+# The same for ladders of up to three tiers, whose combinations are few.
+FINE_SHARES = (*(i / 20 for i in range(20)), ALWAYS)
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Choice:
     cost: float
 
 
-def layer_choices(
+def layer_options(
     importance: torch.Tensor, energy: torch.Tensor, sensitivity: Mapping[int, float], ladder: Sequence[int]
 ) -> list[Choice]:
-    """The choices of one layer that are worth considering, by rising bits.
+    """All choices of one layer.
 
     importance, energy [samples, n]: of the experts that were active together (0 where not);
     sensitivity: tier -> added KL with the whole layer at that tier.
@@ -40,13 +42,21 @@ def layer_choices(
     active = importance > 0
     energy = energy / energy.sum()
     choices = []
-    for shares in itertools.combinations_with_replacement(SHARES, len(ladder) - 1):
+    grid = FINE_SHARES if len(ladder) <= 3 else SHARES
+    for shares in itertools.combinations_with_replacement(grid, len(ladder) - 1):
         thresholds = (*shares, ALWAYS)
         tiers = tiers_by_mass(importance, thresholds, ladder)
         bits = tiers[active].double().mean().item()
         cost = sum(sensitivity[tier] * energy[tiers == tier].double().sum().item() for tier in ladder)
         choices.append(Choice(thresholds, bits, cost))
-    return lower_hull(choices)
+    return choices
+
+
+def expert_choices(
+    weight: float, energy: float, sensitivity: Mapping[int, float], ladder: Sequence[int]
+) -> list[Choice]:
+    """The choices of one expert that keeps its tier: its bits count by `weight`, its cost by its share of `energy`."""
+    return lower_hull([Choice((tier,), weight * tier, energy * sensitivity[tier]) for tier in ladder])
 
 
 def lower_hull(choices: Sequence[Choice]) -> list[Choice]:

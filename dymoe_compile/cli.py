@@ -32,7 +32,7 @@ DEFAULT_PROFILE = "laptop-8gb"
     help="Plain text, or JSONL with a `text` field. Default: a shipped mix.",
 )
 @click.option(
-    "--calibration-tokens", type=click.IntRange(256), default=16384, show_default=True, help="How much of it to use."
+    "--calibration-tokens", type=click.IntRange(256), default=65536, show_default=True, help="How much of it to use."
 )
 @click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
 @click.option("--dense-bits", type=int, help="Bits of everything else: 4 to 8, or 16. Default: the profile's.")

@@ -5,26 +5,34 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 import dymoe_runtime
-from dymoe_compile.calibration import calibrate
+from dymoe_compile.calibration import LayerStatistics, calibrate
 from dymoe_compile.checkpoint import Checkpoint
-from dymoe_compile.points import fit_policy
+from dymoe_compile.findings import collect
+from dymoe_compile.points import fit_policy, fits
 from dymoe_compile.progress import Progress, silent
 from dymoe_compile.quantize import quantize_matrix
+from dymoe_compile.report import render
 from dymoe_compile.texts import Windows, load_texts, make_windows
 from dymoe_compile.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import (
+    DENSE,
+    FINDINGS,
+    LOOK_AHEAD,
     MANIFEST,
     POLICY,
+    REPORT,
     TOKENIZER,
     TOKENIZER_EXTRAS,
     VERSION,
@@ -60,7 +68,7 @@ class CompileOptions:
     ladder: tuple[int, ...]
     dense_bits: int
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 65536
     seed: int = 0
     jobs: int | None = None
     fresh: bool = False
@@ -106,11 +114,15 @@ def build(
         copy_tokenizer(options.model, writer)
         dense_crc32 = write_dense(checkpoint, options.dense_bits, writer, progress)
         original, statistics, layers = calibrate(checkpoint, windows, options.ladder, options.seed, writer, progress)
+        writer.write_small(LOOK_AHEAD, look_ahead_bytes(statistics))
         manifest = make_manifest(checkpoint.spec, options, writer.directory, dense_crc32, layers, provenance)
         draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
-        policy = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
-        check_quality(Bundle(writer.directory, manifest, policy), options)
-        writer.write_small(POLICY, (json.dumps(policy.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
+        check_quality(Bundle(writer.directory, manifest, fitted.policy), options)
+        findings = collect(manifest, manifest.files[DENSE].nbytes, statistics, fitted)
+        writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
+        writer.write_small(FINDINGS, _json_bytes(findings))
+        writer.write_small(REPORT, render(findings).encode())
         writer.finish(make_manifest(checkpoint.spec, options, writer.directory, dense_crc32, layers, provenance))
     return Bundle.open(options.output)
 
@@ -188,6 +200,13 @@ def write_dense(checkpoint: Checkpoint, bits: int, writer: BundleWriter, progres
     return checksums
 
 
+def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
+    """The predictors of those layers that have one, by layer, as a safetensors file."""
+    return save(
+        {str(layer): seen.predictor.contiguous() for layer, seen in statistics.items() if seen.predictor.numel()}
+    )
+
+
 def check_quality(bundle: Bundle, options: CompileOptions) -> None:
     """BudgetError if the profile's device cannot run the bundle; QualityError if no point reaches --max-kl."""
     context = min(PROFILE_CONTEXT, bundle.spec.max_context)
@@ -197,11 +216,14 @@ def check_quality(bundle: Bundle, options: CompileOptions) -> None:
             f"profile {options.profile.name}: {format_size(options.profile.memory_bytes)} of memory are too little, "
             f"this bundle needs at least {format_size(floor)}; choose a larger profile or fewer --dense-bits"
         )
-    best = min(point.kl for point in bundle.policy.points)
+    fitting = [point.kl for point in bundle.policy.points if fits(point, bundle, options.profile)]
+    best = min(fitting, default=math.inf)
     if options.max_kl is not None and not best <= options.max_kl:
+        reached = f"the best has {best:g}" if fitting else "none fits"
         raise QualityError(
-            f"no operating point reaches a KL of {options.max_kl:g}, the best has {best:g}; "
-            "add a higher tier to --tiers or raise --max-kl"
+            f"no operating point within the {format_size(options.profile.memory_bytes)} of profile "
+            f"{options.profile.name} reaches a KL of {options.max_kl:g}, {reached}; "
+            "add a higher tier to --tiers, choose a larger profile or raise --max-kl"
         )
 
 
@@ -213,13 +235,17 @@ def make_manifest(
     layers: dict[int, LayerEntry],
     provenance: dict[str, Any],
 ) -> Manifest:
-    small = {POLICY, TOKENIZER, *TOKENIZER_EXTRAS}
+    small = {POLICY, FINDINGS, REPORT, LOOK_AHEAD, TOKENIZER, *TOKENIZER_EXTRAS}
     files: dict[str, FileEntry] = {
         path.name: file_entry(path, digest=path.name in small)
         for path in sorted(directory.iterdir())
         if path.name in small or path.suffix == ".safetensors"
     }
     return Manifest(spec, options.ladder, options.dense_bits, files, dense_crc32, layers, provenance)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _dense_storage(name: str, shape: tuple[int, ...], bits: int) -> tuple[torch.dtype, tuple[int, ...]]:

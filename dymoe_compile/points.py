@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
 
-from dymoe_compile.allocate import layer_choices, solve
 from dymoe_compile.calibration import LayerStatistics
+from dymoe_compile.candidates import Candidates
 from dymoe_compile.progress import Progress
-from dymoe_compile.sensitivity import Measurement, Measurer, Original
+from dymoe_compile.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import Profile
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.model import PROCESS_BYTES
 from dymoe_runtime.policy import LayerPolicy, OperatingPoint, Policy, TierRule
+from dymoe_runtime.spec import ModelSpec
 
-# Held-out tokens for the many runs that sensitivity takes; operating points use all of them.
+# Held-out tokens for the many runs that sensitivity takes.
 SENSITIVITY_TOKENS = 2048
+# Candidates are run on this many, of a large model on so many that tokens times active expert
+# weights come to CANDIDATE_WORK, but on SENSITIVITY_TOKENS at least.
+CANDIDATE_TOKENS = 4096
+CANDIDATE_WORK = 1.6e12
 # Mean bits that mixed operating points aim at, between the tiers of the ladder.
 POINT_STEP = 0.25
+# An expert is ruined by the lowest tier if its squared error is this share of its squared output,
+# so many times the median of its layer, and at most half as large at the highest.
+RUINED_SHARE = 0.5
+RUINED_RATIO = 4.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A policy, and everything that was measured on the way to it: points of any kind, each with its rule."""
+
+    policy: Policy
+    compared: tuple[tuple[OperatingPoint, Rule], ...]
+    reference_nll: float
+    tokens: int  # that the points were measured on
 
 
 def fit_policy(
@@ -31,45 +52,66 @@ def fit_policy(
     statistics: dict[int, LayerStatistics],
     profile: Profile,
     progress: Progress,
-) -> Policy:
+) -> Fitted:
     """Measure sensitivities, solve for thresholds, measure the candidates, keep those that are best at their size."""
-    few = max(1, SENSITIVITY_TOKENS // held_out.shape[1])
-    excerpt = Original(original.hidden[:few], original.head)
-    sensitivity = measure_sensitivity(bundle, held_out[:few], excerpt, progress)
-    rules = candidates(bundle, statistics, sensitivity)
-    measurer = Measurer(bundle, held_out, original)
-    with progress("operating points", bundle.spec.num_layers) as advance:
+    spec, ladder = bundle.spec, bundle.manifest.ladder
+    few = _excerpt(held_out, original, SENSITIVITY_TOKENS)
+    sensitivity = measure_sensitivity(bundle, *few, progress)
+    layers = tuple(layer_policy(layer, statistics, sensitivity) for layer in range(spec.num_layers))
+    pinned = tuple(layer.pinned for layer in layers)
+    tokens = min(CANDIDATE_TOKENS, max(SENSITIVITY_TOKENS, int(CANDIDATE_WORK / active_weights(spec))))
+    excerpt = _excerpt(held_out, original, tokens)
+    rules = candidate_rules(spec, ladder, statistics, sensitivity, pinned)
+    measurer = Measurer(bundle, *excerpt)
+    with progress("operating points", spec.num_layers) as advance:
         measured = measurer.measure(list(rules.values()), advance)
-    points = [
-        make_point(name, rule, result, bundle) for (name, rule), result in zip(rules.items(), measured, strict=True)
+    compared = [
+        make_point(name, kind, rule, result, bundle)
+        for ((name, kind), rule), result in zip(rules.items(), measured, strict=True)
     ]
-    kept = best_points(points)
-    notes = (
-        () if any(point.kind == "mixed" for point in kept) else ("importance is flat: uniform tiers win everywhere",)
-    )
-    return Policy(
-        ladder=bundle.manifest.ladder,
-        layers=tuple(layer_policy(layer, statistics, sensitivity) for layer in range(bundle.spec.num_layers)),
+    kept = best_points([point for point in compared if point.kind != "static"])
+    with progress("prompt reading", spec.num_layers) as advance:
+        reading = measurer.measure([Prefilling(_rule_of(point, ladder, pinned)) for point in kept], advance)
+    kept = [replace(point, prefill_kl=_significant(result.kl)) for point, result in zip(kept, reading, strict=True)]
+    flat = not any(point.kind == "mixed" for point in kept)
+    policy = Policy(
+        ladder=ladder,
+        layers=layers,
         points=tuple(kept),
         default_point=default_point(kept, bundle, profile).name,
-        notes=notes,
+        notes=("importance is flat: uniform tiers win everywhere",) if flat else (),
+    )
+    return Fitted(
+        policy, tuple(zip(compared, rules.values(), strict=True)), _reference_nll(*excerpt), excerpt[0].numel()
     )
 
 
-def measure_sensitivity(
-    bundle: Bundle, held_out: torch.Tensor, original: Original, progress: Progress
-) -> dict[int, dict[int, float]]:
-    """layer -> tier -> KL of the model with only that layer at that tier and all others at the highest."""
-    ladder, layers = bundle.manifest.ladder, bundle.spec.num_layers
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one layer at one tier does, all others at the highest."""
+
+    kl: float
+    router_overlap: float | None  # of the next router; None after the last
+
+
+Table = dict[int, dict[int, Sensitivity]]  # layer -> tier -> Sensitivity
+
+
+def measure_sensitivity(bundle: Bundle, held_out: torch.Tensor, original: Original, progress: Progress) -> Table:
+    """KL of the model, and drift of the next router, with only one layer below the highest tier."""
+    ladder, layers, moe = bundle.manifest.ladder, bundle.spec.num_layers, bundle.spec.moe_layers
     top = TierRule.uniform(ladder[-1], ladder, layers)
-    cases = [(layer, tier) for layer in bundle.spec.moe_layers for tier in ladder]
-    rules = [_with_layer(top, layer, TierRule.uniform(tier, ladder, layers)) for layer, tier in cases]
+    cases = [(layer, tier) for layer in moe for tier in ladder[:-1]]
+    rules = [Decoding(_with_layer(top, layer, TierRule.uniform(tier, ladder, layers))) for layer, tier in cases]
     with progress("sensitivity", layers) as advance:
-        results = Measurer(bundle, held_out, original).measure(rules, advance)
-    table: dict[int, dict[int, float]] = {layer: {} for layer in bundle.spec.moe_layers}
-    for (layer, tier), result in zip(cases, results, strict=True):
-        table[layer][tier] = result.score.kl_sum / result.score.compared
-        if not math.isfinite(table[layer][tier]):
+        base, *results = Measurer(bundle, held_out, original).measure([Decoding(top), *rules], advance)
+    following = dict(zip(moe, (*moe[1:], None), strict=True))
+    table: Table = {layer: {} for layer in moe}
+    cases += [(layer, ladder[-1]) for layer in moe]
+    for (layer, tier), result in zip(cases, [*results, *[base] * len(moe)], strict=True):
+        after = following[layer]
+        table[layer][tier] = Sensitivity(result.kl, None if after is None else result.router_overlap[after])
+        if not math.isfinite(result.kl):
             raise DymoeError(
                 f"layer {layer}: its output at {tier} bits is not finite; its weights are out of range for this "
                 "precision: copy the checkpoint again, or give higher --tiers"
@@ -77,30 +119,39 @@ def measure_sensitivity(
     return table
 
 
-def candidates(
-    bundle: Bundle, statistics: dict[int, LayerStatistics], sensitivity: dict[int, dict[int, float]]
-) -> dict[str, TierRule]:
-    """Uniform rules, and a mixed rule for each mean number of bits between the lowest and the highest tier."""
-    ladder, layers = bundle.manifest.ladder, bundle.spec.num_layers
-    rules = {f"uniform-{tier}": TierRule.uniform(tier, ladder, layers) for tier in ladder}
-    added = {layer: {t: max(kl - row[ladder[-1]], 0.0) for t, kl in row.items()} for layer, row in sensitivity.items()}
-    decode, prefill = [], []
-    for layer in bundle.spec.moe_layers:
-        seen = statistics[layer]
-        decode.append(layer_choices(seen.gates, seen.gates.square(), added[layer], ladder))
-        prefill.append(layer_choices(seen.chunk_importance, seen.chunk_energy, added[layer], ladder))
-    count = round((ladder[-1] - ladder[0]) / POINT_STEP)
-    for bits in (ladder[0] + POINT_STEP * i for i in range(1, count)):
-        rule = rules[f"uniform-{ladder[-1]}"]
-        chosen = zip(bundle.spec.moe_layers, solve(decode, bits), solve(prefill, bits), strict=True)
-        for layer, for_token, for_chunk in chosen:
-            row = TierRule(ladder, (for_token.thresholds,) * layers, (for_chunk.thresholds,) * layers)
-            rule = _with_layer(rule, layer, row)
-        rules[f"{bits:g}"] = rule
+def candidate_rules(
+    spec: ModelSpec,
+    ladder: tuple[int, ...],
+    statistics: Mapping[int, LayerStatistics],
+    sensitivity: Table,
+    pinned: tuple[tuple[int, ...], ...],
+) -> dict[tuple[str, str], Rule]:
+    """(name, kind) -> rule: uniform ones, and four kinds of mixed ones for each wanted mean number of bits."""
+    added = {
+        layer: {tier: max(seen.kl - row[ladder[-1]].kl, 0.0) for tier, seen in row.items()}
+        for layer, row in sensitivity.items()
+    }
+    rules: dict[tuple[str, str], Rule] = {
+        (f"uniform-{tier}", "uniform"): Decoding(TierRule.uniform(tier, ladder, spec.num_layers)) for tier in ladder
+    }
+    make = Candidates(spec, ladder, statistics, added, pinned)
+    for bits in wanted_bits(ladder):
+        rules[f"{bits:g}", "mixed"] = Decoding(make.fitted(bits))
+        rules[f"{bits:g}", "flat"] = Decoding(make.flat(bits))
+        rules[f"{bits:g}", "cosine"] = Decoding(make.cosine(bits))
+        rules[f"{bits:g}", "static"] = make.static(bits)
     return rules
 
 
-def make_point(name: str, rule: TierRule, result: Measurement, bundle: Bundle) -> OperatingPoint:
+def wanted_bits(ladder: Sequence[int]) -> list[float]:
+    """Mean bits to aim at, between the lowest and the highest tier; one more close to the lowest, where KL is steep."""
+    if len(ladder) == 1:
+        return []
+    count = round((ladder[-1] - ladder[0]) / POINT_STEP)
+    return [ladder[0] + POINT_STEP / 2, *(ladder[0] + POINT_STEP * i for i in range(1, count))]
+
+
+def make_point(name: str, kind: str, rule: Rule, result: Measurement, bundle: Bundle) -> OperatingPoint:
     """An operating point with its measured quality and size; figures rounded to what is meaningful."""
     layout, score = bundle.layout, result.score.to_json()
     pairs = sum(result.used.values())
@@ -111,29 +162,56 @@ def make_point(name: str, rule: TierRule, result: Measurement, bundle: Bundle) -
 
     return OperatingPoint(
         name=name,
-        kind="uniform" if name.startswith("uniform") else "mixed",
-        decode=rule.decode,
-        prefill=rule.prefill,
+        kind=kind,
+        decode=rule.rule.decode if isinstance(rule, Decoding) else (),
+        prefill=rule.rule.prefill if isinstance(rule, Decoding) else (),
         bits_mean=round(mean(float), 4),
         effective_bits=round(mean(layout.bits_per_weight), 4),
         bytes_per_token=round(mean(layout.prefix_bytes) * active),
         kl=_significant(score["kl"]),
         nll=_significant(score["nll"], 6),
         top1_agreement=_significant(score["top1_agreement"]),
+        prefill_kl=math.nan,
     )
 
 
 def best_points(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """Uniform points, and mixed ones that nothing of their size or smaller equals; by rising bits."""
+    """Uniform points, and of each other name the best that nothing of its size or smaller equals; by rising bits.
+
+    What is kept counts as mixed, whichever schedule its thresholds came from.
+    """
+    uniform = [point for point in points if point.kind == "uniform"]
+    rate = _rate(uniform)
+    named: dict[str, OperatingPoint] = {}
+    for point in points:
+        best = named.get(point.name)
+        if best is None or _worth(point, rate) < _worth(best, rate):
+            named[point.name] = point
+    chosen = list(named.values())
 
     def beaten(point: OperatingPoint) -> bool:
         return any(
-            other is not point and other.bytes_per_token <= point.bytes_per_token and other.kl <= point.kl
-            for other in points
+            other.bytes_per_token <= point.bytes_per_token
+            and (other.kl, other.bytes_per_token, i) < (point.kl, point.bytes_per_token, chosen.index(point))
+            for i, other in enumerate(chosen)
         )
 
-    kept = [point for point in points if point.kind == "uniform" or not beaten(point)]
+    kept = [point if point.kind == "uniform" else replace(point, kind="mixed") for point in chosen if not beaten(point)]
+    kept += [point for point in uniform if point not in kept]
     return sorted(kept, key=lambda point: (point.bytes_per_token, point.kl))
+
+
+def _rate(uniform: Sequence[OperatingPoint]) -> float:
+    """How fast the logarithm of KL falls with bits, from the lowest to the highest tier."""
+    low, high = uniform[0], uniform[-1]
+    if high.effective_bits <= low.effective_bits or min(low.kl, high.kl) <= 0:
+        return 0.0
+    return max(0.0, math.log(low.kl / high.kl) / (high.effective_bits - low.effective_bits))
+
+
+def _worth(point: OperatingPoint, rate: float) -> float:
+    """Logarithm of KL at a common size: points of one name differ a little in bits."""
+    return math.log(max(point.kl, 1e-12)) + rate * point.effective_bits
 
 
 def default_point(points: Sequence[OperatingPoint], bundle: Bundle, profile: Profile) -> OperatingPoint:
@@ -142,27 +220,78 @@ def default_point(points: Sequence[OperatingPoint], bundle: Bundle, profile: Pro
     Uniform points stand in where no mixed one was kept.
     """
     mixed = [point for point in points if point.kind == "mixed"] or list(points)
-    whole = max(point.effective_bits for point in points)
-    room = profile.memory_bytes - PROCESS_BYTES - bundle.manifest.files[DENSE].nbytes
-    fitting = [point for point in mixed if bundle.expert_bytes() * point.effective_bits / whole <= room]
+    fitting = [point for point in mixed if fits(point, bundle, profile)]
     if fitting:
         return min(fitting, key=lambda point: point.kl)
     return min(mixed, key=lambda point: abs(point.bits_mean - 3))
 
 
-def layer_policy(
-    layer: int, statistics: dict[int, LayerStatistics], sensitivity: dict[int, dict[int, float]]
-) -> LayerPolicy:
+def fits(point: OperatingPoint, bundle: Bundle, profile: Profile) -> bool:
+    """Whether all experts, at the mean size of `point`, fit the profile's memory beside the rest."""
+    whole = bundle.layout.bits_per_weight(bundle.manifest.ladder[-1])
+    room = profile.memory_bytes - PROCESS_BYTES - bundle.manifest.files[DENSE].nbytes
+    return bundle.expert_bytes() * point.effective_bits / whole <= room
+
+
+def layer_policy(layer: int, statistics: Mapping[int, LayerStatistics], sensitivity: Table) -> LayerPolicy:
     if layer not in statistics:
-        return LayerPolicy(layer, {}, (), (), ())
-    seen = statistics[layer]
+        return LayerPolicy(layer, {}, (), (), {}, {}, (), (), "none", ())
+    seen, row = statistics[layer], sensitivity[layer]
+    early = "linear" if seen.predictor.numel() else "router"
     return LayerPolicy(
         layer=layer,
-        sensitivity={str(tier): _significant(kl) for tier, kl in sensitivity[layer].items()},
+        sensitivity={str(tier): _significant(row[tier].kl) for tier in sorted(row)},
         frequency=tuple(seen.frequency),
         gate_mass=tuple(seen.gate_mass),
-        look_ahead_recall=tuple(seen.recall),
+        expert_error={tier: tuple(errors) for tier, errors in seen.expert_error.items()},
+        router_overlap={
+            str(tier): _significant(overlap)
+            for tier in sorted(row)
+            if (overlap := row[tier].router_overlap) is not None
+        },
+        pinned=ruined_experts(seen.expert_error),
+        data_free=tuple(seen.data_free),
+        look_ahead_by=early if seen.look_ahead["router"] else "none",
+        look_ahead_recall=tuple(seen.look_ahead[early]),
     )
+
+
+def ruined_experts(errors: Mapping[str, Sequence[float]]) -> tuple[int, ...]:
+    """Experts whose output the lowest tier ruins and the highest does not; `errors` by rising tier."""
+    rows = list(errors.values())
+    lowest, highest = rows[0], rows[-1]
+    bound = max(RUINED_SHARE, RUINED_RATIO * median(lowest))
+    return tuple(e for e, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low > bound and high < low / 2)
+
+
+def active_weights(spec: ModelSpec) -> int:
+    """Routed expert weights that a token uses."""
+    per_expert = sum(rows * cols for rows, cols in spec.expert_shapes.values())
+    return len(spec.moe_layers) * spec.top_k * per_expert
+
+
+def point_json(point: OperatingPoint) -> dict[str, Any]:
+    """A point without its thresholds, its missing figures None."""
+    values = {name: value for name, value in asdict(point).items() if name not in ("decode", "prefill")}
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+
+def _excerpt(held_out: torch.Tensor, original: Original, tokens: int) -> tuple[torch.Tensor, Original]:
+    count = max(1, tokens // held_out.shape[1])
+    return held_out[:count], Original(original.hidden[:count], original.head)
+
+
+def _reference_nll(held_out: torch.Tensor, original: Original) -> float:
+    from dymoe_runtime.evaluate import Score, score_window
+
+    total = Score()
+    for ids, hidden in zip(held_out, original.hidden, strict=True):
+        total.add(score_window(ids, hidden, original.head))
+    return _significant(total.nll_sum / total.tokens, 6)
+
+
+def _rule_of(point: OperatingPoint, ladder: tuple[int, ...], pinned: tuple[tuple[int, ...], ...]) -> TierRule:
+    return TierRule(ladder, point.decode, point.prefill, pinned if point.kind == "mixed" else ())
 
 
 def _with_layer(rule: TierRule, layer: int, other: TierRule) -> TierRule:

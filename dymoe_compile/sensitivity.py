@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -13,11 +14,58 @@ from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Decoder, Routing
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.evaluate import Head, Score, score_window
-from dymoe_runtime.policy import Thresholds, TierRule, tiers_by_mass
+from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 
-# The thresholds of the layers so far; rules that agree on them share their hidden states.
-Prefix = tuple[Thresholds, ...]
+# The settings of the layers so far; rules that agree on them share their hidden states.
+Prefix = tuple[Hashable, ...]
+
+
+class Rule(Protocol):
+    """Decides the tiers of whole windows."""
+
+    def setting(self, layer: int) -> Hashable: ...  # rules with equal settings decide alike in that layer
+
+    def choose(self, layer: int, windows: Sequence[Routing]) -> torch.Tensor: ...  # int64 [T, k]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A TierRule as it decodes: token by token."""
+
+    rule: TierRule
+
+    def setting(self, layer: int) -> Hashable:
+        return "decode", self.rule.decode[layer], self.rule.pinned[layer] if self.rule.pinned else ()
+
+    def choose(self, layer: int, windows: Sequence[Routing]) -> torch.Tensor:
+        return torch.cat([self.rule.choose(layer, replace(window, token_weights=None)) for window in windows])
+
+
+@dataclass(frozen=True)
+class Prefilling:
+    """A TierRule as it reads a prompt: a window is a chunk."""
+
+    rule: TierRule
+
+    def setting(self, layer: int) -> Hashable:
+        return "prefill", self.rule.prefill[layer], self.rule.pinned[layer] if self.rule.pinned else ()
+
+    def choose(self, layer: int, windows: Sequence[Routing]) -> torch.Tensor:
+        return torch.cat([self.rule.choose(layer, window) for window in windows])
+
+
+@dataclass(frozen=True)
+class Static:
+    """One tier for each expert, whatever the token: what dynamic rules are compared with."""
+
+    tiers: tuple[tuple[int, ...], ...]  # [layers][experts]
+
+    def setting(self, layer: int) -> Hashable:
+        return "static", self.tiers[layer]
+
+    def choose(self, layer: int, windows: Sequence[Routing]) -> torch.Tensor:
+        return torch.cat([torch.tensor(self.tiers[layer])[window.experts] for window in windows])
 
 
 @dataclass(frozen=True)
@@ -30,10 +78,24 @@ class Original:
 
 @dataclass
 class Measurement:
-    """How one rule did when decoding."""
+    """How one rule did."""
 
-    score: Score = field(default_factory=Score)
+    windows: list[Score] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # tier -> (token, expert) pairs, all layers
+    # layer -> share of the router's choices that are those of the first rule
+    router_overlap: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> Score:
+        total = Score()
+        for window in self.windows:
+            total.add(window)
+        return total
+
+    @property
+    def kl(self) -> float:
+        score = self.score
+        return score.kl_sum / score.compared
 
 
 @dataclass
@@ -42,8 +104,8 @@ class _Branch:
 
     h: torch.Tensor
     routing: Routing
-    outputs: dict[Thresholds, torch.Tensor]
-    tiers: dict[Thresholds, torch.Tensor]
+    outputs: dict[Hashable, torch.Tensor]
+    tiers: dict[Hashable, torch.Tensor]
 
 
 class Measurer:
@@ -59,7 +121,7 @@ class Measurer:
         self._decoder = Decoder(bundle.spec, BundleDense(bundle), self._no_experts)
 
     @torch.inference_mode()
-    def measure(self, rules: Sequence[TierRule], advance: Advance = lambda: None) -> list[Measurement]:
+    def measure(self, rules: Sequence[Rule], advance: Advance = lambda: None) -> list[Measurement]:
         """One Measurement per rule; `advance` is called once a layer."""
         results = [Measurement() for _ in rules]
         states: dict[Prefix, list[torch.Tensor]] = {(): [self._decoder.dense.embed(ids) for ids in self._windows]}
@@ -69,12 +131,12 @@ class Measurer:
             else:
                 states = self._moe_layer(layer, states, rules, results)
             advance()
-        for rule, result in zip(rules, results, strict=True):
-            self._score(states[self._prefix(rule, self._bundle.spec.num_layers)], result.score)
+        for index in range(len(self._windows)):
+            self._score(index, states, rules, results)
         return results
 
-    def _prefix(self, rule: TierRule, layers: int) -> Prefix:
-        return tuple(rule.decode[layer] for layer in self._bundle.spec.moe_layers if layer < layers)
+    def _prefix(self, rule: Rule, layers: int) -> Prefix:
+        return tuple(rule.setting(layer) for layer in self._bundle.spec.moe_layers if layer < layers)
 
     def _dense_layer(self, layer: int, xs: list[torch.Tensor]) -> list[torch.Tensor]:
         return [self._decoder.feed_forward(layer, self._decoder.attend(layer, x)[0]) for x in xs]
@@ -83,54 +145,81 @@ class Measurer:
         self,
         layer: int,
         states: dict[Prefix, list[torch.Tensor]],
-        rules: Sequence[TierRule],
+        rules: Sequence[Rule],
         results: Sequence[Measurement],
     ) -> dict[Prefix, list[torch.Tensor]]:
-        branches = {prefix: self._route(layer, xs) for prefix, xs in states.items()}
+        branches = {prefix: self._route(layer, states.pop(prefix)) for prefix in list(states)}
+        base = branches[self._prefix(rules[0], layer)].routing.experts
         for rule, result in zip(rules, results, strict=True):
-            branch, thresholds = branches[self._prefix(rule, layer)], rule.decode[layer]
-            if thresholds not in branch.tiers:
-                branch.tiers[thresholds] = tiers_by_mass(branch.routing.gates, thresholds, rule.ladder)
-                branch.outputs[thresholds] = torch.zeros_like(branch.h)
-            for tier, count in zip(
-                *(t.tolist() for t in branch.tiers[thresholds].unique(return_counts=True)), strict=True
-            ):
-                result.used[tier] = result.used.get(tier, 0) + count
+            branch, setting = branches[self._prefix(rule, layer)], rule.setting(layer)
+            if setting not in branch.tiers:
+                branch.tiers[setting] = rule.choose(layer, self._split(branch.routing))
+                branch.outputs[setting] = branch.routing.residual.clone()
+            for tier, count in enumerate(branch.tiers[setting].reshape(-1).bincount().tolist()):
+                if count:
+                    result.used[tier] = result.used.get(tier, 0) + count
+            same = (branch.routing.experts[:, :, None] == base[:, None, :]).any(-1)
+            result.router_overlap[layer] = same.float().mean().item()
         for expert in range(self._bundle.spec.num_experts):
             self._run_expert(ExpertKey(layer, expert), list(branches.values()))
         return {
-            (*prefix, thresholds): list((branch.routing.residual + output).split(self._windows.shape[1]))
+            (*prefix, setting): list(output.split(self._windows.shape[1]))
             for prefix, branch in branches.items()
-            for thresholds, output in branch.outputs.items()
+            for setting, output in branch.outputs.items()
         }
 
     def _route(self, layer: int, xs: list[torch.Tensor]) -> _Branch:
         """Attention window by window, then the router for all tokens at once."""
-        x = torch.cat([self._decoder.attend(layer, window)[0] for window in xs])
+        attended = [self._decoder.attend(layer, window, None, True) for window in xs]
+        x = torch.cat([window for window, _ in attended])
+        weights = torch.cat([weight for _, weight in attended if weight is not None])
         h = self._decoder.norm(f"layers.{layer}.mlp_norm", x)
-        return _Branch(h, Routing(*self._decoder.route(layer, h), x), {}, {})
+        return _Branch(h, Routing(*self._decoder.route(layer, h), x, weights), {}, {})
+
+    def _split(self, routing: Routing) -> list[Routing]:
+        """The routing of each window."""
+        length = self._windows.shape[1]
+        assert routing.token_weights is not None
+        parts = (t.split(length) for t in (routing.experts, routing.gates, routing.residual, routing.token_weights))
+        return [Routing(*part) for part in zip(*parts, strict=True)]
 
     def _run_expert(self, key: ExpertKey, branches: Sequence[_Branch]) -> None:
         """Add the output of one expert, at each tier that a branch wants it, to that branch's outputs."""
         segments = self._bundle.read_record(key)
-        for tier in self._bundle.layout.ladder:
-            for branch in branches:
-                mine = branch.routing.experts == key.expert
-                masks = {thresholds: mine & (tiers == tier) for thresholds, tiers in branch.tiers.items()}
+        for branch in branches:
+            mine = branch.routing.experts == key.expert
+            for tier in self._bundle.layout.ladder:
+                masks = {setting: mine & (tiers == tier) for setting, tiers in branch.tiers.items()}
                 union = torch.stack(list(masks.values())).any(0)
                 tokens, ranks = union.nonzero(as_tuple=True)
                 if not len(tokens):
                     continue
                 out = kernels.ffn(self._bundle.layout, tier, segments, branch.h[tokens], self._bundle.spec.activation)
                 out *= branch.routing.gates[tokens, ranks, None]
-                for thresholds, mask in masks.items():
+                for setting, mask in masks.items():
                     wanted = mask[tokens, ranks]
-                    branch.outputs[thresholds].index_add_(0, tokens[wanted], out[wanted])
+                    branch.outputs[setting].index_add_(0, tokens[wanted], out[wanted])
 
-    def _score(self, xs: Sequence[torch.Tensor], score: Score) -> None:
-        for ids, x, hidden in zip(self._windows, xs, self._original.hidden, strict=True):
-            score.add(score_window(ids, x, self._decoder.logits, (hidden, self._original.head)))
+    def _score(
+        self,
+        index: int,
+        states: dict[Prefix, list[torch.Tensor]],
+        rules: Sequence[Rule],
+        results: Sequence[Measurement],
+    ) -> None:
+        """Score one window by all rules, against logits of the original that are computed once."""
+        ids, logits = self._windows[index], self._original.head(self._original.hidden[index])
+        scores: dict[Prefix, Score] = {}
+        for rule, result in zip(rules, results, strict=True):
+            prefix = self._prefix(rule, self._bundle.spec.num_layers)
+            if prefix not in scores:
+                scores[prefix] = score_window(ids, states[prefix][index], self._decoder.logits, (logits, _same))
+            result.windows.append(scores[prefix])
 
     @staticmethod
     def _no_experts(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
         raise AssertionError("experts are run by the measurer itself")
+
+
+def _same(logits: torch.Tensor) -> torch.Tensor:
+    return logits

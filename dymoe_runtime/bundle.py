@@ -21,10 +21,13 @@ from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
 from dymoe_runtime.tensorfile import read_header, read_into
 from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
 
-VERSION = 1
+VERSION = 2
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
+FINDINGS = "compile.json"
+REPORT = "report.html"
+LOOK_AHEAD = "look_ahead.safetensors"
 DENSE = "dense.safetensors"
 TOKENIZER = "tokenizer.json"
 # Kept beside the tokenizer where the checkpoint has them.
@@ -138,7 +141,7 @@ class Bundle:
     def verify(self) -> Iterator[tuple[str, str]]:
         """Checks every tensor and record; yields (what was checked, problem or "")."""
         for name in self.manifest.files:
-            if name.endswith(".safetensors"):
+            if name.endswith(".safetensors") and name != LOOK_AHEAD:
                 yield name, _problem(lambda name=name: self._verify_index(name))
         for name in self.manifest.dense_crc32:
             yield f"{DENSE}: {name}", _problem(lambda name=name: self._verify_dense(name))

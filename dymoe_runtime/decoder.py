@@ -113,15 +113,27 @@ class Decoder:
 
     def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts int64 [T, k] and their gates float32 [T, k], by falling gate."""
-        probabilities = self.dense.linear(f"layers.{layer}.router", h).softmax(dim=-1)
+        return self._choose(self.dense.linear(f"layers.{layer}.router", h))
+
+    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probabilities = logits.softmax(dim=-1)
         gates, experts = probabilities.topk(self.spec.top_k, dim=-1)
         if self.spec.norm_topk:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         return experts, gates
 
-    def look_ahead(self, layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ask the router of `layer` with an earlier layer's residual stream: a guess of `route`."""
-        return self.route(layer, self.norm(f"layers.{layer}.mlp_norm", residual))
+    def look_ahead(
+        self, layer: int, residual: torch.Tensor, predictor: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the router of `layer` with an earlier layer's residual stream: a guess of `route`.
+
+        `predictor` [experts, H + 1] corrects the router's logits; its last column is a bias.
+        """
+        h = self.norm(f"layers.{layer}.mlp_norm", residual)
+        logits = self.dense.linear(f"layers.{layer}.router", h)
+        if predictor is not None:
+            logits = logits + F.linear(h, predictor[:, :-1], predictor[:, -1])
+        return self._choose(logits)
 
     def _dense_mlp(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         gate = self._activation(self.dense.linear(f"layers.{layer}.mlp.gate", h))

@@ -57,7 +57,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "default_point": policy.default_point,
         "sensitivity": {layer.layer: dict(layer.sensitivity) for layer in policy.layers if layer.sensitivity},
         "look_ahead_recall": {
-            layer.layer: list(layer.look_ahead_recall) for layer in policy.layers if layer.look_ahead_recall
+            layer.layer: list(layer.look_ahead_recall[: spec.top_k])
+            for layer in policy.layers
+            if layer.look_ahead_recall
         },
         "notes": list(policy.notes),
         "provenance": dict(bundle.manifest.provenance),

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 
 from dymoe_runtime import kernels
-from dymoe_runtime.bundle import DENSE, Bundle
+from dymoe_runtime.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle
 from dymoe_runtime.decoder import HEAVY_HITTER_QUERIES, Decoder, KVCache
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
@@ -127,7 +128,12 @@ class Model:
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.decoder = Decoder(bundle.spec, dense, self.experts)
         if options.look_ahead:
-            self.experts.look_ahead = LookAhead(self.decoder.look_ahead, _ranks(bundle), 2 * bundle.spec.top_k)
+            predictors = _predictors(bundle)
+
+            def guess(layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return self.decoder.look_ahead(layer, residual, predictors.get(layer))
+
+            self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
         self._cache = KVCache(bundle.spec, 0 if window else self.max_context)
 
     def __enter__(self) -> Model:
@@ -244,7 +250,7 @@ def plan_budget(
     return Budget(
         memory=memory if memory is not None else memory_limit(),
         fixed=fixed if fixed is not None else resident_bytes(),
-        dense=bundle.manifest.files[DENSE].nbytes,
+        dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
         kv_cache=0 if window else KVCache.bytes_needed(bundle.spec, context),
         workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
@@ -290,7 +296,7 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
     if not options.dynamic:
         tier = min(ladder, key=lambda t: abs(t - point.bits_mean))
         return f"tier {tier}", TierRule.uniform(tier, ladder, layers)
-    rule = TierRule.of(point, ladder)
+    rule = TierRule.of(point, policy)
     return point.name, rule if options.depth else rule.without_depth()
 
 
@@ -310,8 +316,19 @@ def _prior(bundle: Bundle) -> np.ndarray:
     return prior
 
 
+def _predictors(bundle: Bundle) -> dict[int, torch.Tensor]:
+    """The look-ahead predictors [experts, H + 1] by layer; opening the bundle has checked the file."""
+    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
+    path = bundle.path / LOOK_AHEAD
+    predictors = {int(layer): tensor for layer, tensor in load(path.read_bytes()).items()}
+    if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
+        raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
+    return predictors
+
+
 def _ranks(bundle: Bundle) -> dict[int, int]:
     """How many ranks of each layer's guess are worth reading, from the measured recall."""
     return {
-        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall) for layer in bundle.policy.layers
+        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall[: bundle.spec.top_k])
+        for layer in bundle.policy.layers
     }

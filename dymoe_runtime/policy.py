@@ -19,7 +19,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import strict
 from dymoe_runtime.tiers import check_ladder
 
-VERSION = 1
+VERSION = 2
 # Above any share, which is below 1.
 ALWAYS = 2.0
 NEVER = 0.0
@@ -44,9 +44,10 @@ class OperatingPoint:
     bits_mean: float  # tier of an active expert when decoding, mean over tokens and layers
     effective_bits: float  # the same with steps and multipliers counted
     bytes_per_token: float  # record bytes that decoding a token uses
-    kl: float  # to the original model, nats per token, on held-out calibration text
+    kl: float  # to the original model, nats per token, on held-out calibration text, decoding
     nll: float
     top1_agreement: float
+    prefill_kl: float  # the same by the prefill thresholds
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class LayerPolicy:
     sensitivity: Mapping[str, float]  # tier -> KL of the model with only this layer at it, others highest
     frequency: tuple[float, ...]  # share of tokens routed to each expert
     gate_mass: tuple[float, ...]  # share of all gates
-    look_ahead_recall: tuple[float, ...]  # of rank 1, 2, ...: was the guess among the chosen
+    expert_error: Mapping[str, tuple[float, ...]]  # tier -> of each expert, gate-weighted, relative to its output
+    router_overlap: Mapping[str, float]  # tier -> share of the next layer's choices that this layer at it leaves
+    pinned: tuple[int, ...]  # experts that lower tiers ruin: operating points run them at the highest
+    data_free: tuple[int, ...]  # experts quantized without calibration, for want of routed tokens
+    look_ahead_by: str  # router, linear (a fitted predictor) or none: what is asked one layer early
+    look_ahead_recall: tuple[float, ...]  # of rank 1, 2, ... to twice the experts of a token: was the guess right
 
 
 @dataclass(frozen=True)
@@ -114,15 +120,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class TierRule:
-    """Chooses tiers by an operating point."""
+    """Chooses tiers by an operating point; `pinned[layer]` are experts that always get the highest."""
 
     ladder: tuple[int, ...]
     decode: tuple[Thresholds, ...]
     prefill: tuple[Thresholds, ...]
+    pinned: tuple[tuple[int, ...], ...] = ()
 
     @staticmethod
-    def of(point: OperatingPoint, ladder: tuple[int, ...]) -> TierRule:
-        return TierRule(ladder, point.decode, point.prefill)
+    def of(point: OperatingPoint, policy: Policy) -> TierRule:
+        pinned = tuple(layer.pinned for layer in policy.layers) if point.kind == "mixed" else ()
+        return TierRule(policy.ladder, point.decode, point.prefill, pinned)
 
     @staticmethod
     def uniform(tier: int, ladder: tuple[int, ...], layers: int) -> TierRule:
@@ -136,8 +144,12 @@ class TierRule:
     def choose(self, layer: int, routing: Routing) -> torch.Tensor:
         """Tier of each routed expert, int64 [T, k]."""
         if routing.token_weights is None:
-            return tiers_by_mass(routing.gates, self.decode[layer], self.ladder)
-        return self._choose_for_chunk(layer, routing)
+            tiers = tiers_by_mass(routing.gates, self.decode[layer], self.ladder)
+        else:
+            tiers = self._choose_for_chunk(layer, routing)
+        for expert in self.pinned[layer] if self.pinned else ():
+            tiers[routing.experts == expert] = self.ladder[-1]
+        return tiers
 
     def _choose_for_chunk(self, layer: int, routing: Routing) -> torch.Tensor:
         importance = chunk_importance(routing)
@@ -187,4 +199,6 @@ def _tuples(cls: Any, data: Mapping[str, Any], where: str) -> Any:
 
 
 def _tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuple(item) for name, item in value.items()}
     return tuple(_tuple(item) for item in value) if isinstance(value, list) else value

@@ -5,10 +5,11 @@ a lower tier t is the top t bits of it, so tiers share storage: a *plane* holds 
 that lead from one tier to the next. For each row r and block g of 64 columns
 
     value = scale_t[r, g] * (code_t - (2^t - 1) / 2)
-    scale_t[r, g] = multiplier[r] * step_t[r, g] * 2^(T - t)
+    scale_t[r, g] = multiplier[r] * STEPS[step_t[r, g]] * 2^(T - t)
 
-with an 8-bit step for each tier and one bf16 multiplier for each row. There is no zero
-point: the grid is symmetric around zero. Columns are padded to whole blocks.
+with a 4-bit step for each tier and one bf16 multiplier for each row. STEPS is a table of 15
+sizes, and 0 for an all-zero block. There is no zero point: the
+grid is symmetric around zero. Columns are padded to whole blocks.
 
 A *record* is what is read from disk at once: all planes of all matrices of one expert,
 in one segment per tier, lowest first, each segment padded to a page. Segment i holds
@@ -20,6 +21,8 @@ Planes are 8, 4, 2 or 1 bits wide and stored block by block, 8 * width bytes eac
     width 4   byte i (0..31): low nibble is column i, high nibble column i + 32
     width 2   byte i (0..15): bits 2k, 2k+1 are column i + 16 k
     width 1   bit i of the little-endian 64-bit word is column i
+
+Steps are two to a byte: the low nibble of byte i is block 2 i, the high one block 2 i + 1.
 
 These functions are the definition of the format. They are plain and slow; the kernels
 are tested against them.
@@ -37,6 +40,13 @@ BLOCK = 64
 PAGE = 4096
 ALIGN = 64
 WIDTHS = (8, 4, 2, 1)
+# What the 4-bit steps stand for. The fine part of the table holds the blocks of a usual row, at a
+# ratio of 1.108; exact scales would be no better, since codes are chosen for the scale as stored.
+# The coarse part, at a ratio of 2.5, is for the rare block whose outliers dwarf the rest of its row.
+STEPS = np.array(
+    [0, 1, 1.108, 1.229, 1.362, 1.51, 1.673, 1.855, 2.056, 2.279, 2.526, 2.8, 7, 17.5, 43.75, 109.375], np.float32
+)
+FINE_STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class MatrixLayout:
     cols: int
     ladder: tuple[int, ...]
     planes: tuple[Plane, ...]  # most significant first
-    steps: tuple[Part, ...]  # u8 [rows, blocks], one per tier of the ladder
+    steps: tuple[Part, ...]  # u8 [rows, ceil(blocks / 2)], one per tier of the ladder
     multiplier: Part  # bf16 [rows]
 
     @property
@@ -115,12 +125,17 @@ class QuantizedMatrix:
     """A matrix on the grid: codes of the highest tier, and what scales them."""
 
     codes: np.ndarray  # uint8 [rows, cols]
-    steps: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks]
+    steps: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks], indices into STEPS
     multiplier: torch.Tensor  # bfloat16 [rows]
 
 
 def blocks_of(cols: int) -> int:
     return -(-cols // BLOCK)
+
+
+def step_bytes(blocks: int) -> int:
+    """Bytes that the steps of a row take."""
+    return -(-blocks // 2)
 
 
 def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
@@ -163,7 +178,7 @@ def make_layout(shapes: Mapping[str, tuple[int, int]], ladder: Sequence[int], pa
             for width in plane_widths(tier - below):
                 planes[name].append(Plane(width, tier, take(rows * blocks_of(cols) * 8 * width)))
         for name, (rows, cols) in shapes.items():
-            steps[name].append(take(rows * blocks_of(cols)))
+            steps[name].append(take(rows * step_bytes(blocks_of(cols))))
         if segment == 0:
             for name, (rows, _) in shapes.items():
                 multipliers[name] = take(2 * rows)
@@ -189,7 +204,7 @@ def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -
             bits = (matrix.codes >> shift) & ((1 << plane.width) - 1)
             _put(segments, plane.part, pack_plane(bits.astype(np.uint8), plane.width))
         for tier, part in zip(where.ladder, where.steps, strict=True):
-            _put(segments, part, matrix.steps[tier])
+            _put(segments, part, pack_steps(matrix.steps[tier]))
         _put(segments, where.multiplier, matrix.multiplier.to(torch.bfloat16).view(torch.uint8).numpy())
     return record
 
@@ -216,14 +231,16 @@ def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int)
 
 def scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
     """scale_t, float32 [rows, blocks]."""
-    steps = _get(segments, where.steps[where.ladder.index(tier)]).reshape(where.rows, where.blocks)
+    packed = _get(segments, where.steps[where.ladder.index(tier)]).reshape(where.rows, -1)
+    steps = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.blocks]
     multiplier = torch.from_numpy(_get(segments, where.multiplier).copy()).view(torch.bfloat16).float()
     return tier_scales(torch.from_numpy(steps.copy()), multiplier, tier, where.ladder[-1])
 
 
 def tier_scales(steps: torch.Tensor, multiplier: torch.Tensor, tier: int, top: int) -> torch.Tensor:
-    """scale_t = multiplier * step * 2^(top - tier); steps [..., rows, blocks], multiplier [..., rows]."""
-    return multiplier.float()[..., None] * steps.float() * 2.0 ** (top - tier)
+    """scale_t = multiplier * STEPS[step] * 2^(top - tier); steps [..., rows, blocks], multiplier [..., rows]."""
+    sizes = torch.from_numpy(STEPS)[steps.long()]
+    return multiplier.float()[..., None] * sizes * 2.0 ** (top - tier)
 
 
 def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
@@ -231,6 +248,14 @@ def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -
     codes = torch.from_numpy(unpack_codes(segments, where, tier)).float()
     scales = scales_of(segments, where, tier).repeat_interleave(BLOCK, dim=1)[:, : where.cols]
     return scales * (codes - (2**tier - 1) / 2)
+
+
+def pack_steps(steps: np.ndarray) -> np.ndarray:
+    """uint8 [rows, blocks] of indices below 16 -> uint8 [rows, ceil(blocks / 2)]."""
+    rows, blocks = steps.shape
+    padded = np.zeros((rows, 2 * step_bytes(blocks)), np.uint8)
+    padded[:, :blocks] = steps
+    return padded[:, ::2] | padded[:, 1::2] << 4
 
 
 def pack_plane(bits: np.ndarray, width: int) -> np.ndarray:

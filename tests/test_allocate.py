@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dymoe_compile.allocate import SHARES, Choice, layer_choices, lower_hull, solve
+from dymoe_compile.allocate import FINE_SHARES, SHARES, Choice, expert_choices, layer_options, lower_hull, solve
 from dymoe_runtime.policy import ALWAYS, tiers_by_mass, uniform_thresholds
 
 
@@ -145,18 +145,28 @@ def routed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return gates.sort(descending=True).values, gates.sort(descending=True).values.square()
 
 
-@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (4,)], ids=str)
-def test_the_choices_of_a_layer_are_on_the_hull_of_all_rules(ladder: tuple[int, ...]) -> None:
+def layer_hull(
+    importance: torch.Tensor, energy: torch.Tensor, sensitivity: dict[int, float], ladder: tuple[int, ...]
+) -> list[Choice]:
+    return lower_hull(layer_options(importance, energy, sensitivity, ladder))
+
+
+@pytest.mark.parametrize("ladder", [(2, 3, 4, 8), (2, 3, 4), (2, 4), (4,)], ids=str)
+def test_the_choices_of_a_layer_are_all_rules_of_the_grid(ladder: tuple[int, ...]) -> None:
     importance, energy = routed()
-    sensitivity = dict(zip(ladder, (0.1, 0.03, 0.0)[-len(ladder) :], strict=True))
-    got = layer_choices(importance, energy, sensitivity, ladder)
+    sensitivity = dict(zip(ladder, (0.1, 0.03, 0.01, 0.0)[-len(ladder) :], strict=True))
+    options = layer_options(importance, energy, sensitivity, ladder)
+    got = lower_hull(options)
     everything = []
-    for shares in itertools.product(SHARES, repeat=len(ladder) - 1):
+    for shares in itertools.product(FINE_SHARES if len(ladder) <= 3 else SHARES, repeat=len(ladder) - 1):
         if list(shares) != sorted(shares):
             continue
         tiers = tiers_by_mass(importance, (*shares, ALWAYS), ladder)
         cost = sum(sensitivity[t] * energy[tiers == t].sum().item() / energy.sum().item() for t in ladder)
         everything.append(choice(tiers.double().mean().item(), cost))
+    figures = sorted((c.bits, c.cost) for c in everything)
+    assert len(options) == len(everything)
+    assert torch.allclose(torch.tensor(sorted((c.bits, c.cost) for c in options)), torch.tensor(figures), atol=1e-6)
     for price in (0.001, 0.01, 0.02, 0.05, 0.1, 0.5):
         best = min(c.cost + price * c.bits for c in everything)
         assert min(c.cost + price * c.bits for c in got) == pytest.approx(best, rel=1e-5)
@@ -166,7 +176,7 @@ def test_the_choices_of_a_layer_are_on_the_hull_of_all_rules(ladder: tuple[int, 
 
 def test_the_ends_of_a_layer_are_the_uniform_rules() -> None:
     importance, energy = routed()
-    choices = layer_choices(importance, energy, {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))
+    choices = layer_hull(importance, energy, {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))
     for end, tier, cost in ((choices[0], 2, 0.1), (choices[-1], 4, 0.0)):
         uniform = tiers_by_mass(importance, uniform_thresholds(tier, (2, 3, 4)), (2, 3, 4))
         assert torch.equal(tiers_by_mass(importance, end.thresholds, (2, 3, 4)), uniform)
@@ -177,14 +187,30 @@ def test_experts_that_were_not_active_do_not_count() -> None:
     importance, energy = routed()
     none = torch.zeros(300, 3)
     sensitivity = {2: 0.1, 3: 0.03, 4: 0.0}
-    got = layer_choices(torch.cat([importance, none], dim=1), torch.cat([energy, none], dim=1), sensitivity, (2, 3, 4))
-    expected = layer_choices(importance, energy, sensitivity, (2, 3, 4))
+    got = layer_hull(torch.cat([importance, none], dim=1), torch.cat([energy, none], dim=1), sensitivity, (2, 3, 4))
+    expected = layer_hull(importance, energy, sensitivity, (2, 3, 4))
     assert [c.bits for c in got] == pytest.approx([c.bits for c in expected])
     assert [c.cost for c in got] == pytest.approx([c.cost for c in expected])
 
 
 def test_choices_do_better_than_uniform_bits_where_importance_is_uneven() -> None:
-    choices = layer_choices(*routed(), {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))
+    choices = layer_hull(*routed(), {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))
     (pick,) = solve([choices], 3.0)
     assert pick.bits <= 3.0
     assert pick.cost < 0.03
+
+
+def test_an_expert_that_keeps_its_tier_counts_as_often_as_it_is_used() -> None:
+    choices = expert_choices(1.5, 0.25, {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))
+    assert [c.thresholds for c in choices] == [(2,), (3,), (4,)]
+    assert [c.bits for c in choices] == [3.0, 4.5, 6.0]
+    assert [c.cost for c in choices] == pytest.approx([0.025, 0.0075, 0.0])
+
+
+def test_a_tier_off_the_hull_is_no_choice_of_an_expert() -> None:
+    choices = expert_choices(1.0, 1.0, {2: 0.1, 3: 0.09, 4: 0.0}, (2, 3, 4))
+    assert [c.thresholds for c in choices] == [(2,), (4,)]
+
+
+def test_an_expert_that_is_never_used_takes_the_lowest_tier() -> None:
+    assert [c.thresholds for c in expert_choices(0.0, 0.0, {2: 0.1, 3: 0.03, 4: 0.0}, (2, 3, 4))] == [(2,)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,13 @@ import pytest
 import torch
 from conftest import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_report import Page
 
 from dymoe_compile.families import supported
-from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.bundle import Bundle, read_manifest
+from dymoe_runtime.decoder import Routing
+from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import PAGE, dequantize, unpack_codes
 
@@ -56,9 +62,93 @@ def test_odd_shapes_and_ladders(family: str, changes: dict, tiers: str, tmp_path
     outcome = compile_cli(model, "-o", bundle, "--tiers", tiers, "--calibration", calibration_text)
     assert outcome.code == 0, outcome.err
     assert_codes_nest(Bundle.open(bundle))
+    assert_findings_fit(bundle)
     for extra in ([], ["--no-dynamic"], ["--arena", "1MB"], ["--tiers", tiers[-1]]):
         outcome = run_cli(bundle, "--prompt", "Some text to go on from.", "--max-tokens", 6, "--ignore-eos", *extra)
         assert outcome.code == 0, outcome.err
+
+
+def assert_findings_fit(path: Path) -> None:
+    """compile.json and report.html are files of the bundle, can be read, and tell what policy.json tells."""
+    bundle, manifest = Bundle.open(path), read_manifest(path)
+    policy, spec = bundle.policy, bundle.spec
+    for name in ("compile.json", "report.html"):
+        assert manifest.files[name].nbytes == (path / name).stat().st_size and manifest.files[name].sha256
+    found = json.loads((path / "compile.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found["version"] == 1 and found["ladder"] == list(manifest.ladder)
+    assert found["default_point"] == policy.default_point and found["notes"] == list(policy.notes)
+    assert found["provenance"] == manifest.provenance
+    points = [asdict(point) for point in policy.points]
+    assert found["points"] == [{k: v for k, v in p.items() if k not in ("decode", "prefill")} for p in points]
+    kinds = {point["kind"] for point in found["compared"]}
+    assert kinds == ({"uniform", "mixed", "flat", "cosine", "static"} if len(manifest.ladder) > 1 else {"uniform"})
+    measured = {(p["bytes_per_token"], p["kl"], p["nll"], p["top1_agreement"]) for p in found["compared"]}
+    assert {(p["bytes_per_token"], p["kl"], p["nll"], p["top1_agreement"]) for p in found["points"]} <= measured
+    assert math.isfinite(found["reference_nll"]) and found["measured_tokens"] > 0
+    assert found["storage"]["expert_bytes"] == bundle.expert_bytes()
+    assert found["storage"]["dense_bytes"] == (path / "dense.safetensors").stat().st_size
+    assert len(found["layers"]) == spec.num_layers
+    for layer, entry in zip(policy.layers, found["layers"], strict=True):
+        assert entry["layer"] == layer.layer and entry["dense"] == (layer.layer in spec.dense_layers)
+        if not entry["dense"]:
+            for name in ("frequency", "gate_mass", "pinned", "data_free"):
+                assert entry[name] == list(getattr(layer, name))
+            assert entry["sensitivity"] == layer.sensitivity and set(entry["sensitivity"]) == {
+                str(tier) for tier in manifest.ladder
+            }
+            assert [len(errors) for errors in entry["expert_error"].values()] == [spec.num_experts] * len(
+                manifest.ladder
+            )
+    page = Page((path / "report.html").read_text(encoding="utf-8"))
+    shown = {row[0].removesuffix(" (default)") for row in page.rows if row}
+    assert {point.name for point in policy.points} <= shown
+
+
+def test_what_was_measured_is_in_the_bundle(tiny_path: Path) -> None:
+    assert_findings_fit(tiny_path)
+
+
+def test_what_was_measured_of_the_shipped_model_is_in_the_bundle(shipped_path: Path) -> None:
+    assert_findings_fit(shipped_path)
+
+
+def test_no_two_points_have_one_name(shipped: Bundle, tiny_path: Path) -> None:
+    for policy in (shipped.policy, Bundle.open(tiny_path).policy):
+        names = [point.name for point in policy.points]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("matrix", "factor"), [("up_proj", 100), ("down_proj", 1000)])
+def test_an_expert_with_enormous_weights_spoils_no_other(
+    matrix: str, factor: float, tmp_path: Path, calibration_text: Path
+) -> None:
+    """Three weights of one expert far out of range: it is measured as what it is, and lower tiers that ruin it are
+    left to uniform points only."""
+    shape = {"hidden_size": 192, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_experts": 4}
+    model = save_tiny(tmp_path / "model", "qwen3_moe", **shape)
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    chosen = torch.randperm(192 * 128, generator=torch.Generator().manual_seed(0))[:3]
+    tensors[f"model.layers.1.mlp.experts.1.{matrix}.weight"].view(-1)[chosen] *= factor
+    save_file(tensors, file, {"format": "pt"})
+    path = tmp_path / "out.dymoe"
+    outcome = compile_cli(model, "-o", path, "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    assert_findings_fit(path)
+    policy = Bundle.open(path).policy
+    errors = policy.layers[1].expert_error
+    assert all(math.isfinite(error) for row in errors.values() for error in row)
+    for tier, bound in (("2", 0.3), ("3", 0.1), ("4", 0.03)):
+        assert all(error < bound for expert, error in enumerate(errors[tier]) if expert != 1)
+        assert all(error < bound for error in policy.layers[0].expert_error[tier])
+    assert policy.layers[0].pinned == () and policy.layers[1].pinned in ((), (1,))
+    # Not pinned only if it is not ruined or the highest tier is hardly better.
+    ruined = errors["2"][1] > 0.5 and errors["4"][1] < errors["2"][1] / 2
+    assert (policy.layers[1].pinned == (1,)) == ruined
+    for point in policy.points:
+        routing = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.1]]), torch.zeros(1, 1))
+        tier = TierRule.of(point, policy).choose(1, routing)[0, 1].item()
+        assert tier == 4 or not ruined or point.kind == "uniform"
 
 
 def assert_codes_nest(bundle: Bundle) -> None:
@@ -94,7 +184,17 @@ def test_records_hold_the_weights(shipped: Bundle) -> None:
                 ((dequantize(segments, where, t) - weight).square().sum() / weight.square().sum()).item()
                 for t in (2, 3, 4)
             ]
-            assert errors[0] < 0.2 and errors[1] < 0.06 and errors[2] < 0.016, errors
+            # More than without calibration: it is outputs that are made near, not weights.
+            assert errors[0] < 0.25 and errors[1] < 0.08 and errors[2] < 0.04, errors
+            assert errors[0] > 2 * errors[1] > 3 * errors[2], errors
+
+
+def test_the_error_of_every_expert_falls_with_the_tier(shipped: Bundle) -> None:
+    for layer in shipped.policy.layers:
+        low, middle, high = (layer.expert_error[tier] for tier in ("2", "3", "4"))
+        assert len(low) == shipped.spec.num_experts
+        for expert in range(shipped.spec.num_experts):
+            assert 0.5 > low[expert] > 2 * middle[expert] > 4 * high[expert] > 0, f"{layer.layer}.{expert}"
 
 
 def test_record_files_are_page_aligned_safetensors(shipped: Bundle) -> None:
@@ -155,8 +255,11 @@ def test_a_change_of_options_recompiles(
     assert bundle_cli("verify", damaged).code == 0
 
 
-def test_a_damaged_bundle_is_compiled_again(tiny_checkpoint: Path, damaged: Path, calibration_text: Path) -> None:
-    (damaged / "policy.json").write_text("{}")
+@pytest.mark.parametrize("name", ["policy.json", "compile.json", "report.html"])
+def test_a_damaged_bundle_is_compiled_again(
+    name: str, tiny_checkpoint: Path, damaged: Path, calibration_text: Path
+) -> None:
+    (damaged / name).write_text("{}")
     args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, "--json")
     assert compile_cli(*args).json["changed"]
     assert bundle_cli("verify", damaged).code == 0

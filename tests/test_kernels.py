@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -16,7 +18,8 @@ import torch
 from dymoe_runtime import kernels, tiers
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
-from dymoe_runtime.tiers import BLOCK, QuantizedMatrix, RecordLayout
+from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (6,), (3, 4), (2, 4), (3,), (5, 8), (7,), (4, 6)]
@@ -40,7 +43,7 @@ def random_matrix(rng: np.random.Generator, rows: int, cols: int, ladder: tuple[
     blocks = tiers.blocks_of(cols)
     return QuantizedMatrix(
         rng.integers(0, 2 ** ladder[-1], (rows, cols), dtype=np.uint8),
-        {tier: rng.integers(1, 256, (rows, blocks), dtype=np.uint8) for tier in ladder},
+        {tier: rng.integers(0, 16, (rows, blocks), dtype=np.uint8) for tier in ladder},
         torch.from_numpy(rng.uniform(1e-5, 1e-4, rows)).to(torch.bfloat16),
     )
 
@@ -96,7 +99,7 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Ten
 @pytest.mark.parametrize(("ladder", "tier"), CASES)
 def test_linear_equals_reference(isa: str, ladder: tuple[int, ...], tier: int) -> None:
     """Within |w| . (half a step of each activation), the bound of int8 activations."""
-    for rows, cols in ((37, 200), (4, 64), (1, 1), (19, 1100)):
+    for rows, cols in ((37, 200), (4, 64), (1, 1), (19, 1100), (6, 1085), (9, 150)):
         layout, segments = weight(rows, cols, ladder)
         given = segments[: layout.segments_of(tier)]
         w = reference.dequantize(layout, tier, given, "weight")
@@ -144,6 +147,10 @@ def test_rows_equal_reference_bit_for_bit(isa: str, ladder: tuple[int, ...], tie
     assert torch.equal(fast.embed(layout, tier, segments, ids), expected[ids])
     assert torch.equal(reference.embed(layout, tier, segments, ids), expected[ids])
     assert fast.embed(layout, tier, segments, ids[:0]).shape == (0, 200)
+    # Steps of an odd number of blocks leave half a byte at the end of each row.
+    layout, segments = weight(3, 1085, ladder)
+    dense = fast.dequantize(layout, tier, segments, "weight")
+    assert torch.equal(dense, reference.dequantize(layout, tier, segments, "weight"))
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -243,6 +250,195 @@ def test_unaligned_segments() -> None:
     for isa in COMPILED:
         fast = kernels.select(isa)
         assert torch.equal(fast.linear(layout, 4, moved, x), fast.linear(layout, 4, segments, x))
+
+
+# Descent: the choice of codes and scales.
+
+DESCENT_LADDERS = [(2, 3, 4), (2,), (4,), (3, 5), (2, 4, 8)]
+
+
+@dataclass
+class Problem:
+    """A matrix on a grid, what it should be, and what its errors cost."""
+
+    weight: torch.Tensor  # [rows, cols]
+    ladder: tuple[int, ...]
+    weights: tuple[float, ...]
+    hessian: torch.Tensor
+    units: torch.Tensor | None
+    scales: torch.Tensor  # [tiers, rows, blocks]
+    codes: torch.Tensor
+    error: torch.Tensor
+
+    def descend(self, isa: str, index: int, last: bool = True) -> None:
+        """One visit of block `index`."""
+        columns = slice(index * BLOCK, min((index + 1) * BLOCK, self.weight.shape[1]))
+        slope = (self.error.float() @ self.hessian[:, columns].float()).contiguous()
+        scales = self.scales[:, :, index].contiguous()
+        given = (self.ladder, self.weights, columns, self.hessian, slope, self.units, scales, self.error, self.codes)
+        kernels.select(isa).descend(Descent(*given, last))
+        self.scales[:, :, index] = scales
+
+    def recomputed_error(self) -> torch.Tensor:
+        """scale * level - weight, [tiers, rows, cols]."""
+        top, cols = self.ladder[-1], self.weight.shape[1]
+        levels = [(self.codes >> (top - tier)).double() - (2**tier - 1) / 2 for tier in self.ladder]
+        return torch.stack(levels) * self.scales.double().repeat_interleave(BLOCK, -1)[:, :, :cols] - self.weight
+
+    def losses(self) -> torch.Tensor:
+        """What each row costs: the sum over tiers of weight * E H E^T, [rows]."""
+        error = self.recomputed_error()
+        return torch.einsum("t,trc->r", torch.tensor(self.weights).double(), (error @ self.hessian.double()) * error)
+
+    def copy(self) -> Problem:
+        return replace(self, scales=self.scales.clone(), codes=self.codes.clone(), error=self.error.clone())
+
+
+def problem(ladder: tuple[int, ...], rows: int, cols: int, on_grid: bool, seed: int = 0) -> Problem:
+    """A random matrix, rounded badly, for correlated inputs."""
+    g = torch.Generator().manual_seed(seed)
+    top, tiers_, blocks = ladder[-1], len(ladder), tiers.blocks_of(cols)
+    weight = torch.randn(rows, cols, generator=g)
+    inputs = torch.randn(3 * cols, cols, generator=g) @ torch.randn(cols, cols, generator=g) / cols**0.5
+    inputs += 0.5 * torch.randn(3 * cols, cols, generator=g)
+    hessian = inputs.T @ inputs / len(inputs)
+    # From the smallest to the largest of these is what the steps can tell apart.
+    scales = torch.tensor([1.5 / 2.0 ** (tier - 1) for tier in ladder])[:, None, None] * (
+        1 + torch.rand(tiers_, rows, blocks, generator=g)
+    )
+    units = None
+    if on_grid:
+        units = scales.amax(-1) / 200
+        steps = torch.randint(1, 16, scales.shape, generator=g)
+        scales = units[:, :, None] * torch.from_numpy(STEPS).float()[steps]
+    levels = weight / scales[-1].repeat_interleave(BLOCK, -1)[:, :cols] + torch.randn(rows, cols, generator=g)
+    codes = (levels + 2 ** (top - 1)).floor().clamp(0, 2**top - 1).to(torch.uint8)
+    weights = tuple(4.0 ** (tier - top) for tier in ladder)
+    made = Problem(weight, ladder, weights, hessian, units, scales, codes, torch.empty(0))
+    return replace(made, error=made.recomputed_error().float())
+
+
+def assert_same_descent(actual: Problem, expected: Problem) -> None:
+    """Equal codes, scales and errors; where rounding decided between codes, codes as good."""
+    size = expected.weight.abs().max()
+    same = (actual.codes == expected.codes).all(1)
+    assert (~same).sum() <= len(same) // 16
+    assert torch.allclose(actual.scales[:, same], expected.scales[:, same], rtol=1e-4, atol=1e-7)
+    assert torch.allclose(actual.error[:, same], expected.error[:, same], rtol=0, atol=1e-4 * size)
+    assert torch.allclose(actual.losses(), expected.losses(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("on_grid", [False, True], ids=["free", "steps"])
+@pytest.mark.parametrize("ladder", DESCENT_LADDERS, ids=str)
+def test_descent_equals_the_reference(ladder: tuple[int, ...], on_grid: bool, rows: int) -> None:
+    """One visit of the last block, whatever its width; no other columns are touched."""
+    for width, last in itertools.product((1, 7, 63, 64), (True, False)):
+        before = problem(ladder, rows, BLOCK + width, on_grid, seed=rows + width)
+        expected = before.copy()
+        expected.descend("torch", 1, last)
+        first = None
+        for isa in COMPILED:
+            actual = before.copy()
+            actual.descend(isa, 1, last)
+            assert_same_descent(actual, expected)
+            assert torch.equal(actual.codes[:, :BLOCK], before.codes[:, :BLOCK])
+            assert torch.equal(actual.error[:, :, :BLOCK], before.error[:, :, :BLOCK])
+            first = first or actual
+            # Lanes never meet, so that instruction sets agree to the last bit.
+            assert torch.equal(actual.codes, first.codes)
+            assert torch.equal(actual.scales, first.scales) and torch.equal(actual.error, first.error)
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("on_grid", [False, True], ids=["free", "steps"])
+@pytest.mark.parametrize("ladder", DESCENT_LADDERS, ids=str)
+def test_descent_never_raises_the_joint_loss_of_a_row(ladder: tuple[int, ...], on_grid: bool, isa: str) -> None:
+    """Sweep after sweep; and the error that is kept is that of the codes and scales."""
+    state = problem(ladder, 17, 2 * BLOCK + 7, on_grid)
+    losses = [state.losses()]
+    for sweep, index in itertools.product(range(3), range(3)):
+        state.descend(isa, index, last=sweep == 2)
+        losses.append(state.losses())
+        assert torch.allclose(state.error.double(), state.recomputed_error(), rtol=0, atol=1e-5)
+        assert int(state.codes.max()) < 2 ** ladder[-1]
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in itertools.pairwise(losses))
+    assert (losses[-1] < 0.5 * losses[0]).all()
+    if on_grid:
+        assert state.units is not None
+        steps = state.scales / state.units[:, :, None]
+        assert (steps[..., None] - torch.from_numpy(STEPS[1:]).float()).abs().amin(-1).max() < 1e-3
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("ladder", DESCENT_LADDERS, ids=str)
+def test_descent_chooses_the_best_code_of_a_column(ladder: tuple[int, ...], isa: str) -> None:
+    """Of a matrix of one column nothing else changes, so that trying all codes finds the same."""
+    state = problem(ladder, 33, 1, on_grid=False)
+    state.hessian.fill_(0.7)
+    state.descend(isa, 0, last=False)
+    found = state.losses()
+    for code in range(2 ** ladder[-1]):
+        state.codes.fill_(code)
+        assert (found <= state.losses() * (1 + 1e-5) + 1e-9).all()
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("on_grid", [False, True], ids=["free", "steps"])
+def test_a_block_of_zeros_keeps_its_scale_of_zero(on_grid: bool, isa: str) -> None:
+    state = problem((2, 3, 4), 17, BLOCK + 20, on_grid)
+    state.weight[5, BLOCK:] = 0
+    state.scales[:, 5, 1] = 0
+    state.error = state.recomputed_error().float()
+    others = state.scales[:, :5, 1].clone()
+    state.descend(isa, 1)
+    assert (state.scales[:, 5, 1] == 0).all() and (state.error[:, 5, BLOCK:] == 0).all()
+    assert (state.scales[:, :5, 1] > 0).all() and not torch.equal(state.scales[:, :5, 1], others)
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("columns", [[3], [0, 19], list(range(20))], ids=["one", "ends", "all"])
+def test_columns_that_no_input_uses_do_no_harm(columns: list[int], isa: str) -> None:
+    """Zero rows and columns of H."""
+    state = problem((2, 3, 4), 17, BLOCK + 20, on_grid=False)
+    unused = [BLOCK + column for column in columns]
+    state.hessian[unused] = 0
+    state.hessian[:, unused] = 0
+    before = state.losses()
+    expected = state.copy()
+    expected.descend("torch", 1)
+    state.descend(isa, 1)
+    assert state.error.isfinite().all() and (state.scales > 0).all()
+    assert (state.losses() <= before * (1 + 1e-5)).all()
+    assert_same_descent(state, expected)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_threads_do_not_change_a_descent(isa: str) -> None:
+    before = problem((2, 3, 4), 531, BLOCK, on_grid=True)
+    fast, threads = kernels.select(isa), kernels.select(isa).threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            fast.set_threads(count)
+            results.append(before.copy())
+            results[-1].descend(isa, 0)
+    finally:
+        fast.set_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(other.codes, results[0].codes)
+        assert torch.equal(other.scales, results[0].scales) and torch.equal(other.error, results[0].error)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("name", ["error", "codes", "hessian", "units"])
+def test_descent_refuses_tensors_that_it_cannot_read(name: str, isa: str) -> None:
+    state = problem((2, 3, 4), 4, BLOCK, on_grid=True)
+    strided = getattr(state, name).repeat_interleave(2, -1)[..., ::2]
+    with pytest.raises(ValueError, match=name):
+        replace(state, **{name: strided}).descend(isa, 0)
+    with pytest.raises(ValueError, match=name):
+        replace(state, **{name: getattr(state, name).to(torch.float64)}).descend(isa, 0)
 
 
 def test_module_functions_use_the_best_isa() -> None:

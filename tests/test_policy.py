@@ -210,13 +210,36 @@ def test_a_chunk_without_look_at_other_experts() -> None:
 
 def point(name: str, bits: float, kl: float, bytes_per_token: float = 0.0) -> OperatingPoint:
     thresholds = ((0.25, 0.5, ALWAYS), (0.5, 0.75, ALWAYS))
-    return OperatingPoint(name, "mixed", thresholds, thresholds[::-1], bits, bits + 0.4, bytes_per_token, kl, 3.0, 0.9)
+    return OperatingPoint(
+        name=name,
+        kind="mixed",
+        decode=thresholds,
+        prefill=thresholds[::-1],
+        bits_mean=bits,
+        effective_bits=bits + 0.4,
+        bytes_per_token=bytes_per_token,
+        kl=kl,
+        nll=3.0,
+        top1_agreement=0.9,
+        prefill_kl=1.5 * kl,
+    )
 
 
 def make_policy(*points: OperatingPoint) -> Policy:
     layers = (
-        LayerPolicy(0, {"2": 0.04, "3": 0.01, "4": 0.0}, (0.5, 0.25), (0.75, 0.25), (0.9, 0.6)),
-        LayerPolicy(1, {}, (), (), ()),
+        LayerPolicy(
+            layer=0,
+            sensitivity={"2": 0.04, "3": 0.01, "4": 0.0},
+            frequency=(0.5, 0.25),
+            gate_mass=(0.75, 0.25),
+            expert_error={"2": (0.9, 0.2), "3": (0.4, 0.1), "4": (0.05, 0.02)},
+            router_overlap={"2": 0.9, "3": 0.97, "4": 1.0},
+            pinned=(0,),
+            data_free=(1,),
+            look_ahead_by="linear",
+            look_ahead_recall=(0.9, 0.6),
+        ),
+        LayerPolicy(1, {}, (), (), {}, {}, (), (), "none", ()),
     )
     points = points or (point("2", 2.0, 0.1, 100.0), point("mixed-3.0", 3.0, 0.02, 150.0))
     return Policy(LADDER, layers, points, points[-1].name, ("importance is flat in layer 1",))
@@ -238,8 +261,45 @@ def test_a_rule_read_from_json_chooses_the_same() -> None:
     g = torch.Generator().manual_seed(0)
     tokens = Routing(torch.arange(4).expand(20, 4), torch.rand(20, 4, generator=g), torch.zeros(20, 1))
     for layer in (0, 1):
-        ours, theirs = (TierRule.of(p.points[0], p.ladder).choose(layer, tokens) for p in (policy, again))
+        ours, theirs = (TierRule.of(p.points[0], p).choose(layer, tokens) for p in (policy, again))
         assert torch.equal(ours, theirs)
+
+
+def test_pinned_experts_run_at_the_highest_tier_under_mixed_points() -> None:
+    policy = make_policy()
+    rule = TierRule.of(policy.points[0], policy)
+    bare = replace(rule, pinned=())
+    assert rule.pinned == ((0,), ())
+    decoding = routing([[0, 1], [1, 0]], [[0.2, 0.8], [0.6, 0.4]])
+    prefilling = replace(decoding, token_weights=torch.tensor([0.5, 1.5]))
+    for tokens in (decoding, prefilling):
+        free = bare.choose(0, tokens)
+        assert (free[tokens.experts == 0] < 4).any()
+        assert (rule.choose(0, tokens) == torch.where(tokens.experts == 0, 4, free)).all()
+        # The pinned experts of one layer are not those of another.
+        assert torch.equal(rule.choose(1, tokens), bare.choose(1, tokens))
+
+
+def test_pinned_experts_run_at_their_tier_under_uniform_points() -> None:
+    policy = make_policy()
+    low = (uniform_thresholds(2, LADDER),) * 2
+    uniform = replace(policy.points[0], kind="uniform", decode=low, prefill=low)
+    rule = TierRule.of(uniform, policy)
+    assert rule.pinned == ()
+    assert (rule.choose(0, routing([[0, 1]], [[0.5, 0.5]])) == 2).all()
+    assert (rule.choose(0, routing([[0, 1]], [[0.5, 0.5]], [1.0])) == 2).all()
+
+
+def test_a_pinned_expert_is_never_skipped_and_takes_no_share_from_others() -> None:
+    thresholds = ((0.1, 0.1, 0.8),)
+    tokens = routing([[3, 1, 0]], [[0.7, 0.2, 0.1]])
+    assert TierRule(LADDER, thresholds, thresholds).choose(0, tokens).tolist() == [[4, 2, 0]]
+    assert TierRule(LADDER, thresholds, thresholds, ((0,),)).choose(0, tokens).tolist() == [[4, 2, 4]]
+
+
+def test_without_depth_pinned_experts_stay() -> None:
+    policy = make_policy()
+    assert TierRule.of(policy.points[0], policy).without_depth().pinned == ((0,), ())
 
 
 def test_notes_may_be_absent() -> None:
@@ -264,8 +324,14 @@ def test_an_unknown_key_is_named(place: str) -> None:
         ("", "points"),
         ("", "default_point"),
         ("layers", "sensitivity"),
+        ("layers", "look_ahead_by"),
         ("layers", "look_ahead_recall"),
+        ("layers", "expert_error"),
+        ("layers", "router_overlap"),
+        ("layers", "pinned"),
+        ("layers", "data_free"),
         ("points", "decode"),
+        ("points", "prefill_kl"),
         ("points", "kl"),
     ],
 )

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dymoe_compile import quantize
-from dymoe_compile.quantize import quantize_expert, quantize_matrix
+from dymoe_compile.quantize import Moments, quantize_expert, quantize_matrix, tier_weights
 from dymoe_runtime.tiers import (
     BLOCK,
+    STEPS,
     QuantizedMatrix,
     blocks_of,
     dequantize,
@@ -23,6 +24,8 @@ from dymoe_runtime.tiers import (
 )
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (2,), (3, 5), (2, 6)]
+# Steps are 8 % apart, so that a scale is off by up to this much of the weight.
+HALF_STEP = 0.055
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +47,32 @@ def at_tier(matrix: QuantizedMatrix, ladder: tuple[int, ...], tier: int) -> torc
     return dequantize(split_record(layout, pack_record(layout, {"m": matrix})), layout.matrices["m"], tier)
 
 
-def error(
-    weight: torch.Tensor, ladder: tuple[int, ...], tier: int, importance: torch.Tensor | None = None
-) -> torch.Tensor:
+def error(weight: torch.Tensor, ladder: tuple[int, ...], tier: int, moments: Moments | None = None) -> torch.Tensor:
     """Squared error of each weight at `tier`."""
-    return (at_tier(quantize_matrix(weight, ladder, importance), ladder, tier) - weight).square()
+    return (at_tier(quantize_matrix(weight, ladder, moments), ladder, tier) - weight).square()
+
+
+def correlated(samples: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """Inputs [samples, cols] of one distribution whatever the seed: columns correlated, some of them large."""
+    mixing = gaussian(cols, cols, seed=1000 + cols) / cols**0.5
+    mixing = torch.eye(cols) + 1.5 * mixing + 2 * gaussian(1, cols, seed=2000 + cols).T @ gaussian(1, cols, 3000) / cols
+    sizes = torch.linspace(-1, 1, cols)[torch.randperm(cols, generator=torch.Generator().manual_seed(cols))].exp()
+    return gaussian(samples, cols, seed) @ mixing * sizes
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    return Moments(x.T @ x, len(x))
+
+
+def important(importance: torch.Tensor) -> Moments:
+    """Moments of independent columns with these squares."""
+    return Moments(torch.diag(importance), 10**6)
+
+
+def weighted_error(matrix: QuantizedMatrix, weight: torch.Tensor, ladder: tuple[int, ...], h: torch.Tensor) -> list:
+    """trace(E H E^T) of each tier."""
+    errors = [at_tier(matrix, ladder, tier).double() - weight for tier in ladder]
+    return [((e @ h.double()) * e).sum().item() for e in errors]
 
 
 def assert_same(a: QuantizedMatrix, b: QuantizedMatrix) -> None:
@@ -90,14 +114,18 @@ def test_the_error_falls_with_the_tier(ladder: tuple[int, ...], cols: int) -> No
 
 @pytest.mark.parametrize(
     ("ladder", "tier", "factor"),
-    # Measured 1.095, 1.032, 1.038; 1.18, 1.042, 1.001 where the top is not clipped for the sake of the lower tiers.
+    # Measured 1.085, 1.026, 1.051; the lowest tier counts twice in what is made least.
     [
         ((2, 3, 4), 2, 1.12),
         ((2, 3, 4), 3, 1.05),
-        ((2, 3, 4), 4, 1.05),
+        ((2, 3, 4), 4, 1.07),
         ((2, 3, 4, 8), 2, 1.22),
+        ((2, 3, 4, 8), 3, 1.13),
         ((2, 3, 4, 8), 4, 1.06),
-        ((2, 3, 4, 8), 8, 1.01),
+        # The scale at 8 bits is the nearest step, which may clip; alone it is rounded up. Measured 2.2, at 41 dB.
+        ((2, 3, 4, 8), 8, 2.4),
+        ((3, 5), 3, 1.1),
+        ((3, 5), 5, 1.05),
     ],
 )
 def test_nesting_costs_little_against_quantizing_a_tier_alone(
@@ -108,19 +136,32 @@ def test_nesting_costs_little_against_quantizing_a_tier_alone(
     assert alone * 0.99 <= error(weight, ladder, tier).sum() <= alone * factor
 
 
-@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 3, 4, 8), (2, 6)], ids=str)
-def test_the_scales_of_lower_tiers_are_fitted_to_the_codes_they_inherit(ladder: tuple[int, ...]) -> None:
-    """Within half a step of the least-squares scale."""
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 3, 4, 8), (2, 6), (4,)], ids=str)
+def test_scales_are_the_stored_ones_nearest_to_least_squares(ladder: tuple[int, ...]) -> None:
+    """At every tier, for the codes that it inherits."""
     weight = gaussian(30, 128)
-    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.5
-    matrix = quantize_matrix(weight, ladder, importance)
-    q, w = importance.view(-1, BLOCK), weight.view(30, -1, BLOCK)
-    for tier in ladder[:-1]:
+    matrix = quantize_matrix(weight, ladder)
+    w = weight.view(30, -1, BLOCK)
+    for tier in ladder:
         shift = ladder[-1] - tier
         levels = torch.from_numpy(matrix.codes >> shift).float().view(30, -1, BLOCK) - (2**tier - 1) / 2
-        fitted = (q * levels * w).sum(-1) / (q * levels * levels).sum(-1)
-        steps = fitted / (matrix.multiplier.float()[:, None] * 2**shift)
-        assert ((torch.from_numpy(matrix.steps[tier]) - steps.clamp(1, 255)).abs() <= 0.5001).all()
+        fitted = (levels * w).sum(-1) / levels.square().sum(-1)
+        unit = matrix.multiplier.float()[:, None] * 2**shift
+        off = (fitted[..., None] - unit[..., None] * torch.from_numpy(STEPS[1:]).float()).abs()
+        stored = tier_scales(torch.from_numpy(matrix.steps[tier]), matrix.multiplier, tier, ladder[-1])
+        assert ((stored - fitted).abs() <= off.amin(-1) + 1e-5 * fitted).all()
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+def test_codes_of_lower_tiers_are_the_floor_of_the_top_ones(ladder: tuple[int, ...]) -> None:
+    """What a record gives for a tier is the top bits of the codes, on that tier's own grid."""
+    weight = gaussian(9, 150)
+    matrix = quantize_matrix(weight, ladder, moments_of(correlated(600, 150)))
+    for tier in ladder:
+        codes = torch.from_numpy(matrix.codes).long().div(2 ** (ladder[-1] - tier), rounding_mode="floor")
+        scales = tier_scales(torch.from_numpy(matrix.steps[tier]), matrix.multiplier, tier, ladder[-1])
+        expected = scales.repeat_interleave(BLOCK, 1)[:, :150] * (codes - (2**tier - 1) / 2)
+        assert torch.equal(at_tier(matrix, ladder, tier), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -129,49 +170,65 @@ def test_one_tier_is_better_than_plain_rounding_to_the_largest_magnitude(bits: i
     blocks = weight.view(64, -1, BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True) / (2**bits / 2 - 0.5)
     plain = ((blocks / scale + 2 ** (bits - 1)).floor().clamp(0, 2**bits - 1) - (2**bits - 1) / 2) * scale
-    # 1 % for steps of 8 bits.
-    assert error(weight, (bits,), bits).sum() <= (plain - blocks).square().sum() * 1.01
+    # From six bits on scales are rounded up to a step, by 5 % on average and 11 % at most.
+    assert error(weight, (bits,), bits).sum() <= (plain - blocks).square().sum() * (1.05 if bits < 6 else 1.2)
 
 
-def grid(bits: int, rows: int, blocks: int, seed: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor]:
-    """Weights on a grid of the format, and the codes, steps and multipliers of it.
-
-    The largest step of a row is 253: then the multiplier that leaves room for rounding up is the row's own.
-    """
+def grid(bits: int, rows: int, blocks: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Weights on a grid of the format, and the codes of it."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**bits, (rows, blocks * BLOCK), np.uint8)
     codes[:, ::BLOCK] = 0  # every block has the largest magnitude of its scale
-    steps = rng.integers(1, 254, (rows, blocks), np.uint8)
-    steps[:, 0] = 253
+    steps = rng.integers(1, 16, (rows, blocks), np.uint8)
     multiplier = torch.from_numpy(rng.uniform(0.01, 3.0, rows)).to(torch.bfloat16)
     scales = tier_scales(torch.from_numpy(steps), multiplier, bits, bits).repeat_interleave(BLOCK, 1)
-    return scales * (torch.from_numpy(codes).float() - (2**bits - 1) / 2), codes, steps, multiplier
+    return scales * (torch.from_numpy(codes).float() - (2**bits - 1) / 2), codes
+
+
+def positive_definite(cols: int, seed: int) -> Moments:
+    x = gaussian(4 * cols, cols, seed) @ (torch.eye(cols) + gaussian(cols, cols, seed + 1) / cols**0.5)
+    return moments_of(x)
+
+
+@pytest.mark.parametrize("with_moments", [False, True], ids=["identity", "definite"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_while_scales_are_free_weights_on_a_grid_stay_where_they_are(bits: int, seed: int, with_moments: bool) -> None:
+    """The fit finds the grid and the descent has nothing to improve, whatever the inputs."""
+    weight, codes = grid(bits, 16, 5, seed)
+    hessian = positive_definite(5 * BLOCK, seed).ridged() if with_moments else None
+    descending = quantize._Descending(weight, (bits,), hessian)
+    for _ in range(2):
+        descending._sweep(None)
+        assert np.array_equal(descending._codes.numpy(), codes)
+        assert torch.allclose(descending._values(0), weight, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_weights_on_a_grid_of_the_format_come_back_exactly(bits: int, seed: int) -> None:
-    weight, codes, steps, multiplier = grid(bits, 16, 5, seed)
-    matrix = quantize_matrix(weight, (bits,))
-    assert np.array_equal(matrix.codes, codes)
-    assert np.array_equal(matrix.steps[bits], steps)
-    assert torch.equal(matrix.multiplier, multiplier)
-    assert torch.equal(at_tier(matrix, (bits,), bits), weight)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_weights_on_any_uniform_grid_come_back_up_to_the_rounding_of_steps(bits: int) -> None:
-    """A grid whose scale is no step of the row's multiplier is off by at most half a step."""
-    rng = np.random.default_rng(bits)
-    codes = rng.integers(0, 2**bits, (20, 3 * BLOCK))
-    codes[:, ::BLOCK] = 0
-    scales = np.repeat(rng.uniform(0.5, 1.0, (20, 3)), BLOCK, axis=1)
-    levels = codes - (2**bits - 1) / 2
-    weight = torch.from_numpy(scales * levels).float()
+def test_weights_on_a_grid_come_back_up_to_the_rounding_of_steps(bits: int, seed: int) -> None:
+    """The multiplier is one for the row, with room for all scales, so that steps are not those of the grid."""
+    weight, codes = grid(bits, 16, 5, seed)
     matrix = quantize_matrix(weight, (bits,))
     assert np.array_equal(matrix.codes, codes)
-    half_step = matrix.multiplier.float()[:, None] / 2 * torch.from_numpy(np.abs(levels)).float()
-    assert ((at_tier(matrix, (bits,), bits) - weight).abs() <= half_step * 1.001).all()
+    assert ((at_tier(matrix, (bits,), bits) - weight).abs() <= HALF_STEP * weight.abs()).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_weights_on_a_grid_come_back_no_worse_than_by_rounding_its_steps(bits: int, seed: int) -> None:
+    """With inputs of any moments: the descent from the grid itself ends below where it starts."""
+    weight, codes = grid(bits, 16, 5, seed)
+    moments = positive_definite(5 * BLOCK, seed)
+    matrix = quantize_matrix(weight, (bits,), moments)
+    sizes = matrix.multiplier.float()[:, None, None] * torch.from_numpy(STEPS[1:]).float()
+    levels = torch.from_numpy(codes).float() - (2**bits - 1) / 2
+    true = (weight / levels)[:, ::BLOCK]
+    nearest = sizes.expand(16, 5, 15).gather(-1, (sizes - true[..., None]).abs().argmin(-1, keepdim=True))[..., 0]
+    start = (nearest.repeat_interleave(BLOCK, 1) * levels - weight).double()
+    h = moments.ridged().double()
+    (got,) = weighted_error(matrix, weight, (bits,), h)
+    assert got <= ((start @ h) * start).sum().item() * 1.001
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)
@@ -231,8 +288,8 @@ def test_a_column_of_padding_changes_nothing(ladder: tuple[int, ...]) -> None:
     for tier in ladder:
         got = (at_tier(matrix, ladder, tier)[:, 64:] - weight[:, 64:]).square().sum()
         alone = (at_tier(tail, ladder, tier) - weight[:, 64:]).square().sum()
-        # 3 % for a multiplier that serves another block too.
-        assert got <= alone * 1.03 + 1e-4
+        # For a multiplier that serves another block too; a step of 8 bits is rounded up by up to 11 %.
+        assert got <= alone * 1.25 + 1e-4
     assert np.array_equal(whole_tail.codes[:, :7], whole_tail.codes[:, 7:14])
 
 
@@ -240,7 +297,7 @@ def test_a_column_of_padding_changes_nothing(ladder: tuple[int, ...]) -> None:
 def test_a_single_column_is_nearly_exact_at_its_highest_tier(ladder: tuple[int, ...]) -> None:
     weight = gaussian(50, 1)
     values = at_tier(quantize_matrix(weight, ladder), ladder, ladder[-1])
-    assert ((values - weight).abs() <= weight.abs() / 127).all()
+    assert ((values - weight).abs() <= HALF_STEP * weight.abs()).all()
 
 
 def test_signs_are_kept_at_every_tier() -> None:
@@ -260,73 +317,224 @@ def test_strided_weights_are_quantized_by_value() -> None:
     assert_same(quantize_matrix(weight, (2, 3, 4)), quantize_matrix(weight.contiguous(), (2, 3, 4)))
 
 
-def test_the_weight_is_left_as_it_is() -> None:
-    weight = gaussian(4, 128)
-    before = weight.clone()
-    quantize_matrix(weight, (2, 3, 4), torch.rand(128, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(weight, before)
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (8,)], ids=str)
+def test_the_arguments_are_left_as_they_are(ladder: tuple[int, ...]) -> None:
+    weight, moments = gaussian(4, 128), moments_of(correlated(200, 128))
+    before, hessian = weight.clone(), moments.hessian.clone()
+    quantize_matrix(weight, ladder, moments)
+    assert torch.equal(weight, before) and torch.equal(moments.hessian, hessian)
+
+
+# What moments of the inputs do.
+
+
+@pytest.mark.parametrize("cols", [64, 100, 320])
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (3,), (2, 3, 4, 8)], ids=str)
+def test_correlated_inputs_lower_their_error_at_every_tier(ladder: tuple[int, ...], cols: int) -> None:
+    """Against quantizing without moments, for the inputs that the moments are of."""
+    weight, moments = gaussian(48, cols), moments_of(correlated(6 * cols, cols))
+    with_them = weighted_error(quantize_matrix(weight, ladder, moments), weight, ladder, moments.hessian)
+    without = weighted_error(quantize_matrix(weight, ladder), weight, ladder, moments.hessian)
+    # Four tiers leave each a little less to gain.
+    assert all(a < (0.9 if len(ladder) < 4 else 0.97) * b for a, b in zip(with_them, without, strict=True))
+
+
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (2, 3, 4, 8)], ids=str)
+def test_the_error_of_the_outputs_falls_with_the_tier(ladder: tuple[int, ...]) -> None:
+    weight, moments = gaussian(48, 200), moments_of(correlated(1200, 200))
+    errors = weighted_error(quantize_matrix(weight, ladder, moments), weight, ladder, moments.hessian)
+    for (tier, low), (higher, high) in itertools.pairwise(zip(ladder, errors, strict=True)):
+        assert high < low / 2.5 ** (higher - tier)
+
+
+@pytest.mark.parametrize("factor", [1.5, 3, 8])
+def test_outputs_of_inputs_that_were_not_seen_are_nearer(factor: float) -> None:
+    """Held back: moments of some inputs, errors of others."""
+    weight = gaussian(64, 192)
+    seen, unseen = correlated(int(factor * 192), 192, seed=1), correlated(2000, 192, seed=2)
+    held_out = unseen.T @ unseen
+    with_them = weighted_error(quantize_matrix(weight, (2, 3, 4), moments_of(seen)), weight, (2, 3, 4), held_out)
+    without = weighted_error(quantize_matrix(weight, (2, 3, 4)), weight, (2, 3, 4), held_out)
+    assert all(a < 0.9 * b for a, b in zip(with_them, without, strict=True))
+
+
+def test_a_sweep_never_raises_the_joint_loss() -> None:
+    """With free scales and with stored ones; only snapping to steps may."""
+    ladder, weight = (2, 3, 4), gaussian(40, 300)
+    hessian = moments_of(correlated(1000, 300)).ridged()
+    state = quantize._Descending(weight, ladder, hessian)
+
+    def loss() -> float:
+        errors = torch.stack([state._values(t) - weight for t in range(3)]).double()
+        costs = ((errors @ hessian.double()) * errors).sum((1, 2))
+        return (torch.tensor(tier_weights(ladder)) * costs).sum().item()
+
+    def sweep(units: torch.Tensor | None) -> None:
+        before = loss()
+        state._sweep(units, last=True)
+        # Slopes may be summed in bf16, which leaves a little of what could be gained.
+        assert loss() <= before * 1.0005
+
+    start = loss()
+    for _ in range(2):
+        sweep(None)
+    powers = torch.tensor([4.0, 2.0, 1.0])[:, None]
+    units = (quantize._multiplier(state._scales, ladder).float()[None] * powers).contiguous()
+    state._snap(units)
+    for _ in range(2):
+        sweep(units)
+    assert loss() < 0.9 * start
+
+
+@pytest.mark.parametrize("samples", [1, 2, 191])
+def test_too_few_samples_are_none(samples: int) -> None:
+    weight, moments = gaussian(8, 192), moments_of(correlated(samples, 192))
+    assert not moments.enough
+    assert_same(quantize_matrix(weight, (2, 3, 4), moments), quantize_matrix(weight, (2, 3, 4)))
+    assert moments_of(correlated(192, 192)).enough
+
+
+def test_no_samples_at_all_are_no_error() -> None:
+    moments = Moments(torch.zeros(70, 70), 0)
+    assert_same(quantize_matrix(gaussian(3, 70), (2, 3, 4), moments), quantize_matrix(gaussian(3, 70), (2, 3, 4)))
+
+
+@pytest.mark.parametrize("power", [20, -20, 60, -60])
+def test_only_the_proportions_of_moments_matter(power: int) -> None:
+    """To the last bit by a power of two."""
+    weight, moments = gaussian(16, 100), moments_of(correlated(300, 100))
+    scaled = Moments(moments.hessian * 2.0**power, moments.samples)
+    assert_same(quantize_matrix(weight, (2, 3, 4), moments), quantize_matrix(weight, (2, 3, 4), scaled))
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_moments_of_any_size_serve_as_well(factor: float) -> None:
+    weight, moments = gaussian(16, 200), moments_of(correlated(600, 200))
+    got = quantize_matrix(weight, (2, 3, 4), Moments(moments.hessian * factor, moments.samples))
+    expected = quantize_matrix(weight, (2, 3, 4), moments)
+    assert (got.codes == expected.codes).mean() > 0.98
+    errors = (weighted_error(matrix, weight, (2, 3, 4), moments.hessian) for matrix in (got, expected))
+    assert all(a == pytest.approx(b, rel=0.01) for a, b in zip(*errors, strict=True))
 
 
 @pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 4), (3,)], ids=str)
-def test_importance_lowers_the_weighted_error_at_every_tier(ladder: tuple[int, ...]) -> None:
+def test_columns_with_large_inputs_come_out_nearer(ladder: tuple[int, ...]) -> None:
     weight = gaussian(64, 256)
     importance = torch.rand(256, generator=torch.Generator().manual_seed(1)).mul(8).exp2()
     for tier in ladder:
-        with_it = (error(weight, ladder, tier, importance) * importance).sum()
+        with_it = (error(weight, ladder, tier, important(importance)) * importance).sum()
         without = (error(weight, ladder, tier) * importance).sum()
         assert with_it < 0.99 * without
 
 
-def test_only_the_proportions_of_importance_matter() -> None:
-    weight = gaussian(8, 100)
-    importance = torch.rand(100, generator=torch.Generator().manual_seed(1)) + 0.1
-    assert_same(
-        quantize_matrix(weight, (2, 3, 4), importance), quantize_matrix(weight, (2, 3, 4), importance * 2.0**-30)
-    )
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, 3.0])
-def test_equal_importance_is_none(value: float) -> None:
+def test_equal_and_independent_inputs_are_as_none(value: float) -> None:
     weight = gaussian(8, 100)
-    got = quantize_matrix(weight, (2, 3, 4), torch.full((100,), value))
+    got = quantize_matrix(weight, (2, 3, 4), important(torch.full((100,), value)))
     expected = quantize_matrix(weight, (2, 3, 4))
-    assert (got.codes == expected.codes).mean() > 0.99
-    assert torch.allclose(at_tier(got, (2, 3, 4), 2), at_tier(expected, (2, 3, 4), 2), atol=0.03)
+    assert (got.codes == expected.codes).mean() > 0.98
+    assert (at_tier(got, (2, 3, 4), 2) - at_tier(expected, (2, 3, 4), 2)).square().sum() < 1e-3 * weight.square().sum()
 
 
-def test_columns_of_no_importance_are_not_neglected() -> None:
+def test_columns_without_inputs_are_not_neglected() -> None:
     weight = gaussian(64, 256)
     importance = torch.zeros(256)
     importance[::2] = 1.0
-    unimportant = error(weight, (2, 3, 4), 4, importance)[:, 1::2].sum() / weight[:, 1::2].square().sum()
-    assert unimportant < 0.05
+    unused = error(weight, (2, 3, 4), 4, important(importance))[:, 1::2].sum() / weight[:, 1::2].square().sum()
+    assert unused < 0.05
+
+
+@pytest.mark.parametrize("unused", [[5], [0, 63, 64, 69], list(range(64, 70)), list(range(70))], ids=str)
+def test_columns_of_zeros_in_the_moments_do_no_harm(unused: list[int]) -> None:
+    x = correlated(300, 70)
+    x[:, unused] = 0
+    weight, moments = gaussian(6, 70), moments_of(x)
+    matrix = quantize_matrix(weight, (2, 3, 4), moments)
+    for tier, bound in ((2, 0.3), (3, 0.1), (4, 0.04)):
+        values = at_tier(matrix, (2, 3, 4), tier)
+        assert values.isfinite().all()
+        assert (values - weight)[:, unused].square().sum() < bound * weight[:, unused].square().sum() + 0.1
+
+
+@pytest.mark.parametrize("moments", [None, moments_of(correlated(300, 130))], ids=["plain", "moments"])
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 8), (8,)], ids=str)
+def test_zeros_tiny_and_huge_weights_give_numbers(ladder: tuple[int, ...], moments: Moments | None) -> None:
+    weight = gaussian(6, 130)
+    weight[0] = 0
+    weight[1] *= 1e-30
+    weight[2] *= 1e30
+    weight[3, 64:128] = 0
+    weight[4, 7] = 1e30
+    matrix = quantize_matrix(weight, ladder, moments)
+    assert matrix.multiplier.isfinite().all()
+    for tier in ladder:
+        values = at_tier(matrix, ladder, tier)
+        assert values.isfinite().all()
+        assert not values[0].any() and not values[3, 64:128].any()
+        # Squares of these are no floats, so that all codes look as good; rows beside them are not harmed.
+        for row in (1, 2):
+            assert values[row].abs().max() < 1.1 * weight[row].abs().max()
+        assert (values[5] - weight[5]).square().sum() < 0.3 * weight[5].square().sum()
+    zeros = quantize_matrix(torch.zeros(3, 130), ladder, moments)
+    assert not any(at_tier(zeros, ladder, tier).any() for tier in ladder)
+
+
+def test_single_fine_tiers_are_rounded_whatever_the_inputs() -> None:
+    weight, moments = gaussian(6, 130), moments_of(correlated(300, 130))
+    for bits in (6, 7, 8):
+        assert_same(quantize_matrix(weight, (bits,), moments), quantize_matrix(weight, (bits,)))
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+def test_the_lowest_tier_counts_most_for_its_size(ladder: tuple[int, ...]) -> None:
+    weights = tier_weights(ladder)
+    assert len(weights) == len(ladder) and weights[-1] == 1.0
+    relative = [weight * 4.0 ** (ladder[-1] - tier) for weight, tier in zip(weights, ladder, strict=True)]
+    assert relative == [*sorted(relative[:-1], reverse=True), 1.0]
 
 
 @pytest.mark.parametrize("ladder", [(2, 3, 4), (8,)], ids=str)
 def test_chunks_of_rows_do_not_change_the_result(ladder: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = gaussian(37, 200)
-    importance = torch.rand(200, generator=torch.Generator().manual_seed(1))
-    expected = quantize_matrix(weight, ladder, importance)
+    weight, moments = gaussian(37, 200), moments_of(correlated(400, 200))
+    expected = quantize_matrix(weight, ladder, moments)
     for chunk in (1, 256, 256 * 5, 256 * 36):
         monkeypatch.setattr(quantize, "CHUNK_WEIGHTS", chunk)
-        assert_same(quantize_matrix(weight, ladder, importance), expected)
+        assert_same(quantize_matrix(weight, ladder, moments), expected)
 
 
 def test_quantizing_twice_gives_the_same_with_any_number_of_threads() -> None:
-    weight = gaussian(64, 300)
-    expected = quantize_matrix(weight, (2, 3, 4))
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        assert_same(quantize_matrix(weight, (2, 3, 4)), expected)
+    weight, moments = gaussian(64, 300), moments_of(correlated(400, 300))
+    for given in (None, moments):
+        expected = quantize_matrix(weight, (2, 3, 4), given)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same(quantize_matrix(weight, (2, 3, 4), given), expected)
 
 
 def test_an_expert_is_quantized_matrix_by_matrix() -> None:
     weights = {"gate": gaussian(5, 70, 1), "up": gaussian(5, 70, 2), "down": gaussian(70, 5, 3)}
-    importance = {"gate": torch.rand(70, generator=torch.Generator().manual_seed(1))}
-    expert = quantize_expert(weights, (2, 3, 4), importance)
+    moments = {"gate": moments_of(correlated(100, 70)), "down": moments_of(correlated(9, 5))}
+    expert = quantize_expert(weights, (2, 3, 4), moments)
     assert list(expert) == list(weights)
     for name, weight in weights.items():
-        assert_same(expert[name], quantize_matrix(weight, (2, 3, 4), importance.get(name)))
+        assert_same(expert[name], quantize_matrix(weight, (2, 3, 4), moments.get(name)))
+    plain = quantize_expert(weights, (2, 3, 4))
+    assert_same(plain["up"], expert["up"])
+    assert not np.array_equal(plain["gate"].codes, expert["gate"].codes)
+
+
+@pytest.mark.parametrize("size", [8, 20, 100])
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (8,)], ids=str)
+def test_an_outlier_harms_no_other_block_of_its_row(ladder: tuple[int, ...], size: int) -> None:
+    """One weight of 8, 20 or 100 standard deviations, as trained models have them in some rows."""
+    weight = gaussian(32, 512)
+    outlying = weight.clone()
+    outlying[:, 70] = size
+    others = torch.ones(512, dtype=torch.bool)
+    others[64:128] = False
+    # Scales are finest within a row whose blocks are alike; the coarse ones leave others a step too large at most.
+    for tier in ladder:
+        assert error(outlying, ladder, tier)[:, others].sum() < 2 * error(weight, ladder, tier)[:, others].sum()
 
 
 @pytest.mark.parametrize("tiny", [1e-39, 1e-44])
@@ -339,6 +547,6 @@ def test_weights_too_small_for_float_harm_no_others(tiny: float) -> None:
     values = at_tier(matrix, (2, 3, 4), 4)
     assert values.isfinite().all()
     assert (values[1].abs() < 1e-37).all()
-    # One step is the least scale of a block that is not all zeros.
-    assert (values[0, :64].abs() <= 7.5 * matrix.multiplier[0].item()).all()
+    # The first step is the least scale of a block that is not all zeros.
+    assert (values[0, :64].abs() <= 0.5 * STEPS[1] * matrix.multiplier[0].item()).all()
     assert (values[0, 64:] - weight[0, 64:]).square().sum() < 0.02 * weight[0, 64:].square().sum()

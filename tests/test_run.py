@@ -100,8 +100,9 @@ def test_importance_decides_bits_and_can_be_switched_off(shipped_path: Path) -> 
 
 
 def test_depth_decides_bits_and_can_be_switched_off(shipped: Bundle) -> None:
-    point = next(p for p in shipped.policy.points if p.kind == "mixed" and p.bits_mean > 2.6)
-    assert len(set(point.decode)) > 1
+    """By a point whose layers differ; where that did not pay, a point may have the same thresholds in all."""
+    points = [p for p in shipped.policy.points if p.kind == "mixed" and len(set(p.decode)) > 1]
+    point = next(p for p in points if p.bits_mean > 2.6)
     with_depth = answer(shipped.path, "--point", point.name)
     without = answer(shipped.path, "--point", point.name, "--no-depth")
     assert with_depth["tier_shares"] != without["tier_shares"]
@@ -163,8 +164,9 @@ def test_every_budget_gives_the_same_tokens(shipped: Bundle, prompt: str) -> Non
 
 
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
-    shares = (0.1, 0.3, 0.6, 1.2)
-    read = [answer(shipped.path, "--arena", int(shipped.expert_bytes() * share))["read_bytes"] for share in shares]
+    least = least_arena_bytes(shipped.layout)
+    arenas = [least + int(shipped.expert_bytes() * share) for share in (0.0, 0.2, 0.5, 1.1)]
+    read = [answer(shipped.path, "--arena", arena)["read_bytes"] for arena in arenas]
     assert read == sorted(read, reverse=True) and read[-1] <= shipped.expert_bytes()
 
 
@@ -187,12 +189,23 @@ def newer(directory: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
 
 
-FILES = ("policy.json", "tokenizer.json", "dense.safetensors", "experts-00001.safetensors", "manifest.json")
+FILES = (
+    "policy.json",
+    "compile.json",
+    "report.html",
+    "tokenizer.json",
+    "dense.safetensors",
+    "experts-00001.safetensors",
+    "manifest.json",
+)
 BAD_BUNDLES: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("newer version", newer, ("manifest.json", "version 99", "upgrade")),
     ("flipped byte in the policy", lambda d: flip(d / "policy.json", 200), ("policy.json",)),
     ("flipped byte in the manifest", lambda d: flip(d / "manifest.json", 900), ("manifest.json",)),
     ("flipped first byte of the manifest", lambda d: flip(d / "manifest.json", 0), ("manifest.json",)),
+    ("flipped byte in the findings", lambda d: flip(d / "compile.json", 300), ("compile.json",)),
+    ("flipped byte in the report", lambda d: flip(d / "report.html", 5000), ("report.html",)),
+    ("cut report", lambda d: (d / "report.html").write_bytes((d / "report.html").read_bytes()[:-1]), ("report.html",)),
     ("flipped byte in the tokenizer", lambda d: flip(d / "tokenizer.json", 50), ("tokenizer.json",)),
     ("short records", lambda d: (d / "experts-00001.safetensors").write_bytes(b"x" * 5000), ("experts-00001",)),
     ("empty manifest", lambda d: (d / "manifest.json").write_bytes(b""), ("manifest.json",)),
@@ -303,7 +316,7 @@ def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:
     on_disk = sum(path.stat().st_size for path in shipped.path.iterdir())
     assert described["total_bytes"] == on_disk
     bits = {tier["tier"]: tier["effective_bits"] for tier in described["tiers"]}
-    assert bits[2] <= 2.35 and bits[4] <= 4.5
+    assert bits[2] <= 2.2 and bits[3] <= 3.25 and bits[4] <= 4.3
     text = bundle_cli("inspect", shipped.path).out
     assert all(point.name in text for point in shipped.policy.points)
 

@@ -13,6 +13,7 @@ from dymoe_runtime.tiers import (
     ALIGN,
     BLOCK,
     PAGE,
+    STEPS,
     WIDTHS,
     MatrixLayout,
     Part,
@@ -24,6 +25,7 @@ from dymoe_runtime.tiers import (
     make_layout,
     pack_plane,
     pack_record,
+    pack_steps,
     plane_widths,
     scales_of,
     split_record,
@@ -45,7 +47,7 @@ def random_matrix(shape: tuple[int, int], ladder: tuple[int, ...], rng: np.rando
     rows, cols = shape
     return QuantizedMatrix(
         codes=rng.integers(0, 2 ** ladder[-1], shape, np.uint8),
-        steps={tier: rng.integers(0, 256, (rows, blocks_of(cols)), np.uint8) for tier in ladder},
+        steps={tier: rng.integers(0, 16, (rows, blocks_of(cols)), np.uint8) for tier in ladder},
         multiplier=torch.from_numpy(rng.uniform(1e-4, 1.0, rows)).to(torch.bfloat16),
     )
 
@@ -73,6 +75,13 @@ def value_in_plane(packed: np.ndarray, width: int, column: int) -> int:
         return int(packed[column % 16]) >> (2 * (column // 16)) & 3
     word = int.from_bytes(packed.tobytes(), "little")
     return word >> column & 1
+
+
+def plain_step(step: int) -> float:
+    """What a step stands for: 0, eleven fine sizes up to 2.8, four coarse ones."""
+    if step == 0:
+        return 0.0
+    return round(2.8 ** ((step - 1) / 10), 3) if step <= 11 else 2.8 * 2.5 ** (step - 11)
 
 
 def plain_code(segments: list[np.ndarray], where: MatrixLayout, tier: int, row: int, col: int) -> int:
@@ -111,6 +120,22 @@ def test_planes_are_laid_out_as_documented(width: int) -> None:
     packed = pack_plane(bits, width)
     for row, column in itertools.product(range(2), range(128)):
         assert value_in_plane(packed[row, column // BLOCK], width, column % BLOCK) == bits[row, column]
+
+
+def test_steps_stand_for_zero_and_fine_and_coarse_sizes() -> None:
+    assert STEPS.dtype == np.float32
+    assert STEPS.tolist() == pytest.approx([plain_step(step) for step in range(16)], rel=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 64])
+def test_steps_are_packed_two_to_a_byte_the_first_in_the_low_nibble(blocks: int) -> None:
+    steps = np.random.default_rng(blocks).integers(0, 16, (5, blocks), np.uint8)
+    packed = pack_steps(steps)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (5, -(-blocks // 2))
+    for row, block in itertools.product(range(5), range(2 * packed.shape[1])):
+        expected = steps[row, block] if block < blocks else 0
+        assert packed[row, block // 2] >> 4 * (block % 2) & 15 == expected
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -198,7 +223,7 @@ def test_parts_hold_just_what_they_must(ladder: tuple[int, ...], shapes: Mapping
         rows, cols = shapes[name]
         blocks = -(-cols // 64)
         assert (where.rows, where.cols, where.blocks) == (rows, cols, blocks)
-        assert [part.nbytes for part in where.steps] == [rows * blocks] * len(ladder)
+        assert [part.nbytes for part in where.steps] == [rows * -(-blocks // 2)] * len(ladder)
         assert [part.segment for part in where.steps] == list(range(len(ladder)))
         assert (where.multiplier.segment, where.multiplier.nbytes) == (0, 2 * rows)
         assert [plane.part.nbytes for plane in where.planes] == [8 * p.width * rows * blocks for p in where.planes]
@@ -239,8 +264,8 @@ def test_dequantizing_equals_the_formula(ladder: tuple[int, ...]) -> None:
         assert got.dtype == torch.float32
         assert got.shape == (where.rows, where.cols)
         for r, c in itertools.product(range(where.rows), range(where.cols)):
-            step = int(matrix.steps[tier][r, c // 64])
-            scale = matrix.multiplier[r].item() * step * 2 ** (ladder[-1] - tier)
+            size = plain_step(int(matrix.steps[tier][r, c // 64]))
+            scale = matrix.multiplier[r].item() * size * 2 ** (ladder[-1] - tier)
             code = int(matrix.codes[r, c]) >> (ladder[-1] - tier)
             assert got[r, c].item() == pytest.approx(scale * (code - (2**tier - 1) / 2), rel=1e-6, abs=0)
 
@@ -265,8 +290,8 @@ def test_the_grid_is_symmetric() -> None:
 
 @pytest.mark.parametrize(
     ("tier", "bits"),
-    # planes + steps (8 bits per tier and 64 weights) + multiplier (16 bits per row of 256)
-    [(2, 2 + 8 / 64 + 16 / 256), (3, 3 + 16 / 64 + 16 / 256), (4, 4 + 24 / 64 + 16 / 256), (0, 0.0)],
+    # planes + steps (4 bits per tier and 64 weights) + multiplier (16 bits per row of 256)
+    [(2, 2 + 4 / 64 + 16 / 256), (3, 3 + 8 / 64 + 16 / 256), (4, 4 + 12 / 64 + 16 / 256), (0, 0.0)],
 )
 def test_bits_per_weight_count_steps_and_multipliers(tier: int, bits: float) -> None:
     layout = make_layout({"gate": (256, 256), "up": (256, 256), "down": (256, 256)}, (2, 3, 4))
@@ -275,8 +300,8 @@ def test_bits_per_weight_count_steps_and_multipliers(tier: int, bits: float) -> 
 
 def test_segments_of_a_known_shape_are_rounded_to_pages() -> None:
     layout = make_layout({"gate": (256, 256), "up": (256, 256), "down": (256, 256)}, (2, 3, 4))
-    assert layout.segment_bytes == (3 * (16384 + 1024 + 512), 3 * (8192 + 1024), 3 * (8192 + 1024))
-    assert layout.segment_spans == (14 * 4096, 7 * 4096, 7 * 4096)
+    assert layout.segment_bytes == (3 * (16384 + 512 + 512), 3 * (8192 + 512), 3 * (8192 + 512))
+    assert layout.segment_spans == (13 * 4096, 7 * 4096, 7 * 4096)
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)

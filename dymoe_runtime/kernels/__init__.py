@@ -19,6 +19,7 @@ import torch
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
+from dymoe_runtime.kernels.descent import Descent
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None
@@ -44,6 +45,7 @@ class Kernels(Protocol):
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
     def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
+    def descend(self, block: Descent, /) -> None: ...
     def threads(self) -> int: ...
     def set_threads(self, count: int, /) -> None: ...
 
@@ -66,6 +68,11 @@ def embed(layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor
 def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor:
     """The matrix called `name`, float32 [rows, cols]."""
     return _active().dequantize(layout, tier, segments, name)
+
+
+def descend(block: Descent) -> None:
+    """Improve the scales and the codes of a block of columns in place; error and slope follow."""
+    _active().descend(block)
 
 
 def set_threads(count: int) -> None:

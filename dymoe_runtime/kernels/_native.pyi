@@ -12,6 +12,20 @@ class Plan:
     def embed(self, isa: str, tier: int, segments: list[_Vector], ids: _Vector, y: _Matrix) -> None: ...
     def dequantize(self, isa: str, tier: int, segments: list[_Vector], name: str, y: _Matrix) -> None: ...
 
+def descend(
+    isa: str,
+    bits: list[int],
+    weights: list[float],
+    hessian: _Matrix,
+    hessian_pitch: int,
+    slope: _Matrix,
+    units: int,
+    scales: int,
+    error: int,
+    codes: int,
+    pitch: int,
+    last: bool,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...

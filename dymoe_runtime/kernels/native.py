@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dymoe_runtime.kernels import _native
+from dymoe_runtime.kernels.descent import Descent
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 available_isas = _native.available_isas
@@ -55,6 +56,29 @@ class Native:
         y = torch.empty(where.rows, where.cols)
         _plan_of(layout).dequantize(self.isa, tier, _segments(segments), name, _matrix(y, "y"))
         return y
+
+    def descend(self, block: Descent) -> None:
+        cols = block.columns.stop - block.columns.start
+        tiers, rows, pitch = block.error.shape
+        _check(block.error, torch.float32, 3, "error")
+        _check(block.codes, torch.uint8, 2, "codes")
+        _check(block.hessian, torch.float32, 2, "hessian")
+        slope = block.slope.view(tiers * rows, cols)
+        first = block.columns.start
+        _native.descend(
+            self.isa,
+            list(block.ladder),
+            list(block.weights),
+            (block.hessian.data_ptr() + 4 * first * (pitch + 1), cols, cols),
+            pitch,
+            _matrix(slope, "slope"),
+            0 if block.units is None else _matrix(block.units, "units")[0],
+            _matrix(block.scales, "scales")[0],
+            block.error.data_ptr() + 4 * first,
+            block.codes.data_ptr() + first,
+            pitch,
+            block.last,
+        )
 
 
 def _segments(segments: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

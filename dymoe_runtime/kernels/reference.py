@@ -9,10 +9,14 @@ import torch
 
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
+from dymoe_runtime.kernels.descent import Descent
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
 WEIGHTS_AT_ONCE = 1 << 17
+
+# Curvatures below this are those of nothing.
+TINY = 1e-30
 
 isa = "torch"
 threads = torch.get_num_threads
@@ -52,6 +56,53 @@ def embed(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids
 
 def dequantize(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     return tiers.dequantize(_arrays(layout, tier, segments), layout.matrices[name], tier)
+
+
+def descend(block: Descent) -> None:
+    for tier in range(len(block.ladder)):
+        _fit_scale(block, tier)
+    for column in range(block.columns.start, block.columns.stop):
+        _choose_codes(block, column)
+    if block.last:
+        for tier in range(len(block.ladder)):
+            _fit_scale(block, tier)
+
+
+def _fit_scale(block: Descent, t: int) -> None:
+    """Move each row's scale of one tier to where the error is least, given its codes."""
+    columns, scale = block.columns, block.scales[t]
+    levels = block.levels(block.codes[:, columns], t)  # [rows, cols]
+    curve = levels @ block.hessian[columns, columns]
+    square = (curve * levels).sum(-1)
+    moved = scale - (block.slope[t] * levels).sum(-1) / square.clamp_min(TINY)
+    keep = ~(moved > 0) | ~(square > TINY) | (scale == 0)
+    moved = torch.where(keep, scale, moved)
+    if block.units is not None:
+        sizes = block.units[t, :, None] * torch.from_numpy(tiers.STEPS[1:])
+        nearest = (sizes - moved[:, None]).abs().argmin(-1, keepdim=True)
+        moved = torch.where(scale == 0, 0.0, sizes.gather(1, nearest)[:, 0])
+    change = (moved - scale)[:, None]
+    block.slope[t] += change * curve
+    block.error[t][:, columns] += change * levels
+    block.scales[t] = moved
+
+
+def _choose_codes(block: Descent, column: int) -> None:
+    """Give each row the code of one column that leaves the least error over all tiers, given all other codes."""
+    columns = block.columns
+    h = block.hessian[column, columns]
+    own = block.hessian[column, column]
+    levels = block.all_levels()  # [tiers, codes]
+    current = levels[:, block.codes[:, column].long()]  # [tiers, rows]
+    slope = block.slope[:, :, column - columns.start]
+    target = block.scales * current - (slope / own if own > TINY else 0 * slope)
+    weights = torch.tensor(block.weights)[:, None, None]
+    errors = block.scales[:, :, None] * levels[:, None, :] - target[:, :, None]
+    best = (weights * errors.square()).sum(0).argmin(-1)  # [rows]
+    change = block.scales * (levels[:, best] - current)
+    block.codes[:, column] = best.to(torch.uint8)
+    block.slope += change[:, :, None] * h
+    block.error[:, :, column] += change
 
 
 def _arrays(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> list[np.ndarray]:

@@ -104,6 +104,31 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
+void run_descend(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
+                 const MatrixTuple& hessian, int64_t hessian_pitch, const MatrixTuple& slope, uintptr_t units,
+                 uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last) {
+  Descent d{};
+  d.tiers = int(bits.size());
+  const auto [address, rows, cols] = slope;
+  if (bits.empty() || d.tiers > kMaxTiers || weights.size() != bits.size() || rows % d.tiers)
+    reject("bits: one weight is needed for each of 1.." + std::to_string(kMaxTiers) + " tiers");
+  for (int t = 0; t < d.tiers; ++t) {
+    if (bits[t] < 1 || bits[t] > 8 || (t && bits[t] <= bits[t - 1])) reject("bits: expected rising numbers of 1..8");
+    d.bits[t] = bits[t], d.weights[t] = weights[t];
+  }
+  d.rows = rows / d.tiers, d.cols = cols, d.pitch = pitch, d.last = last;
+  if (cols < 1 || cols > kBlock || pitch < cols) reject("slope: expected 1.." + std::to_string(kBlock) + " columns");
+  const Matrix square = matrix_from(hessian, "hessian", cols);
+  if (square.rows != cols) reject("hessian: expected as many rows as columns");
+  d.hessian = square.data, d.hessian_pitch = hessian_pitch;
+  d.slope = reinterpret_cast<const float*>(address), d.units = reinterpret_cast<const float*>(units);
+  d.scales = reinterpret_cast<float*>(scales), d.error = reinterpret_cast<float*>(error);
+  d.codes = reinterpret_cast<uint8_t*>(codes);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  descend(kernels, d);
+}
+
 // What native.py passes for a layout.
 using PartTuple = std::tuple<int64_t, int64_t, int64_t>;
 using PlaneTuple = std::tuple<int, int, PartTuple>;
@@ -143,6 +168,8 @@ NB_MODULE(_native, m) {
       .def("linear", &run_linear, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a)
       .def("embed", &run_embed, "isa"_a, "tier"_a, "segments"_a, "ids"_a, "y"_a)
       .def("dequantize", &run_dequantize, "isa"_a, "tier"_a, "segments"_a, "name"_a, "y"_a);
+  m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
+        "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("available_isas", &isa_names);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, "count"_a);

@@ -8,7 +8,13 @@ namespace dymoe {
 constexpr int64_t kBlock = 64;      // columns that share a step
 constexpr int64_t kGroup = 16;      // blocks whose scales are combined at once
 constexpr int64_t kScratchRows = 4; // rows of codes that the scratch of `product` holds
-constexpr int kMaxPlanes = 8;
+constexpr int kMaxPlanes = 8, kMaxTiers = 7;
+
+// What the 4-bit steps stand for: STEPS of tiers.py.
+alignas(64) constexpr float kSteps[16] = {
+    0.0f, 1.0f, 1.108f, 1.229f, 1.362f, 1.51f, 1.673f, 1.855f, 2.056f, 2.279f, 2.526f, 2.8f, 7.0f, 17.5f, 43.75f, 109.375f};
+
+constexpr int64_t step_bytes(int64_t blocks) { return (blocks + 1) / 2; }
 
 struct PlaneView {
   int width;
@@ -21,7 +27,7 @@ struct MatrixView {
   int bits;  // the tier
   int planes;
   PlaneView plane[kMaxPlanes];  // most significant first
-  const uint8_t* steps;         // [rows, blocks]
+  const uint8_t* steps;         // [rows, step_bytes(blocks)], block 2i in the low nibble of byte i
   const uint8_t* multiplier;    // bf16 [rows]
   float step_unit;              // 2^(top tier - tier)
 };
@@ -33,6 +39,24 @@ struct Activations {
   int8_t* codes;  // [tokens, blocks * 64], in -127..127
   float* scales;  // [tokens, pitch], NaN for a block that is not finite
   float* sums;    // [tokens, pitch], sum of the codes of a block
+};
+
+/// One block of columns of a matrix while its codes are chosen; see descend.h. For each tier the
+/// error is scale * level - weight, and its slope that error times the Hessian.
+struct Descent {
+  int tiers;
+  int bits[kMaxTiers];
+  float weights[kMaxTiers];  // of each tier's error in what is made least
+  int64_t rows, cols;        // cols of the block, at most kBlock
+  int64_t pitch;             // columns of the whole matrix
+  bool last;                 // whether scales are fitted once more to the codes chosen
+  const float* hessian;      // [cols, cols] of the block
+  int64_t hessian_pitch;
+  const float* slope;  // [tiers, rows, cols]
+  const float* units;  // [tiers, rows] that a scale is kSteps times of; null for any scale
+  float* scales;       // [tiers, rows]
+  float* error;        // [tiers, rows, pitch], from the first column of the block
+  uint8_t* codes;      // [rows, pitch], likewise
 };
 
 struct Kernels {
@@ -49,6 +73,9 @@ struct Kernels {
 
   /// Writes row `row` of the matrix as float, out [cols]; scratch as above.
   void (*dequantize)(const MatrixView& matrix, int64_t row, float* out, uint8_t* scratch);
+
+  /// Improves scales and codes of rows [row, row + rows), at most 16, and brings the error up to date.
+  void (*descend)(const Descent& block, int64_t row, int64_t rows);
 };
 
 }  // namespace dymoe

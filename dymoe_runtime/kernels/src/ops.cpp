@@ -128,6 +128,13 @@ void ffn(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const
   }
 }
 
+void descend(const Kernels& isa, const Descent& block) {
+  constexpr int64_t kRows = 16;
+  parallel_ranges(block.rows, kRows, block.rows * kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) isa.descend(block, row, std::min(kRows, end - row));
+  });
+}
+
 void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out) {
   parallel_ranges(count, 1, count * weight.blocks, [&](int64_t begin, int64_t end) {
     uint8_t* scratch = scratch_for(weight);

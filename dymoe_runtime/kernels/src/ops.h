@@ -16,6 +16,9 @@ void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_
 void ffn(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const MatrixView& down, const float* x,
          int64_t tokens, Activation activation, float* y);
 
+/// Improves the scales and codes of a block of columns.
+void descend(const Kernels& isa, const Descent& block);
+
 /// out[i] = row ids[i] of weight; ids below weight.rows, or null for all rows in order.
 void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out);
 

@@ -40,7 +40,7 @@ void check_matrix(const MatrixLayout& m) {
           "matrix '" + m.name + "': its shape is out of range");
   check_planes(m);
   require(m.steps.size() == m.ladder.size(), "matrix '" + m.name + "': it needs one part of steps for each tier");
-  for (const Part& part : m.steps) check_part(m, part, m.rows * blocks_of(m));
+  for (const Part& part : m.steps) check_part(m, part, m.rows * step_bytes(blocks_of(m)));
   check_part(m, m.multiplier, 2 * m.rows);
 }
 

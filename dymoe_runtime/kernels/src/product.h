@@ -7,7 +7,8 @@
 //   Codes, Lanes                   64 codes; `lanes` floats
 //   load<W>, append<W>, store      codes from a plane of width W; (codes << W) | plane; codes as bytes
 //   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
-//   zero, broadcast, load_floats, load_steps, store_floats, multiply, multiply_add, sum
+//   zero, broadcast, load_floats, store_floats, multiply, multiply_add, sum
+//   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
 //   direct_rows                    rows per tile of one token, read from the planes
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
 #pragma once
@@ -16,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "descend.h"
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -40,6 +42,10 @@ float row_scale(const MatrixView& m, int64_t row) {
   float multiplier;
   std::memcpy(&multiplier, &bits, sizeof bits);
   return multiplier * m.step_unit;
+}
+
+float step_size(const uint8_t* steps, int64_t block) {
+  return kSteps[(steps[block / 2] >> (4 * (block % 2))) & 15];
 }
 
 float centre(const MatrixView& m) { return 0.5f * float((1 << m.bits) - 1); }
@@ -131,10 +137,10 @@ struct Tile {
 
   /// Combines the scales of `count` blocks of row r, from `block` on, and sums the corrections.
   void combine(int r, const uint8_t* steps, int64_t count, const Activations& a, int64_t token, int64_t block) {
-    uint8_t padded[kGroup] = {};
-    if (count < kGroup) steps = static_cast<const uint8_t*>(std::memcpy(padded, steps, count));
+    uint8_t padded[kGroup / 2] = {};
+    if (count < kGroup) steps = static_cast<const uint8_t*>(std::memcpy(padded, steps, step_bytes(count)));
     DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes) {
-      const Lanes step = V::load_steps(steps + i);
+      const Lanes step = V::load_steps(steps, i);
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
         const int64_t at = (token + t) * a.pitch + block + i;
         const Lanes scale = V::multiply(step, V::load_floats(a.scales + at));
@@ -154,7 +160,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
   for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
     const int64_t count = smaller(kGroup, m.blocks - begin);
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
-      tile.combine(r, m.steps + (row + r) * m.blocks + begin, count, a, token, begin);
+      tile.combine(r, m.steps + (row + r) * step_bytes(m.blocks) + begin / 2, count, a, token, begin);
     for (int64_t i = 0; i < count; ++i) {
       typename V::Codes codes[Rows];
       DYMOE_UNROLL for (int r = 0; r < Rows; ++r) codes[r] = source.load(source_row + r, begin + i);
@@ -180,7 +186,7 @@ void multiply_one_token(const MatrixView& m, const Source& source, const Activat
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
     // The processor's own prefetch stops at each page, and a page is only a few rows.
     source.prefetch(row + V::direct_rows, V::direct_rows);
-    prefetch_bytes(m.steps + (row + V::direct_rows) * m.blocks, V::direct_rows * m.blocks);
+    prefetch_bytes(m.steps + (row + V::direct_rows) * step_bytes(m.blocks), V::direct_rows * step_bytes(m.blocks));
     multiply_tile<V, V::direct_rows, 1>(m, source, row, a, row, 0, y, stride);
   }
   for (; row < end; ++row) multiply_tile<V, 1, 1>(m, source, row, a, row, 0, y, stride);
@@ -318,7 +324,7 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
   unpack_rows<V>(m, row, 1, scratch);
   const float middle = centre(m);
   for (int64_t block = 0; block < m.blocks; ++block) {
-    const float scale = row_scale(m, row) * float(m.steps[row * m.blocks + block]);
+    const float scale = row_scale(m, row) * step_size(m.steps + row * step_bytes(m.blocks), block);
     const int64_t end = smaller(m.cols, (block + 1) * kBlock);
     for (int64_t col = block * kBlock; col < end; ++col) out[col] = scale * (float(scratch[col]) - middle);
   }
@@ -326,7 +332,7 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize, product<V>, dequantize<V>};
+  return {name, quantize, product<V>, dequantize<V>, descend};
 }
 
 }  // namespace

@@ -1,0 +1,125 @@
+"""Rules worth measuring: thresholds fitted per layer, and what they have to beat at equal bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dymoe_compile.allocate import Choice, expert_choices, layer_options, lower_hull, solve
+from dymoe_compile.calibration import LayerStatistics
+from dymoe_compile.sensitivity import Static
+from dymoe_runtime.policy import ALWAYS, Thresholds, TierRule
+from dymoe_runtime.spec import ModelSpec
+
+# How much deeper thresholds fall in the cosine schedule, relative to their mean.
+COSINE_DEPTH = 0.5
+
+# layer -> tier -> KL that the layer adds at that tier
+Added = Mapping[int, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer can be set to when decoding and when reading a prompt."""
+
+    decode: Sequence[Choice]
+    prefill: Sequence[Choice]
+
+
+class Candidates:
+    """Makes rules of a wanted mean number of bits for one model."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ladder: tuple[int, ...],
+        statistics: Mapping[int, LayerStatistics],
+        added: Added,
+        pinned: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
+        self._spec = spec
+        self._ladder = ladder
+        self._statistics = statistics
+        self._added = added
+        self._pinned = pinned
+        self._options = {layer: self._settings(layer) for layer in spec.moe_layers}
+
+    def fitted(self, bits: float) -> TierRule:
+        """Thresholds of each layer from the budgeted solve."""
+        decode = solve([lower_hull(self._options[layer].decode) for layer in self._spec.moe_layers], bits)
+        return self._rule([c.thresholds for c in decode], self._fitted_prefill(bits))
+
+    def flat(self, bits: float) -> TierRule:
+        """The best thresholds that are the same in all layers."""
+        return self._scheduled(bits, [1.0] * len(self._spec.moe_layers))
+
+    def cosine(self, bits: float) -> TierRule:
+        """Thresholds that fall with depth by a fixed cosine, as in arXiv 2603.19172, however layers were measured."""
+        last = max(len(self._spec.moe_layers) - 1, 1)
+        factors = [1 + COSINE_DEPTH * math.cos(math.pi * i / last) for i in range(len(self._spec.moe_layers))]
+        return self._scheduled(bits, factors)
+
+    def static(self, bits: float) -> Static:
+        """A tier for each expert by the same solve, whatever the token."""
+        keys, hulls = [], []
+        for layer in self._spec.moe_layers:
+            seen = self._statistics[layer]
+            mean = sum(seen.frequency) / len(seen.frequency)
+            for expert, frequency in enumerate(seen.frequency):
+                keys.append((layer, expert))
+                hulls.append(
+                    expert_choices(frequency / mean, seen.gate_energy[expert], self._added[layer], self._ladder)
+                )
+        table = [[self._ladder[-1]] * self._spec.num_experts for _ in range(self._spec.num_layers)]
+        for (layer, expert), choice in zip(keys, solve(hulls, bits), strict=True):
+            table[layer][expert] = int(choice.thresholds[0])
+        return Static(tuple(map(tuple, table)))
+
+    def _settings(self, layer: int) -> Settings:
+        seen, added = self._statistics[layer], self._added[layer]
+        return Settings(
+            layer_options(seen.gates, seen.gates.square(), added, self._ladder),
+            layer_options(seen.chunk_importance, seen.chunk_energy, added, self._ladder),
+        )
+
+    def _scheduled(self, bits: float, factors: Sequence[float]) -> TierRule:
+        """One choice of thresholds for all layers, scaled by each layer's factor; for prompts those fitted per layer."""
+        options = [self._options[layer] for layer in self._spec.moe_layers]
+        return self._rule(_best_common([o.decode for o in options], factors, bits), self._fitted_prefill(bits))
+
+    def _fitted_prefill(self, bits: float) -> list[Thresholds]:
+        return [c.thresholds for c in solve([lower_hull(o.prefill) for o in self._options.values()], bits)]
+
+    def _rule(self, decode: Sequence[Thresholds], prefill: Sequence[Thresholds]) -> TierRule:
+        """A rule from thresholds of the MoE layers; dense layers have none to choose."""
+        whole: Thresholds = (ALWAYS,) * len(self._ladder)
+
+        def rows(values: Sequence[Thresholds]) -> tuple[Thresholds, ...]:
+            by_layer = dict(zip(self._spec.moe_layers, values, strict=True))
+            return tuple(by_layer.get(layer, whole) for layer in range(self._spec.num_layers))
+
+        return TierRule(self._ladder, rows(decode), rows(prefill), self._pinned)
+
+
+def _best_common(options: Sequence[Sequence[Choice]], factors: Sequence[float], bits: float) -> list[Thresholds]:
+    """Thresholds per layer: the base of least modelled cost whose scaled forms have mean bits of at most `bits`."""
+    by_thresholds = [{choice.thresholds: choice for choice in layer} for layer in options]
+    grid = sorted({value for choice in options[0] for value in choice.thresholds})
+    best: tuple[float, list[Choice]] | None = None
+    for base in options[0]:
+        scaled = [
+            layer[tuple(_on_grid(value, factor, grid) for value in base.thresholds)]
+            for layer, factor in zip(by_thresholds, factors, strict=True)
+        ]
+        if sum(choice.bits for choice in scaled) <= bits * len(scaled) + 1e-9:
+            cost = sum(choice.cost for choice in scaled)
+            if best is None or cost < best[0]:
+                best = cost, scaled
+    assert best is not None, "the lowest uniform tier is always among them"
+    return [choice.thresholds for choice in best[1]]
+
+
+def _on_grid(value: float, factor: float, grid: Sequence[float]) -> float:
+    """`value` times `factor` rounded to the grid; never and always stay what they are."""
+    return value if value >= ALWAYS else min(grid, key=lambda g: abs(g - value * factor))
