@@ -182,7 +182,7 @@ class LayerRun:
         quantized = quantize_expert(weights, self._ladder, {"gate": into, "up": into, "down": inside})
         record = pack_record(self._layout, quantized)
         self._judge(key, record, x[-ERROR_SAMPLE:], out[-ERROR_SAMPLE:], gates[-ERROR_SAMPLE:])
-        if not into.enough:
+        if not (into.enough and inside.enough):
             self._data_free.append(key.expert)
         self._advance()
         return record

@@ -48,7 +48,8 @@ class Candidates:
     def fitted(self, bits: float) -> TierRule:
         """Thresholds of each layer from the budgeted solve."""
         decode = solve([lower_hull(self._options[layer].decode) for layer in self._spec.moe_layers], bits)
-        return self._rule([c.thresholds for c in decode], self._fitted_prefill(bits))
+        prefill = solve([lower_hull(self._options[layer].prefill) for layer in self._spec.moe_layers], bits)
+        return self._rule([c.thresholds for c in decode], [c.thresholds for c in prefill])
 
     def flat(self, bits: float) -> TierRule:
         """The best thresholds that are the same in all layers."""
@@ -84,12 +85,11 @@ class Candidates:
         )
 
     def _scheduled(self, bits: float, factors: Sequence[float]) -> TierRule:
-        """One choice of thresholds for all layers, scaled by each layer's factor; for prompts those fitted per layer."""
+        """One choice of thresholds for all layers, scaled by each layer's factor."""
         options = [self._options[layer] for layer in self._spec.moe_layers]
-        return self._rule(_best_common([o.decode for o in options], factors, bits), self._fitted_prefill(bits))
-
-    def _fitted_prefill(self, bits: float) -> list[Thresholds]:
-        return [c.thresholds for c in solve([lower_hull(o.prefill) for o in self._options.values()], bits)]
+        decode = _best_common([o.decode for o in options], factors, bits)
+        prefill = _best_common([o.prefill for o in options], factors, bits)
+        return self._rule(decode, prefill)
 
     def _rule(self, decode: Sequence[Thresholds], prefill: Sequence[Thresholds]) -> TierRule:
         """A rule from thresholds of the MoE layers; dense layers have none to choose."""

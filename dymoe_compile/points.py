@@ -70,6 +70,9 @@ def fit_policy(
         for ((name, kind), rule), result in zip(rules.items(), measured, strict=True)
     ]
     kept = best_points([point for point in compared if point.kind != "static"])
+    # For prompts the fitted thresholds are the best, whichever schedule decodes.
+    fitted = {point.name: point.prefill for point in compared if point.kind == "mixed"}
+    kept = [replace(point, prefill=fitted.get(point.name, point.prefill)) for point in kept]
     with progress("prompt reading", spec.num_layers) as advance:
         reading = measurer.measure([Prefilling(_rule_of(point, ladder, pinned)) for point in kept], advance)
     kept = [replace(point, prefill_kl=_significant(result.kl)) for point, result in zip(kept, reading, strict=True)]

@@ -20,6 +20,13 @@ from dymoe_runtime import kernels
 from dymoe_runtime.kernels.descent import Descent
 from dymoe_runtime.tiers import BLOCK, FINE_STEPS, STEPS, QuantizedMatrix, blocks_of, tier_scales
 
+
+def _has_bf16() -> bool:
+    """Whether products in bfloat16 are fast here; older releases of torch cannot tell."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16"))
+
+
 # Weight of a tier's squared error against that of the highest, which is 4^(t - T) of it at equal
 # shares. On the reference model 1.6 for the lowest instead of 0.8 lowers KL at 2 bits by 6% and
 # raises it at 4 bits by 4%.
@@ -35,11 +42,11 @@ SWEEPS = 3
 RIDGE_PER_SAMPLE = 1.4
 LEAST_RIDGE = 0.01
 # Room above the largest scale of a row for what the descent makes of it.
-HEADROOM = 1.03
+HEADROOM = 1.0
 # Columns whose slopes are computed at once: narrow products are slow.
 PULL = 4 * BLOCK
 # Slopes are sums over all columns; eight bits of each term are enough to choose codes by.
-PULL_DTYPE = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+PULL_DTYPE = torch.bfloat16 if _has_bf16() else torch.float32
 # Weights worked on at once, so that temporaries stay in the processor's cache.
 CHUNK_WEIGHTS = 1 << 17
 
@@ -163,8 +170,15 @@ class _Descending:
 
     def _snap(self, units: torch.Tensor) -> None:
         """Move every scale to one that can be stored."""
-        sizes = torch.from_numpy(STEPS)[_nearest_steps(self._scales, units).long()]
-        self._scales = sizes * units[:, :, None]
+        steps = _nearest_steps(self._scales, units)
+        fine = self._ladder[-1] >= FINE
+        if fine:
+            # The nearest step may be too small, and what it clips is more than what a fine grid loses.
+            steps[-1] = _nearest_steps(self._scales[-1:], units[-1:], up=True)[0]
+        self._scales = torch.from_numpy(STEPS)[steps.long()] * units[:, :, None]
+        if fine:
+            stored = self._scales[-1].repeat_interleave(BLOCK, dim=1)[:, : self._cols, None]
+            self._codes = _round(self._weight[:, :, None], stored[..., 0], self._ladder[-1])[..., 0].to(torch.uint8)
         self._take_error()
 
     def _take_error(self) -> None:

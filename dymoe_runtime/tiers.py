@@ -253,6 +253,7 @@ def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -
 def pack_steps(steps: np.ndarray) -> np.ndarray:
     """uint8 [rows, blocks] of indices below 16 -> uint8 [rows, ceil(blocks / 2)]."""
     rows, blocks = steps.shape
+    assert steps.max(initial=0) < len(STEPS)
     padded = np.zeros((rows, 2 * step_bytes(blocks)), np.uint8)
     padded[:, :blocks] = steps
     return padded[:, ::2] | padded[:, 1::2] << 4

@@ -71,7 +71,7 @@ def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -
 
 
 def descend(block: Descent) -> None:
-    """Improve the scales and the codes of a block of columns in place; error and slope follow."""
+    """Improve the scales and the codes of a block of columns in place, and the error with them; slope is used up."""
     _active().descend(block)
 
 

@@ -63,6 +63,18 @@ class Native:
         _check(block.error, torch.float32, 3, "error")
         _check(block.codes, torch.uint8, 2, "codes")
         _check(block.hessian, torch.float32, 2, "hessian")
+        shapes = {
+            "ladder": (len(block.ladder), tiers),
+            "codes": (tuple(block.codes.shape), (rows, pitch)),
+            "hessian": (tuple(block.hessian.shape), (pitch, pitch)),
+            "slope": (tuple(block.slope.shape), (tiers, rows, cols)),
+            "scales": (tuple(block.scales.shape), (tiers, rows)),
+            "units": (None if block.units is None else tuple(block.units.shape), (tiers, rows)),
+            "columns": (0 <= block.columns.start < block.columns.stop <= pitch, True),
+        }
+        for name, (found, expected) in shapes.items():
+            if found is not None and found != expected:
+                raise ValueError(f"{name}: expected {expected}, got {found}")
         slope = block.slope.view(tiers * rows, cols)
         first = block.columns.start
         _native.descend(
