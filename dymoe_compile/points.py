@@ -33,6 +33,9 @@ POINT_STEP = 0.25
 # so many times the median of its layer, and at most half as large at the highest.
 RUINED_SHARE = 0.5
 RUINED_RATIO = 4.0
+# A schedule takes the place of the thresholds fitted per layer where its KL is lower by this share;
+# less is within what another excerpt of the text changes.
+SAME_QUALITY = 0.02
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def best_points(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
     named: dict[str, OperatingPoint] = {}
     for point in points:
         best = named.get(point.name)
-        if best is None or _worth(point, rate) < _worth(best, rate):
+        if best is None or _worth(point, rate) < _worth(best, rate) - SAME_QUALITY:
             named[point.name] = point
     chosen = list(named.values())
 
