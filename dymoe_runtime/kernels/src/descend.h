@@ -1,6 +1,6 @@
 // Coordinate descent on one block of columns of a matrix with nested tiers, written once for
-// every instruction set: sixteen rows at a time, one to a lane of a vector that the compiler maps
-// to what the processor has. Lanes never meet, so results do not depend on the instruction set.
+// every instruction set: one row to a lane of a vector as wide as the processor has. Lanes never
+// meet, so results do not depend on the instruction set.
 //
 // Everything is in an unnamed namespace, as in product.h.
 #pragma once
@@ -12,62 +12,72 @@
 namespace dymoe {
 namespace {
 
+// Wider vectors than the processor's are moved through memory piece by piece, 13 times slower on AVX2.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+// Columns whose changes reach the slopes of the others together.
+constexpr int64_t kTogether = 8;
+// Sums kept at once, so that they do not wait for one another.
+constexpr int64_t kSums = 4;
 constexpr float kTiny = 1e-30f;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-/// Sixteen rows of a block, columns outermost. Lanes without a row are zero.
+/// One row of a block to each lane, columns outermost. Lanes without a row are zero.
 struct DescentTile {
   Floats slope[kMaxTiers][kBlock];
   Floats level[kMaxTiers][kBlock];  // of the current codes
   Floats start[kMaxTiers][kBlock];  // scale * level when the tile was loaded
   Floats scale[kMaxTiers];
   Floats unit[kMaxTiers];
-  uint8_t codes[kBlock][kLanes];
+  Ints codes[kBlock];
+  float levels[kMaxTiers][1 << 8];  // of each code of each tier
 };
 
-float level_of(int code, int bits) { return float(code) - 0.5f * float((1 << bits) - 1); }
+float* lanes_of(Floats* vectors) { return reinterpret_cast<float*>(vectors); }
 
 void load_tile(const Descent& d, int64_t row, int64_t rows, DescentTile& tile) {
   const int top = d.bits[d.tiers - 1];
-  std::memset(tile.codes, 0, sizeof tile.codes);
+  std::memset(static_cast<void*>(tile.slope), 0, sizeof tile.slope[0] * d.tiers);
+  std::memset(static_cast<void*>(tile.level), 0, sizeof tile.level[0] * d.tiers);
+  std::memset(static_cast<void*>(tile.codes), 0, sizeof tile.codes);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < d.cols; ++j) tile.codes[j][r] = d.codes[(row + r) * d.pitch + j];
   for (int t = 0; t < d.tiers; ++t) {
-    float levels[1 << 8];
-    for (int c = 0; c < 1 << top; ++c) levels[c] = level_of(c >> (top - d.bits[t]), d.bits[t]);
+    for (int c = 0; c < 1 << d.bits[t]; ++c) tile.levels[t][c] = float(c) - 0.5f * float((1 << d.bits[t]) - 1);
     tile.scale[t] = tile.unit[t] = Floats{};
+    float *slopes = lanes_of(tile.slope[t]), *levels = lanes_of(tile.level[t]);
     for (int64_t r = 0; r < rows; ++r) {
       tile.scale[t][r] = d.scales[t * d.rows + row + r];
       if (d.units) tile.unit[t][r] = d.units[t * d.rows + row + r];
-    }
-    for (int64_t j = 0; j < d.cols; ++j) {
-      const float* slope = d.slope + (t * d.rows + row) * d.cols + j;
-      float lanes[2][kLanes] = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        lanes[0][r] = slope[r * d.cols];
-        lanes[1][r] = levels[tile.codes[j][r]];
+      const float* slope = d.slope + (t * d.rows + row + r) * d.cols;
+      const uint8_t* codes = d.codes + (row + r) * d.pitch;
+      for (int64_t j = 0; j < d.cols; ++j) {
+        slopes[j * kLanes + r] = slope[j];
+        levels[j * kLanes + r] = tile.levels[t][codes[j] >> (top - d.bits[t])];
       }
-      std::memcpy(&tile.slope[t][j], lanes[0], sizeof lanes[0]);
-      std::memcpy(&tile.level[t][j], lanes[1], sizeof lanes[1]);
-      tile.start[t][j] = tile.scale[t] * tile.level[t][j];
     }
+    for (int64_t j = 0; j < d.cols; ++j) tile.start[t][j] = tile.scale[t] * tile.level[t][j];
   }
 }
 
-void store_tile(const Descent& d, int64_t row, int64_t rows, const DescentTile& tile) {
+void store_tile(const Descent& d, int64_t row, int64_t rows, DescentTile& tile) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < d.cols; ++j) d.codes[(row + r) * d.pitch + j] = tile.codes[j][r];
+    for (int64_t j = 0; j < d.cols; ++j) d.codes[(row + r) * d.pitch + j] = uint8_t(tile.codes[j][r]);
   for (int t = 0; t < d.tiers; ++t) {
-    for (int64_t r = 0; r < rows; ++r) d.scales[t * d.rows + row + r] = tile.scale[t][r];
-    for (int64_t j = 0; j < d.cols; ++j) {
-      float moved[kLanes];
-      const Floats change = tile.scale[t] * tile.level[t][j] - tile.start[t][j];
-      std::memcpy(moved, &change, sizeof moved);
-      float* error = d.error + (t * d.rows + row) * d.pitch + j;
-      for (int64_t r = 0; r < rows; ++r) error[r * d.pitch] += moved[r];
+    for (int64_t j = 0; j < d.cols; ++j)
+      tile.start[t][j] = tile.scale[t] * tile.level[t][j] - tile.start[t][j];  // now the change
+    const float* moved = lanes_of(tile.start[t]);
+    for (int64_t r = 0; r < rows; ++r) {
+      d.scales[t * d.rows + row + r] = tile.scale[t][r];
+      float* error = d.error + (t * d.rows + row + r) * d.pitch;
+      for (int64_t j = 0; j < d.cols; ++j) error[j] += moved[j * kLanes + r];
     }
   }
 }
@@ -82,17 +92,26 @@ Floats snapped(const Floats& unit, const Floats& scale) {
   return best;
 }
 
+/// curve[k] = H[k] . level for `count` columns from `first` on.
+template <int64_t count>
+void curve_of(const Descent& d, const Floats* level, int64_t first, Floats* curve) {
+  const float* h = d.hessian + first * d.hessian_pitch;
+  Floats sums[count] = {};
+  for (int64_t j = 0; j < d.cols; ++j)
+    for (int64_t i = 0; i < count; ++i) sums[i] += h[i * d.hessian_pitch + j] * level[j];
+  for (int64_t i = 0; i < count; ++i) curve[first + i] = sums[i];
+}
+
 /// Moves each row's scale of tier t to where the error is least.
 void fit_scale(const Descent& d, int t, DescentTile& tile) {
   Floats curve[kBlock];  // H . level
+  int64_t first = 0;
+  for (; first + kSums <= d.cols; first += kSums) curve_of<kSums>(d, tile.level[t], first, curve);
+  for (; first < d.cols; ++first) curve_of<1>(d, tile.level[t], first, curve);
   Floats along = {}, square = {};
   for (int64_t k = 0; k < d.cols; ++k) {
-    const float* h = d.hessian + k * d.hessian_pitch;
-    Floats sum = {};
-    for (int64_t j = 0; j < d.cols; ++j) sum += h[j] * tile.level[t][j];
-    curve[k] = sum;
     along += tile.slope[t][k] * tile.level[t][k];
-    square += sum * tile.level[t][k];
+    square += curve[k] * tile.level[t][k];
   }
   const Floats zero = {}, tiny = zero + kTiny;
   const Floats old = tile.scale[t], moved = old - along / (square > tiny ? square : tiny);
@@ -105,8 +124,8 @@ void fit_scale(const Descent& d, int t, DescentTile& tile) {
   tile.scale[t] = wanted;
 }
 
-/// Chooses the code of column j that leaves the least error over all tiers, given all other codes.
-void choose_codes(const Descent& d, int64_t j, DescentTile& tile) {
+/// The code of column j that leaves the least error over all tiers, given all other codes.
+Ints best_code(const Descent& d, int64_t j, const DescentTile& tile) {
   const float h = d.hessian[j * d.hessian_pitch + j];
   const float inverse = h > kTiny ? 1.0f / h : 0.0f;
   Floats cost[2][1 << 8];
@@ -115,7 +134,7 @@ void choose_codes(const Descent& d, int64_t j, DescentTile& tile) {
     const Floats scale = tile.scale[t], target = scale * tile.level[t][j] - tile.slope[t][j] * inverse;
     const int more = t ? d.bits[t] - d.bits[t - 1] : 0;
     for (int c = 0; c < 1 << d.bits[t]; ++c) {
-      const Floats error = scale * level_of(c, d.bits[t]) - target;
+      const Floats error = scale * tile.levels[t][c] - target;
       const Floats own = d.weights[t] * error * error;
       cost[1 - from][c] = t ? cost[from][c >> more] + own : own;
     }
@@ -123,33 +142,60 @@ void choose_codes(const Descent& d, int64_t j, DescentTile& tile) {
   }
   Floats least = cost[from][0];
   Ints best = {};
-  const int top = d.bits[d.tiers - 1];
-  for (int c = 1; c < 1 << top; ++c) {
+  const int codes = 1 << d.bits[d.tiers - 1];
+  for (int c = 1; c < codes; ++c) {
     const Ints better = cost[from][c] < least;
     best = better ? Ints{} + c : best;
     least = better ? cost[from][c] : least;
   }
-  for (int i = 0; i < kLanes; ++i) tile.codes[j][i] = uint8_t(best[i]);
+  return best;
+}
+
+/// The changes of columns [first, stop) reach the slopes of columns [begin, end).
+void move_slopes(const Descent& d, int64_t first, int64_t stop, const Floats* moved, int64_t begin, int64_t end,
+                 Floats* slopes) {
+  for (int64_t k = begin; k < end; ++k) {
+    Floats slope = slopes[k];
+    for (int64_t j = first; j < stop; ++j) slope += d.hessian[j * d.hessian_pitch + k] * moved[j - first];
+    slopes[k] = slope;
+  }
+}
+
+/// Gives columns [first, stop), at most kTogether, their best codes, one after another.
+void choose_codes(const Descent& d, int64_t first, int64_t stop, DescentTile& tile) {
+  const int top = d.bits[d.tiers - 1];
+  Floats moved[kMaxTiers][kTogether];
+  for (int64_t j = first; j < stop; ++j) {
+    const Ints best = tile.codes[j] = best_code(d, j, tile);
+    for (int t = 0; t < d.tiers; ++t) {
+      const Floats code = __builtin_convertvector(best >> (top - d.bits[t]), Floats);
+      const Floats level = code - 0.5f * float((1 << d.bits[t]) - 1);
+      moved[t][j - first] = tile.scale[t] * (level - tile.level[t][j]);
+      tile.level[t][j] = level;
+      move_slopes(d, j, j + 1, moved[t] + (j - first), d.last ? first : j + 1, stop, tile.slope[t]);
+    }
+  }
   for (int t = 0; t < d.tiers; ++t) {
-    const Floats code = __builtin_convertvector(best >> (top - d.bits[t]), Floats);
-    const Floats level = code - 0.5f * float((1 << d.bits[t]) - 1);
-    const Floats moved = tile.scale[t] * (level - tile.level[t][j]);
-    tile.level[t][j] = level;
-    // Columns before j matter only to the scales.
-    const float* across = d.hessian + j * d.hessian_pitch;
-    for (int64_t k = d.last ? 0 : j + 1; k < d.cols; ++k) tile.slope[t][k] += across[k] * moved;
+    // Columns before these matter only to the scales.
+    if (d.last) move_slopes(d, first, stop, moved[t], 0, first, tile.slope[t]);
+    move_slopes(d, first, stop, moved[t], stop, d.cols, tile.slope[t]);
   }
 }
 
 /// One visit of rows [row, row + rows), at most kLanes: scales, codes, and at last scales again.
-void descend(const Descent& d, int64_t row, int64_t rows) {
+void visit(const Descent& d, int64_t row, int64_t rows) {
   DescentTile tile;
   load_tile(d, row, rows, tile);
   for (int t = 0; t < d.tiers; ++t) fit_scale(d, t, tile);
-  for (int64_t j = 0; j < d.cols; ++j) choose_codes(d, j, tile);
+  for (int64_t j = 0; j < d.cols; j += kTogether)
+    choose_codes(d, j, j + kTogether < d.cols ? j + kTogether : d.cols, tile);
   if (d.last)
     for (int t = 0; t < d.tiers; ++t) fit_scale(d, t, tile);
   store_tile(d, row, rows, tile);
+}
+
+void descend(const Descent& d, int64_t row, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += kLanes) visit(d, row + r, rows - r < kLanes ? rows - r : kLanes);
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ struct Kernels {
   /// Writes row `row` of the matrix as float, out [cols]; scratch as above.
   void (*dequantize)(const MatrixView& matrix, int64_t row, float* out, uint8_t* scratch);
 
-  /// Improves scales and codes of rows [row, row + rows), at most 16, and brings the error up to date.
+  /// Improves scales and codes of rows [row, row + rows) and brings the error up to date.
   void (*descend)(const Descent& block, int64_t row, int64_t rows);
 };
 
