@@ -31,6 +31,8 @@ GATE_SAMPLE = 4096
 PAST = ("past-1", "past-2")
 # Tokens that an expert's error is measured on, held-out ones first.
 ERROR_SAMPLE = 64
+# Strips in which a symmetric product is computed: more save more, but are narrower.
+GRAM_STRIPS = 8
 
 
 @dataclass
@@ -263,7 +265,19 @@ def moments(x: torch.Tensor, gates: torch.Tensor) -> Moments:
     samples to speak and measures better on other texts (3 to 6% less KL on the reference model).
     """
     weighted = x * gates.sqrt()
-    return Moments(weighted.T @ weighted, len(x))
+    return Moments(_gram(weighted), len(x))
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """x.T @ x, without computing what symmetry gives."""
+    cols = x.shape[1]
+    out = torch.empty(cols, cols)
+    step = max(-(-cols // GRAM_STRIPS), 1)
+    for start in range(0, cols, step):
+        stop = min(start + step, cols)
+        torch.matmul(x[:, start:stop].T, x[:, :stop], out=out[start:stop, :stop])
+        out[:start, start:stop] = out[start:stop, :start].T
+    return out
 
 
 def _significant(value: float, digits: int = 4) -> float:
