@@ -21,12 +21,12 @@ from dymoe_runtime.model import PROCESS_BYTES
 from dymoe_runtime.policy import LayerPolicy, OperatingPoint, Policy, TierRule
 from dymoe_runtime.spec import ModelSpec
 
-# Held-out tokens for the many runs that sensitivity takes.
+# Held-out tokens for the many runs that sensitivity takes, and for those of the candidates. Of a large
+# model fewer: so many that tokens times active expert weights come to MOST_WORK, but LEAST_TOKENS at least.
 SENSITIVITY_TOKENS = 2048
-# Candidates are run on this many, of a large model on so many that tokens times active expert
-# weights come to CANDIDATE_WORK, but on SENSITIVITY_TOKENS at least.
 CANDIDATE_TOKENS = 4096
-CANDIDATE_WORK = 1.6e12
+LEAST_TOKENS = 1024
+MOST_WORK = 8e11
 # Mean bits that mixed operating points aim at, between the tiers of the ladder.
 POINT_STEP = 0.25
 # An expert is ruined by the lowest tier if its squared error is this share of its squared output,
@@ -58,12 +58,12 @@ def fit_policy(
 ) -> Fitted:
     """Measure sensitivities, solve for thresholds, measure the candidates, keep those that are best at their size."""
     spec, ladder = bundle.spec, bundle.manifest.ladder
-    few = _excerpt(held_out, original, SENSITIVITY_TOKENS)
+    affordable = max(LEAST_TOKENS, int(MOST_WORK / active_weights(spec)))
+    few = _excerpt(held_out, original, min(SENSITIVITY_TOKENS, affordable))
     sensitivity = measure_sensitivity(bundle, *few, progress)
     layers = tuple(layer_policy(layer, statistics, sensitivity) for layer in range(spec.num_layers))
     pinned = tuple(layer.pinned for layer in layers)
-    tokens = min(CANDIDATE_TOKENS, max(SENSITIVITY_TOKENS, int(CANDIDATE_WORK / active_weights(spec))))
-    excerpt = _excerpt(held_out, original, tokens)
+    excerpt = _excerpt(held_out, original, min(CANDIDATE_TOKENS, affordable))
     rules = candidate_rules(spec, ladder, statistics, sensitivity, pinned)
     measurer = Measurer(bundle, *excerpt)
     with progress("operating points", spec.num_layers) as advance:

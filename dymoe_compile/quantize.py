@@ -137,12 +137,16 @@ class _Descending:
         )
 
     def _sweep(self, units: torch.Tensor | None, last: bool = False) -> None:
-        """Visit every block of columns once, with the slope that the codes chosen so far leave."""
+        """Visit every block of columns once, with the slope that the codes chosen so far leave.
+
+        The first sweep, the one with free scales, takes columns still to come for exact, as GPTQ does:
+        their rounding will be chosen anew.
+        """
         cols = self._cols
         for start in range(0, cols, PULL):
             group = slice(start, min(start + PULL, cols))
             before = self._error[:, :, group].clone()
-            slopes = self._slopes(group)
+            slopes = self._slopes(group, group.stop if units is None else cols)
             for first in range(group.start, group.stop, BLOCK):
                 columns = slice(first, min(first + BLOCK, cols))
                 slope = slopes[:, :, columns.start - start : columns.stop - start]
@@ -153,11 +157,14 @@ class _Descending:
             if not self._diagonal:
                 self._rough_error[:, :, group] = self._error[:, :, group].to(PULL_DTYPE)
 
-    def _slopes(self, columns: slice) -> torch.Tensor:
-        """Error times Hessian, float32 [tiers, rows, columns]; rough, where the processor is much faster so."""
+    def _slopes(self, columns: slice, seen: int) -> torch.Tensor:
+        """Error of the first `seen` columns times Hessian, float32 [tiers, rows, columns].
+
+        Rough, where the processor is much faster so.
+        """
         if self._diagonal:
             return self._error[:, :, columns]
-        return (self._rough_error @ self._rough_hessian[:, columns]).float()
+        return (self._rough_error[:, :, :seen] @ self._rough_hessian[:seen, columns]).float()
 
     def _visit(self, columns: slice, slope: torch.Tensor, units: torch.Tensor | None, last: bool) -> None:
         index = columns.start // BLOCK
