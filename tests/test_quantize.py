@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dymoe_compile import quantize
+from dymoe_compile.calibration import moments
 from dymoe_compile.quantize import Moments, quantize_expert, quantize_matrix, tier_weights
 from dymoe_runtime.tiers import (
     BLOCK,
@@ -550,3 +551,13 @@ def test_weights_too_small_for_float_harm_no_others(tiny: float) -> None:
     # The first step is the least scale of a block that is not all zeros.
     assert (values[0, :64].abs() <= 0.5 * STEPS[1] * matrix.multiplier[0].item()).all()
     assert (values[0, 64:] - weight[0, 64:]).square().sum() < 0.02 * weight[0, 64:].square().sum()
+
+
+@pytest.mark.parametrize("cols", [1, 7, 8, 9, 100])
+def test_moments_are_the_gated_sum_of_outer_products(cols: int) -> None:
+    generator = torch.Generator().manual_seed(cols)
+    x, gates = torch.randn(50, cols, generator=generator), torch.rand(50, 1, generator=generator)
+    found = moments(x, gates)
+    expected = torch.einsum("ti,tj,t->ij", x.double(), x.double(), gates[:, 0].double())
+    torch.testing.assert_close(found.hessian.double(), expected, rtol=1e-4, atol=1e-4)
+    assert found.samples == 50
