@@ -137,9 +137,16 @@ struct Tile {
 
   /// Combines the scales of `count` blocks of row r, from `block` on, and sums the corrections.
   void combine(int r, const uint8_t* steps, int64_t count, const Activations& a, int64_t token, int64_t block) {
-    uint8_t padded[kGroup / 2] = {};
-    if (count < kGroup) steps = static_cast<const uint8_t*>(std::memcpy(padded, steps, step_bytes(count)));
+    uint8_t padded[kGroup / 2];
+    if (count < kGroup) {
+      // Put together in a register: a load as wide as this would wait for narrower stores.
+      uint64_t word = 0;
+      for (int64_t i = 0; i < step_bytes(count); ++i) word |= uint64_t(steps[i]) << (8 * i);
+      static_assert(sizeof word == sizeof padded, "a group's steps are one word");
+      steps = static_cast<const uint8_t*>(std::memcpy(padded, &word, sizeof word));
+    }
     DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes) {
+      if (i >= count) break;
       const Lanes step = V::load_steps(steps, i);
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
         const int64_t at = (token + t) * a.pitch + block + i;
@@ -176,7 +183,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
       y[(token + t) * stride + row + r] =
-          (V::sum(tile.sums[r][t]) - off_centre * V::sum(tile.corrections[r][t])) * row_scale(m, row + r);
+          V::sum(V::multiply_add(V::broadcast(-off_centre), tile.corrections[r][t], tile.sums[r][t])) * row_scale(m, row + r);
 }
 
 template <class V, class Source>
