@@ -35,7 +35,12 @@ DEFAULT_PROFILE = "laptop-8gb"
     "--calibration-tokens", type=click.IntRange(256), default=65536, show_default=True, help="How much of it to use."
 )
 @click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
-@click.option("--dense-bits", type=int, help="Bits of everything else: 4 to 8, or 16. Default: the profile's.")
+@click.option(
+    "--dense-bits",
+    metavar="BITS",
+    help="Bits of everything else: 4 to 8, 16, or auto: 8 if all fits the profile's memory, else by what fewer cost. "
+    "Default: the profile's.",
+)
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option(
     "--jobs", type=click.IntRange(1, MOST_THREADS), help="Threads. Default: all cores that this process may use."
@@ -61,7 +66,8 @@ def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
 
 def _options(model: Path, output: Path, o: dict[str, Any]) -> CompileOptions:
     profile = load_profile(o["profile"])
-    dense_bits = o["dense_bits"] if o["dense_bits"] is not None else profile.dense_bits
+    given = o["dense_bits"]
+    dense_bits = profile.dense_bits if given is None else int(given) if given.isdecimal() else given
     check_dense_bits(dense_bits, "--dense-bits")
     if o["max_kl"] is not None and not 0 < o["max_kl"] < math.inf:
         raise DymoeError(f"--max-kl {o['max_kl']}: expected a number above 0")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from safetensors.torch import save
 import dymoe_runtime
 from dymoe_compile.calibration import LayerStatistics, calibrate
 from dymoe_compile.checkpoint import Checkpoint
+from dymoe_compile.dense import MOST_BITS, DenseChoice, choose_dense_bits, keep_choice, known_choice, write_dense
 from dymoe_compile.findings import collect
-from dymoe_compile.points import fit_policy, fits
+from dymoe_compile.points import SENSITIVITY_TOKENS, excerpt_for, fit_policy, fits
 from dymoe_compile.progress import Progress, silent
-from dymoe_compile.quantize import quantize_matrix
 from dymoe_compile.report import render
 from dymoe_compile.texts import Windows, load_texts, make_windows
 from dymoe_compile.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import (
-    DENSE,
     FINDINGS,
     LOOK_AHEAD,
     MANIFEST,
@@ -38,21 +37,17 @@ from dymoe_runtime.bundle import (
     VERSION,
     Bundle,
     FileEntry,
-    LayerEntry,
     Manifest,
-    dense_layout,
     expert_layout,
     file_entry,
-    is_quantized,
     read_manifest,
 )
-from dymoe_runtime.device import Profile, default_threads, format_size
+from dymoe_runtime.device import AUTO, Profile, default_threads, format_size
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
-from dymoe_runtime.model import PROCESS_BYTES, check_ids, plan_budget
+from dymoe_runtime.model import PROCESS_BYTES, Budget, check_ids, plan_budget
 from dymoe_runtime.policy import Policy
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.text import Tokenizer
-from dymoe_runtime.tiers import pack_record
 
 # Context for which the profile's memory is checked.
 PROFILE_CONTEXT = 2048
@@ -66,7 +61,7 @@ class CompileOptions:
     output: Path
     profile: Profile
     ladder: tuple[int, ...]
-    dense_bits: int
+    dense_bits: int | str  # of every kind of dense weights, or AUTO
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 65536
     seed: int = 0
@@ -112,18 +107,40 @@ def build(
     ):
         check_space(writer.directory, needed - writer.used_bytes())
         copy_tokenizer(options.model, writer)
-        dense_crc32 = write_dense(checkpoint, options.dense_bits, writer, progress)
+        choice = known_choice(checkpoint.spec, options.dense_bits, writer)
+        measured = choice is not None
+        choice = choice or DenseChoice.alike(checkpoint.spec, MOST_BITS)
+        dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
         original, statistics, layers = calibrate(checkpoint, windows, options.ladder, options.seed, writer, progress)
         writer.write_small(LOOK_AHEAD, look_ahead_bytes(statistics))
-        manifest = make_manifest(checkpoint.spec, options, writer.directory, dense_crc32, layers, provenance)
-        draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
+
+        def manifest() -> Manifest:
+            assert choice is not None
+            return Manifest(
+                checkpoint.spec,
+                options.ladder,
+                choice.bits,
+                files_of(writer.directory),
+                dense_crc32,
+                layers,
+                provenance,
+            )
+
+        draft = Bundle(writer.directory, manifest(), Policy(options.ladder, (), (), ""))
+        if not measured:
+            excerpt = excerpt_for(checkpoint.spec, windows.held_out, original, SENSITIVITY_TOKENS)
+            budget = profile_budget(draft, options.profile)
+            choice = choose_dense_bits(draft, checkpoint, *excerpt, budget, progress)
+            keep_choice(choice, writer)
+            dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
+            draft = Bundle(writer.directory, manifest(), draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
-        check_quality(Bundle(writer.directory, manifest, fitted.policy), options)
-        findings = collect(manifest, manifest.files[DENSE].nbytes, statistics, fitted)
+        check_quality(Bundle(writer.directory, draft.manifest, fitted.policy), options)
+        findings = collect(draft.manifest, choice.added_kl, statistics, fitted)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
-        writer.finish(make_manifest(checkpoint.spec, options, writer.directory, dense_crc32, layers, provenance))
+        writer.finish(manifest())
     return Bundle.open(options.output)
 
 
@@ -169,7 +186,8 @@ def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
 
 def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
     """About what the bundle and the state of an interrupted run take on the disk."""
-    dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * min(options.dense_bits + 1, 16) // 8
+    bits = min(MOST_BITS if options.dense_bits == AUTO else int(options.dense_bits), 15) + 1
+    dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * bits // 8
     records = len(spec.moe_layers) * spec.num_experts * expert_layout(spec, options.ladder).record_bytes
     state = 2 * 4 * tokens * spec.hidden_size
     return dense + records + state + (1 << 20)
@@ -181,25 +199,6 @@ def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
             writer.write_small(name, (model / name).read_bytes())
 
 
-def write_dense(checkpoint: Checkpoint, bits: int, writer: BundleWriter, progress: Progress) -> dict[str, int]:
-    """Quantize and write what is outside the experts; the checksum of each tensor."""
-    done = writer.load_state("dense")
-    if done is not None and writer.dense_is_whole(done[1]):
-        return dict(done[1])
-    shapes = checkpoint.spec.tensor_shapes()
-    stored = {name: _dense_storage(name, shape, bits) for name, shape in shapes.items()}
-    with progress("dense weights", len(shapes)) as advance:
-
-        def tensors() -> Iterator[torch.Tensor]:
-            for name, shape in shapes.items():
-                yield _dense_tensor(checkpoint.tensor(name), name, shape, bits)
-                advance()
-
-        checksums = writer.write_dense(stored, tensors())
-    writer.save_state("dense", {}, checksums)
-    return checksums
-
-
 def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
     """The predictors of those layers that have one, by layer, as a safetensors file."""
     return save(
@@ -209,8 +208,7 @@ def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
 
 def check_quality(bundle: Bundle, options: CompileOptions) -> None:
     """BudgetError if the profile's device cannot run the bundle; QualityError if no point reaches --max-kl."""
-    context = min(PROFILE_CONTEXT, bundle.spec.max_context)
-    floor = plan_budget(bundle, context, fixed=PROCESS_BYTES).floor
+    floor = profile_budget(bundle, options.profile).floor
     if floor > options.profile.memory_bytes:
         raise BudgetError(
             f"profile {options.profile.name}: {format_size(options.profile.memory_bytes)} of memory are too little, "
@@ -227,39 +225,24 @@ def check_quality(bundle: Bundle, options: CompileOptions) -> None:
         )
 
 
-def make_manifest(
-    spec: ModelSpec,
-    options: CompileOptions,
-    directory: Path,
-    dense_crc32: dict[str, int],
-    layers: dict[int, LayerEntry],
-    provenance: dict[str, Any],
-) -> Manifest:
+def profile_budget(bundle: Bundle, profile: Profile) -> Budget:
+    """How the memory of the profile's device would be divided."""
+    context = min(PROFILE_CONTEXT, bundle.spec.max_context)
+    return plan_budget(bundle, context, memory=profile.memory_bytes, fixed=PROCESS_BYTES)
+
+
+def files_of(directory: Path) -> dict[str, FileEntry]:
+    """The files of a bundle, as its manifest lists them."""
     small = {POLICY, FINDINGS, REPORT, LOOK_AHEAD, TOKENIZER, *TOKENIZER_EXTRAS}
-    files: dict[str, FileEntry] = {
+    return {
         path.name: file_entry(path, digest=path.name in small)
         for path in sorted(directory.iterdir())
         if path.name in small or path.suffix == ".safetensors"
     }
-    return Manifest(spec, options.ladder, options.dense_bits, files, dense_crc32, layers, provenance)
 
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _dense_storage(name: str, shape: tuple[int, ...], bits: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    if is_quantized(name, shape, bits):
-        return torch.uint8, (dense_layout(shape, bits).record_bytes,)
-    matrix = len(shape) == 2 and not name.endswith(".router")
-    return (torch.bfloat16 if matrix else torch.float32), shape
-
-
-def _dense_tensor(tensor: torch.Tensor, name: str, shape: tuple[int, ...], bits: int) -> torch.Tensor:
-    if is_quantized(name, shape, bits):
-        record = pack_record(dense_layout(shape, bits), {"weight": quantize_matrix(tensor, (bits,))})
-        return torch.from_numpy(record)
-    return tensor.to(_dense_storage(name, shape, bits)[0])
 
 
 def _holds_only_a_bundle(directory: Path) -> bool:

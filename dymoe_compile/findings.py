@@ -9,7 +9,7 @@ from dymoe_compile import quantize
 from dymoe_compile.calibration import LayerStatistics
 from dymoe_compile.points import Fitted, point_json
 from dymoe_compile.sensitivity import Decoding, Rule, Static
-from dymoe_runtime.bundle import Manifest, expert_layout
+from dymoe_runtime.bundle import DENSE, Manifest, expert_layout
 from dymoe_runtime.policy import LayerPolicy
 from dymoe_runtime.tiers import BLOCK
 
@@ -18,7 +18,7 @@ VERSION = 1
 
 def collect(
     manifest: Manifest,
-    dense_bytes: int,
+    dense_kl: Mapping[str, Mapping[str, float]],
     statistics: Mapping[int, LayerStatistics],
     fitted: Fitted,
 ) -> dict[str, Any]:
@@ -40,8 +40,9 @@ def collect(
         "storage": {
             "bits_per_weight": {str(tier): round(layout.bits_per_weight(tier), 4) for tier in ladder},
             "expert_bytes": layout.record_bytes * spec.num_experts * len(spec.moe_layers),
-            "dense_bytes": dense_bytes,
-            "dense_bits": manifest.dense_bits,
+            "dense_bytes": manifest.files[DENSE].nbytes,
+            "dense_bits": dict(manifest.dense_bits),
+            "dense_kl": {kind: dict(row) for kind, row in dense_kl.items()},
         },
         "quantizer": {
             "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",

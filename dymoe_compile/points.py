@@ -58,12 +58,11 @@ def fit_policy(
 ) -> Fitted:
     """Measure sensitivities, solve for thresholds, measure the candidates, keep those that are best at their size."""
     spec, ladder = bundle.spec, bundle.manifest.ladder
-    affordable = max(LEAST_TOKENS, int(MOST_WORK / active_weights(spec)))
-    few = _excerpt(held_out, original, min(SENSITIVITY_TOKENS, affordable))
+    few = excerpt_for(spec, held_out, original, SENSITIVITY_TOKENS)
     sensitivity = measure_sensitivity(bundle, *few, progress)
     layers = tuple(layer_policy(layer, statistics, sensitivity) for layer in range(spec.num_layers))
     pinned = tuple(layer.pinned for layer in layers)
-    excerpt = _excerpt(held_out, original, min(CANDIDATE_TOKENS, affordable))
+    excerpt = excerpt_for(spec, held_out, original, CANDIDATE_TOKENS)
     rules = candidate_rules(spec, ladder, statistics, sensitivity, pinned)
     measurer = Measurer(bundle, *excerpt)
     with progress("operating points", spec.num_layers) as advance:
@@ -282,8 +281,12 @@ def point_json(point: OperatingPoint) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
-def _excerpt(held_out: torch.Tensor, original: Original, tokens: int) -> tuple[torch.Tensor, Original]:
-    count = max(1, tokens // held_out.shape[1])
+def excerpt_for(
+    spec: ModelSpec, held_out: torch.Tensor, original: Original, tokens: int
+) -> tuple[torch.Tensor, Original]:
+    """The first windows of `held_out`, `tokens` in all; of a large model fewer."""
+    affordable = max(LEAST_TOKENS, int(MOST_WORK / active_weights(spec)))
+    count = max(1, min(tokens, affordable) // held_out.shape[1])
     return held_out[:count], Original(original.hidden[:count], original.head)
 
 

@@ -64,6 +64,11 @@ def summary(findings: Json) -> str:
         "experts on disk": size(storage.get("expert_bytes")),
         "dense weights": size(storage.get("dense_bytes")),
         "dense bits": dense_bits(storage.get("dense_bits")),
+        "KL that fewer dense bits add": [
+            f"{kind} {number(kl)} at {bits(width)}"
+            for kind, row in (storage.get("dense_kl") or {}).items()
+            for width, kl in (row or {}).items()
+        ],
         "quantizer": ", ".join(f"{key} {value}" for key, value in flat(findings.get("quantizer") or {})),
         "NLL of the original, nats per token": findings.get("reference_nll"),
     }

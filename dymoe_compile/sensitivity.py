@@ -11,7 +11,7 @@ import torch
 from dymoe_compile.progress import Advance
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.decoder import Decoder, Routing
+from dymoe_runtime.decoder import Decoder, Dense, Routing
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.evaluate import Head, Score, score_window
 from dymoe_runtime.policy import TierRule
@@ -114,11 +114,12 @@ class Measurer:
     An expert is read once for all rules, and layers in which rules agree are computed once.
     """
 
-    def __init__(self, bundle: Bundle, windows: torch.Tensor, original: Original) -> None:
+    def __init__(self, bundle: Bundle, windows: torch.Tensor, original: Original, dense: Dense | None = None) -> None:
+        """`dense`: weights in place of the bundle's own."""
         self._bundle = bundle
         self._windows = windows
         self._original = original
-        self._decoder = Decoder(bundle.spec, BundleDense(bundle), self._no_experts)
+        self._decoder = Decoder(bundle.spec, dense or BundleDense(bundle), self._no_experts)
 
     @torch.inference_mode()
     def measure(self, rules: Sequence[Rule], advance: Advance = lambda: None) -> list[Measurement]:

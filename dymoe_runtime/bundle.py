@@ -21,7 +21,7 @@ from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
 from dymoe_runtime.tensorfile import read_header, read_into
 from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
 
-VERSION = 2
+VERSION = 3
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
@@ -62,7 +62,7 @@ class Manifest:
 
     spec: ModelSpec
     ladder: tuple[int, ...]
-    dense_bits: int  # 2..8 quantized, 16 as bf16
+    dense_bits: Mapping[str, int]  # kind of dense matrix -> 4..8 quantized, 16 as bf16
     files: Mapping[str, FileEntry]
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
@@ -194,9 +194,23 @@ def dense_layout(shape: tuple[int, ...], bits: int) -> RecordLayout:
     return make_layout({"weight": (shape[0], shape[1])}, (bits,), page=1)
 
 
-def is_quantized(name: str, shape: tuple[int, ...], bits: int) -> bool:
-    """Dense matrices are quantized; norms, biases and routers stay in float32."""
-    return bits <= 8 and len(shape) == 2 and not name.endswith(".router")
+def dense_kind(name: str, shape: tuple[int, ...]) -> str | None:
+    """embed, lm_head, attn or mlp: dense matrices of one kind share their bits. None: kept in float32."""
+    if len(shape) != 2 or name.endswith(".router"):
+        return None
+    return name.split(".")[2] if name.startswith("layers.") else name
+
+
+def dense_kinds(spec: ModelSpec) -> list[str]:
+    """Those that the model has, in the order of its tensors."""
+    kinds = (dense_kind(name, shape) for name, shape in spec.each_tensor())
+    return list(dict.fromkeys(kind for kind in kinds if kind is not None))
+
+
+def quantized_bits(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, int]) -> int | None:
+    """Bits of a dense tensor that is quantized; norms, biases and routers are not, nor any kind at 16 bits."""
+    kind = dense_kind(name, shape)
+    return dense_bits[kind] if kind is not None and dense_bits[kind] <= 8 else None
 
 
 def record_name(key: ExpertKey) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from dymoe_runtime import kernels
-from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, is_quantized
+from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, quantized_bits
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.tensorfile import read_header, read_tensor
 from dymoe_runtime.tiers import RecordLayout
@@ -21,7 +23,6 @@ class BundleDense:
     """The dense weights of a bundle in memory, read and checked once."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._bits = bundle.manifest.dense_bits
         self._layouts: dict[str, RecordLayout] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         path = bundle.path / DENSE
@@ -34,15 +35,23 @@ class BundleDense:
                 tensor = read_tensor(fd, path, header[name], name)
                 check_dense(path, name, tensor.view(-1).view(torch.uint8).numpy(), bundle.manifest.dense_crc32[name])
                 self._tensors[name] = tensor
-                if is_quantized(name, shape, self._bits):
-                    self._layouts[name] = dense_layout(shape, self._bits)
+                if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
+                    self._layouts[name] = dense_layout(shape, bits)
         finally:
             os.close(fd)
+
+    def replaced(self, records: Mapping[str, tuple[RecordLayout, torch.Tensor]]) -> BundleDense:
+        """The same weights but for those of `records`, name -> (dense_layout, record)."""
+        other = copy.copy(self)
+        other._layouts = self._layouts | {name: layout for name, (layout, _) in records.items()}
+        other._tensors = self._tensors | {name: record for name, (_, record) in records.items()}
+        return other
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         weight = self._tensors["embed"]
         if "embed" in self._layouts:
-            return kernels.embed(self._layouts["embed"], self._bits, [weight], ids)
+            layout = self._layouts["embed"]
+            return kernels.embed(layout, layout.ladder[0], [weight], ids)
         return weight[ids].float()
 
     def vector(self, name: str) -> torch.Tensor:
@@ -50,8 +59,8 @@ class BundleDense:
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._tensors[name], self._tensors.get(f"{name}_bias")
-        if name in self._layouts:
-            y = kernels.linear(self._layouts[name], self._bits, [weight], x)
+        if layout := self._layouts.get(name):
+            y = kernels.linear(layout, layout.ladder[0], [weight], x)
         elif weight.dtype == torch.float32:
             y = F.linear(x, weight)
         else:

@@ -34,6 +34,8 @@ UNITS = {
 }
 # Left free under a memory limit that is not ours to fill to the last byte.
 MARGIN = 0.05
+# In place of a number of dense bits: chosen by what they cost this model.
+AUTO = "auto"
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -44,7 +46,7 @@ class Profile:
 
     name: str
     ladder: tuple[int, ...]
-    dense_bits: int
+    dense_bits: int | str  # of every kind, or "auto": measured
     memory_bytes: int  # for the whole process
     disk_bytes_per_s: int
     threads: int
@@ -84,9 +86,9 @@ def _profile(values: dict[str, Any], where: str) -> Profile:
     return profile
 
 
-def check_dense_bits(bits: int, where: str) -> None:
-    if bits not in (4, 5, 6, 7, 8, 16):
-        raise DymoeError(f"{where}: dense bits are {bits!r}, expected 4 to 8, or 16 for bf16")
+def check_dense_bits(bits: object, where: str) -> None:
+    if bits not in (4, 5, 6, 7, 8, 16, AUTO):
+        raise DymoeError(f"{where}: dense bits are {bits!r}, expected 4 to 8, 16 for bf16, or {AUTO}")
 
 
 def parse_size(text: str) -> int:

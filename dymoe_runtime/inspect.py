@@ -28,7 +28,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "total_bytes": bundle.total_bytes(),
         "expert_bytes": bundle.expert_bytes(),
         "dense_bytes": bundle.manifest.files[DENSE].nbytes,
-        "dense_bits": bundle.manifest.dense_bits,
+        "dense_bits": dict(bundle.manifest.dense_bits),
         "record_bytes": layout.record_bytes,
         "tiers": [
             {
@@ -72,7 +72,8 @@ def format_description(d: Mapping[str, Any]) -> str:
         f"{d['path']}: {d['model_type']}, {d['layers']} layers, {d['moe_layers']} of them with "
         f"{d['experts_per_layer']} experts, {d['experts_per_token']} per token",
         f"size        {format_size(d['total_bytes'])}: experts {format_size(d['expert_bytes'])} "
-        f"({d['expert_weights'] / 1e6:.1f} M weights), dense {format_size(d['dense_bytes'])} at {d['dense_bits']} bits",
+        f"({d['expert_weights'] / 1e6:.1f} M weights), "
+        f"dense {format_size(d['dense_bytes'])} at {_dense_bits(d['dense_bits'])}",
         f"memory      at least {format_size(d['floor_bytes'])} for a context of {d['floor_context']}",
         "",
         "tier  effective bits  bytes per expert",
@@ -91,3 +92,10 @@ def format_description(d: Mapping[str, Any]) -> str:
         recall = " ".join(f"{value:.0%}" for value in d["look_ahead_recall"].get(layer, []))
         lines.append(f"{layer:>5}  {kl}   {recall}")
     return "\n".join([*lines, *(f"note: {note}" for note in d["notes"])])
+
+
+def _dense_bits(bits: Mapping[str, int]) -> str:
+    """'8 bits', or the kinds of each width."""
+    if len(set(bits.values())) == 1:
+        return f"{next(iter(bits.values()))} bits"
+    return ", ".join(f"{kind} {width}" for kind, width in bits.items()) + " bits"

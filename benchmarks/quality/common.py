@@ -74,6 +74,16 @@ def compared_rules(bundle: Bundle) -> dict[tuple[str, str], Rule]:
     return rules
 
 
+def emitted_rules(bundle: Bundle) -> dict[str, Rule]:
+    """Name -> the rule of every operating point of the policy."""
+    pinned = tuple(layer.pinned for layer in bundle.policy.layers)
+    ladder = bundle.manifest.ladder
+    return {
+        point.name: Decoding(TierRule(ladder, point.decode, point.prefill, pinned if point.kind == "mixed" else ()))
+        for point in bundle.policy.points
+    }
+
+
 @torch.inference_mode()
 def calibration_moments(model: Path, windows: torch.Tensor) -> list[dict[str, list[Moments]]]:
     """Per layer and matrix the moments of each expert's inputs, from the original model."""

@@ -18,7 +18,7 @@ from common import (
     HeldOut,
     Simulated,
     calibration_moments,
-    compared_rules,
+    emitted_rules,
     held_out,
     interval_of_ratio,
     kl,
@@ -74,7 +74,8 @@ def quality(bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], 
         experts = {t: quantized(model, lambda w, m, f=method, t=t: f(w, m, t), found) for t in ladder}
         models.append(Simulated(bundle, experts))
     cases: dict[str, Rule] = {f"uniform {tier}": uniform(bundle, tier) for tier in ladder}
-    cases |= {f"point {name}": rule for (name, kind), rule in compared_rules(bundle).items() if kind == "mixed"}
+    mixed = {point.name for point in bundle.policy.points if point.kind == "mixed"}
+    cases |= {f"point {name}": rule for name, rule in emitted_rules(bundle).items() if name in mixed}
     rows = []
     for name, rule in cases.items():
         nested, separate = (simulated.measure(rule, judged) for simulated in models)
@@ -102,9 +103,7 @@ def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:
     separate = {t: make_layout(bundle.spec.expert_shapes, (t,)).record_bytes for t in ladder}
     nested = {t: layout.prefix_bytes(t) for t in ladder}
     rows = []
-    for (name, kind), rule in compared_rules(bundle).items():
-        if kind not in ("uniform", "mixed"):
-            continue
+    for name, rule in emitted_rules(bundle).items():
         trace, tokens = record(model, rule, judged)
         row: list[object] = [name]
         for share in CACHE_SHARES:

@@ -5,14 +5,17 @@
 BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG is what
 shared quality_llama.sh printed for the same held-out bytes. Points run on the kernels; RTN and
 GPTQ are simulated in float32 beside the bundle's own dense weights, with 0.25 bits of metadata.
+--report writes the bundle's report with baselines and llama.cpp in its plot, as a page of its own.
 A second table has fitted thresholds against uniform, static, flat and cosine ones at equal bytes.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -21,6 +24,7 @@ from common import (
     Simulated,
     calibration_moments,
     compared_rules,
+    emitted_rules,
     gptq,
     held_out,
     interval_of_ratio,
@@ -36,8 +40,9 @@ from common import (
 )
 
 from dymoe_compile.quantize import Moments
+from dymoe_compile.report import render
 from dymoe_compile.sensitivity import Measurement, Measurer, Rule
-from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.bundle import FINDINGS, Bundle
 from dymoe_runtime.evaluate import Score
 
 # Bits per expert weight of llama.cpp's types, scales included.
@@ -45,6 +50,7 @@ LLAMA_BITS = {"IQ2_XS": 2.31, "Q2_K": 2.9, "IQ3_XXS": 3.06, "Q3_K_M": 3.6, "Q4_0
 BASELINE_METADATA = 0.25
 
 Key = tuple[str, str]
+K = TypeVar("K")
 
 
 @click.command()
@@ -55,6 +61,7 @@ Key = tuple[str, str]
 @click.option("--bytes", "nbytes", default=60000, show_default=True, help="Of each held-out text.")
 @click.option("--compare-bytes", default=15000, show_default=True, help="Of each, for the second table.")
 @click.option("--llama", type=click.Path(path_type=Path))
+@click.option("--report", type=click.Path(path_type=Path))
 @click.option("--baselines/--no-baselines", default=True)
 def main(
     bundle_path: Path,
@@ -64,29 +71,29 @@ def main(
     nbytes: int,
     compare_bytes: int,
     llama: Path | None,
+    report: Path | None,
     baselines: bool,
 ) -> None:
     bundle = Bundle.open(bundle_path)
     judged = held_out(model, texts, nbytes)
-    rules = compared_rules(bundle)
-    emitted = {key: rule for key, rule in rules.items() if key[1] in ("uniform", "mixed")}
     reference = log_softmax_nll(judged)
     rows = []
-    for (name, kind), result in measure(bundle, judged, emitted).items():
-        label = name if kind == "uniform" else f"point {name}"
-        rows.append(row_of(label, effective_bits(bundle, result), result.windows, judged, reference))
-    if baselines:
-        rows += baseline_rows(bundle, model, calibration, judged, reference)
-    rows += llama_rows(llama) if llama else []
+    for name, result in measure(bundle, judged, emitted_rules(bundle)).items():
+        rows.append(row_of(f"point {name}", effective_bits(bundle, result), result.windows, judged, reference))
+    peers = baseline_rows(bundle, model, calibration, judged, reference) if baselines else []
+    peers += llama_rows(llama) if llama else []
+    rows += peers
+    if report:
+        report.write_text(render(with_peers(bundle, peers)), encoding="utf-8")
     domains = sorted(set(judged.domains))
     header = ["", "bits", "KL", "PPL ratio", *(f"{d} {what}" for d in domains for what in ("KL", "PPL ratio"))]
     print(markdown(header, sorted(rows, key=lambda row: (float(str(row[1])), str(row[0])))))
     print()
     few = held_out(model, texts, compare_bytes)
-    print(compare(bundle, measure(bundle, few, rules)))
+    print(compare(bundle, measure(bundle, few, compared_rules(bundle))))
 
 
-def measure(bundle: Bundle, judged: HeldOut, rules: dict[Key, Rule]) -> dict[Key, Measurement]:
+def measure(bundle: Bundle, judged: HeldOut, rules: dict[K, Rule]) -> dict[K, Measurement]:
     results = Measurer(bundle, judged.ids, judged.original).measure(list(rules.values()))
     return dict(zip(rules, results, strict=True))
 
@@ -132,6 +139,13 @@ def llama_rows(log: Path) -> list[list[object]]:
             label = f"llama.cpp {found[1]}{with_matrix}"
             rows.append([label, f"{LLAMA_BITS[found[1]]:.2f}", f"{float(found[4]):.4f}", f"{float(found[3]):.4f}"])
     return rows
+
+
+def with_peers(bundle: Bundle, rows: Sequence[Sequence[object]]) -> dict[str, Any]:
+    """The findings of the bundle, and what others do at their bits."""
+    findings: dict[str, Any] = json.loads((bundle.path / FINDINGS).read_text())
+    peers = [{"name": name, "effective_bits": float(str(bits)), "kl": float(str(kl))} for name, bits, kl, *_ in rows]
+    return findings | {"peers": peers}
 
 
 def effective_bits(bundle: Bundle, result: Measurement) -> float:

@@ -1,0 +1,165 @@
+"""Bits of dense weights: chosen by what they cost and what memory is worth, kept by kind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from test_compile import same_files
+
+from dymoe_compile.checkpoint import Checkpoint
+from dymoe_compile.dense import FEWER_BITS, MOST_BITS, DenseChoice, cheapest, choose_dense_bits, kind_bytes, records_of
+from dymoe_compile.progress import silent
+from dymoe_compile.reference import open_reference
+from dymoe_compile.sensitivity import Original
+from dymoe_runtime.bundle import Bundle, dense_kind, dense_kinds
+from dymoe_runtime.dense import BundleDense
+from dymoe_runtime.model import PROCESS_BYTES, Budget, plan_budget
+
+BYTES = {"embed": {8: 800, 6: 600, 4: 400}, "attn": {8: 80, 6: 60, 4: 40}}
+
+
+def budget_between(bundle: Bundle, share: float) -> Budget:
+    """A budget with this share of the experts' memory between the least and all."""
+    budget = plan_budget(bundle, bundle.spec.max_context, memory=0, fixed=PROCESS_BYTES)
+    return replace(budget, memory=budget.floor + int(share * (budget.full_arena - budget.least_arena)))
+
+
+@torch.inference_mode()
+def chosen(bundle: Bundle, model: Path, budget: Budget) -> dict[str, int]:
+    windows = torch.randint(0, bundle.spec.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    reference = open_reference(model)
+    original = Original([reference.forward(ids) for ids in windows], reference.logits)
+    choice = choose_dense_bits(bundle, Checkpoint.open(model), windows, original, budget, silent)
+    return dict(choice.bits)
+
+
+def test_a_device_that_holds_everything_has_most_bits(tiny_path: Path, tiny_checkpoint: Path) -> None:
+    bundle = Bundle.open(tiny_path)
+    assert chosen(bundle, tiny_checkpoint, budget_between(bundle, 1.0)) == dict.fromkeys(
+        dense_kinds(bundle.spec), MOST_BITS
+    )
+
+
+def test_the_less_memory_the_fewer_bytes_for_dense_weights(tiny_path: Path, tiny_checkpoint: Path) -> None:
+    bundle = Bundle.open(tiny_path)
+    sizes = kind_bytes(bundle.spec)
+    most = sum(row[MOST_BITS] for row in sizes.values())
+    saved = []
+    for budget in (budget_between(bundle, 0.9), budget_between(bundle, 0.0)):
+        bits = chosen(bundle, tiny_checkpoint, budget)
+        saved.append(most - sum(sizes[kind][b] for kind, b in bits.items()))
+    short = replace(budget_between(bundle, 0.0), memory=budget_between(bundle, 0.0).floor - saved[-1] - 1)
+    bits = chosen(bundle, tiny_checkpoint, short)
+    saved.append(most - sum(sizes[kind][b] for kind, b in bits.items()))
+    assert 0 <= saved[0] <= saved[1] < saved[2]
+
+
+def test_a_kind_that_does_not_mind_gives_up_bits_first() -> None:
+    added = {"embed": {8: 0.0, 6: 1e-6, 4: 1e-5}, "attn": {8: 0.0, 6: 1.0, 4: 2.0}}
+    assert cheapest(added, BYTES, 1e-6, 0) == {"embed": 4, "attn": 8}
+    assert cheapest(added, BYTES, 0.0, 0) == {"embed": 8, "attn": 8}
+
+
+@pytest.mark.parametrize(("excess", "least"), [(1, 20), (150, 200), (410, 420), (440, 440), (10**9, 440)])
+def test_what_does_not_fit_costs_bits_until_it_does(excess: int, least: int) -> None:
+    """As far as bits go: the last case cannot fit, and saying so is left to who knows the device."""
+    added = {"embed": {8: 0.0, 6: 1e-3, 4: 1e-2}, "attn": {8: 0.0, 6: 1e-4, 4: 1e-3}}
+    bits = cheapest(added, BYTES, 0.0, excess)
+    assert sum(BYTES[kind][8] - BYTES[kind][b] for kind, b in bits.items()) >= least
+
+
+def test_weights_that_turn_infinite_are_never_chosen() -> None:
+    added = {"embed": {8: 0.0, 6: float("inf"), 4: float("inf")}, "attn": {8: 0.0, 6: 0.0, 4: 0.0}}
+    assert cheapest(added, BYTES, 1.0, 10**9) == {"embed": 8, "attn": 4}
+
+
+@pytest.mark.parametrize("bits", FEWER_BITS)
+def test_replaced_weights_are_those_of_the_checkpoint(bits: int, tiny_path: Path, tiny_checkpoint: Path) -> None:
+    checkpoint, dense = Checkpoint.open(tiny_checkpoint), BundleDense(Bundle.open(tiny_path))
+    coarser = dense.replaced(records_of(checkpoint, "attn", bits))
+    x = torch.randn(5, checkpoint.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    for name, shape in checkpoint.spec.each_tensor():
+        if dense_kind(name, shape) is None or name.endswith("attn.o") or name == "embed":
+            continue
+        exact = x @ checkpoint.tensor(name).float().T
+        fine, coarse = (float((d.linear(name, x) - exact).norm() / exact.norm()) for d in (dense, coarser))
+        assert fine < 0.02
+        if ".attn." in name:
+            assert 1.5 * fine < coarse < 2.0 ** (2 - bits)
+        else:
+            assert coarse == fine
+
+
+def small_profile(path: Path, bundle: Bundle) -> Path:
+    """A device that holds the bundle's dense weights and half of its experts."""
+    budget = budget_between(bundle, 0.5)
+    path.write_text(
+        f'name = "small"\nladder = [2, 3, 4]\ndense_bits = "auto"\nmemory = "{budget.memory}"\n'
+        'disk_bandwidth = "1MB/s"\nthreads = 1\n'
+    )
+    return path
+
+
+def test_a_bundle_for_a_small_device_has_measured_bits_and_resumes_to_the_same_bytes(
+    tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", "olmoe")
+    args = (model, "--calibration", calibration_text)
+    large = tmp_path / "large.dymoe"
+    assert compile_cli(*args, "-o", large).code == 0
+    assert set(Bundle.open(large).manifest.dense_bits.values()) == {MOST_BITS}
+    args = (*args, "--profile", small_profile(tmp_path / "small.toml", Bundle.open(large)))
+    small, again = tmp_path / "small.dymoe", tmp_path / "again.dymoe"
+    assert compile_cli(*args, "-o", small).code == 0
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dymoe_compile.points.measure_sensitivity", interrupt)
+        assert compile_cli(*args, "-o", again).code == 130
+        patch.setattr("dymoe_compile.compile.choose_dense_bits", interrupt)
+        assert compile_cli(*args, "-o", again).code == 130
+    assert compile_cli(*args, "-o", again).code == 0
+    assert same_files(small, again)
+
+    bundle = Bundle.open(small)
+    kinds = dense_kinds(bundle.spec)
+    storage = json.loads((small / "compile.json").read_text())["storage"]
+    assert storage["dense_bits"] == dict(bundle.manifest.dense_bits)
+    assert {kind: set(row) for kind, row in storage["dense_kl"].items()} == {kind: {"8", "6", "4"} for kind in kinds}
+    assert bundle_cli("verify", small).code == 0
+    assert run_cli(small, "--prompt", "x", "--max-tokens", 4).code == 0
+    assert "dense" in bundle_cli("inspect", small).out
+
+
+def test_kinds_of_different_bits_run(tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever mixture is chosen, the runtime reads it as the compiler measured it."""
+    model = save_tiny(tmp_path / "model", "olmoe")
+    given = {"embed": 4, "attn": 6, "lm_head": 8}
+    monkeypatch.setattr(
+        "dymoe_compile.compile.known_choice",
+        lambda spec, bits, writer: DenseChoice(given, {}),
+    )
+    path = tmp_path / "mixed.dymoe"
+    assert compile_cli(model, "-o", path, "--calibration", calibration_text).code == 0
+    bundle = Bundle.open(path)
+    assert dict(bundle.manifest.dense_bits) == given
+    outcome = bundle_cli("inspect", path)
+    assert "attn 6, embed 4, lm_head 8 bits" in outcome.out
+    assert run_cli(path, "--prompt", "abc", "--max-tokens", 4).code == 0
+    checkpoint, dense = Checkpoint.open(model), BundleDense(bundle)
+    ids = torch.arange(8)
+    rows = checkpoint.tensor("embed").float()[ids]
+    assert 0.02 < float((dense.embed(ids) - rows).norm() / rows.norm()) < 0.2
+
+
+@pytest.mark.parametrize("bits", ["eight", "3", "", "-8", "8.0"])
+def test_other_dense_bits_get_one_sentence(bits: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    outcome = compile_cli(tiny_checkpoint, "-o", tmp_path / "x.dymoe", "--dense-bits", bits)
+    assert_one_sentence(outcome, "--dense-bits", "4 to 8")
