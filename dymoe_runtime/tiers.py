@@ -4,12 +4,13 @@ A matrix is quantized once, to codes of the highest tier T of its ladder. The co
 a lower tier t is the top t bits of it, so tiers share storage: a *plane* holds the bits
 that lead from one tier to the next. For each row r and block g of 64 columns
 
-    value = scale_t[r, g] * (code_t - (2^t - 1) / 2)
-    scale_t[r, g] = multiplier[r] * STEPS[step_t[r, g]] * 2^(T - t)
+    value = scale_t[r, g] * level_t[code_t]
+    scale_t[r, g] = multiplier[r] * unit_t * STEPS[step_t[r, g]]
 
 with a 4-bit step for each tier and one bf16 multiplier for each row. STEPS is a table of 15
-sizes, and 0 for an all-zero block. There is no zero point: the
-grid is symmetric around zero. Columns are padded to whole blocks.
+sizes, and 0 for an all-zero block. Levels are symmetric around zero; there is no zero point.
+In ladders of more than 4 bits they are code_t - (2^t - 1) / 2, and unit_t is 2^(T - t); in
+others they are CURVED, denser around zero. Columns are padded to whole blocks.
 
 A *record* is what is read from disk at once: all planes of all matrices of one expert,
 in one segment per tier, lowest first, each segment padded to a page. Segment i holds
@@ -47,6 +48,18 @@ STEPS = np.array(
     [0, 1, 1.108, 1.229, 1.362, 1.51, 1.673, 1.855, 2.056, 2.279, 2.526, 2.8, 7, 17.5, 43.75, 109.375], np.float32
 )
 FINE_STEPS = 11
+# Up to four bits, levels are those of least squared error for normally distributed weights (Lloyd
+# 1982, Max 1960), as 6-bit whole numbers around 31.5: a tier's bins are unions of the next one's,
+# and these happen to be nearly the best of fewer bits as well, which bins of one width are not.
+CURVED = {
+    2: (0, 22, 41, 63),
+    3: (0, 12, 20, 28, 35, 43, 51, 63),
+    4: (0, 8, 13, 17, 21, 24, 27, 30, 33, 36, 39, 42, 46, 50, 55, 63),
+}
+CURVED_CENTRE = 31.5
+# What scales come in, so that one multiplier suits all tiers of a row.
+CURVED_UNITS = {2: 0.0380, 3: 0.1059, 4: 0.2590}
+MOST_CURVED = 4
 
 
 @dataclass(frozen=True)
@@ -238,16 +251,29 @@ def scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) ->
 
 
 def tier_scales(steps: torch.Tensor, multiplier: torch.Tensor, tier: int, top: int) -> torch.Tensor:
-    """scale_t = multiplier * STEPS[step] * 2^(top - tier); steps [..., rows, blocks], multiplier [..., rows]."""
+    """scale_t = multiplier * unit_t * STEPS[step]; steps [..., rows, blocks], multiplier [..., rows]."""
     sizes = torch.from_numpy(STEPS)[steps.long()]
-    return multiplier.float()[..., None] * sizes * 2.0 ** (top - tier)
+    return (multiplier.float() * unit_of(tier, top))[..., None] * sizes
 
 
 def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
     """The matrix at `tier`, float32 [rows, cols]."""
-    codes = torch.from_numpy(unpack_codes(segments, where, tier)).float()
+    codes = torch.from_numpy(unpack_codes(segments, where, tier))
     scales = scales_of(segments, where, tier).repeat_interleave(BLOCK, dim=1)[:, : where.cols]
-    return scales * (codes - (2**tier - 1) / 2)
+    return scales * levels_of(tier, where.ladder[-1])[codes.int()]
+
+
+def levels_of(tier: int, top: int) -> torch.Tensor:
+    """What the scale multiplies for each code of `tier` in a ladder up to `top`, float32 [2^tier], rising."""
+    if top <= MOST_CURVED:
+        return torch.tensor(CURVED[tier], dtype=torch.float32) - CURVED_CENTRE
+    return torch.arange(2**tier) - (2**tier - 1) / 2
+
+
+def unit_of(tier: int, top: int) -> float:
+    """What scales of `tier` come in, beside the multiplier of their row; a float32 number."""
+    curved = float(np.float32(CURVED_UNITS[tier])) if top <= MOST_CURVED else 1.0
+    return curved * 2.0 ** (top - tier)
 
 
 def pack_steps(steps: np.ndarray) -> np.ndarray:

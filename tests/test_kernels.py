@@ -19,7 +19,7 @@ from dymoe_runtime import kernels, tiers
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent
-from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout
+from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout, levels_of
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (6,), (3, 4), (2, 4), (3,), (5, 8), (7,), (4, 6)]
@@ -282,7 +282,7 @@ class Problem:
     def recomputed_error(self) -> torch.Tensor:
         """scale * level - weight, [tiers, rows, cols]."""
         top, cols = self.ladder[-1], self.weight.shape[1]
-        levels = [(self.codes >> (top - tier)).double() - (2**tier - 1) / 2 for tier in self.ladder]
+        levels = [levels_of(tier, top)[(self.codes >> (top - tier)).int()].double() for tier in self.ladder]
         return torch.stack(levels) * self.scales.double().repeat_interleave(BLOCK, -1)[:, :, :cols] - self.weight
 
     def losses(self) -> torch.Tensor:
@@ -303,7 +303,7 @@ def problem(ladder: tuple[int, ...], rows: int, cols: int, on_grid: bool, seed: 
     inputs += 0.5 * torch.randn(3 * cols, cols, generator=g)
     hessian = inputs.T @ inputs / len(inputs)
     # From the smallest to the largest of these is what the steps can tell apart.
-    scales = torch.tensor([1.5 / 2.0 ** (tier - 1) for tier in ladder])[:, None, None] * (
+    scales = torch.tensor([1.5 / levels_of(tier, top)[-1].item() for tier in ladder])[:, None, None] * (
         1 + torch.rand(tiers_, rows, blocks, generator=g)
     )
     units = None
@@ -311,8 +311,10 @@ def problem(ladder: tuple[int, ...], rows: int, cols: int, on_grid: bool, seed: 
         units = scales.amax(-1) / 200
         steps = torch.randint(1, 16, scales.shape, generator=g)
         scales = units[:, :, None] * torch.from_numpy(STEPS).float()[steps]
-    levels = weight / scales[-1].repeat_interleave(BLOCK, -1)[:, :cols] + torch.randn(rows, cols, generator=g)
-    codes = (levels + 2 ** (top - 1)).floor().clamp(0, 2**top - 1).to(torch.uint8)
+    table = levels_of(top, top)
+    apart = (table[-1] - table[0]) / (2**top - 1)
+    levels = weight / scales[-1].repeat_interleave(BLOCK, -1)[:, :cols] + apart * torch.randn(rows, cols, generator=g)
+    codes = torch.bucketize(levels, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     weights = tuple(4.0 ** (tier - top) for tier in ladder)
     made = Problem(weight, ladder, weights, hessian, units, scales, codes, torch.empty(0))
     return replace(made, error=made.recomputed_error().float())

@@ -12,6 +12,7 @@ import torch
 from dymoe_runtime.tiers import (
     ALIGN,
     BLOCK,
+    CURVED,
     PAGE,
     STEPS,
     WIDTHS,
@@ -35,6 +36,8 @@ from dymoe_runtime.tiers import (
 )
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (3, 5), (2, 6), (2,), (2, 4), (2, 7), (5, 6, 7), tuple(range(2, 9))]
+# What scales of a tier of at most four bits come in, beside 2^(top - tier).
+UNITS = {2: 0.0380, 3: 0.1059, 4: 0.2590}
 SHAPES = [
     {"gate": (3, 65), "up": (3, 65), "down": (5, 3)},
     {"gate": (4, 64), "up": (4, 64), "down": (64, 4)},
@@ -265,9 +268,38 @@ def test_dequantizing_equals_the_formula(ladder: tuple[int, ...]) -> None:
         assert got.shape == (where.rows, where.cols)
         for r, c in itertools.product(range(where.rows), range(where.cols)):
             size = plain_step(int(matrix.steps[tier][r, c // 64]))
-            scale = matrix.multiplier[r].item() * size * 2 ** (ladder[-1] - tier)
             code = int(matrix.codes[r, c]) >> (ladder[-1] - tier)
-            assert got[r, c].item() == pytest.approx(scale * (code - (2**tier - 1) / 2), rel=1e-6, abs=0)
+            level = code - (2**tier - 1) / 2 if ladder[-1] > 4 else (CURVED[tier][code] - 31.5) * UNITS[tier]
+            value = matrix.multiplier[r].item() * size * 2 ** (ladder[-1] - tier) * level
+            assert got[r, c].item() == pytest.approx(value, rel=1e-6, abs=0)
+
+
+def squared_error(levels: list[float], bins: list[float]) -> float:
+    """Of standard normal values in `bins`, given by their inner bounds, told by `levels`; by quadrature."""
+    x = np.linspace(-8, 8, 160001)
+    told = np.asarray(levels)[np.digitize(x, bins)]
+    return float(np.sum((x - told) ** 2 * np.exp(-x * x / 2)) / np.sum(np.exp(-x * x / 2)))
+
+
+def scaled_error(numbers: list[float], bins: list[float]) -> float:
+    """The least over scales of the levels."""
+    return min(squared_error([n * s for n in numbers], bins) for s in np.linspace(0.5, 1.4, 91) * 2.5 / numbers[-1])
+
+
+# Least squared errors of normal values by any levels (Max 1960, table 1), and by levels of one distance (table 2).
+@pytest.mark.parametrize(("tier", "best", "even"), [(2, 0.1175, 0.1188), (3, 0.03454, 0.03744), (4, 0.009497, 0.01154)])
+def test_curved_levels_lose_little_though_they_nest(tier: int, best: float, even: float) -> None:
+    """In the bins that the top codes leave, at the scale at which the top tier loses least."""
+    top = np.asarray(CURVED[4]) - 31.5
+    scale = min(np.linspace(0.07, 0.1, 61), key=lambda s: squared_error((top * s).tolist(), _between(top * s)))
+    bins = _between(top * scale)[2 ** (4 - tier) - 1 :: 2 ** (4 - tier)]
+    error = scaled_error([n - 31.5 for n in CURVED[tier]], bins)
+    assert best * 0.999 <= error <= best * 1.04
+    assert tier < 4 or error < 0.85 * even
+
+
+def _between(levels: np.ndarray) -> list[float]:
+    return ((levels[1:] + levels[:-1]) / 2).tolist()
 
 
 def test_scales_equal_those_of_the_quantized_matrix() -> None:

@@ -34,7 +34,7 @@ from dymoe_compile.reference import CheckpointExperts, open_reference
 from dymoe_compile.sensitivity import Rule
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Decoder, Routing
-from dymoe_runtime.tiers import BLOCK, make_layout, tier_scales
+from dymoe_runtime.tiers import BLOCK, levels_of, make_layout, tier_scales
 
 CACHE_SHARES = (0.125, 0.25, 0.5)
 
@@ -92,9 +92,9 @@ def quality(bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], 
 def values(weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int) -> torch.Tensor:
     """The matrix at `tier`, quantized for `ladder`."""
     matrix = quantize_matrix(weight, ladder, found)
-    codes = torch.from_numpy(matrix.codes >> (ladder[-1] - tier)).float()
+    levels = levels_of(tier, ladder[-1])[torch.from_numpy(matrix.codes >> (ladder[-1] - tier)).int()]
     scales = tier_scales(torch.from_numpy(matrix.steps[tier]), matrix.multiplier, tier, ladder[-1])
-    return scales.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]] * (codes - (2**tier - 1) / 2)
+    return scales.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]] * levels
 
 
 def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dymoe_runtime.tiers import levels_of
+
 
 @dataclass
 class Descent:
@@ -27,9 +29,9 @@ class Descent:
     last: bool = True  # whether scales are fitted once more to the codes chosen; slope is of use to no one then
 
     def levels(self, codes: torch.Tensor, t: int) -> torch.Tensor:
-        """What the scale of tier number `t` multiplies, float32 like `codes`."""
-        bits = self.ladder[t]
-        return (codes >> (self.ladder[-1] - bits)).float() - (2**bits - 1) / 2
+        """What the scale of tier number `t` multiplies, float32, shaped like `codes`."""
+        bits, top = self.ladder[t], self.ladder[-1]
+        return levels_of(bits, top)[(codes >> (top - bits)).int()]
 
     def all_levels(self) -> torch.Tensor:
         """Levels of each code at each tier, float32 [tiers, codes]."""

@@ -62,6 +62,14 @@ struct Avx2 {
     }
   }
 
+  using Table = __m256i;
+  static Table load_table(const uint8_t* numbers) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+  }
+  static Codes look_up(const Codes& codes, Table table) {
+    return {_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
+  }
+
   static void store(uint8_t* out, const Codes& codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), codes.high);

@@ -50,6 +50,12 @@ struct Avx512 {
     }
   }
 
+  using Table = __m512i;
+  static Table load_table(const uint8_t* numbers) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+  }
+  static Codes look_up(Codes codes, Table table) { return _mm512_shuffle_epi8(table, codes); }
+
   static void store(uint8_t* out, Codes codes) { _mm512_storeu_si512(out, codes); }
 
   template <bool Wide>

@@ -50,7 +50,8 @@ void load_tile(const Descent& d, int64_t row, int64_t rows, DescentTile& tile) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < d.cols; ++j) tile.codes[j][r] = d.codes[(row + r) * d.pitch + j];
   for (int t = 0; t < d.tiers; ++t) {
-    for (int c = 0; c < 1 << d.bits[t]; ++c) tile.levels[t][c] = float(c) - 0.5f * float((1 << d.bits[t]) - 1);
+    const Levels levels_of_tier = levels_of(d.bits[t], top);
+    for (int c = 0; c < 1 << d.bits[t]; ++c) tile.levels[t][c] = levels_of_tier.of(c);
     tile.scale[t] = tile.unit[t] = Floats{};
     float *slopes = lanes_of(tile.slope[t]), *levels = lanes_of(tile.level[t]);
     for (int64_t r = 0; r < rows; ++r) {
@@ -168,8 +169,8 @@ void choose_codes(const Descent& d, int64_t first, int64_t stop, DescentTile& ti
   for (int64_t j = first; j < stop; ++j) {
     const Ints best = tile.codes[j] = best_code(d, j, tile);
     for (int t = 0; t < d.tiers; ++t) {
-      const Floats code = __builtin_convertvector(best >> (top - d.bits[t]), Floats);
-      const Floats level = code - 0.5f * float((1 << d.bits[t]) - 1);
+      Floats level;
+      for (int r = 0; r < kLanes; ++r) level[r] = tile.levels[t][best[r] >> (top - d.bits[t])];
       moved[t][j - first] = tile.scale[t] * (level - tile.level[t][j]);
       tile.level[t][j] = level;
       move_slopes(d, j, j + 1, moved[t] + (j - first), d.last ? first : j + 1, stop, tile.slope[t]);

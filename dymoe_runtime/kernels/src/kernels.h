@@ -14,6 +14,31 @@ constexpr int kMaxPlanes = 8, kMaxTiers = 7;
 alignas(64) constexpr float kSteps[16] = {
     0.0f, 1.0f, 1.108f, 1.229f, 1.362f, 1.51f, 1.673f, 1.855f, 2.056f, 2.279f, 2.526f, 2.8f, 7.0f, 17.5f, 43.75f, 109.375f};
 
+/// What the codes of a tier stand for: level = number - centre, and scales come in `unit`s.
+struct Levels {
+  const uint8_t* numbers;  // [16]; null where a code is its own number, for tiers of more than 4 bits
+  float centre, unit;
+
+  constexpr float of(int code) const { return float(numbers ? numbers[code] : code) - centre; }
+};
+
+constexpr int kMostCurved = 4;  // bits
+
+// CURVED of tiers.py for 2, 3 and 4 bits, and the codes themselves.
+alignas(16) constexpr uint8_t kNumbers[4][16] = {
+    {0, 22, 41, 63},
+    {0, 12, 20, 28, 35, 43, 51, 63},
+    {0, 8, 13, 17, 21, 24, 27, 30, 33, 36, 39, 42, 46, 50, 55, 63},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+};
+constexpr float kCurvedUnits[3] = {0.0380f, 0.1059f, 0.2590f};
+
+/// The levels of a tier of `bits` in a ladder up to `top`.
+constexpr Levels levels_of(int bits, int top) {
+  if (top <= kMostCurved) return {kNumbers[bits - 2], 31.5f, kCurvedUnits[bits - 2] * float(1 << (top - bits))};
+  return {bits <= kMostCurved ? kNumbers[3] : nullptr, 0.5f * float((1 << bits) - 1), float(1 << (top - bits))};
+}
+
 constexpr int64_t step_bytes(int64_t blocks) { return (blocks + 1) / 2; }
 
 struct PlaneView {
@@ -29,7 +54,7 @@ struct MatrixView {
   PlaneView plane[kMaxPlanes];  // most significant first
   const uint8_t* steps;         // [rows, step_bytes(blocks)], block 2i in the low nibble of byte i
   const uint8_t* multiplier;    // bf16 [rows]
-  float step_unit;              // 2^(top tier - tier)
+  Levels levels;
 };
 
 /// Tokens quantized to int8 by blocks. `pitch` is `blocks` rounded up to whole groups;

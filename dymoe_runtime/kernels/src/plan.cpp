@@ -1,7 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
 namespace dymoe {
@@ -38,6 +37,7 @@ void check_planes(const MatrixLayout& m) {
 void check_matrix(const MatrixLayout& m) {
   require(m.rows > 0 && m.cols > 0 && m.rows < (int64_t(1) << 31) && m.cols < (int64_t(1) << 31),
           "matrix '" + m.name + "': its shape is out of range");
+  require(!m.ladder.empty() && m.ladder.front() >= 2, "matrix '" + m.name + "': its tiers are below 2 bits");
   check_planes(m);
   require(m.steps.size() == m.ladder.size(), "matrix '" + m.name + "': it needs one part of steps for each tier");
   for (const Part& part : m.steps) check_part(m, part, m.rows * step_bytes(blocks_of(m)));
@@ -81,7 +81,7 @@ MatrixView Plan::view(const std::string& name, int tier, const std::vector<Segme
   view.rows = m.rows, view.cols = m.cols, view.blocks = blocks_of(m), view.bits = tier;
   view.steps = locate(m, tier, m.steps[rung_of(m, tier)], segments);
   view.multiplier = locate(m, tier, m.multiplier, segments);
-  view.step_unit = std::ldexp(1.0f, m.ladder.back() - tier);
+  view.levels = levels_of(tier, m.ladder.back());
   for (const Plane& plane : m.planes)
     if (plane.tier <= tier) view.plane[view.planes++] = {plane.width, locate(m, tier, plane.part, segments)};
   return view;

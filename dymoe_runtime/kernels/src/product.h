@@ -6,6 +6,7 @@
 // A policy has
 //   Codes, Lanes                   64 codes; `lanes` floats
 //   load<W>, append<W>, store      codes from a plane of width W; (codes << W) | plane; codes as bytes
+//   Table, load_table, look_up     16 bytes; the byte of each code, codes of at most 4 bits
 //   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add, sum
 //   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
@@ -41,14 +42,12 @@ float row_scale(const MatrixView& m, int64_t row) {
   const uint32_t bits = uint32_t(high) << 16;
   float multiplier;
   std::memcpy(&multiplier, &bits, sizeof bits);
-  return multiplier * m.step_unit;
+  return multiplier * m.levels.unit;
 }
 
 float step_size(const uint8_t* steps, int64_t block) {
   return kSteps[(steps[block / 2] >> (4 * (block % 2))) & 15];
 }
-
-float centre(const MatrixView& m) { return 0.5f * float((1 << m.bits) - 1); }
 
 void prefetch_bytes(const uint8_t* begin, int64_t nbytes) {
 #if defined(__GNUC__)
@@ -56,18 +55,21 @@ void prefetch_bytes(const uint8_t* begin, int64_t nbytes) {
 #endif
 }
 
-// Sources of codes: `load(row, block)`.
+// Sources of the numbers that codes stand for: `load(row, block)`.
 
 /// The planes of a record, their widths known when compiling.
 template <class V, int First, int... Rest>
 struct Planes {
   static constexpr int count = 1 + sizeof...(Rest);
   static constexpr bool wide = (First + ... + Rest) > kNarrowBits;
+  static constexpr bool looked_up = (First + ... + Rest) <= kMostCurved;
 
   int64_t blocks;
   const uint8_t* data[count];
+  [[maybe_unused]] typename V::Table table;
 
   explicit Planes(const MatrixView& m) : blocks(m.blocks) {
+    if constexpr (looked_up) table = V::load_table(m.levels.numbers);
     for (int i = 0; i < count; ++i) data[i] = m.plane[i].data;
   }
 
@@ -84,6 +86,7 @@ struct Planes {
     typename V::Codes codes = V::template load<First>(data[0] + at * First);
     [[maybe_unused]] int i = 1;
     ((codes = V::template append<Rest>(codes, data[i++] + at * Rest)), ...);
+    if constexpr (looked_up) codes = V::look_up(codes, table);
     return codes;
   }
 
@@ -95,7 +98,7 @@ struct Planes {
   }
 };
 
-/// Rows unpacked to one byte per code; row 0 is the first of them.
+/// Rows unpacked to one byte per number; row 0 is the first of them.
 template <class V, bool Wide>
 struct Unpacked {
   static constexpr bool wide = Wide;
@@ -179,7 +182,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
       }
     }
   }
-  const float off_centre = centre(m) - V::template offset<Source::wide>;
+  const float off_centre = m.levels.centre - V::template offset<Source::wide>;
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
       y[(token + t) * stride + row + r] =
@@ -215,7 +218,7 @@ void append_plane(const uint8_t* plane, int64_t blocks, bool first, uint8_t* cod
                           : V::template append<Width>(V::template load<8>(codes), plane));
 }
 
-/// Unpacks a row of any split.
+/// Unpacks the numbers of a row of any split.
 template <class V>
 void unpack_planes(const MatrixView& m, int64_t row, uint8_t* codes) {
   for (int i = 0; i < m.planes; ++i) {
@@ -227,9 +230,11 @@ void unpack_planes(const MatrixView& m, int64_t row, uint8_t* codes) {
       default: append_plane<V, 1>(plane, m.blocks, i == 0, codes); break;
     }
   }
+  if (m.levels.numbers)
+    for (int64_t i = 0; i < m.blocks * kBlock; ++i) codes[i] = m.levels.numbers[codes[i]];
 }
 
-/// Writes the codes of `count` rows from `row` on, one byte each.
+/// Writes the numbers of `count` rows from `row` on, one byte each.
 template <class V>
 void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes) {
   const bool known = KnownSplits<V>::visit(m, [&](const auto& source) {
@@ -329,7 +334,7 @@ void quantize(const float* x, int64_t cols, int64_t token, const Activations& ou
 template <class V>
 void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) {
   unpack_rows<V>(m, row, 1, scratch);
-  const float middle = centre(m);
+  const float middle = m.levels.centre;
   for (int64_t block = 0; block < m.blocks; ++block) {
     const float scale = row_scale(m, row) * step_size(m.steps + row * step_bytes(m.blocks), block);
     const int64_t end = smaller(m.cols, (block + 1) * kBlock);

@@ -36,6 +36,13 @@ struct Scalar {
     return codes;
   }
 
+  using Table = const uint8_t*;
+  static Table load_table(const uint8_t* numbers) { return numbers; }
+  static Codes look_up(Codes codes, Table table) {
+    for (uint8_t& code : codes.code) code = table[code];
+    return codes;
+  }
+
   static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
 
   template <bool Wide>
