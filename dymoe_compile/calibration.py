@@ -33,6 +33,8 @@ PAST = ("past-1", "past-2")
 ERROR_SAMPLE = 64
 # Strips in which a symmetric product is computed: more save more, but are narrower.
 GRAM_STRIPS = 8
+# Hidden states of this many bytes, of which there are two sets, are kept in files and not in memory.
+SPILL_BYTES = 1 << 30
 
 
 @dataclass
@@ -82,7 +84,7 @@ class LayerRun:
         self, checkpoint: Checkpoint, windows: Windows, ladder: tuple[int, ...], seed: int, writer: BundleWriter
     ) -> None:
         self.spec = checkpoint.spec
-        self.decoder = Decoder(checkpoint.spec, CheckpointDense(checkpoint), self._experts)
+        self.decoder = Decoder(checkpoint.spec, CheckpointDense(checkpoint), _no_experts)
         self._checkpoint = checkpoint
         self._ladder = ladder
         self._seed = seed
@@ -108,8 +110,22 @@ class LayerRun:
             if hidden is not None and done is not None:
                 tensors = hidden[0]
                 self._probe.past = [tensors[name] for name in PAST if name in tensors]
-                return *done, layer + 1, torch.cat([tensors["train"].float(), tensors["held_out"]])
-        return {}, {}, 0, self.decoder.dense.embed(self._ids.reshape(-1))
+                x = self._hidden()
+                x[: len(tensors["train"])] = tensors["train"]
+                x[len(tensors["train"]) :] = tensors["held_out"]
+                return *done, layer + 1, x
+        x = self._hidden()
+        for ids, window in zip(self._ids, self._windows(x), strict=True):
+            window.copy_(self.decoder.dense.embed(ids))
+        return {}, {}, 0, x
+
+    def _hidden(self) -> torch.Tensor:
+        """Room for hidden states, [T, H]: in memory or, where that takes too much of it, in a file."""
+        shape = self._ids.numel(), self.spec.hidden_size
+        return self._writer.scratch(shape) if spilled(*shape) else torch.empty(shape)
+
+    def _windows(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.split(self._ids.shape[1])
 
     def _load_until(self, last: int) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry]] | None:
         """What an earlier run noted of the layers up to `last`, or None where any of it is missing or damaged."""
@@ -135,13 +151,17 @@ class LayerRun:
         """Hidden states after `layer`, whose experts are written and whose statistics are noted."""
         self._advance = advance
         token_weights = torch.empty(len(x))
-        for window, weights in zip(x.split(self._ids.shape[1]), token_weights.split(self._ids.shape[1]), strict=True):
+        for window, weights in zip(self._windows(x), self._windows(token_weights), strict=True):
             attended, received = self.decoder.attend(layer, window, None, True)
             assert received is not None
             window.copy_(attended)
             weights.copy_(received)
-        x = self.decoder.feed_forward(layer, x, token_weights)
-        if not torch.isfinite(x).all():
+        if layer in self.spec.dense_layers:
+            for window in self._windows(x):
+                window.copy_(self.decoder.feed_forward(layer, window))
+        else:
+            self._feed_forward(layer, x, token_weights)
+        if not all(torch.isfinite(window).all() for window in self._windows(x)):
             raise DymoeError(
                 f"layer {layer}: the model's activations are not finite; its weights or the numbers in config.json "
                 "are out of range: copy the checkpoint again from the model's repository"
@@ -159,19 +179,25 @@ class LayerRun:
         self._writer.drop_state(f"hidden-{layer - 1}")
         return x
 
-    def _experts(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The experts seam while compiling: computes in full precision, quantizes and writes each expert."""
-        y = torch.zeros_like(h)
+    def _feed_forward(self, layer: int, x: torch.Tensor, token_weights: torch.Tensor) -> None:
+        """Add to x [T, H] what the experts make of it; each of them is quantized and written on the way."""
+        h = self._hidden()
+        chosen = []
+        for window, normed in zip(self._windows(x), self._windows(h), strict=True):
+            normed.copy_(self.decoder.norm(f"layers.{layer}.mlp_norm", window))
+            chosen.append(self.decoder.route(layer, normed))
+        experts, gates = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        routing = Routing(experts, gates, x, token_weights)
+        # The probe wants the residual stream as the experts found it.
+        self._look_ahead = self._probe.observe(layer, h, routing)
         self._errors, self._data_free = {tier: [] for tier in self._ladder}, []
-        records = (self._expert(ExpertKey(layer, e), h, routing, y) for e in range(self.spec.num_experts))
+        records = (self._expert(ExpertKey(layer, e), h, routing, x) for e in range(self.spec.num_experts))
         index = self.spec.moe_layers.index(layer)
         self._entry = self._writer.write_layer(index, layer, self._layout, records, self.spec.num_experts)
-        self._look_ahead = self._probe.observe(layer, h, routing)
         self._routing = routing
-        return y
 
     def _expert(self, key: ExpertKey, h: torch.Tensor, routing: Routing, y: torch.Tensor) -> np.ndarray:
-        """Add one expert's output to y; its record."""
+        """Add to y what one expert makes of h [T, H]; its record."""
         weights = {name: matrix.float() for name, matrix in self._checkpoint.expert(key).items()}
         tokens, ranks = (routing.experts == key.expert).nonzero(as_tuple=True)
         x, gates = h[tokens], routing.gates[tokens, ranks, None]
@@ -227,6 +253,15 @@ class LayerRun:
         entry = values["entry"]
         entry["crc32"] = tuple(tuple(row) for row in entry["crc32"])
         return LayerStatistics(**{**values["statistics"], **tensors}), LayerEntry(**entry)
+
+
+def spilled(tokens: int, hidden_size: int) -> bool:
+    """Whether hidden states of so many tokens go to the disk."""
+    return 4 * tokens * hidden_size > SPILL_BYTES
+
+
+def _no_experts(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+    raise AssertionError("experts are run by the layer run itself")
 
 
 def layer_statistics(routing: Routing, windows: int, experts: int, seed: int) -> LayerStatistics:

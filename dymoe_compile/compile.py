@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 
 import dymoe_runtime
-from dymoe_compile.calibration import LayerStatistics, calibrate
+from dymoe_compile.calibration import LayerStatistics, calibrate, spilled
 from dymoe_compile.checkpoint import Checkpoint
 from dymoe_compile.dense import MOST_BITS, DenseChoice, choose_dense_bits, keep_choice, known_choice, write_dense
 from dymoe_compile.findings import collect
@@ -189,7 +189,7 @@ def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
     bits = min(MOST_BITS if options.dense_bits == AUTO else int(options.dense_bits), 15) + 1
     dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * bits // 8
     records = len(spec.moe_layers) * spec.num_experts * expert_layout(spec, options.ladder).record_bytes
-    state = 2 * 4 * tokens * spec.hidden_size
+    state = (4 if spilled(tokens, spec.hidden_size) else 2) * 4 * tokens * spec.hidden_size
     return dense + records + state + (1 << 20)
 
 

@@ -11,7 +11,7 @@ from dymoe_compile.points import Fitted, point_json
 from dymoe_compile.sensitivity import Decoding, Rule, Static
 from dymoe_runtime.bundle import DENSE, Manifest, expert_layout
 from dymoe_runtime.policy import LayerPolicy
-from dymoe_runtime.tiers import BLOCK
+from dymoe_runtime.tiers import BLOCK, MOST_CURVED
 
 VERSION = 1
 
@@ -46,6 +46,7 @@ def collect(
         },
         "quantizer": {
             "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",
+            "levels": "curved: least squared error for normal weights" if ladder[-1] <= MOST_CURVED else "even",
             "block": BLOCK,
             "steps": "4 bits a block and tier, one bf16 multiplier a row",
             "sweeps": quantize.SWEEPS,

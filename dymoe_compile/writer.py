@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,15 @@ class BundleWriter:
     def drop_state(self, name: str) -> None:
         for suffix in ("json", "safetensors"):
             (self._state / f"{name}.{suffix}").unlink(missing_ok=True)
+
+    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Room for float32 values in a file without a name, which goes when the tensor does."""
+        nbytes = 4 * int(np.prod(shape))
+        with tempfile.TemporaryFile(dir=self._state) as file:
+            if hasattr(os, "posix_fallocate"):
+                # Writing to a mapped file on a full disk would kill the process; this says it in time.
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
     def write_layer(
         self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int

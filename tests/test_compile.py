@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import math
@@ -22,11 +23,15 @@ from safetensors.torch import load_file, save_file
 from test_report import Page
 
 from dymoe_compile.families import supported
+from dymoe_compile.writer import BundleWriter
 from dymoe_runtime.bundle import Bundle, read_manifest
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import PAGE, dequantize, unpack_codes
+
+# Of the files that keep what an interrupted run has done.
+SUFFIXES = ("json", "safetensors")
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -292,6 +297,46 @@ def test_a_kill_leaves_no_bundle_and_the_next_run_goes_on_to_the_same_bytes(
     assert compile_cli(model, "-o", killed, *args).code == 0
     assert same_files(whole, killed)
     assert not partial.exists()
+
+
+def test_hidden_states_on_the_disk_change_nothing(
+    tiny_checkpoint: Path, tiny_path: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the run is interrupted; and no file of theirs is left."""
+    spilled: list[tuple[int, ...]] = []
+    scratch = BundleWriter.scratch
+
+    def counted(writer: BundleWriter, shape: tuple[int, ...]) -> torch.Tensor:
+        spilled.append(shape)
+        return scratch(writer, shape)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dymoe_compile.calibration.SPILL_BYTES", 0)
+    monkeypatch.setattr(BundleWriter, "scratch", counted)
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    with monkeypatch.context() as patch:
+        patch.setattr("dymoe_compile.compile.look_ahead_bytes", interrupt)
+        assert compile_cli(*args).code == 130
+    assert len(spilled) == 4  # the residual stream, and what each layer's experts see
+    assert {path.name for path in (tmp_path / ".out.dymoe.partial" / "state").iterdir()} == {
+        f"{name}.{suffix}" for name in ("dense", "hidden-2", *(f"layer-{i}" for i in range(3))) for suffix in SUFFIXES
+    }
+    assert compile_cli(*args).code == 0
+    assert same_files(tiny_path, tmp_path / "out.dymoe")
+
+
+def test_no_room_for_hidden_states_gets_one_sentence(
+    tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dymoe_compile.calibration.SPILL_BYTES", 0)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    outcome = compile_cli(tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    assert_one_sentence(outcome, "the disk is full", "free space")
 
 
 def test_the_old_bundle_stays_until_the_new_one_is_whole(

@@ -362,6 +362,26 @@ def test_outputs_of_inputs_that_were_not_seen_are_nearer(factor: float) -> None:
     assert all(a < 0.9 * b for a, b in zip(with_them, without, strict=True))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_first_sweep_takes_columns_to_come_for_exact(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the last columns, which it chooses anew, does not reach the codes of the first."""
+    monkeypatch.setattr(quantize, "PULL", BLOCK)
+    ladder, weight = (2, 3, 4), gaussian(40, 4 * BLOCK)
+    hessian = moments_of(correlated(1000, 4 * BLOCK)).ridged()
+
+    def codes_of_the_first_columns(spoilt: bool) -> torch.Tensor:
+        state = quantize._Descending(weight, ladder, hessian)
+        if spoilt:
+            state._codes[:, 3 * BLOCK :] = 0
+            state._take_error()
+        units = quantize._multiplier(state._scales, ladder)[None] * quantize._units(ladder)[:, None]
+        state._sweep(None if first else units.contiguous())
+        return state._codes[:, :BLOCK]
+
+    same = torch.equal(codes_of_the_first_columns(False), codes_of_the_first_columns(True))
+    assert same == first
+
+
 def test_a_sweep_never_raises_the_joint_loss() -> None:
     """With free scales and with stored ones; only snapping to steps may."""
     ladder, weight = (2, 3, 4), gaussian(40, 300)

@@ -128,7 +128,8 @@ def findings(layers: int = 6, experts: int = 8, dense: tuple[int, ...] = (0,), s
             "bits_per_weight": {"2": 2.13, "3": 3.19, "4": 4.25},
             "expert_bytes": 123456789,
             "dense_bytes": 2345678901,
-            "dense_bits": {"attn.q": 8, "embed": 16, "attn.k": 8},
+            "dense_bits": {"attn": 8, "embed": 16, "lm_head": 8},
+            "dense_kl": {"attn": {"8": 0.0, "6": 0.00123, "4": 0.0456}},
         },
         "quantizer": {"method": "coordinate descent", "block": 64, "steps": "ratio 3", "sweeps": 4, "nested": True},
         "layers": [layer(rng, i, experts, ladder, i in dense) for i in range(layers)],
@@ -192,6 +193,12 @@ def test_operating_points_are_listed_with_their_numbers() -> None:
         shown = [expected[key] for key in ("bits_mean", "effective_bits", "kl", "nll", "top1_agreement")]
         assert {number(value, 6) for value in shown} <= set(rows[name])
         assert number(expected["bytes_per_token"] / MIB, 6) in rows[name]
+
+
+def test_dense_bits_and_what_fewer_cost_are_told() -> None:
+    page = render(findings())
+    assert "8: attn, lm_head; 16: embed" in page
+    assert "attn 0.00123 at 6 bits" in page and "attn 0.0456 at 4 bits" in page
 
 
 def test_a_point_measured_twice_is_drawn_once() -> None:
