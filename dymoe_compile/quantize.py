@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dymoe_runtime import kernels
-from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.tiers import (
     BLOCK,
     FINE_STEPS,
@@ -62,8 +62,8 @@ HEADROOM = 1.0
 PULL = 4 * BLOCK
 # Slopes are sums over all columns; eight bits of each term are enough to choose codes by.
 PULL_DTYPE = torch.bfloat16 if _has_bf16() else torch.float32
-# Weights worked on at once, so that temporaries stay in the processor's cache.
-CHUNK_WEIGHTS = 1 << 17
+# Weights that are in float at a time where there is nothing to descend.
+WEIGHTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,6 @@ class Moments:
         scaled = self.hessian / mean
         scaled.diagonal().add_(ridge)
         return scaled
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Scale per tier, float32 [tiers, rows, blocks], ordered as the ladder, for the best grid so far."""
-
-    loss: torch.Tensor
-    scales: torch.Tensor
 
 
 def quantize_matrix(weight: torch.Tensor, ladder: Sequence[int], moments: Moments | None = None) -> QuantizedMatrix:
@@ -131,8 +123,8 @@ class _Descending:
         self._hessian = torch.eye(self._cols) if hessian is None else hessian
         self._diagonal = hessian is None
         self._weight = weight.float().contiguous()
-        codes, scales = _fit_rows(self._weight, ladder, self._hessian.diagonal())
-        self._codes, self._scales = codes.contiguous(), scales  # uint8 [rows, cols], [tiers, rows, blocks]
+        codes, scales = _start(self._weight, ladder, self._hessian.diagonal().contiguous())
+        self._codes, self._scales = codes, scales  # uint8 [rows, cols], [tiers, rows, blocks]
         self._rough_hessian = self._hessian.to(PULL_DTYPE)
         self._error = self._rough_error = torch.empty(0)
         self._take_error()
@@ -197,8 +189,7 @@ class _Descending:
             steps[-1] = _nearest_steps(self._scales[-1:], units[-1:], up=True)[0]
         self._scales = torch.from_numpy(STEPS)[steps.long()] * units[:, :, None]
         if fine:
-            stored = self._scales[-1].repeat_interleave(BLOCK, dim=1)[:, : self._cols, None]
-            self._codes = _round(self._weight[:, :, None], stored[..., 0], self._ladder[-1])[..., 0].to(torch.uint8)
+            self._codes = _nearest_codes(self._weight, self._scales[-1], self._ladder[-1])
         self._take_error()
 
     def _take_error(self) -> None:
@@ -214,86 +205,51 @@ class _Descending:
 
 
 def _round_only(weight: torch.Tensor, ladder: tuple[int, ...]) -> QuantizedMatrix:
-    """Nearest codes of a fine grid."""
-    tier = ladder[0]
-    _, scales = _fit_rows(weight.float(), ladder, torch.ones(weight.shape[1]))
-    multiplier = _multiplier(scales, ladder)
-    steps = _nearest_steps(scales, multiplier.float()[None], up=True)[0]
-    stored = tier_scales(steps, multiplier, tier, tier).repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
-    inverse = torch.where(stored > 0, 1 / stored, 0.0)
-    codes = (weight.float() * inverse).add_(2 ** (tier - 1)).floor_().clamp_(0, 2**tier - 1)
-    return QuantizedMatrix(codes.to(torch.uint8).numpy(), {tier: steps.numpy()}, multiplier)
+    """Nearest codes of a fine grid, a few rows in float at a time."""
+    (tier,) = ladder
+    codes, steps, multipliers = [], [], []
+    for rows in weight.split(max(1, WEIGHTS_AT_ONCE // weight.shape[1])):
+        part = rows.float()
+        scales = _starts(part, tier)
+        multipliers.append(_multiplier(scales, ladder))
+        steps.append(_nearest_steps(scales, multipliers[-1].float()[None], up=True)[0])
+        codes.append(_nearest_codes(part, tier_scales(steps[-1], multipliers[-1], tier, tier), tier))
+    return QuantizedMatrix(torch.cat(codes).numpy(), {tier: torch.cat(steps).numpy()}, torch.cat(multipliers))
 
 
-def _fit_rows(
+def _start(
     weight: torch.Tensor, ladder: tuple[int, ...], importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [rows, cols] and scales [tiers, rows, blocks] of the best grid of each block."""
-    cols = weight.shape[1]
-    blocks = blocks_of(cols)
-    q = F.pad(importance / importance.mean().clamp_min(1e-30), (0, blocks * BLOCK - cols)).view(-1, BLOCK)
-    codes, scales = [], []
-    for part in weight.split(max(1, CHUNK_WEIGHTS // (blocks * BLOCK))):
-        w = F.pad(part, (0, blocks * BLOCK - cols)).view(len(part), -1, BLOCK)
-        fit = _best_fit(w, q, ladder)
-        scales.append(fit.scales)
-        codes.append(_round(w, fit.scales[-1], ladder[-1]).to(torch.uint8).view(len(part), -1)[:, :cols])
-    return torch.cat(codes), torch.cat(scales, dim=1)
-
-
-def _best_fit(w: torch.Tensor, q: torch.Tensor, ladder: tuple[int, ...]) -> _Fit:
+    """Codes uint8 [rows, cols] and scales [tiers, rows, blocks] of the best of a few grids in each block."""
     top = ladder[-1]
-    largest = w.abs().amax(dim=-1) / levels_of(top, top)[-1]
-    best: _Fit | None = None
-    for start in _starts(w, largest, top):
-        codes = _round(w, start, top)
-        loss = torch.zeros_like(largest)
-        scales = []
-        for tier, weight in zip(ladder, tier_weights(ladder), strict=True):
-            scale, error = _refit(w, q, codes, tier, top)
-            # Least squares of a grid that clips nothing may clip; it keeps its own scale.
-            scales.append(largest if top >= FINE and tier == top else scale)
-            loss += weight * error
-        fit = _Fit(loss, torch.stack(scales))
-        best = fit if best is None else _better(best, fit)
-    assert best is not None
-    return best
+    importance = importance / importance.mean().clamp_min(1e-30)
+    starts = _starts(weight, top)
+    codes, scales = kernels.fit(weight, Grid(ladder, tier_weights(ladder), importance, starts))
+    if top >= FINE:
+        # Least squares of a grid that clips nothing may clip; it keeps its own scale.
+        scales[-1] = starts[0]
+        codes = _nearest_codes(weight, starts[0], top)
+    return codes, scales
 
 
-def _starts(w: torch.Tensor, largest: torch.Tensor, top: int) -> list[torch.Tensor]:
-    """Scales of the top tier to try, [rows, blocks] each; `largest` clips nothing."""
-    if top <= MOST_CURVED:
-        usual = w.square().mean(-1).sqrt() / LEVELS_RMS[top]
-        return [largest, *(usual * spread for spread in SPREADS)]
-    return [largest * clip for clip in (CLIPS if top < FINE else CLIPS[:1])]
+def _starts(weight: torch.Tensor, top: int) -> torch.Tensor:
+    """Scales of the top tier to try, [starts, rows, blocks]; the first clips nothing."""
+    rows, cols = weight.shape
+    blocks = F.pad(weight, (0, blocks_of(cols) * BLOCK - cols)).view(rows, -1, BLOCK)
+    largest = blocks.abs().amax(dim=-1) / levels_of(top, top)[-1]
+    if top > MOST_CURVED:
+        return torch.stack([largest * clip for clip in (CLIPS if top < FINE else CLIPS[:1])])
+    counts = torch.full((blocks.shape[1],), BLOCK)
+    counts[-1] = cols - (len(counts) - 1) * BLOCK
+    usual = (blocks.square().sum(-1) / counts).sqrt() / LEVELS_RMS[top]
+    return torch.stack([largest, *(usual * spread for spread in SPREADS)])
 
 
-def _better(a: _Fit, b: _Fit) -> _Fit:
-    b_wins = b.loss < a.loss
-    return _Fit(torch.where(b_wins, b.loss, a.loss), torch.where(b_wins, b.scales, a.scales))
-
-
-def _round(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Nearest codes, whole numbers shaped like w; a zero scale gives the middle code."""
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    relative = w * inverse[..., None]
-    if bits > MOST_CURVED:
-        return relative.add_(2 ** (bits - 1)).floor_().clamp_(0, 2**bits - 1)
-    levels = levels_of(bits, bits)
-    return torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True)
-
-
-def _refit(
-    w: torch.Tensor, q: torch.Tensor, codes: torch.Tensor, tier: int, top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least-squares scale of `tier` for codes of `top`, and the weighted squared error; [rows, blocks] each."""
-    levels = levels_of(tier, top)[codes.int() >> (top - tier)]
-    weighted = levels * q
-    across = (weighted * w).sum(-1)
-    square = (weighted * levels).sum(-1)
-    scale = torch.where(square > 0, across / square.clamp_min(1e-30), 0.0).clamp_min_(0.0)
-    error = (q * w * w).sum(-1) - 2 * scale * across + scale * scale * square
-    return scale, error
+def _nearest_codes(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [rows, cols] nearest at scales [rows, blocks] of even levels."""
+    stored = scales.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
+    inverse = torch.where(stored > 0, 1 / stored, 0.0)
+    return (weight * inverse).add_(2 ** (bits - 1)).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def _multiplier(scales: torch.Tensor, ladder: tuple[int, ...]) -> torch.Tensor:

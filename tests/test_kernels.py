@@ -18,7 +18,7 @@ import torch
 from dymoe_runtime import kernels, tiers
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
-from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout, levels_of
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
@@ -255,6 +255,74 @@ def test_unaligned_segments() -> None:
 # Descent: the choice of codes and scales.
 
 DESCENT_LADDERS = [(2, 3, 4), (2,), (4,), (3, 5), (2, 4, 8)]
+
+
+FIT_LADDERS = [(2, 3, 4), (2, 4), (3,), (2, 3, 5), (5,), (2, 6)]
+
+
+def grid(ladder: tuple[int, ...], rows: int, cols: int) -> tuple[torch.Tensor, Grid]:
+    """A random matrix with blocks of zeros, and scales to start from, some of them zero."""
+    g = torch.Generator().manual_seed(rows * cols)
+    weight = torch.randn(rows, cols, generator=g)
+    weight[:: rows // 2 + 1, :BLOCK] = 0
+    blocks, largest = tiers.blocks_of(cols), levels_of(ladder[-1], ladder[-1])[-1]
+    starts = 3 * torch.rand(3, rows, blocks, generator=g) / largest
+    starts[:, -1, -1] = 0
+    starts[0, 0, 0] = 0
+    weights = tuple(4.0 ** (tier - ladder[-1]) for tier in ladder)
+    importance = torch.rand(cols, generator=g)
+    importance[cols // 2] = 0
+    return weight, Grid(ladder, weights, importance, starts)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (17, 2 * BLOCK + 7), (100, 300)], ids=str)
+@pytest.mark.parametrize("ladder", FIT_LADDERS, ids=str)
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_fits_equal_the_reference(isa: str, ladder: tuple[int, ...], shape: tuple[int, int]) -> None:
+    """Codes and scales; where rounding decided between starts, or between codes, a few may differ."""
+    weight, given = grid(ladder, *shape)
+    codes, scales = kernels.select(isa).fit(weight, given)
+    expected_codes, expected_scales = reference.fit(weight, given)
+    assert codes.shape == weight.shape and int(codes.max()) < 2 ** ladder[-1]
+    same = torch.isclose(scales, expected_scales, rtol=1e-4, atol=1e-7).all(0)
+    assert (~same).sum() <= same.numel() // 50
+    where = same.repeat_interleave(BLOCK, 1)[:, : shape[1]]
+    assert (codes != expected_codes)[where].sum() <= weight.numel() // 1000
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_a_fit_takes_the_start_that_loses_least(isa: str) -> None:
+    """Whichever place it has; and none of them is better than all together."""
+    weight, given = grid((2, 3, 4), 40, 200)
+    together = weighted_loss(weight, given, *kernels.select(isa).fit(weight, given))
+    alone = []
+    for start in given.starts:
+        single = replace(given, starts=start[None].contiguous())
+        alone.append(weighted_loss(weight, given, *kernels.select(isa).fit(weight, single)))
+    assert torch.allclose(together, torch.stack(alone).amin(0), rtol=0.02, atol=1e-6)
+    assert (together.sum() < torch.stack([loss.sum() for loss in alone])).all()
+
+
+def weighted_loss(weight: torch.Tensor, given: Grid, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of each block, with the codes that its start led to, [rows, blocks]."""
+    top, blocks, loss = given.ladder[-1], scales.shape[-1], torch.zeros(scales.shape[1:])
+    for t, tier in enumerate(given.ladder):
+        values = (
+            scales[t].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+            * levels_of(tier, top)[(codes >> (top - tier)).int()]
+        )
+        error = torch.nn.functional.pad(given.importance * (values - weight).square(), (0, -weight.shape[1] % BLOCK))
+        loss += given.weights[t] * error.view(len(weight), blocks, BLOCK).sum(-1)
+    return loss
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_a_fit_that_does_not_match_its_matrix_is_refused(isa: str) -> None:
+    weight, given = grid((2, 3, 4), 4, 130)
+    wrong = {"weights": (1.0,), "importance": given.importance[:-1], "starts": given.starts[:, :, :-1]}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            kernels.select(isa).fit(weight, replace(given, **{name: value}))
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
-from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None
@@ -45,6 +45,7 @@ class Kernels(Protocol):
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
     def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
+    def fit(self, weight: torch.Tensor, grid: Grid, /) -> tuple[torch.Tensor, torch.Tensor]: ...
     def descend(self, block: Descent, /) -> None: ...
     def threads(self) -> int: ...
     def set_threads(self, count: int, /) -> None: ...
@@ -68,6 +69,15 @@ def embed(layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor
 def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor:
     """The matrix called `name`, float32 [rows, cols]."""
     return _active().dequantize(layout, tier, segments, name)
+
+
+def fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [rows, cols] and scales [tiers, rows, blocks] of weight [rows, cols] to start a descent from.
+
+    In each block, of the scales to start from, the one whose nearest codes lose least, where each
+    tier's scale is fitted to the codes that it inherits; then the codes nearest at that scale.
+    """
+    return _active().fit(weight, grid)
 
 
 def descend(block: Descent) -> None:

@@ -26,6 +26,17 @@ def descend(
     pitch: int,
     last: bool,
 ) -> None: ...
+def fit(
+    isa: str,
+    bits: list[int],
+    weights: list[float],
+    weight: _Matrix,
+    importance: int,
+    starts: int,
+    start: int,
+    scales: int,
+    codes: int,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...

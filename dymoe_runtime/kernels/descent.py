@@ -6,7 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
-from dymoe_runtime.tiers import levels_of
+from dymoe_runtime.tiers import blocks_of, levels_of
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to choose the codes and scales by that a descent starts from."""
+
+    ladder: tuple[int, ...]
+    weights: tuple[float, ...]  # of each tier's squared error
+    importance: torch.Tensor  # float32 [cols]: what the squared error of a column counts
+    starts: torch.Tensor  # float32 [starts, rows, blocks]: scales of the highest tier to try
+
+    def check(self, weight: torch.Tensor) -> None:
+        """ValueError unless this fits weight [rows, cols]."""
+        rows, cols = weight.shape
+        shapes = {
+            "weights": (len(self.weights), len(self.ladder)),
+            "importance": (tuple(self.importance.shape), (cols,)),
+            "starts": (tuple(self.starts.shape[1:]), (rows, blocks_of(cols))),
+        }
+        for name, (found, expected) in shapes.items():
+            if found != expected:
+                raise ValueError(f"{name}: expected {expected}, got {found}")
 
 
 @dataclass

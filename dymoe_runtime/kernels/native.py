@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from dymoe_runtime.kernels import _native
-from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.kernels import _native, reference
+from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
+
+# Bits up to which codes are found by counting the levels below: kMostFittedBits in kernels.h.
+MOST_FITTED = 5
 
 available_isas = _native.available_isas
 
@@ -56,6 +59,27 @@ class Native:
         y = torch.empty(where.rows, where.cols)
         _plan_of(layout).dequantize(self.isa, tier, _segments(segments), name, _matrix(y, "y"))
         return y
+
+    def fit(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        if grid.ladder[-1] > MOST_FITTED:
+            return reference.fit(weight, grid)
+        grid.check(weight)
+        tiers, (rows, cols) = len(grid.ladder), weight.shape
+        codes = torch.empty(rows, cols, dtype=torch.uint8)
+        scales = torch.empty(tiers, *grid.starts.shape[1:])
+        _check(grid.starts, torch.float32, 3, "starts")
+        _native.fit(
+            self.isa,
+            list(grid.ladder),
+            list(grid.weights),
+            _matrix(weight, "weight"),
+            _vector(grid.importance, torch.float32, "importance")[0],
+            len(grid.starts),
+            grid.starts.data_ptr(),
+            scales.data_ptr(),
+            codes.data_ptr(),
+        )
+        return codes, scales
 
     def descend(self, block: Descent) -> None:
         cols = block.columns.stop - block.columns.start

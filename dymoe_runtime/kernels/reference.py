@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
-from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
@@ -56,6 +57,55 @@ def embed(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids
 
 def dequantize(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     return tiers.dequantize(_arrays(layout, tier, segments), layout.matrices[name], tier)
+
+
+def fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    grid.check(weight)
+    blocks, (rows, cols) = tiers.blocks_of(weight.shape[1]), weight.shape
+    padding = (0, blocks * tiers.BLOCK - cols)
+    q = F.pad(grid.importance, padding).view(-1, tiers.BLOCK)
+    codes, scales = torch.empty(rows, cols, dtype=torch.uint8), torch.empty(len(grid.ladder), rows, blocks)
+    step = max(1, WEIGHTS_AT_ONCE // (blocks * tiers.BLOCK))
+    for first in range(0, rows, step):
+        some = slice(first, min(first + step, rows))
+        w = F.pad(weight[some], padding).view(-1, blocks, tiers.BLOCK)
+        scales[:, some] = _best_scales(w, q, grid, grid.starts[:, some])
+        codes[some] = nearest_codes(w, scales[-1, some], grid.ladder[-1]).view(len(w), -1)[:, :cols]
+    return codes, scales
+
+
+def nearest_codes(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [..., cols] of the levels nearest to w / scale; w [..., cols], scale [...], 0 for none."""
+    relative = w * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
+    if bits > tiers.MOST_CURVED:
+        return relative.add_(2 ** (bits - 1)).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    levels = tiers.levels_of(bits, bits)
+    return torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2, out_int32=True, right=True).to(torch.uint8)
+
+
+def _best_scales(w: torch.Tensor, q: torch.Tensor, grid: Grid, starts: torch.Tensor) -> torch.Tensor:
+    """Of blocks w [rows, blocks, 64] with column importances q, the scales [tiers, rows, blocks] that lose least."""
+    top = grid.ladder[-1]
+    best, least = torch.empty(0), torch.full(w.shape[:-1], torch.inf)
+    for start in starts:
+        codes = nearest_codes(w, start, top)
+        fitted = [_fit_tier(w, q, codes, tier, top) for tier in grid.ladder]
+        loss = torch.stack([weight * error for weight, (_, error) in zip(grid.weights, fitted, strict=True)]).sum(0)
+        scales = torch.stack([scale for scale, _ in fitted])
+        best = torch.where(loss < least, scales, best) if len(best) else scales
+        least = torch.minimum(loss, least)
+    return best
+
+
+def _fit_tier(
+    w: torch.Tensor, q: torch.Tensor, codes: torch.Tensor, tier: int, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least-squares scale of `tier` for codes of `top`, and the weighted squared error; [rows, blocks] each."""
+    levels = tiers.levels_of(tier, top)[codes.int() >> (top - tier)]
+    weighted = levels * q
+    across, square = (weighted * w).sum(-1), (weighted * levels).sum(-1)
+    scale = torch.where(square > 0, across / square.clamp_min(TINY), 0.0).clamp_min_(0.0)
+    return scale, (q * w * w).sum(-1) - 2 * scale * across + scale * scale * square
 
 
 def descend(block: Descent) -> None:

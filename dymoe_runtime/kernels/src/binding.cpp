@@ -104,18 +104,42 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
+/// Fills in the tiers of a descent or a fit.
+template <class Work>
+void take_tiers(Work& work, const std::vector<int>& bits, const std::vector<float>& weights, int most) {
+  work.tiers = int(bits.size());
+  if (bits.empty() || work.tiers > kMaxTiers || weights.size() != bits.size())
+    reject("bits: one weight is needed for each of 1.." + std::to_string(kMaxTiers) + " tiers");
+  for (int t = 0; t < work.tiers; ++t) {
+    if (bits[t] < 2 || bits[t] > most || (t && bits[t] <= bits[t - 1]))
+      reject("bits: expected rising numbers of 2.." + std::to_string(most));
+    work.bits[t] = bits[t], work.weights[t] = weights[t];
+  }
+}
+
+void run_fit(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
+             const MatrixTuple& weight, uintptr_t importance, int starts, uintptr_t start, uintptr_t scales,
+             uintptr_t codes) {
+  Fit f{};
+  take_tiers(f, bits, weights, kMostFittedBits);
+  const auto [address, rows, cols] = weight;
+  if (starts < 1) reject("starts: expected at least one");
+  f.rows = rows, f.cols = cols, f.starts = starts;
+  f.weight = reinterpret_cast<const float*>(address), f.importance = reinterpret_cast<const float*>(importance);
+  f.start = reinterpret_cast<const float*>(start), f.scales = reinterpret_cast<float*>(scales);
+  f.codes = reinterpret_cast<uint8_t*>(codes);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  fit(kernels, f);
+}
+
 void run_descend(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
                  const MatrixTuple& hessian, int64_t hessian_pitch, const MatrixTuple& slope, uintptr_t units,
                  uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last) {
   Descent d{};
-  d.tiers = int(bits.size());
+  take_tiers(d, bits, weights, 8);
   const auto [address, rows, cols] = slope;
-  if (bits.empty() || d.tiers > kMaxTiers || weights.size() != bits.size() || rows % d.tiers)
-    reject("bits: one weight is needed for each of 1.." + std::to_string(kMaxTiers) + " tiers");
-  for (int t = 0; t < d.tiers; ++t) {
-    if (bits[t] < 1 || bits[t] > 8 || (t && bits[t] <= bits[t - 1])) reject("bits: expected rising numbers of 1..8");
-    d.bits[t] = bits[t], d.weights[t] = weights[t];
-  }
+  if (rows % d.tiers) reject("slope: expected as many rows for each tier");
   d.rows = rows / d.tiers, d.cols = cols, d.pitch = pitch, d.last = last;
   if (cols < 1 || cols > kBlock || pitch < cols) reject("slope: expected 1.." + std::to_string(kBlock) + " columns");
   const Matrix square = matrix_from(hessian, "hessian", cols);
@@ -170,6 +194,8 @@ NB_MODULE(_native, m) {
       .def("dequantize", &run_dequantize, "isa"_a, "tier"_a, "segments"_a, "name"_a, "y"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
+  m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,
+        "codes"_a);
   m.def("available_isas", &isa_names);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, "count"_a);

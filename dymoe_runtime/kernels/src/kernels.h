@@ -84,6 +84,22 @@ struct Descent {
   uint8_t* codes;      // [rows, pitch], likewise
 };
 
+constexpr int kMostFittedBits = 5;
+
+/// A matrix whose codes and scales are wanted to start a descent from; see fit.h.
+struct Fit {
+  int tiers;
+  int bits[kMaxTiers];  // at most kMostFittedBits
+  float weights[kMaxTiers];
+  int64_t rows, cols;
+  const float* weight;      // [rows, cols]
+  const float* importance;  // [cols]: what the squared error of a column counts
+  int starts;
+  const float* start;  // [starts, rows, blocks]: scales of the highest tier to try
+  float* scales;       // [tiers, rows, blocks]
+  uint8_t* codes;      // [rows, cols]
+};
+
 struct Kernels {
   const char* name;
 
@@ -101,6 +117,9 @@ struct Kernels {
 
   /// Improves scales and codes of rows [row, row + rows) and brings the error up to date.
   void (*descend)(const Descent& block, int64_t row, int64_t rows);
+
+  /// Codes and scales of rows [row, row + rows).
+  void (*fit)(const Fit& fit, int64_t row, int64_t rows);
 };
 
 }  // namespace dymoe

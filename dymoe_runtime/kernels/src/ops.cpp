@@ -135,6 +135,13 @@ void descend(const Kernels& isa, const Descent& block) {
   });
 }
 
+void fit(const Kernels& isa, const Fit& fit) {
+  constexpr int64_t kRows = 16;
+  parallel_ranges(fit.rows, kRows, fit.rows * fit.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) isa.fit(fit, row, std::min(kRows, end - row));
+  });
+}
+
 void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out) {
   parallel_ranges(count, 1, count * weight.blocks, [&](int64_t begin, int64_t end) {
     uint8_t* scratch = scratch_for(weight);

@@ -19,6 +19,9 @@ void ffn(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const
 /// Improves the scales and codes of a block of columns.
 void descend(const Kernels& isa, const Descent& block);
 
+/// The codes and scales that the descent of a matrix starts from.
+void fit(const Kernels& isa, const Fit& fit);
+
 /// out[i] = row ids[i] of weight; ids below weight.rows, or null for all rows in order.
 void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out);
 

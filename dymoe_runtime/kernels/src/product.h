@@ -18,7 +18,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "descend.h"
+#include "fit.h"
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -344,7 +344,7 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize, product<V>, dequantize<V>, descend};
+  return {name, quantize, product<V>, dequantize<V>, descend, fit_rows};
 }
 
 }  // namespace
