@@ -194,7 +194,8 @@ class LayerRun:
         records = (self._expert(ExpertKey(layer, e), h, routing, x) for e in range(self.spec.num_experts))
         index = self.spec.moe_layers.index(layer)
         self._entry = self._writer.write_layer(index, layer, self._layout, records, self.spec.num_experts)
-        self._routing = routing
+        # The residual stream has been added to, and is no longer what was routed.
+        self._routing = Routing(experts, gates, x[:0], token_weights)
 
     def _expert(self, key: ExpertKey, h: torch.Tensor, routing: Routing, y: torch.Tensor) -> np.ndarray:
         """Add to y what one expert makes of h [T, H]; its record."""
@@ -231,7 +232,7 @@ class LayerRun:
         routing = Routing(
             self._routing.experts[:tokens],
             self._routing.gates[:tokens],
-            self._routing.residual[:tokens],
+            self._routing.residual,
             self._routing.token_weights[:tokens],
         )
         seen = layer_statistics(routing, self._train, self.spec.num_experts, self._seed)

@@ -107,40 +107,31 @@ def build(
     ):
         check_space(writer.directory, needed - writer.used_bytes())
         copy_tokenizer(options.model, writer)
-        choice = known_choice(checkpoint.spec, options.dense_bits, writer)
-        measured = choice is not None
-        choice = choice or DenseChoice.alike(checkpoint.spec, MOST_BITS)
+        known = known_choice(checkpoint.spec, options.dense_bits, writer)
+        choice = known or DenseChoice.alike(checkpoint.spec, MOST_BITS)
         dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
         original, statistics, layers = calibrate(checkpoint, windows, options.ladder, options.seed, writer, progress)
         writer.write_small(LOOK_AHEAD, look_ahead_bytes(statistics))
-
-        def manifest() -> Manifest:
-            assert choice is not None
-            return Manifest(
-                checkpoint.spec,
-                options.ladder,
-                choice.bits,
-                files_of(writer.directory),
-                dense_crc32,
-                layers,
-                provenance,
-            )
-
-        draft = Bundle(writer.directory, manifest(), Policy(options.ladder, (), (), ""))
-        if not measured:
+        manifest = Manifest(
+            checkpoint.spec, options.ladder, choice.bits, files_of(writer.directory), dense_crc32, layers, provenance
+        )
+        draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
+        if known is None:
             excerpt = excerpt_for(checkpoint.spec, windows.held_out, original, SENSITIVITY_TOKENS)
-            budget = profile_budget(draft, options.profile)
-            choice = choose_dense_bits(draft, checkpoint, *excerpt, budget, progress)
+            choice = choose_dense_bits(draft, checkpoint, *excerpt, profile_budget(draft, options.profile), progress)
             keep_choice(choice, writer)
             dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
-            draft = Bundle(writer.directory, manifest(), draft.policy)
+            manifest = replace(
+                manifest, dense_bits=choice.bits, files=files_of(writer.directory), dense_crc32=dense_crc32
+            )
+            draft = Bundle(writer.directory, manifest, draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
-        check_quality(Bundle(writer.directory, draft.manifest, fitted.policy), options)
-        findings = collect(draft.manifest, choice.added_kl, statistics, fitted)
+        check_quality(Bundle(writer.directory, manifest, fitted.policy), options)
+        findings = collect(manifest, choice.added_kl, statistics, fitted)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
-        writer.finish(manifest())
+        writer.finish(replace(manifest, files=files_of(writer.directory)))
     return Bundle.open(options.output)
 
 
@@ -186,8 +177,11 @@ def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
 
 def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
     """About what the bundle and the state of an interrupted run take on the disk."""
-    bits = min(MOST_BITS if options.dense_bits == AUTO else int(options.dense_bits), 15) + 1
+    auto = options.dense_bits == AUTO
+    bits = min(MOST_BITS if auto else int(options.dense_bits), 15) + 1
     dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * bits // 8
+    # Dense weights may be written once more at other bits, beside what is there.
+    dense *= 2 if auto else 1
     records = len(spec.moe_layers) * spec.num_experts * expert_layout(spec, options.ladder).record_bytes
     state = (4 if spilled(tokens, spec.hidden_size) else 2) * 4 * tokens * spec.hidden_size
     return dense + records + state + (1 << 20)
@@ -221,7 +215,7 @@ def check_quality(bundle: Bundle, options: CompileOptions) -> None:
         raise QualityError(
             f"no operating point within the {format_size(options.profile.memory_bytes)} of profile "
             f"{options.profile.name} reaches a KL of {options.max_kl:g}, {reached}; "
-            "add a higher tier to --tiers, choose a larger profile or raise --max-kl"
+            "choose a larger profile, other --tiers or raise --max-kl"
         )
 
 

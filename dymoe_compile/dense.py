@@ -78,8 +78,11 @@ def choose_dense_bits(
     dense = BundleDense(bundle)
     uniform = [Decoding(TierRule.uniform(tier, ladder, spec.num_layers)) for tier in ladder]
     added: dict[str, dict[int, float]] = {}
-    with progress("dense weights", spec.num_layers * (1 + len(kinds) * len(FEWER_BITS))) as advance:
+    with progress("dense bits", spec.num_layers * (1 + len(kinds) * len(FEWER_BITS))) as advance:
         measured = Measurer(bundle, held_out, original, dense).measure(uniform, advance)
+        if not math.isfinite(measured[-1].kl):
+            # Which layer is at fault is found when each is measured.
+            return DenseChoice.alike(spec, MOST_BITS)
         for kind in kinds:
             added[kind] = {MOST_BITS: 0.0}
             for bits in FEWER_BITS:
@@ -87,7 +90,8 @@ def choose_dense_bits(
                 (result,) = Measurer(bundle, held_out, original, coarser).measure(uniform[-1:], advance)
                 added[kind][bits] = max(result.kl - measured[-1].kl, 0.0) if math.isfinite(result.kl) else math.inf
     price = worth_of_a_byte(bundle, [result.kl for result in measured], budget)
-    chosen = cheapest(added, kind_bytes(spec), price, budget.floor - budget.memory)
+    # The floor is in whole MiB.
+    chosen = cheapest(added, kind_bytes(spec), price, budget.floor - (budget.memory >> 20 << 20))
     return DenseChoice(chosen, {kind: _shown(row) for kind, row in added.items()})
 
 
@@ -127,8 +131,8 @@ def _cheapest(added: Mapping[int, float], nbytes: Mapping[int, int], price: floa
 
 
 def _shown(added: Mapping[int, float]) -> dict[str, float]:
-    """Four digits of what is finite, for JSON."""
-    return {str(bits): float(f"{kl:.4g}") for bits, kl in added.items() if math.isfinite(kl)}
+    """Four digits of what is finite, for JSON; without MOST_BITS, which adds nothing."""
+    return {str(bits): float(f"{kl:.4g}") for bits, kl in added.items() if bits != MOST_BITS and math.isfinite(kl)}
 
 
 def kind_bytes(spec: ModelSpec) -> dict[str, dict[int, int]]:

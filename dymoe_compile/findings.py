@@ -13,7 +13,7 @@ from dymoe_runtime.bundle import DENSE, Manifest, expert_layout
 from dymoe_runtime.policy import LayerPolicy
 from dymoe_runtime.tiers import BLOCK, MOST_CURVED
 
-VERSION = 1
+VERSION = 2
 
 
 def collect(

@@ -1,6 +1,6 @@
 """Nested tiers of one matrix: one code per weight whose top bits serve every lower tier.
 
-First the grid of each block of 64 is chosen jointly: among clipping factors, the one with
+First the grid of each block of 64 is chosen jointly: among a few scales, the one with
 the least weighted error summed over the tiers, where each tier's scale is refitted by least
 squares to the codes that it inherits. Then coordinate descent improves codes and scales for
 what the matrix is used for: with H the mean outer product of its inputs, it lowers the sum
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -47,8 +48,8 @@ BETWEEN_SHARE = 0.5
 # reference model better than seven clips, in 60% of their time.
 CLIPS = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
 SPREADS = (0.88, 1.0, 1.14)
-# Root mean square of the curved levels that normal weights get.
-LEVELS_RMS = {2: 18.4, 3: 13.8, 4: 11.5}
+# About the root mean square of the curved levels that normal weights get.
+LEVELS_RMS = {2: 16.2, 3: 9.5, 4: 11.5}
 # From six bits on no clipping is tried and no codes are descended: rounding is as good.
 FINE = 6
 # Passes of the descent over all columns; the first with free scales.
@@ -93,10 +94,25 @@ def quantize_matrix(weight: torch.Tensor, ladder: Sequence[int], moments: Moment
     Without moments, or with too few samples, all columns count alike.
     """
     ladder = tuple(ladder)
-    if ladder[-1] >= FINE and len(ladder) == 1:
-        return _round_only(weight, ladder)
-    hessian = moments.ridged() if moments is not None and moments.enough else None
-    return _Descending(weight, ladder, hessian).run()
+    if moments is not None and moments.enough and not _only_rounded(ladder):
+        return _Descending(weight, ladder, moments.ridged()).run()
+    # Rows do not meet, and all of an embedding in float would be too much.
+    parts = weight.split(max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
+    if _only_rounded(ladder):
+        return _joined([_round_only(part, ladder[0]) for part in parts])
+    return _joined([_Descending(part, ladder, None).run() for part in parts])
+
+
+def _only_rounded(ladder: tuple[int, ...]) -> bool:
+    return len(ladder) == 1 and ladder[0] >= FINE
+
+
+def _joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """One matrix of the rows of all."""
+    steps = {tier: np.concatenate([part.steps[tier] for part in parts]) for tier in parts[0].steps}
+    return QuantizedMatrix(
+        np.concatenate([part.codes for part in parts]), steps, torch.cat([part.multiplier for part in parts])
+    )
 
 
 def quantize_expert(
@@ -204,17 +220,14 @@ class _Descending:
         return levels * self._scales[t].repeat_interleave(BLOCK, dim=1)[:, : self._cols]
 
 
-def _round_only(weight: torch.Tensor, ladder: tuple[int, ...]) -> QuantizedMatrix:
-    """Nearest codes of a fine grid, a few rows in float at a time."""
-    (tier,) = ladder
-    codes, steps, multipliers = [], [], []
-    for rows in weight.split(max(1, WEIGHTS_AT_ONCE // weight.shape[1])):
-        part = rows.float()
-        scales = _starts(part, tier)
-        multipliers.append(_multiplier(scales, ladder))
-        steps.append(_nearest_steps(scales, multipliers[-1].float()[None], up=True)[0])
-        codes.append(_nearest_codes(part, tier_scales(steps[-1], multipliers[-1], tier, tier), tier))
-    return QuantizedMatrix(torch.cat(codes).numpy(), {tier: torch.cat(steps).numpy()}, torch.cat(multipliers))
+def _round_only(weight: torch.Tensor, tier: int) -> QuantizedMatrix:
+    """Nearest codes of a fine grid."""
+    weight = weight.float()
+    scales = _starts(weight, tier)
+    multiplier = _multiplier(scales, (tier,))
+    steps = _nearest_steps(scales, multiplier.float()[None], up=True)[0]
+    codes = _nearest_codes(weight, tier_scales(steps, multiplier, tier, tier), tier)
+    return QuantizedMatrix(codes.numpy(), {tier: steps.numpy()}, multiplier)
 
 
 def _start(

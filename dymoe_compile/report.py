@@ -284,7 +284,7 @@ def size(nbytes: object) -> str:
 
 
 def dense_bits(value: object) -> str:
-    """One width for all, or the tensors of each width."""
+    """One width for all, or the kinds of each width."""
     if not isinstance(value, Mapping):
         return scalar(value)
     tensors: dict[str, list[str]] = {}

@@ -23,6 +23,8 @@ from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_r
 
 VERSION = 3
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
+# Of a kind of dense matrices: quantized, or 16 as bf16.
+DENSE_BITS = (4, 5, 6, 7, 8, 16)
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 FINDINGS = "compile.json"
@@ -62,7 +64,7 @@ class Manifest:
 
     spec: ModelSpec
     ladder: tuple[int, ...]
-    dense_bits: Mapping[str, int]  # kind of dense matrix -> 4..8 quantized, 16 as bf16
+    dense_bits: Mapping[str, int]  # kind of dense matrix -> one of DENSE_BITS
     files: Mapping[str, FileEntry]
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
@@ -90,6 +92,9 @@ class Manifest:
         data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}
         data["layers"] = {int(layer): _layer_entry(entry, where) for layer, entry in data["layers"].items()}
         manifest: Manifest = strict(Manifest, data, where)
+        kinds = set(dense_kinds(manifest.spec))
+        if set(manifest.dense_bits) != kinds or not set(manifest.dense_bits.values()) <= set(DENSE_BITS):
+            raise DymoeError(f"{where}: dense_bits do not give bits for {', '.join(sorted(kinds))}; {DAMAGED}")
         return manifest
 
 

@@ -1,7 +1,7 @@
 """The one decoder: dense layers in torch, routed experts behind a function.
 
-The compiler passes full-precision experts that record what they see, the runtime passes
-stored ones; both therefore run the same mathematics.
+The runtime passes stored experts; the compiler asks for attention, norms and routing alone and
+runs the original's experts between them, one after another. Both run the same mathematics.
 """
 
 from __future__ import annotations

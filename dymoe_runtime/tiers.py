@@ -52,13 +52,13 @@ FINE_STEPS = 11
 # 1982, Max 1960), as 6-bit whole numbers around 31.5: a tier's bins are unions of the next one's,
 # and these happen to be nearly the best of fewer bits as well, which bins of one width are not.
 CURVED = {
-    2: (0, 22, 41, 63),
-    3: (0, 12, 20, 28, 35, 43, 51, 63),
-    4: (0, 8, 13, 17, 21, 24, 27, 30, 33, 36, 39, 42, 46, 50, 55, 63),
+    2: (4, 23, 40, 59),
+    3: (10, 18, 24, 29, 34, 39, 45, 53),
+    4: (1, 9, 14, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 49, 54, 62),
 }
 CURVED_CENTRE = 31.5
 # What scales come in, so that one multiplier suits all tiers of a row.
-CURVED_UNITS = {2: 0.0380, 3: 0.1059, 4: 0.2590}
+CURVED_UNITS = {2: 0.0433, 3: 0.1539, 4: 0.2590}
 MOST_CURVED = 4
 
 

@@ -110,6 +110,23 @@ def test_linear_equals_reference(isa: str, ladder: tuple[int, ...], tier: int) -
 
 
 @pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("ladder", [(4,), (3, 4), (2, 8)], ids=str)
+def test_splits_that_no_layout_of_ours_has_are_read(
+    isa: str, ladder: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planes of one bit only, which are unpacked one by one."""
+    monkeypatch.setattr(tiers, "plane_widths", lambda bits: (1,) * bits)
+    layout, segments = weight(9, 150, ladder)
+    for tier in ladder:
+        w = reference.dequantize(layout, tier, segments, "weight")
+        assert torch.equal(kernels.select(isa).dequantize(layout, tier, segments, "weight"), w)
+        for tokens in (1, 5):
+            x = random_input(tokens, 150)
+            y = kernels.select(isa).linear(layout, tier, segments, x)
+            assert_within(y, x @ w.T, rounding(x) @ w.abs().T)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize(("ladder", "tier"), CASES)
 def test_exact_activations_leave_float_rounding(isa: str, ladder: tuple[int, ...], tier: int) -> None:
     layout, segments = weight(21, 1100, ladder)

@@ -129,7 +129,7 @@ def findings(layers: int = 6, experts: int = 8, dense: tuple[int, ...] = (0,), s
             "expert_bytes": 123456789,
             "dense_bytes": 2345678901,
             "dense_bits": {"attn": 8, "embed": 16, "lm_head": 8},
-            "dense_kl": {"attn": {"8": 0.0, "6": 0.00123, "4": 0.0456}},
+            "dense_kl": {"attn": {"6": 0.00123, "4": 0.0456}},
         },
         "quantizer": {"method": "coordinate descent", "block": 64, "steps": "ratio 3", "sweeps": 4, "nested": True},
         "layers": [layer(rng, i, experts, ladder, i in dense) for i in range(layers)],

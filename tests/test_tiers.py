@@ -37,7 +37,7 @@ from dymoe_runtime.tiers import (
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (3, 5), (2, 6), (2,), (2, 4), (2, 7), (5, 6, 7), tuple(range(2, 9))]
 # What scales of a tier of at most four bits come in, beside 2^(top - tier).
-UNITS = {2: 0.0380, 3: 0.1059, 4: 0.2590}
+UNITS = {2: 0.0433, 3: 0.1539, 4: 0.2590}
 SHAPES = [
     {"gate": (3, 65), "up": (3, 65), "down": (5, 3)},
     {"gate": (4, 64), "up": (4, 64), "down": (64, 4)},

@@ -21,12 +21,12 @@ Ramps ramps_of(const Fit& fit) {
   Ramps ramps{};
   const int top = fit.bits[fit.tiers - 1];
   const Levels levels = levels_of(top, top);
-  for (int c = 1; c < 1 << top; ++c) ramps.bounds[c] = 0.5f * (levels.of(c - 1) + levels.of(c));
+  for (int c = 1; c < 1 << top; ++c) ramps.bounds[c] = 0.5f * (level_of(levels, c - 1) + level_of(levels, c));
   for (int t = 0; t < fit.tiers; ++t) {
     const Levels mine = levels_of(fit.bits[t], top);
     const int more = top - fit.bits[t];
-    ramps.steps[t][0] = mine.of(0);
-    for (int c = 1; c < 1 << top; ++c) ramps.steps[t][c] = mine.of(c >> more) - mine.of((c - 1) >> more);
+    ramps.steps[t][0] = level_of(mine, 0);
+    for (int c = 1; c < 1 << top; ++c) ramps.steps[t][c] = level_of(mine, c >> more) - level_of(mine, (c - 1) >> more);
   }
   return ramps;
 }

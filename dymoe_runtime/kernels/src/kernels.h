@@ -18,28 +18,31 @@ alignas(64) constexpr float kSteps[16] = {
 struct Levels {
   const uint8_t* numbers;  // [16]; null where a code is its own number, for tiers of more than 4 bits
   float centre, unit;
-
-  constexpr float of(int code) const { return float(numbers ? numbers[code] : code) - centre; }
 };
+
+// Static, so that no version compiled for a newer processor is linked where it must not run.
+static constexpr float level_of(const Levels& levels, int code) {
+  return float(levels.numbers ? levels.numbers[code] : code) - levels.centre;
+}
 
 constexpr int kMostCurved = 4;  // bits
 
 // CURVED of tiers.py for 2, 3 and 4 bits, and the codes themselves.
 alignas(16) constexpr uint8_t kNumbers[4][16] = {
-    {0, 22, 41, 63},
-    {0, 12, 20, 28, 35, 43, 51, 63},
-    {0, 8, 13, 17, 21, 24, 27, 30, 33, 36, 39, 42, 46, 50, 55, 63},
+    {4, 23, 40, 59},
+    {10, 18, 24, 29, 34, 39, 45, 53},
+    {1, 9, 14, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 49, 54, 62},
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
 };
-constexpr float kCurvedUnits[3] = {0.0380f, 0.1059f, 0.2590f};
+constexpr float kCurvedUnits[3] = {0.0433f, 0.1539f, 0.2590f};
 
 /// The levels of a tier of `bits` in a ladder up to `top`.
-constexpr Levels levels_of(int bits, int top) {
+static constexpr Levels levels_of(int bits, int top) {
   if (top <= kMostCurved) return {kNumbers[bits - 2], 31.5f, kCurvedUnits[bits - 2] * float(1 << (top - bits))};
   return {bits <= kMostCurved ? kNumbers[3] : nullptr, 0.5f * float((1 << bits) - 1), float(1 << (top - bits))};
 }
 
-constexpr int64_t step_bytes(int64_t blocks) { return (blocks + 1) / 2; }
+static constexpr int64_t step_bytes(int64_t blocks) { return (blocks + 1) / 2; }
 
 struct PlaneView {
   int width;
