@@ -80,7 +80,7 @@ def assert_findings_fit(path: Path) -> None:
     for name in ("compile.json", "report.html"):
         assert manifest.files[name].nbytes == (path / name).stat().st_size and manifest.files[name].sha256
     found = json.loads((path / "compile.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert found["version"] == 1 and found["ladder"] == list(manifest.ladder)
+    assert found["version"] == 2 and found["ladder"] == list(manifest.ladder)
     assert found["default_point"] == policy.default_point and found["notes"] == list(policy.notes)
     assert found["provenance"] == manifest.provenance
     points = [asdict(point) for point in policy.points]

@@ -25,8 +25,9 @@ from dymoe_compile.dense import (
 from dymoe_compile.progress import silent
 from dymoe_compile.reference import open_reference
 from dymoe_compile.sensitivity import Original
-from dymoe_runtime.bundle import Bundle, dense_kind, dense_kinds
+from dymoe_runtime.bundle import Bundle, Manifest, dense_kind, dense_kinds
 from dymoe_runtime.dense import BundleDense
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.model import PROCESS_BYTES, Budget, plan_budget
 
 BYTES = {"embed": {8: 800, 6: 600, 4: 400}, "attn": {8: 80, 6: 60, 4: 40}}
@@ -176,6 +177,13 @@ def test_kinds_of_different_bits_run(tmp_path: Path, calibration_text: Path, mon
     ids = torch.arange(8)
     rows = checkpoint.tensor("embed").float()[ids]
     assert 0.02 < float((dense.embed(ids) - rows).norm() / rows.norm()) < 0.2
+
+
+@pytest.mark.parametrize("bits", [{}, {"attn": 8, "embed": 8}, {"attn": 8, "embed": 3, "lm_head": 8}], ids=str)
+def test_a_manifest_with_other_dense_bits_gets_one_sentence(bits: dict[str, int], tiny_path: Path) -> None:
+    manifest = Bundle.open(tiny_path).manifest
+    with pytest.raises(DymoeError, match="dense_bits"):
+        Manifest.from_text(replace(manifest, dense_bits=bits).to_text(), "manifest.json")
 
 
 @pytest.mark.parametrize("bits", ["eight", "3", "", "-8", "8.0"])
