@@ -139,6 +139,18 @@ def test_exact_activations_leave_float_rounding(isa: str, ladder: tuple[int, ...
 
 @pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+def test_activations_of_any_size_equal_the_reference(isa: str, activation: str, size: float) -> None:
+    """Far out too, where an exponential would overflow."""
+    layout, segments = expert((2, 3, 4))
+    gate = reference.dequantize(layout, 4, segments, "gate")
+    x = grid_input(3, HIDDEN) * size / (grid_input(3, HIDDEN) @ gate.T).abs().max()
+    y, expected = (k.ffn(layout, 4, segments, x, activation) for k in (kernels.select(isa), reference))
+    assert torch.allclose(y, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize(("ladder", "tier"), [((2, 3, 4), t) for t in (2, 3, 4)] + [((5, 8), 8)])
 def test_ffn_equals_reference(isa: str, ladder: tuple[int, ...], tier: int, activation: str) -> None:
     """Gate and up are exact for x on the grid, which leaves the rounding of the hidden vector."""

@@ -87,6 +87,8 @@ struct Descent {
   uint8_t* codes;      // [rows, pitch], likewise
 };
 
+enum class Activation { silu, gelu, gelu_tanh };
+
 constexpr int kMostFittedBits = 5;
 
 /// A matrix whose codes and scales are wanted to start a descent from; see fit.h.
@@ -114,6 +116,9 @@ struct Kernels {
   /// on `begin`, `end` or the number of tokens.
   void (*product)(const MatrixView& matrix, const Activations& activations, int64_t begin, int64_t end,
                   float* y, int64_t stride, uint8_t* scratch);
+
+  /// hidden[i] = act(hidden[i]) * ups[i].
+  void (*activate)(Activation activation, int64_t count, const float* ups, float* hidden);
 
   /// Writes row `row` of the matrix as float, out [cols]; scratch as above.
   void (*dequantize)(const MatrixView& matrix, int64_t row, float* out, uint8_t* scratch);

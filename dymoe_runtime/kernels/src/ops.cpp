@@ -1,7 +1,6 @@
 #include "ops.h"
 
 #include <algorithm>
-#include <cmath>
 #include <new>
 
 #include "pool.h"
@@ -86,24 +85,14 @@ void multiply(const Kernels& isa, const MatrixView& m, const Activations& a, flo
   });
 }
 
-float activate(Activation activation, float v) {
-  constexpr float kRootHalf = 0.70710678f, kRootTwoOverPi = 0.79788456f;
-  switch (activation) {
-    case Activation::silu: return v / (1.0f + std::exp(-v));
-    case Activation::gelu: return 0.5f * v * (1.0f + std::erf(v * kRootHalf));
-    default: return 0.5f * v * (1.0f + std::tanh(kRootTwoOverPi * (v + 0.044715f * v * v * v)));
-  }
-}
-
 /// hidden = act(x . gate^T) * (x . up^T), [tokens, intermediate].
 void gate_and_up(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const Activations& a,
                  Activation activation, float* hidden, float* ups) {
   parallel_ranges(gate.rows, kRowMultiple, 2 * gate.rows * gate.blocks * a.tokens, [&](int64_t begin, int64_t end) {
     isa.product(gate, a, begin, end, hidden, gate.rows, scratch_for(gate));
     isa.product(up, a, begin, end, ups, up.rows, scratch_for(up));
-    for (int64_t t = 0; t < a.tokens; ++t)
-      for (int64_t i = t * gate.rows + begin; i < t * gate.rows + end; ++i)
-        hidden[i] = activate(activation, hidden[i]) * ups[i];
+    for (int64_t at = begin; at < a.tokens * gate.rows; at += gate.rows)
+      isa.activate(activation, end - begin, ups + at, hidden + at);
   });
 }
 

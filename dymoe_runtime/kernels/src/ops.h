@@ -7,8 +7,6 @@
 
 namespace dymoe {
 
-enum class Activation { silu, gelu, gelu_tanh };
-
 /// y = x . weight^T; x [tokens, cols], y [tokens, rows].
 void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y);
 

@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "activate.h"
 #include "fit.h"
 #include "kernels.h"
 
@@ -344,7 +345,7 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize, product<V>, dequantize<V>, descend, fit_rows};
+  return {name, quantize, product<V>, activate, dequantize<V>, descend, fit_rows};
 }
 
 }  // namespace
