@@ -14,6 +14,8 @@ from dymoe_runtime.spec import ModelSpec
 
 # How much deeper thresholds fall in the cosine schedule, relative to their mean.
 COSINE_DEPTH = 0.5
+# How far `tempered` believes that layers differ: sensitivities to this power, times their mean to the rest.
+TEMPER = 0.5
 
 # layer -> tier -> KL that the layer adds at that tier
 Added = Mapping[int, Mapping[int, float]]
@@ -43,12 +45,21 @@ class Candidates:
         self._statistics = statistics
         self._added = added
         self._pinned = pinned
-        self._options = {layer: self._settings(layer) for layer in spec.moe_layers}
+        self._options = {layer: self._settings(layer, added) for layer in spec.moe_layers}
+        mild = tempered(added)
+        self._mild_options = {layer: self._settings(layer, mild) for layer in spec.moe_layers}
 
     def fitted(self, bits: float) -> TierRule:
         """Thresholds of each layer from the budgeted solve."""
-        decode = solve([lower_hull(self._options[layer].decode) for layer in self._spec.moe_layers], bits)
-        prefill = solve([lower_hull(self._options[layer].prefill) for layer in self._spec.moe_layers], bits)
+        return self._solved(self._options, bits)
+
+    def tempered(self, bits: float) -> TierRule:
+        """The same with layers that differ less: what they cost one by one overstates what they cost together."""
+        return self._solved(self._mild_options, bits)
+
+    def _solved(self, options: Mapping[int, Settings], bits: float) -> TierRule:
+        decode = solve([lower_hull(options[layer].decode) for layer in self._spec.moe_layers], bits)
+        prefill = solve([lower_hull(options[layer].prefill) for layer in self._spec.moe_layers], bits)
         return self._rule([c.thresholds for c in decode], [c.thresholds for c in prefill])
 
     def flat(self, bits: float) -> TierRule:
@@ -77,11 +88,11 @@ class Candidates:
             table[layer][expert] = int(choice.thresholds[0])
         return Static(tuple(map(tuple, table)))
 
-    def _settings(self, layer: int) -> Settings:
-        seen, added = self._statistics[layer], self._added[layer]
+    def _settings(self, layer: int, added: Added) -> Settings:
+        seen = self._statistics[layer]
         return Settings(
-            layer_options(seen.gates, seen.gates.square(), added, self._ladder),
-            layer_options(seen.chunk_importance, seen.chunk_energy, added, self._ladder),
+            layer_options(seen.gates, seen.gates.square(), added[layer], self._ladder),
+            layer_options(seen.chunk_importance, seen.chunk_energy, added[layer], self._ladder),
         )
 
     def _scheduled(self, bits: float, factors: Sequence[float]) -> TierRule:
@@ -100,6 +111,16 @@ class Candidates:
             return tuple(by_layer.get(layer, whole) for layer in range(self._spec.num_layers))
 
         return TierRule(self._ladder, rows(decode), rows(prefill), self._pinned)
+
+
+def tempered(added: Added) -> dict[int, dict[int, float]]:
+    """What each layer adds, drawn half-way, in logarithms, to the mean of all layers at that tier."""
+    tiers = {tier for row in added.values() for tier in row}
+    mean = {tier: sum(row[tier] for row in added.values()) / len(added) for tier in tiers}
+    return {
+        layer: {tier: kl**TEMPER * mean[tier] ** (1 - TEMPER) for tier, kl in row.items()}
+        for layer, row in added.items()
+    }
 
 
 def _best_common(options: Sequence[Sequence[Choice]], factors: Sequence[float], bits: float) -> list[Thresholds]:

@@ -67,10 +67,12 @@ def fit_policy(
     measurer = Measurer(bundle, *excerpt)
     with progress("operating points", spec.num_layers) as advance:
         measured = measurer.measure(list(rules.values()), advance)
-    compared = [
-        make_point(name, kind, rule, result, bundle)
+    tried = [
+        (make_point(name, kind, rule, result, bundle), rule)
         for ((name, kind), rule), result in zip(rules.items(), measured, strict=True)
     ]
+    pairs = one_fitted(tried)
+    compared = [point for point, _ in pairs]
     kept = best_points([point for point in compared if point.kind != "static"])
     # For prompts the fitted thresholds are the best, whichever schedule decodes.
     fitted = {point.name: point.prefill for point in compared if point.kind == "mixed"}
@@ -86,9 +88,7 @@ def fit_policy(
         default_point=default_point(kept, bundle, profile).name,
         notes=("importance is flat: uniform tiers win everywhere",) if flat else (),
     )
-    return Fitted(
-        policy, tuple(zip(compared, rules.values(), strict=True)), _reference_nll(*excerpt), excerpt[0].numel()
-    )
+    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].numel())
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def candidate_rules(
     sensitivity: Table,
     pinned: tuple[tuple[int, ...], ...],
 ) -> dict[tuple[str, str], Rule]:
-    """(name, kind) -> rule: uniform ones, and four kinds of mixed ones for each wanted mean number of bits."""
+    """(name, kind) -> rule: uniform ones, and five kinds of mixed ones for each wanted mean number of bits."""
     added = {
         layer: {tier: max(seen.kl - row[ladder[-1]].kl, 0.0) for tier, seen in row.items()}
         for layer, row in sensitivity.items()
@@ -142,6 +142,7 @@ def candidate_rules(
     make = Candidates(spec, ladder, statistics, added, pinned)
     for bits in wanted_bits(ladder):
         rules[f"{bits:g}", "mixed"] = Decoding(make.fitted(bits))
+        rules[f"{bits:g}", "tempered"] = Decoding(make.tempered(bits))
         rules[f"{bits:g}", "flat"] = Decoding(make.flat(bits))
         rules[f"{bits:g}", "cosine"] = Decoding(make.cosine(bits))
         rules[f"{bits:g}", "static"] = make.static(bits)
@@ -178,6 +179,20 @@ def make_point(name: str, kind: str, rule: Rule, result: Measurement, bundle: Bu
         top1_agreement=_significant(score["top1_agreement"]),
         prefill_kl=math.nan,
     )
+
+
+def one_fitted(tried: Sequence[tuple[OperatingPoint, Rule]]) -> list[tuple[OperatingPoint, Rule]]:
+    """Of the two ways to fit thresholds per layer, mixed and tempered, the better one of each name, as mixed."""
+    rate = _rate([point for point, _ in tried if point.kind == "uniform"])
+    mild = {point.name: (point, rule) for point, rule in tried if point.kind == "tempered"}
+
+    def better(point: OperatingPoint, rule: Rule) -> tuple[OperatingPoint, Rule]:
+        other = mild.get(point.name) if point.kind == "mixed" else None
+        if other is None or _worth(other[0], rate) >= _worth(point, rate):
+            return point, rule
+        return replace(other[0], kind="mixed"), other[1]
+
+    return [better(point, rule) for point, rule in tried if point.kind != "tempered"]
 
 
 def best_points(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:

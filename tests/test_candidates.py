@@ -12,12 +12,13 @@ import torch
 
 from dymoe_compile.allocate import Choice, layer_options, lower_hull
 from dymoe_compile.calibration import LayerStatistics, layer_statistics
-from dymoe_compile.candidates import Candidates
+from dymoe_compile.candidates import Candidates, tempered
 from dymoe_compile.points import (
     RUINED_SHARE,
     Sensitivity,
     best_points,
     candidate_rules,
+    one_fitted,
     ruined_experts,
     wanted_bits,
 )
@@ -209,7 +210,7 @@ def test_cosine_thresholds_fall_with_depth() -> None:
     assert any(rule.decode[0] != rule.decode[-1] for rule in rules)
 
 
-@pytest.mark.parametrize("schedule", ["fitted", "flat", "cosine"])
+@pytest.mark.parametrize("schedule", ["fitted", "tempered", "flat", "cosine"])
 def test_layers_without_experts_have_nothing_to_choose(schedule: str) -> None:
     rule = getattr(candidates((2, 3, 4)), schedule)(2.5)
     assert rule.decode[1] == rule.prefill[1] == (ALWAYS,) * 3
@@ -224,7 +225,7 @@ def test_every_kind_of_rule_is_a_candidate_and_only_mixed_ones_pin() -> None:
     rules = candidate_rules(SPEC, (2, 3, 4), statistics(), seen, pinned)
     assert [name for name, kind in rules if kind == "uniform"] == ["uniform-2", "uniform-3", "uniform-4"]
     names = [f"{bits:g}" for bits in wanted_bits((2, 3, 4))]
-    for kind in ("mixed", "flat", "cosine", "static"):
+    for kind in ("mixed", "tempered", "flat", "cosine", "static"):
         assert [name for name, k in rules if k == kind] == names
     for (_, kind), rule in rules.items():
         if isinstance(rule, Decoding):
@@ -350,6 +351,23 @@ def test_of_equal_points_of_different_names_one_is_kept() -> None:
     """Where there are few rules to choose from, several numbers of bits lead to the same one."""
     same = [point(f"{bits:g}", "mixed", 250.0, 0.05) for bits in (2.5, 2.75, 3)]
     assert kept(*UNIFORM, *same).count((250.0, 0.05)) == 1
+
+
+def test_of_two_ways_to_fit_the_better_one_counts_as_mixed() -> None:
+    """For its size: uniform tiers tell what KL is to be expected of it."""
+    rules = [Decoding(TierRule.uniform(tier, (2, 3, 4), 2)) for tier in (2, 3)]
+    for mixed, mild, wins in (((250.0, 0.05), (250.0, 0.04), 1), ((250.0, 0.05), (250.0, 0.06), 0)):
+        points = point("2.5", "mixed", *mixed), point("2.5", "tempered", *mild)
+        flat = point("2.5", "flat", 250.0, 0.055), rules[0]
+        pairs = one_fitted([*((p, rules[0]) for p in UNIFORM), *zip(points, rules, strict=True), flat])
+        assert [p.kind for p, _ in pairs] == ["uniform"] * 3 + ["mixed", "flat"]
+        assert pairs[3] == (replace(points[wins], kind="mixed"), rules[wins])
+
+
+def test_tempered_layers_differ_by_the_root() -> None:
+    mild = tempered({0: {2: 0.04, 4: 0.0}, 1: {2: 0.01, 4: 0.0}})
+    assert mild[0][2] / mild[1][2] == pytest.approx(2.0)
+    assert mild[0][4] == mild[1][4] == 0.0
 
 
 def test_of_points_of_one_name_the_best_for_its_size_is_kept() -> None:
