@@ -14,7 +14,7 @@ from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
 from dymoe_compile.lookahead import LookAheadFit, LookAheadProbe
 from dymoe_compile.progress import Advance, Progress
 from dymoe_compile.quantize import Moments, quantize_expert
-from dymoe_compile.sensitivity import Original
+from dymoe_compile.sensitivity import Original, no_experts
 from dymoe_compile.texts import Windows
 from dymoe_compile.writer import BundleWriter
 from dymoe_runtime import kernels
@@ -84,7 +84,7 @@ class LayerRun:
         self, checkpoint: Checkpoint, windows: Windows, ladder: tuple[int, ...], seed: int, writer: BundleWriter
     ) -> None:
         self.spec = checkpoint.spec
-        self.decoder = Decoder(checkpoint.spec, CheckpointDense(checkpoint), _no_experts)
+        self.decoder = Decoder(checkpoint.spec, CheckpointDense(checkpoint), no_experts)
         self._checkpoint = checkpoint
         self._ladder = ladder
         self._seed = seed
@@ -259,10 +259,6 @@ class LayerRun:
 def spilled(tokens: int, hidden_size: int) -> bool:
     """Whether hidden states of so many tokens go to the disk."""
     return 4 * tokens * hidden_size > SPILL_BYTES
-
-
-def _no_experts(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-    raise AssertionError("experts are run by the layer run itself")
 
 
 def layer_statistics(routing: Routing, windows: int, experts: int, seed: int) -> LayerStatistics:
