@@ -1,1 +1,5 @@
 """The offline compiler: Hugging Face MoE checkpoint -> DyMoE bundle."""
+
+import dymoe_runtime  # before torch, whose idle threads it keeps from spinning
+
+__all__ = ["dymoe_runtime"]

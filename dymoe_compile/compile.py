@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+import dymoe_compile
 import dymoe_runtime
 from dymoe_compile.calibration import LayerStatistics, calibrate, spilled
 from dymoe_compile.checkpoint import Checkpoint
@@ -103,7 +104,7 @@ def build(
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         explaining_full_disk(options.output, needed),
-        contextlib.closing(BundleWriter(options.output, provenance, options.fresh)) as writer,
+        contextlib.closing(BundleWriter(options.output, provenance | progress_key(), options.fresh)) as writer,
     ):
         check_space(writer.directory, needed - writer.used_bytes())
         copy_tokenizer(options.model, writer)
@@ -163,6 +164,19 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "seed": options.seed,
         "profile": {**asdict(options.profile), "ladder": list(options.profile.ladder)},
     }
+
+
+def progress_key() -> dict[str, str]:
+    """What an interrupted run must share with the one that goes on with it, beside the provenance.
+
+    A finished bundle is good whatever made it; but half a bundle continued by another version, or by
+    other kernels, would be one that neither of them makes.
+    """
+    sources = hashlib.sha256()
+    for package in (dymoe_compile, dymoe_runtime):
+        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+            sources.update(path.read_bytes())
+    return {"sources_sha256": sources.hexdigest(), "kernels": kernels.isa()}
 
 
 def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:

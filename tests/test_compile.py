@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_report import Page
 
+from dymoe_compile.compile import progress_key
 from dymoe_compile.families import supported
 from dymoe_compile.writer import BundleWriter
 from dymoe_runtime.bundle import Bundle, read_manifest
@@ -324,6 +325,37 @@ def test_hidden_states_on_the_disk_change_nothing(
         f"{name}.{suffix}" for name in ("dense", "hidden-2", *(f"layer-{i}" for i in range(3))) for suffix in SUFFIXES
     }
     assert compile_cli(*args).code == 0
+    assert same_files(tiny_path, tmp_path / "out.dymoe")
+
+
+@pytest.mark.parametrize("change", [{}, {"sources_sha256": "of another version"}, {"kernels": "others"}], ids=str)
+def test_only_the_same_version_and_kernels_go_on(
+    change: dict[str, str],
+    tiny_checkpoint: Path,
+    tiny_path: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[object] = []
+    start_over = BundleWriter._start_over
+
+    def counted(writer: BundleWriter, identity: dict) -> None:
+        starts.append(identity)
+        start_over(writer, identity)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BundleWriter, "_start_over", counted)
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    with monkeypatch.context() as patch:
+        patch.setattr("dymoe_compile.compile.look_ahead_bytes", interrupt)
+        assert compile_cli(*args).code == 130
+    key = progress_key()
+    monkeypatch.setattr("dymoe_compile.compile.progress_key", lambda: key | change)
+    assert compile_cli(*args).code == 0
+    assert len(starts) == (2 if change else 1)
     assert same_files(tiny_path, tmp_path / "out.dymoe")
 
 
