@@ -45,6 +45,14 @@ class Dense(Protocol):
 Experts = Callable[[int, torch.Tensor, Routing], torch.Tensor]
 
 
+class Step(Protocol):
+    """`attend` and `route` of the decoder for one token, faster."""
+
+    def attend(self, layer: int, x: torch.Tensor, cache: KVCache) -> torch.Tensor: ...
+
+    def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]: ...
+
+
 class KVCache:
     """Keys and values of one sequence, float32 [layers, kv_heads, capacity, head_dim]."""
 
@@ -55,6 +63,11 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
+    def addresses(self, layer: int) -> tuple[int, int, int]:
+        """Of a layer's keys and values, for compiled code; and the capacity."""
+        offset = layer * self.keys.stride(0) * self.keys.element_size()
+        return self.keys.data_ptr() + offset, self.values.data_ptr() + offset, self.capacity
+
     @staticmethod
     def bytes_needed(spec: ModelSpec, capacity: int) -> int:
         return 2 * 4 * spec.num_layers * spec.num_kv_heads * capacity * spec.head_dim
@@ -63,7 +76,9 @@ class KVCache:
 class Decoder:
     """A decoder-only MoE transformer over `dense` weights and an `experts` function."""
 
-    def __init__(self, spec: ModelSpec, dense: Dense, experts: Experts) -> None:
+    def __init__(self, spec: ModelSpec, dense: Dense, experts: Experts, step: Step | None = None) -> None:
+        """With `step`, a single token that continues a cache goes through it."""
+        self._step = step
         self.spec = spec
         self.dense = dense
         self.experts = experts
@@ -76,11 +91,24 @@ class Decoder:
         With `weigh_tokens` the tokens are one prompt chunk and experts see prefill importance.
         """
         x = self.dense.embed(ids)
-        for layer in range(self.spec.num_layers):
-            x, weights = self.attend(layer, x, cache, weigh_tokens)
-            x = self.feed_forward(layer, x, weights)
+        if self._step is not None and cache is not None and len(ids) == 1 and not weigh_tokens:
+            x = self._decode(self._step, x, cache)
+        else:
+            for layer in range(self.spec.num_layers):
+                x, weights = self.attend(layer, x, cache, weigh_tokens)
+                x = self.feed_forward(layer, x, weights)
         if cache is not None:
             cache.length += len(ids)
+        return x
+
+    def _decode(self, step: Step, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        for layer in range(self.spec.num_layers):
+            x = step.attend(layer, x, cache)
+            if layer in self.spec.dense_layers:
+                x = self.feed_forward(layer, x)
+            else:
+                h, routing = step.route(layer, x)
+                x = x + self.experts(layer, h, routing)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,14 @@ class BundleDense:
     def vector(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
+    def optional(self, name: str) -> torch.Tensor | None:
+        return self._tensors.get(name)
+
+    def record(self, name: str) -> tuple[RecordLayout, torch.Tensor] | None:
+        """The layout and the bytes of a matrix that is quantized; None if it is not."""
+        layout = self._layouts.get(name)
+        return None if layout is None else (layout, self._tensors[name])
+
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._tensors[name], self._tensors.get(f"{name}_bias")
         if layout := self._layouts.get(name):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from dymoe_runtime import kernels
 from dymoe_runtime.decoder import Routing
+from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want
@@ -30,6 +32,10 @@ class TierStats:
         for tier, count in enumerate(tiers.reshape(-1).bincount().tolist()):
             if count:
                 self.used[tier] = self.used.get(tier, 0) + count
+
+    def add_each(self, tiers: Sequence[int]) -> None:
+        for tier in tiers:
+            self.used[tier] = self.used.get(tier, 0) + 1
 
     @property
     def bits_mean(self) -> float:
@@ -80,31 +86,68 @@ class StoredExperts:
         self.look_ahead = look_ahead
 
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-        tiers = self.rule.choose(layer, routing)
-        self.stats.add(tiers)
-        groups = group_pairs(routing.experts, tiers)
-        wants = [Want(ExpertKey(layer, expert), max(by_tier)) for expert, by_tier in groups.items()]
+        work = self._plan(layer, routing)
+        wants = [Want(ExpertKey(layer, expert), max(run.tier for run in runs)) for expert, runs in work.runs.items()]
         delivery = self.store.begin(wants)
-        if self.look_ahead is not None:
+        if self.look_ahead is not None and layer + 1 < len(self.rule.decode) and not self.store.holds(layer + 1):
             self.store.look_ahead(self.look_ahead.wants(layer + 1, routing, self.rule), wants)
-        y = torch.zeros_like(h)
-        gates = routing.gates.reshape(-1, 1)
-        for want, segments in delivery:
-            for tier, pairs in groups[want.key.expert].items():
-                tokens = pairs // routing.experts.shape[1]
-                out = kernels.ffn(self.store.layout, tier, segments, h[tokens], self._activation)
-                y.index_add_(0, tokens, out * gates[pairs])
-        return y
+        # Kept by pair, so that the sum does not depend on which expert arrived first.
+        y = torch.empty(len(work.tokens), h.shape[1])
+        for batch in delivery:
+            jobs = [
+                Job(run.tier, segments, run.first, run.rows)
+                for want, segments in batch
+                for run in work.runs[want.key.expert]
+            ]
+            kernels.moe(self.store.layout, jobs, h, work.tokens, y, self._activation)
+        return kernels.combine(y, work.rows, routing.gates)
+
+    def _plan(self, layer: int, routing: Routing) -> Work:
+        if len(routing.gates) == 1 and routing.token_weights is None:
+            experts = routing.experts[0].tolist()
+            tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
+            self.stats.add_each(tiers)
+            return plan_token(experts, tiers)
+        chosen = self.rule.choose(layer, routing)
+        self.stats.add(chosen)
+        return plan_tokens(routing.experts, chosen)
 
 
-def group_pairs(experts: torch.Tensor, tiers: torch.Tensor) -> dict[int, dict[int, torch.Tensor]]:
-    """expert -> tier -> indices into the flattened [T, k] of the pairs that run so; skipped ones are left out."""
+class Run(NamedTuple):
+    """Rows [first, first + rows) of a call run at `tier`."""
+
+    tier: int
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The (token, expert) pairs of a call, ordered by expert and tier; each has a row, skipped ones too."""
+
+    runs: dict[int, list[Run]]  # by expert, without what is skipped
+    tokens: torch.Tensor  # int64 [pairs], of each row
+    rows: torch.Tensor  # int64 [T, k], of each pair; -1 where skipped
+
+
+def plan_token(experts: Sequence[int], tiers: Sequence[int]) -> Work:
+    """The work of one token, in the order of its experts."""
+    runs = {expert: [Run(tier, row, 1)] for row, (expert, tier) in enumerate(zip(experts, tiers, strict=True)) if tier}
+    rows = [row if tier else -1 for row, tier in enumerate(tiers)]
+    return Work(runs, torch.zeros(len(experts), dtype=torch.int64), torch.tensor([rows]))
+
+
+def plan_tokens(experts: torch.Tensor, tiers: torch.Tensor) -> Work:
+    """The work of experts [T, k] at tiers [T, k]."""
     keys = (experts * TIERS + tiers).reshape(-1)
     ordered, order = keys.sort(stable=True)
     values, counts = ordered.unique_consecutive(return_counts=True)
-    groups: dict[int, dict[int, torch.Tensor]] = {}
-    for value, pairs in zip(values.tolist(), order.split(counts.tolist()), strict=True):
+    runs: dict[int, list[Run]] = {}
+    first = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
         expert, tier = divmod(value, TIERS)
         if tier:
-            groups.setdefault(expert, {})[tier] = pairs
-    return groups
+            runs.setdefault(expert, []).append(Run(tier, first, count))
+        first += count
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(experts.shape)
+    return Work(runs, order // experts.shape[1], rows.masked_fill_(tiers == 0, -1))

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle
-from dymoe_runtime.decoder import HEAVY_HITTER_QUERIES, Decoder, KVCache
+from dymoe_runtime.decoder import HEAVY_HITTER_QUERIES, Decoder, KVCache, Step
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
     default_threads,
@@ -124,9 +124,10 @@ class Model:
             self._reader,
             options.arena_bytes or self.budget.arena,
             _prior(bundle),
+            len(bundle.manifest.layers) * bundle.spec.num_experts,
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
-        self.decoder = Decoder(bundle.spec, dense, self.experts)
+        self.decoder = Decoder(bundle.spec, dense, self.experts, _step(bundle.spec, dense))
         if options.look_ahead:
             predictors = _predictors(bundle)
 
@@ -272,7 +273,13 @@ def check_budget(budget: Budget) -> None:
 def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
     """An upper bound of the activations of a pass of `tokens` that sees `context` tokens."""
     heads = spec.num_heads * spec.head_dim
-    rows = 8 * spec.hidden_size + 6 * heads + 4 * spec.expert_width + 3 * spec.dense_width + 2 * spec.num_experts
+    rows = (
+        (8 + spec.top_k) * spec.hidden_size
+        + 6 * heads
+        + 4 * spec.expert_width
+        + 3 * spec.dense_width
+        + 2 * spec.num_experts
+    )
     masks = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads) * context
     if spec.sliding_window:
         masks += tokens * context
@@ -305,6 +312,15 @@ def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:
     share = arena / max(bundle.expert_bytes(), 1)
     whole = max(point.bytes_per_token for point in bundle.policy.points)
     return whole * min(1.0, share)
+
+
+def _step(spec: ModelSpec, dense: BundleDense) -> Step | None:
+    """The compiled step, where there are compiled kernels."""
+    if kernels.isa() == "torch":
+        return None
+    from dymoe_runtime.step import DecodeStep  # needs the compiled kernels to be there
+
+    return DecodeStep.make(spec, dense, kernels.isa())
 
 
 def _prior(bundle: Bundle) -> np.ndarray:

@@ -8,6 +8,7 @@ that comes before it. Thresholds are per layer, so depth decides too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -151,6 +152,14 @@ class TierRule:
             tiers[routing.experts == expert] = self.ladder[-1]
         return tiers
 
+    def choose_for_token(self, layer: int, experts: Sequence[int], gates: Sequence[float]) -> list[int]:
+        """`choose` for the experts of one token that is decoded."""
+        tiers = tiers_of_token(gates, self.decode[layer], self.ladder)
+        if not self.pinned or not self.pinned[layer]:
+            return tiers
+        high = self.ladder[-1]
+        return [high if e in self.pinned[layer] else tier for e, tier in zip(experts, tiers, strict=True)]
+
     def _choose_for_chunk(self, layer: int, routing: Routing) -> torch.Tensor:
         importance = chunk_importance(routing)
         active = importance > 0
@@ -174,13 +183,24 @@ def tiers_by_mass(importance: torch.Tensor, thresholds: Sequence[float], ladder:
     """Tier of each of n experts by cumulative share of `importance` [..., n], int64 [..., n]; 0 is skipped."""
     if all(threshold >= 1 for threshold in thresholds):
         return torch.full(importance.shape, ladder[-1])
-    ordered, order = importance.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    share = before / ordered.sum(-1, keepdim=True).clamp_min(1e-30)
+    ordered, order = importance.double().sort(dim=-1, descending=True, stable=True)
+    upto = ordered.cumsum(-1)
+    share = (upto - ordered) / upto[..., -1:].clamp_min(1e-30)
     tiers = torch.zeros(importance.shape, dtype=torch.int64)
     for tier, threshold in zip(ladder, reversed(thresholds), strict=True):
         tiers[share < threshold] = tier
     return torch.empty_like(tiers).scatter_(-1, order, tiers)
+
+
+def tiers_of_token(gates: Sequence[float], thresholds: Sequence[float], ladder: Sequence[int]) -> list[int]:
+    """What `tiers_by_mass` says of one token whose gates fall; for so few numbers the quicker way."""
+    if all(threshold >= 1 for threshold in thresholds):
+        return [ladder[-1]] * len(gates)
+    upto = list(itertools.accumulate(gates))
+    total = max(upto[-1], 1e-30)
+    steps = tuple(zip(reversed(ladder), thresholds, strict=True))
+    shares = [(sum_to - gate) / total for sum_to, gate in zip(upto, gates, strict=True)]
+    return [next((tier for tier, threshold in steps if share < threshold), 0) for share in shares]
 
 
 def uniform_thresholds(tier: int, ladder: Sequence[int]) -> Thresholds:

@@ -22,12 +22,13 @@ class Rotary:
 
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """Rotate x [heads, T, head_dim], whose first token stands at position `start`."""
-        cos, sin = self._cos_sin(start, start + x.shape[1])
+        cos, sin = self.table(start, start + x.shape[1])
         half = x.shape[-1] // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
         return x * cos + turned * sin
 
-    def _cos_sin(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [stop - start, head_dim] of positions start..stop."""
         if self._span != (start, stop):
             angles = torch.arange(start, stop).float()[:, None] * self._frequencies
             angles = torch.cat((angles, angles), dim=-1)  # [T, head_dim]

@@ -69,7 +69,8 @@ class _Entry:
 class ExpertStore:
     """Keeps experts in an arena of `arena_bytes`, reading them with `reader`.
 
-    `shape` is (layers, experts per layer). `prior` [layers, experts], if given, says how often
+    `shape` is (layers, experts per layer); `experts` is how many there are where some layers have
+    none. `prior` [layers, experts], if given, says how often
     each expert is expected per token, so that an early eviction is not blind.
     """
 
@@ -80,6 +81,7 @@ class ExpertStore:
         reader: Reader,
         arena_bytes: int,
         prior: np.ndarray | None = None,
+        experts: int | None = None,
     ) -> None:
         least = least_arena_bytes(layout)
         if arena_bytes < least:
@@ -88,7 +90,12 @@ class ExpertStore:
         self.stats = StoreStats()
         self._arena = Arena(layout.segment_spans, min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1])))
         self.arena_bytes = self._arena.chunks * self._arena.chunk_bytes
+        self._roomy = self._arena.chunks >= full_arena_bytes(layout, experts or shape[0] * shape[1]) // chunk_bytes(
+            layout.segment_spans
+        )
         self._entries: dict[ExpertKey, _Entry] = {}
+        self._held = [0] * shape[0]  # segments of each layer
+        self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self._uses = np.zeros((*shape, len(layout.ladder)))
         if prior is not None:
             self._uses += prior[:, :, None]
@@ -114,14 +121,19 @@ class ExpertStore:
             self._cost /= self._weight
             self._weight = 1.0
 
-    def begin(self, wants: Sequence[Want]) -> Generator[Delivered, None, None]:
-        """Starts reading what is missing and yields each wanted expert's segments, in the given order.
+    def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
+        """Starts reading what is missing and yields the wanted experts' segments in the given order.
 
-        Segments stay in place until the next one is asked for. The first reads are under way on return.
+        They come all together where all are in memory, else one by one. Segments stay in place
+        until the next are asked for. The first reads are under way on return.
         """
-        delivery = self._deliver(wants)
+        delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
         next(delivery)
         return delivery
+
+    def holds(self, layer: int) -> bool:
+        """Whether every expert of `layer` is in memory whole, or on its way."""
+        return self._held[layer] == self._cost.shape[1] * len(self.layout.ladder)
 
     def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
         """Start reading experts that may be wanted soon, best guess first.
@@ -134,19 +146,47 @@ class ExpertStore:
             if not self._guess(want, keep):
                 break
 
-    def _deliver(self, wants: Sequence[Want]) -> Generator[Delivered, None, None]:
+    def _resident(self, wants: Sequence[Want]) -> bool:
+        """Whether none of `wants` has anything to wait for, nor anything new to count."""
+        for want in wants:
+            entry = self._entries.get(want.key)
+            if entry is None or entry.read is not None or entry.guessed is not None:
+                return False
+            if len(entry.slots) < self._segments_of[want.tier]:
+                return False
+        return True
+
+    def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
+        """Yields once when all `wants`, which are resident, are pinned, then all of them."""
+        held: list[_Entry] = []
+        if self._roomy:
+            self.stats.requests += len(wants)
+            self.stats.hits += len(wants)
+        else:
+            held += [self._demand(want, set()) for want in wants]
+        try:
+            yield []
+            yield [(want, self._segments(want)) for want in wants]
+        finally:
+            for entry in held:
+                self._unpin(entry)
+
+    def _segments(self, want: Want) -> list[torch.Tensor]:
+        return [slot.memory for slot in self._entries[want.key].slots[: self._segments_of[want.tier]]]
+
+    def _deliver(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when the first reads are under way, then each wanted expert."""
         wanted = {want.key for want in wants}
         held: deque[_Entry] = deque()
         try:
             for want in wants[:WINDOW]:
                 held.append(self._demand(want, wanted))
-            yield Want(ExpertKey(-1, -1), 0), []
+            yield []
             for index, want in enumerate(wants):
-                entry, segments = held[0], self.layout.segments_of(want.tier)
+                entry, segments = held[0], self._segments_of[want.tier]
                 if entry.read is not None and entry.read.first < segments:
                     self._finish(entry)
-                yield want, [slot.memory for slot in entry.slots[:segments]]
+                yield [(want, self._segments(want))]
                 self._unpin(held.popleft())
                 if index + WINDOW < len(wants):
                     held.append(self._demand(wants[index + WINDOW], wanted))
@@ -157,7 +197,7 @@ class ExpertStore:
     def _demand(self, want: Want, wanted: set[ExpertKey]) -> _Entry:
         """Pin the entry of `want`, reading what it lacks."""
         entry = self._entries.setdefault(want.key, _Entry(want.key))
-        segments = self.layout.segments_of(want.tier)
+        segments = self._segments_of[want.tier]
         self._uses[want.key][:segments] += self._weight
         self.stats.requests += 1
         entry.pins += 1
@@ -191,6 +231,7 @@ class ExpertStore:
     def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
         read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
         entry.slots += slots
+        self._held[entry.key.layer] += len(slots)
         entry.read = read
         self.stats.read_bytes += sum(len(slot.memory) for slot in slots)
         self._reads.submit(read)
@@ -203,10 +244,15 @@ class ExpertStore:
         read.done.wait()
         entry.read = None
         if read.error is not None:
-            for slot in entry.slots[read.first :]:
-                self._arena.free(slot)
-            del entry.slots[read.first :]
+            self._drop(entry, read.first)
             raise read.error
+
+    def _drop(self, entry: _Entry, first: int) -> None:
+        """Give back the segments of an entry from `first` on."""
+        for slot in entry.slots[first:]:
+            self._arena.free(slot)
+        self._held[entry.key.layer] -= len(entry.slots) - first
+        del entry.slots[first:]
 
     def _unpin(self, entry: _Entry) -> None:
         entry.pins -= 1
@@ -253,7 +299,7 @@ class ExpertStore:
         return self._entries[key] if cost.flat[index] < np.inf else None
 
     def _evict(self, entry: _Entry) -> None:
-        self._arena.free(entry.slots.pop())
+        self._drop(entry, len(entry.slots) - 1)
         if entry.guessed is not None and entry.guessed <= len(entry.slots):
             entry.guessed = None
             self.stats.look_ahead_waste += 1
@@ -284,7 +330,7 @@ class ExpertStore:
     def _guess(self, want: Want, keep: set[ExpertKey]) -> bool:
         """Read `want` ahead; False where that would displace something better."""
         entry = self._entries.setdefault(want.key, _Entry(want.key))
-        segments = self.layout.segments_of(want.tier)
+        segments = self._segments_of[want.tier]
         if entry.read is not None or len(entry.slots) >= segments:
             return True
         slots: list[Slot] = []
@@ -323,9 +369,7 @@ class ExpertStore:
         """Forget a read that was never started, or that failed while nobody waited for it."""
         entry = self._entries[read.key]
         entry.read, entry.guessed = None, None
-        for slot in entry.slots[read.first :]:
-            self._arena.free(slot)
-        del entry.slots[read.first :]
+        self._drop(entry, read.first)
         if read.error is None:
             self.stats.look_ahead_reads -= 1
             nbytes = sum(len(buffer) for buffer in read.buffers)

@@ -19,6 +19,7 @@ from dymoe_runtime import kernels, tiers
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout, levels_of
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
@@ -145,7 +146,7 @@ def test_activations_of_any_size_equal_the_reference(isa: str, activation: str, 
     layout, segments = expert((2, 3, 4))
     gate = reference.dequantize(layout, 4, segments, "gate")
     x = grid_input(3, HIDDEN) * size / (grid_input(3, HIDDEN) @ gate.T).abs().max()
-    y, expected = (k.ffn(layout, 4, segments, x, activation) for k in (kernels.select(isa), reference))
+    y, expected = (ffn(name, layout, 4, segments, x, activation) for name in (isa, "torch"))
     assert torch.allclose(y, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
@@ -160,9 +161,41 @@ def test_ffn_equals_reference(isa: str, ladder: tuple[int, ...], tier: int, acti
     for tokens in TOKENS:
         x = grid_input(tokens, HIDDEN) / 64
         hidden = reference.ACTIVATIONS[activation](x @ gate.T) * (x @ up.T)
-        y = kernels.select(isa).ffn(layout, tier, given, x, activation)
+        y = ffn(isa, layout, tier, given, x, activation)
         bound = 1.01 * rounding(hidden) @ down.abs().T  # 1.01: float rounding can move the step
-        assert_within(y, reference.ffn(layout, tier, given, x, activation), bound)
+        assert_within(y, ffn("torch", layout, tier, given, x, activation), bound)
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_a_call_of_many_experts_equals_calls_of_one(isa: str) -> None:
+    """At mixed tiers, for rows in any order, bit for bit; rows of no job stay as they are."""
+    for x, jobs, tokens in (
+        (random_input(1, HIDDEN), [(4, 0, 1), (2, 1, 1), (3, 3, 1)], [0, 0, 0, 0]),
+        (random_input(1, HIDDEN), [(4, 0, 1)], [0]),
+        (random_input(3, HIDDEN), [(2, 2, 1), (4, 0, 2)], [2, 0, 1]),
+        (random_input(150, HIDDEN), [(3, 0, 150), (4, 150, 0), (2, 150, 90)], [*range(150), *range(0, 90)]),
+    ):
+        y = run_jobs(isa, jobs, x, tokens)
+        expected = torch.full((len(tokens), HIDDEN), 7.0)
+        for tier, first, count in jobs:
+            rows = slice(first, first + count)
+            alone = [ffn(isa, *expert_at(tier), x[token : token + 1]) for token in tokens[rows]]
+            expected[rows] = torch.cat([*alone, expected[:0]])
+        if isa == "torch":  # whose products round differently with the number of tokens
+            assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        else:
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("shape", [(0, 3, 5), (1, 1, 1), (1, 8, 2048), (70, 4, 100)], ids=str)
+def test_combining_equals_the_reference_bit_for_bit(isa: str, shape: tuple[int, int, int]) -> None:
+    tokens, ranks, width = shape
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(tokens * ranks + 1, width, generator=g)
+    rows = torch.randint(-1, len(y), (tokens, ranks), generator=g)
+    gates = torch.rand(tokens, ranks, generator=g)
+    assert torch.equal(kernels.select(isa).combine(y, rows, gates), reference.combine(y, rows, gates))
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -251,16 +284,47 @@ def test_wrong_arguments_raise_value_error(isa: str) -> None:
         lambda: fast.linear(layout, 3, segments, x.double()),
         lambda: fast.embed(layout, 3, segments, torch.tensor([37])),
         lambda: fast.embed(layout, 3, segments, torch.tensor([-1])),
-        lambda: fast.ffn(*expert_at(2), x, "relu"),
+        lambda: ffn(isa, *expert_at(2), x, "relu"),
+        lambda: ffn(isa, *expert_at(2), x[:, :-1].contiguous()),
+        lambda: run_jobs(isa, [(4, 0, 3)], x, [0, 0, 2]),
+        lambda: run_jobs(isa, [(4, 0, 3)], x, [0, -1, 1]),
+        lambda: run_jobs(isa, [(4, 2, 2)], x, [0, 0, 0]),
+        lambda: run_jobs(isa, [(4, -1, 2)], x, [0, 0, 0]),
+        lambda: fast.combine(x, torch.tensor([[0, 2]]), torch.ones(1, 2)),
+        lambda: fast.combine(x, torch.tensor([[0]]), torch.ones(1, 2)),
     ]
     for call in wrong:
         with pytest.raises(ValueError):
             call()
 
 
+def ffn(
+    isa: str,
+    layout: RecordLayout,
+    tier: int,
+    segments: list[torch.Tensor],
+    x: torch.Tensor,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """One expert for all tokens."""
+    y = torch.empty(x.shape)
+    job = Job(tier, segments, 0, len(x))
+    kernels.select(isa).moe(layout, [job], x, torch.arange(len(x)), y, activation)
+    return y
+
+
+def run_jobs(isa: str, jobs: list[tuple[int, int, int]], x: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Jobs (tier, first row, rows) of the expert of `expert_at`, into rows of sevens."""
+    y = torch.full((len(tokens), x.shape[1]), 7.0)
+    layout, segments = expert((2, 3, 4))
+    work = [Job(tier, segments[: layout.segments_of(tier)], first, count) for tier, first, count in jobs]
+    kernels.select(isa).moe(layout, work, x, torch.tensor(tokens), y)
+    return y
+
+
 def expert_at(tier: int) -> tuple[RecordLayout, int, list[torch.Tensor]]:
     layout, segments = expert((2, 3, 4))
-    return layout, tier, segments
+    return layout, tier, segments[: layout.segments_of(tier)]
 
 
 @pytest.mark.parametrize("isa", COMPILED)

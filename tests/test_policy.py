@@ -23,6 +23,7 @@ from dymoe_runtime.policy import (
     TierRule,
     chunk_importance,
     tiers_by_mass,
+    tiers_of_token,
     uniform_thresholds,
 )
 
@@ -67,6 +68,29 @@ def test_tiers_equal_a_plain_loop_over_tokens(ladder: tuple[int, ...], seed: int
     wanted = [plain_tiers(row, thresholds.tolist(), ladder) for row in importance.tolist()]
     mismatched = [i for i, row in enumerate(wanted) if got[i].tolist() != row]
     assert mismatched == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (4,), (3, 5)], ids=str)
+def test_a_token_alone_gets_the_tiers_that_it_gets_in_company(ladder: tuple[int, ...], seed: int) -> None:
+    """Bit for bit, on random gates: both ways must round alike."""
+    g = torch.Generator().manual_seed(seed)
+    gates = torch.rand(300, 6, generator=g).pow(3).softmax(-1).sort(descending=True).values
+    shares = (gates.double().cumsum(-1) - gates) / gates.double().sum(-1, keepdim=True)
+    for token in range(0, 300, 7):  # thresholds that are the shares of some token
+        thresholds = sorted(shares[token, 1 : 1 + len(ladder)].tolist())
+        expected = tiers_by_mass(gates, thresholds, ladder).tolist()
+        assert [tiers_of_token(row, thresholds, ladder) for row in gates.tolist()] == expected
+    assert tiers_of_token([0.0, 0.0], (0.5, ALWAYS, ALWAYS), (2, 3, 4)) == [4, 4]
+
+
+def test_a_token_alone_obeys_pins_and_depth() -> None:
+    thresholds = ((0.3, 0.7, ALWAYS), (0.9, 0.95, ALWAYS))
+    rule = TierRule((2, 3, 4), thresholds, thresholds, ((1,), ()))
+    for layer in range(2):
+        given = routing([[2, 1, 0]], [[0.5, 0.3, 0.2]])
+        alone = rule.choose_for_token(layer, [2, 1, 0], given.gates[0].tolist())
+        assert alone == rule.choose(layer, given)[0].tolist()
 
 
 def test_shapes_before_the_last_dimension_are_tokens() -> None:

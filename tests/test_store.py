@@ -18,7 +18,7 @@ from dymoe_runtime import store as store_module
 from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import IN_FLIGHT, WINDOW, ExpertStore, Want, full_arena_bytes, least_arena_bytes
+from dymoe_runtime.store import IN_FLIGHT, WINDOW, Delivered, ExpertStore, Want, full_arena_bytes, least_arena_bytes
 from dymoe_runtime.tiers import RecordLayout, make_layout
 
 # What should come at once has not come.
@@ -149,13 +149,18 @@ def check(reader: FakeReader, wanted: Want, segments: Sequence[torch.Tensor]) ->
         assert torch.equal(segment, reader.content(wanted.key, number)), f"{wanted.key}, segment {number}"
 
 
-def receive(reader: FakeReader, delivery: Iterator[tuple[Want, list[torch.Tensor]]]) -> list[Want]:
+def receive(reader: FakeReader, delivery: Iterator[list[Delivered]]) -> list[Want]:
     """Check all that is delivered, and say what it was."""
     received = []
-    for wanted, segments in delivery:
+    for wanted, segments in one_by_one(delivery):
         check(reader, wanted, segments)
         received.append(wanted)
     return received
+
+
+def one_by_one(delivery: Iterator[list[Delivered]]) -> Iterator[Delivered]:
+    for batch in delivery:
+        yield from batch
 
 
 def fetch(store: ExpertStore, reader: FakeReader, *wants: Want) -> list[Call]:
@@ -220,7 +225,7 @@ def use_at_random(
         delivery = store.begin(wants)
         if rng.random() < 0.7:
             store.look_ahead(guesses, wants)
-        for index, (wanted, segments) in enumerate(delivery):
+        for index, (wanted, segments) in enumerate(one_by_one(delivery)):
             assert wanted == wants[index]
             check(reader, wanted, segments)
             if rng.random() < 0.2:
@@ -469,7 +474,7 @@ def test_what_is_delivered_stays_until_the_next_is_asked_for(make: Make) -> None
     for expert in range(8):
         fetch(store, reader, want(expert, 2))
 
-    for wanted, segments in store.begin([want(e, 4) for e in range(8, 16)]):
+    for wanted, segments in one_by_one(store.begin([want(e, 4) for e in range(8, 16)])):
         store.look_ahead([want(e, 4, layer=1) for e in range(5)])
         check(reader, wanted, segments)
 
@@ -666,7 +671,7 @@ def test_a_demand_takes_back_queued_look_ahead_before_it_evicts_what_is_needed_n
     store.look_ahead([want(e, 2, layer=1) for e in range(6, 12)], now)  # four of these are only queued
     reader.wait_for(key(6, 1), key(7, 1))
     before = [store._entries[key(e)] for e in range(6)]
-    for wanted, segments in delivery:
+    for wanted, segments in one_by_one(delivery):
         check(reader, wanted, segments)
         if wanted == now[4]:  # by now all have been demanded
             reader.release()
@@ -686,7 +691,7 @@ def test_a_read_error_is_raised_as_it_is_where_the_expert_is_wanted(make: Make) 
     reader.failing[key(2)] = broken(2)
     seen = []
     with pytest.raises(DymoeError) as caught:
-        for wanted, segments in store.begin([want(1), want(2), want(3)]):
+        for wanted, segments in one_by_one(store.begin([want(1), want(2), want(3)])):
             check(reader, wanted, segments)
             seen.append(wanted.key.expert)
     assert caught.value is reader.failing[key(2)]
@@ -825,7 +830,7 @@ def test_closing_a_delivery_early_lets_go_of_what_it_held(make: Make) -> None:
     for layer in (0, 1, 0, 1):
         delivery = store.begin([want(e, 4, layer) for e in range(3)])
         for _ in range(2):
-            check(reader, *next(delivery))
+            check(reader, *next(delivery)[0])
         wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
         delivery.close()
 
@@ -844,7 +849,7 @@ def test_reads_under_way_when_a_delivery_is_closed_cost_no_memory(make: Make) ->
     for first in range(0, 9, 3):
         reader.hold(key(first + 1), key(first + 2))
         delivery = store.begin([want(first + i, 4) for i in range(3)])
-        check(reader, *next(delivery))
+        check(reader, *next(delivery)[0])
         delivery.close()
         reader.release()
     fetch(store, reader, *(want(e, 4, layer=1) for e in range(3)))

@@ -20,6 +20,7 @@ import torch
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None
@@ -39,9 +40,16 @@ class Kernels(Protocol):
 
     isa: str
 
-    def ffn(
-        self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = ...
-    ) -> torch.Tensor: ...
+    def moe(
+        self,
+        layout: RecordLayout,
+        jobs: Sequence[Job],
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        y: torch.Tensor,
+        activation: str = ...,
+    ) -> None: ...
+    def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor, /) -> torch.Tensor: ...
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
     def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
@@ -51,9 +59,36 @@ class Kernels(Protocol):
     def set_threads(self, count: int, /) -> None: ...
 
 
+def moe(
+    layout: RecordLayout,
+    jobs: Sequence[Job],
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    y: torch.Tensor,
+    activation: str = "silu",
+) -> None:
+    """The experts of a layer: y[i] = ffn(x[tokens[i]]) for the rows i of each job.
+
+    x [T, H], tokens int64 [N], y [N, H]; rows of no job keep what they are. ffn(x) is
+    (act(x @ gate.T) * (x @ up.T)) @ down.T, act one of silu, gelu and gelu_pytorch_tanh.
+    A row does not depend on the others of the call.
+    """
+    _active().moe(layout, jobs, x, tokens, y, activation)
+
+
 def ffn(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """(act(x @ gate.T) * (x @ up.T)) @ down.T, x [T, H] -> [T, H]; act is silu, gelu or gelu_pytorch_tanh."""
-    return _active().ffn(layout, tier, segments, x, activation)
+    """One expert for all tokens, x [T, H] -> [T, H]."""
+    y = torch.empty(x.shape)
+    moe(layout, [Job(tier, segments, 0, len(x))], x, torch.arange(len(x)), y, activation)
+    return y
+
+
+def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """Sum over j of gates[t, j] * y[rows[t, j]] in that order, [T, H]; rows below 0 are left out.
+
+    y [N, H], rows int64 [T, k] below N, gates [T, k].
+    """
+    return _active().combine(y, rows, gates)
 
 
 def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:

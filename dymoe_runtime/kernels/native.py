@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from dymoe_runtime.kernels import _native, reference
 from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Bits up to which codes are found by counting the levels below: kMostFittedBits in kernels.h.
 MOST_FITTED = 5
 
 available_isas = _native.available_isas
+
+
+class StoredDense(Protocol):
+    """Dense weights as a bundle keeps them; None for what there is not."""
+
+    def record(self, name: str) -> tuple[RecordLayout, torch.Tensor] | None: ...
+
+    def optional(self, name: str) -> torch.Tensor | None: ...
 
 
 class Native:
@@ -25,18 +36,26 @@ class Native:
         self.threads = _native.threads
         self.set_threads = _native.set_threads
 
-    def ffn(
+    def moe(
         self,
         layout: RecordLayout,
-        tier: int,
-        segments: Sequence[torch.Tensor],
+        jobs: Sequence[Job],
         x: torch.Tensor,
+        tokens: torch.Tensor,
+        y: torch.Tensor,
         activation: str = "silu",
-    ) -> torch.Tensor:
-        rows = _matrix(x, "x")
-        y = torch.empty(x.shape)
-        _plan_of(layout).ffn(self.isa, tier, _segments(segments), rows, _matrix(y, "y"), activation)
-        return y
+    ) -> None:
+        work = [(job.tier, _segments(job.segments), job.first, job.rows) for job in jobs]
+        where = _vector(tokens, torch.int64, "tokens")
+        _plan_of(layout).moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
+
+    def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        _check(rows, torch.int64, 2, "rows")
+        if rows.shape != gates.shape:
+            raise ValueError(f"rows: expected {list(gates.shape)}, got {list(rows.shape)}")
+        out = torch.empty(len(rows), y.shape[1])
+        _native.combine(_matrix(y, "y"), _matrix(gates, "gates"), rows.data_ptr(), _matrix(out, "out"))
+        return out
 
     def linear(
         self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor
@@ -115,6 +134,44 @@ class Native:
             pitch,
             block.last,
         )
+
+
+def read_memory(data: torch.Tensor) -> int:
+    """Read all of `data`, uint8 [n], with all threads: how fast this is bounds every kernel."""
+    return _native.read_memory(_vector(data, torch.uint8, "data"))
+
+
+def decode_layer(isa: str, spec: ModelSpec, dense: StoredDense, layer: int) -> _native.DecodeLayer:
+    """Points into the tensors of `dense`, which must outlive it."""
+
+    def address(name: str) -> int:
+        vector = dense.optional(f"layers.{layer}.{name}")
+        return 0 if vector is None else _address(vector)
+
+    def linear(name: str) -> tuple[_native.Plan, int, list[tuple[int, int]], int]:
+        record = dense.record(f"layers.{layer}.attn.{name}")
+        assert record is not None
+        layout, data = record
+        return _plan_of(layout), layout.ladder[0], _segments([data]), address(f"attn.{name}_bias")
+
+    routed = layer not in spec.dense_layers
+    return _native.DecodeLayer.make(
+        isa,
+        (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        spec.sliding_window or 0,
+        (spec.num_experts, spec.top_k, spec.norm_topk) if routed else (0, 0, False),
+        spec.norm_eps,
+        spec.clip_qkv or 0.0,
+        spec.qk_norm,
+        [address(name) for name in ("attn_norm", "attn.q_norm", "attn.k_norm", "mlp_norm")],
+        address("router"),
+        [linear(name) for name in "qkvo"],
+    )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    _check(tensor, torch.float32, tensor.dim(), "tensor")
+    return tensor.data_ptr()
 
 
 def _segments(segments: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

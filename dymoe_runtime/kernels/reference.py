@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
@@ -24,20 +25,45 @@ threads = torch.get_num_threads
 set_threads = torch.set_num_threads
 
 
-def ffn(
+def moe(
     layout: RecordLayout,
-    tier: int,
-    segments: Sequence[torch.Tensor],
+    jobs: Sequence[Job],
     x: torch.Tensor,
+    tokens: torch.Tensor,
+    y: torch.Tensor,
     activation: str = "silu",
-) -> torch.Tensor:
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation '{activation}': expected {', '.join(ACTIVATIONS)}")
-    arrays, gate = _arrays(layout, tier, segments), layout.matrices["gate"]
-    _check_input(x, gate.cols)
-    hidden = ACTIVATIONS[activation](_product(arrays, gate, tier, x))  # [T, I]
+    _check_input(x, layout.matrices["gate"].cols)
+    for job in jobs:
+        rows = slice(job.first, job.first + job.rows)
+        if not 0 <= rows.start <= rows.stop <= len(y):
+            raise ValueError(f"jobs: rows {rows.start}..{rows.stop} are not in 0..{len(y)}")
+        wanted = tokens[rows]
+        if ((wanted < 0) | (wanted >= len(x))).any():
+            raise ValueError(f"tokens: {wanted.tolist()} are not all below {len(x)}")
+        y[rows] = _ffn(layout, job, x[wanted], activation)
+
+
+def _ffn(layout: RecordLayout, job: Job, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """[T, H] -> [T, H]."""
+    arrays, tier = _arrays(layout, job.tier, job.segments), job.tier
+    hidden = ACTIVATIONS[activation](_product(arrays, layout.matrices["gate"], tier, x))  # [T, I]
     hidden *= _product(arrays, layout.matrices["up"], tier, x)
     return _product(arrays, layout.matrices["down"], tier, hidden)
+
+
+def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    if rows.shape != gates.shape:
+        raise ValueError(f"rows: expected {list(gates.shape)}, got {list(rows.shape)}")
+    if (rows >= len(y)).any():
+        raise ValueError(f"rows: {int(rows.max())} is not below {len(y)}")
+    out = torch.zeros(len(rows), y.shape[1])
+    for rank in range(rows.shape[1]):
+        here = rows[:, rank] >= 0
+        out[here] += gates[here, rank, None] * y[rows[here, rank]]
+    return out
 
 
 def linear(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -58,9 +58,13 @@ struct Avx512 {
 
   static void store(uint8_t* out, Codes codes) { _mm512_storeu_si512(out, codes); }
 
+  using Tokens = __m512i;
+  static Tokens load_tokens(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static void keep(__m512i& vector) { asm("" : "+v"(vector)); }
+
   template <bool Wide>
-  static Lanes dot(Codes codes, const int8_t* a) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(a)));
+  static Lanes dot(Codes codes, Tokens a) {
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, a));
   }
 
   static Lanes zero() { return _mm512_setzero_ps(); }

@@ -8,9 +8,11 @@
 #include <tuple>
 
 #include "isa.h"
+#include "moe.h"
 #include "ops.h"
 #include "plan.h"
 #include "pool.h"
+#include "step.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -20,7 +22,8 @@ namespace {
 
 // Tensors come as addresses: importing them through DLPack costs more than a small product.
 // native.py has checked their types and that they are contiguous.
-using SegmentTuples = std::vector<std::tuple<uintptr_t, int64_t>>;
+using VectorTuple = std::tuple<uintptr_t, int64_t>;
+using SegmentTuples = std::vector<VectorTuple>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t>;
 
 [[noreturn]] void reject(const std::string& message) { throw std::invalid_argument(message); }
@@ -56,19 +59,52 @@ Activation activation_from(const std::string& name) {
   reject("activation '" + name + "': expected silu, gelu or gelu_pytorch_tanh");
 }
 
-void run_ffn(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples, const MatrixTuple& x,
-             const MatrixTuple& y, const std::string& activation) {
+Job job_from(const Plan& plan, int tier, const SegmentTuples& tuples, int64_t first, int64_t count) {
   const std::vector<Segment> segments = segments_from(tuples);
-  const MatrixView gate = plan.view("gate", tier, segments), up = plan.view("up", tier, segments),
-                   down = plan.view("down", tier, segments);
-  if (up.rows != gate.rows || up.cols != gate.cols || down.rows != gate.cols || down.cols != gate.rows)
+  const Job job{plan.view("gate", tier, segments), plan.view("up", tier, segments), plan.view("down", tier, segments),
+                first, count};
+  if (job.up.rows != job.gate.rows || job.up.cols != job.gate.cols || job.down.rows != job.gate.cols ||
+      job.down.cols != job.gate.rows)
     reject("the shapes of 'gate', 'up' and 'down' do not match");
+  return job;
+}
+
+// tier, segments, first row, rows
+using JobTuple = std::tuple<int, SegmentTuples, int64_t, int64_t>;
+
+void run_moe(const Plan& plan, const std::string& isa, const std::vector<JobTuple>& tuples, const MatrixTuple& x,
+             const VectorTuple& tokens, const MatrixTuple& y, const std::string& activation) {
+  const MatrixLayout &gate = plan.matrix("gate"), &down = plan.matrix("down");
   const Matrix from = matrix_from(x, "x", gate.cols);
-  float* to = output_from(y, from.rows, down.rows);
+  const auto [ids, rows] = tokens;
+  float* to = output_from(y, rows, down.rows);
+  const auto* wanted = reinterpret_cast<const int64_t*>(ids);
+  std::vector<Job> jobs;
+  for (const auto& [tier, segments, first, count] : tuples) {
+    if (first < 0 || count < 0 || count > rows || first > rows - count)
+      reject("jobs: rows " + std::to_string(first) + ".." + std::to_string(first + count) + " are not in 0.." +
+             std::to_string(rows));
+    for (int64_t i = first; i < first + count; ++i)
+      if (wanted[i] < 0 || wanted[i] >= from.rows)
+        reject("tokens: " + std::to_string(wanted[i]) + " is not below " + std::to_string(from.rows));
+    jobs.push_back(job_from(plan, tier, segments, first, count));
+  }
   const Kernels& kernels = find_isa(isa);
   const Activation function = activation_from(activation);
   nb::gil_scoped_release unlocked;
-  ffn(kernels, gate, up, down, from.data, from.rows, function, to);
+  moe(kernels, jobs, from.data, wanted, function, to);
+}
+
+void run_combine(const MatrixTuple& y, const MatrixTuple& gates, uintptr_t rows, const MatrixTuple& out) {
+  const auto [gate, tokens, ranks] = gates;
+  const int64_t width = std::get<2>(y);
+  const Matrix from = matrix_from(y, "y", width);
+  float* to = output_from(out, tokens, width);
+  const auto* wanted = reinterpret_cast<const int64_t*>(rows);
+  for (int64_t i = 0; i < tokens * ranks; ++i)
+    if (wanted[i] >= from.rows) reject("rows: " + std::to_string(wanted[i]) + " is not below " + std::to_string(from.rows));
+  nb::gil_scoped_release unlocked;
+  combine(from.data, wanted, reinterpret_cast<const float*>(gate), tokens, ranks, width, to);
 }
 
 void run_linear(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples, const MatrixTuple& x,
@@ -82,7 +118,7 @@ void run_linear(const Plan& plan, const std::string& isa, int tier, const Segmen
 }
 
 void run_embed(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples,
-               const std::tuple<uintptr_t, int64_t>& ids, const MatrixTuple& y) {
+               const VectorTuple& ids, const MatrixTuple& y) {
   const MatrixView weight = plan.view("weight", tier, segments_from(tuples));
   const auto* wanted = reinterpret_cast<const int64_t*>(std::get<0>(ids));
   const int64_t count = std::get<1>(ids);
@@ -102,6 +138,71 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   const Kernels& kernels = find_isa(isa);
   nb::gil_scoped_release unlocked;
   rows(kernels, weight, nullptr, weight.rows, to);
+}
+
+// record, its layout, tier, bias or 0
+using LinearTuple = std::tuple<const Plan*, int, SegmentTuples, uintptr_t>;
+
+Linear linear_from(const LinearTuple& t) {
+  const auto& [plan, tier, segments, bias] = t;
+  return {plan->view("weight", tier, segments_from(segments)), reinterpret_cast<const float*>(bias)};
+}
+
+QkNorm qk_norm_from(const std::string& name) {
+  if (name == "none") return QkNorm::none;
+  if (name == "head") return QkNorm::head;
+  if (name == "full") return QkNorm::full;
+  reject("qk_norm '" + name + "': expected none, head or full");
+}
+
+/// A layer as a decoded token goes through it. step.py has checked the shapes.
+struct DecodeLayer {
+  const Kernels* kernels;
+  LayerWeights weights;
+};
+
+DecodeLayer make_decode_layer(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& heads,
+                              int64_t window, const std::tuple<int64_t, int64_t, bool>& routing, float eps, float clip,
+                              const std::string& qk_norm, const std::vector<uintptr_t>& vectors, uintptr_t router,
+                              const std::vector<LinearTuple>& matrices) {
+  if (vectors.size() != 4 || matrices.size() != 4) reject("a layer has four vectors and four matrices");
+  LayerWeights w{};
+  std::tie(w.hidden, w.heads, w.kv_heads, w.head_dim) = heads;
+  std::tie(w.experts, w.top_k, w.norm_topk) = routing;
+  if (w.heads < 1 || w.kv_heads < 1 || w.heads % w.kv_heads || w.head_dim < 2 || w.head_dim % 2 || w.top_k > w.experts)
+    reject("heads and experts do not fit");
+  w.window = window, w.eps = eps, w.clip = clip, w.qk_norm = qk_norm_from(qk_norm);
+  const float** norms[] = {&w.attn_norm, &w.q_norm, &w.k_norm, &w.mlp_norm};
+  Linear* linears[] = {&w.q, &w.k, &w.v, &w.o};
+  for (int i = 0; i < 4; ++i) {
+    *norms[i] = reinterpret_cast<const float*>(vectors[i]);
+    *linears[i] = linear_from(matrices[i]);
+  }
+  w.router = reinterpret_cast<const float*>(router);
+  const auto fits = [](const Linear& m, int64_t rows, int64_t cols) { return m.weight.rows == rows && m.weight.cols == cols; };
+  const int64_t queries = w.heads * w.head_dim, keys = w.kv_heads * w.head_dim;
+  if (!fits(w.q, queries, w.hidden) || !fits(w.k, keys, w.hidden) || !fits(w.v, keys, w.hidden) ||
+      !fits(w.o, w.hidden, queries))
+    reject("the shapes of the attention's matrices do not match");
+  return {&find_isa(isa), w};
+}
+
+void run_attend(const DecodeLayer& layer, uintptr_t x, int64_t position, uintptr_t cosines, uintptr_t sines,
+                const std::tuple<uintptr_t, uintptr_t, int64_t>& cache, uintptr_t out) {
+  const auto [keys, values, capacity] = cache;
+  if (position < 0 || position >= capacity)
+    reject("position " + std::to_string(position) + " is not below " + std::to_string(capacity));
+  const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+  nb::gil_scoped_release unlocked;
+  attend(*layer.kernels, layer.weights, floats(x), position, floats(cosines), floats(sines),
+         {floats(keys), floats(values), capacity}, floats(out));
+}
+
+void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates) {
+  if (!layer.weights.experts) reject("this layer has no router");
+  nb::gil_scoped_release unlocked;
+  route(*layer.kernels, layer.weights, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(h),
+        reinterpret_cast<int64_t*>(experts), reinterpret_cast<float*>(gates));
 }
 
 /// Fills in the tiers of a descent or a fit.
@@ -175,6 +276,12 @@ Plan make_plan(const std::vector<LayoutTuple>& matrices) {
   return Plan(std::move(layouts));
 }
 
+uint64_t run_read_memory(const VectorTuple& data) {
+  const auto [address, nbytes] = data;
+  nb::gil_scoped_release unlocked;
+  return read_memory(reinterpret_cast<const uint8_t*>(address), nbytes);
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_isas()) names.push_back(kernels->name);
@@ -188,15 +295,22 @@ NB_MODULE(_native, m) {
   using namespace dymoe;
   nb::class_<Plan>(m, "Plan")
       .def_static("make", &make_plan, "matrices"_a)
-      .def("ffn", &run_ffn, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a, "activation"_a)
+      .def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a)
       .def("linear", &run_linear, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a)
       .def("embed", &run_embed, "isa"_a, "tier"_a, "segments"_a, "ids"_a, "y"_a)
       .def("dequantize", &run_dequantize, "isa"_a, "tier"_a, "segments"_a, "name"_a, "y"_a);
+  nb::class_<DecodeLayer>(m, "DecodeLayer")
+      .def_static("make", &make_decode_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a,
+                  "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
+      .def("attend", &run_attend)
+      .def("route", &run_route);
+  m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,
         "codes"_a);
   m.def("available_isas", &isa_names);
+  m.def("read_memory", &run_read_memory, "data"_a);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, "count"_a);
 }

@@ -8,26 +8,16 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace dymoe {
 namespace {
 
-// GCC moves vectors wider than the processor's through memory: eight times slower, measured on AVX2.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 // Columns whose changes reach the slopes of the others together.
 constexpr int64_t kTogether = 8;
 // Sums kept at once, so that they do not wait for one another.
 constexpr int64_t kSums = 4;
 constexpr float kTiny = 1e-30f;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 /// One row of a block to each lane, columns outermost. Lanes without a row are zero.
 struct DescentTile {

@@ -2,6 +2,11 @@
 
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace dymoe {
 namespace {
 
@@ -9,6 +14,16 @@ struct Row {
   const Kernels* kernels;
   bool (*runs_here)();
 };
+
+#ifdef DYMOE_NEON
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every processor of Apple's that has 64 bits and runs a Mac
+#endif
+}
+#endif
 
 const Row kRows[] = {
 #ifdef DYMOE_AVX512
@@ -19,8 +34,17 @@ const Row kRows[] = {
               __builtin_cpu_supports("avx512vnni");
      }},
 #endif
+#ifdef DYMOE_AVXVNNI
+    {&kAvxVnni,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
+     }},
+#endif
 #ifdef DYMOE_AVX2
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#ifdef DYMOE_NEON
+    {&kNeon, has_dot_products},
 #endif
     {&kScalar, [] { return true; }},
 };

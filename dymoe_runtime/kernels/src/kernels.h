@@ -7,7 +7,7 @@ namespace dymoe {
 
 constexpr int64_t kBlock = 64;      // columns that share a step
 constexpr int64_t kGroup = 16;      // blocks whose scales are combined at once
-constexpr int64_t kScratchRows = 4; // rows of codes that the scratch of `product` holds
+constexpr int64_t kScratchRows = 8; // rows of codes that the scratch of `product` holds
 constexpr int kMaxPlanes = 8, kMaxTiers = 7;
 
 // What the 4-bit steps stand for: STEPS of tiers.py.
@@ -122,6 +122,20 @@ struct Kernels {
 
   /// Writes row `row` of the matrix as float, out [cols]; scratch as above.
   void (*dequantize)(const MatrixView& matrix, int64_t row, float* out, uint8_t* scratch);
+
+  /// out = weight * x / rms(x), n floats each; out may be x.
+  void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+
+  /// out[r] = rows[r] . x for r in [begin, end); rows [.., n].
+  void (*dots)(const float* rows, int64_t n, int64_t begin, int64_t end, const float* x, float* out);
+
+  /// x = exp(x - max(x)), n floats; returns their sum.
+  float (*exponentials)(float* x, int64_t n);
+
+  /// Attention of queries [heads, n] over keys and values [count, n]: out [heads, n]. Scores hold
+  /// heads * count floats.
+  void (*attend)(const float* queries, int64_t heads, const float* keys, const float* values, int64_t count, int64_t n,
+                 float* scores, float* out);
 
   /// Improves scales and codes of rows [row, row + rows) and brings the error up to date.
   void (*descend)(const Descent& block, int64_t row, int64_t rows);

@@ -10,10 +10,6 @@ namespace dymoe {
 /// y = x . weight^T; x [tokens, cols], y [tokens, rows].
 void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y);
 
-/// y = (act(x . gate^T) * (x . up^T)) . down^T; x and y [tokens, hidden].
-void ffn(const Kernels& isa, const MatrixView& gate, const MatrixView& up, const MatrixView& down, const float* x,
-         int64_t tokens, Activation activation, float* y);
-
 /// Improves the scales and codes of a block of columns.
 void descend(const Kernels& isa, const Descent& block);
 
@@ -22,5 +18,8 @@ void fit(const Kernels& isa, const Fit& fit);
 
 /// out[i] = row ids[i] of weight; ids below weight.rows, or null for all rows in order.
 void rows(const Kernels& isa, const MatrixView& weight, const int64_t* ids, int64_t count, float* out);
+
+/// Reads all bytes, as fast as memory allows; the sum of their words.
+uint64_t read_memory(const uint8_t* data, int64_t nbytes);
 
 }  // namespace dymoe

@@ -7,6 +7,8 @@
 //   Codes, Lanes                   64 codes; `lanes` floats
 //   load<W>, append<W>, store      codes from a plane of width W; (codes << W) | plane; codes as bytes
 //   Table, load_table, look_up     16 bytes; the byte of each code, codes of at most 4 bits
+//   Tokens, load_tokens            64 activations of a token; from memory
+//   keep(codes or tokens)          the same, in registers, where compilers would rather read memory again
 //   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add, sum
 //   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
@@ -21,6 +23,7 @@
 #include "activate.h"
 #include "fit.h"
 #include "kernels.h"
+#include "vectors.h"
 
 #if defined(__clang__)
 #define DYMOE_UNROLL _Pragma("unroll")
@@ -174,12 +177,16 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
       tile.combine(r, m.steps + (row + r) * step_bytes(m.blocks) + begin / 2, count, a, token, begin);
     for (int64_t i = 0; i < count; ++i) {
       typename V::Codes codes[Rows];
-      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) codes[r] = source.load(source_row + r, begin + i);
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+        codes[r] = source.load(source_row + r, begin + i);
+        if (Tokens > 1) V::keep(codes[r]);
+      }
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const int8_t* block = a.codes + ((token + t) * a.blocks + begin + i) * kBlock;
+        typename V::Tokens tokens = V::load_tokens(a.codes + ((token + t) * a.blocks + begin + i) * kBlock);
+        if (Rows > 1) V::keep(tokens);
         DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
           tile.sums[r][t] = V::multiply_add(V::broadcast(tile.scales[r][t][i]),
-                                            V::template dot<Source::wide>(codes[r], block), tile.sums[r][t]);
+                                            V::template dot<Source::wide>(codes[r], tokens), tile.sums[r][t]);
       }
     }
   }
@@ -203,13 +210,14 @@ void multiply_one_token(const MatrixView& m, const Source& source, const Activat
   for (; row < end; ++row) multiply_tile<V, 1, 1>(m, source, row, a, row, 0, y, stride);
 }
 
-template <class V, int Rows, class Source>
-void multiply_tokens(const MatrixView& m, const Source& source, int64_t source_row, const Activations& a, int64_t row,
-                     float* y, int64_t stride) {
-  int64_t token = 0;
-  for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
-    multiply_tile<V, Rows, V::tile_tokens>(m, source, source_row, a, row, token, y, stride);
-  for (; token < a.tokens; ++token) multiply_tile<V, Rows, 1>(m, source, source_row, a, row, token, y, stride);
+/// `Tokens` tokens from `token` on times all `count` rows of a source, which are those of m from `row` on.
+template <class V, int Tokens, class Source>
+void multiply_rows(const MatrixView& m, const Source& source, int64_t count, const Activations& a, int64_t row,
+                   int64_t token, float* y, int64_t stride) {
+  int64_t r = 0;
+  for (; r + V::tile_rows <= count; r += V::tile_rows)
+    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, a, row + r, token, y, stride);
+  for (; r < count; ++r) multiply_tile<V, 1, Tokens>(m, source, r, a, row + r, token, y, stride);
 }
 
 template <class V, int Width>
@@ -250,16 +258,16 @@ void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                        uint8_t* scratch) {
-  static_assert(V::tile_rows <= kScratchRows, "the scratch is too small");
+  static_assert(kScratchRows % V::tile_rows == 0, "rows are unpacked by whole tiles");
   const Unpacked<V, Wide> source{scratch, m.blocks};
-  for (int64_t row = begin; row < end; row += V::tile_rows) {
-    const int64_t count = smaller(V::tile_rows, end - row);
+  for (int64_t row = begin; row < end; row += kScratchRows) {
+    const int64_t count = smaller(kScratchRows, end - row);
     unpack_rows<V>(m, row, count, scratch);
-    if (count == V::tile_rows) {
-      multiply_tokens<V, V::tile_rows>(m, source, 0, a, row, y, stride);
-    } else {
-      for (int64_t r = 0; r < count; ++r) multiply_tokens<V, 1>(m, source, r, a, row + r, y, stride);
-    }
+    // Rows within tokens: unpacked rows stay in the first cache, and tokens come there once for all of them.
+    int64_t token = 0;
+    for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
+      multiply_rows<V, V::tile_tokens>(m, source, count, a, row, token, y, stride);
+    for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, a, row, token, y, stride);
   }
 }
 
@@ -345,7 +353,7 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize, product<V>, activate, dequantize<V>, descend, fit_rows};
+  return {name, quantize, product<V>, activate, dequantize<V>, norm, dots, exponentials, attend, descend, fit_rows};
 }
 
 }  // namespace

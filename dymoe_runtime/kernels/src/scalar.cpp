@@ -45,8 +45,13 @@ struct Scalar {
 
   static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
 
+  using Tokens = const int8_t*;
+  static Tokens load_tokens(const int8_t* p) { return p; }
+  template <class T>
+  static void keep(T&) {}
+
   template <bool Wide>
-  static Lanes dot(const Codes& codes, const int8_t* a) {
+  static Lanes dot(const Codes& codes, Tokens a) {
     int32_t total = 0;
     for (int i = 0; i < kBlock; ++i) total += int32_t(codes.code[i]) * a[i];
     return float(total);

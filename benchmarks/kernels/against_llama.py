@@ -1,0 +1,79 @@
+"""Decoding and prompts with everything in memory, against llama.cpp on the same machine.
+
+    python benchmarks/kernels/against_llama.py BUNDLE --llama-bench PATH --gguf Q4_K_M.gguf --gguf Q2_K.gguf
+
+Each round runs every setting once, in a fresh process: this bundle uniformly at `--tiers` and at
+`--points`, and each GGUF file with and without weights repacked at load. Prompts of 128 and 512
+random tokens, 64 random tokens decoded. Prints medians, ranges, and the ratio to llama.cpp's best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+PROMPTS = (128, 512)
+NEW = 64
+
+# test -> tokens per second of each round
+Rates = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--llama-bench", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, action="append", required=True)
+    parser.add_argument("--tiers", default="4,2")
+    parser.add_argument("--points", default="3")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    ours = [("--tiers", tier) for tier in args.tiers.split(",")] + [("--point", p) for p in args.points.split(",")]
+    results: dict[str, Rates] = defaultdict(lambda: defaultdict(list))
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        for option in ours:
+            for test, rate in run_ours(args, option).items():
+                results["dymoe " + " ".join(option)][test].append(rate)
+        for path in args.gguf:
+            for repack in (0, 1):
+                for test, rate in run_llama(args, path, repack).items():
+                    results[f"{path.stem} repack {repack}"][test].append(rate)
+    print_table(results)
+
+
+def run_ours(args: argparse.Namespace, option: tuple[str, str]) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).with_name("in_memory.py")), str(args.bundle), *option]
+    command += ["--threads", str(args.threads), "--new-tokens", str(NEW), *map(str, PROMPTS)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def run_llama(args: argparse.Namespace, path: Path, repack: int) -> dict[str, float]:
+    command = [str(args.llama_bench), "-m", str(path), "-t", str(args.threads), "-p", ",".join(map(str, PROMPTS))]
+    command += ["-n", str(NEW), "-r", "1", "--repack", str(repack), "-o", "json"]
+    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": row["avg_ts"] for row in rows}
+
+
+def print_table(results: dict[str, Rates]) -> None:
+    tests = [f"tg{NEW}", *(f"pp{tokens}" for tokens in PROMPTS)]
+    peers = [rates for name, rates in results.items() if not name.startswith("dymoe")]
+    best = {test: max(statistics.median(rates[test]) for rates in peers) for test in tests}
+    print(f"{'tokens per second':<28}" + "".join(f"{test:>24}{'ratio':>7}" for test in tests))
+    for name, rates in results.items():
+        cells = []
+        for test in tests:
+            middle = statistics.median(rates[test])
+            shown = f"{middle:.1f} ({min(rates[test]):.1f}-{max(rates[test]):.1f})"
+            cells.append(f"{shown:>24}{middle / best[test]:>7.2f}")
+        print(f"{name:<28}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tokens per second of one bundle with all of its experts in memory, as JSON.
+
+    python benchmarks/kernels/in_memory.py BUNDLE 128 512 --point 3
+
+A pass of each length warms up; then each prompt, and after it `--new-tokens` of random ids.
+`--profile` prints what Python spends its time on while decoding instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import time
+
+import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
+
+# isort: split
+import torch
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.store import Want
+
+assert dymoe_runtime.__version__
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("prompts", type=int, nargs="+")
+    parser.add_argument("--tiers", type=int)
+    parser.add_argument("--point")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    context = max(args.prompts) + args.new_tokens
+    options = RunOptions(tier=args.tiers, point=args.point, threads=args.threads, context=context)
+    ids = torch.randint(bundle.spec.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+    with Model(bundle, options) as model:
+        load(model)
+        for tokens in args.prompts:
+            model.prefill(ids[:tokens])
+            model.reset()
+        if args.profile:
+            with cProfile.Profile() as profile:
+                decode(model, ids[: args.new_tokens])
+            profile.print_stats("tottime")
+            return
+        rates = {}
+        for tokens in args.prompts:
+            started = time.perf_counter()
+            model.prefill(ids[:tokens])
+            rates[f"pp{tokens}"] = tokens / (time.perf_counter() - started)
+            model.reset()
+        decode(model, ids[:4])
+        model.reset()
+        rates[f"tg{args.new_tokens}"] = args.new_tokens / decode(model, ids[: args.new_tokens])
+        print(json.dumps(rates | {"bits": model.statistics()["bits_mean"]}))
+
+
+def load(model: Model) -> None:
+    """Read every expert whole."""
+    top = model.bundle.manifest.ladder[-1]
+    for layer in model.spec.moe_layers:
+        for _ in model.store.begin([Want(ExpertKey(layer, e), top) for e in range(model.spec.num_experts)]):
+            pass
+        if not model.store.holds(layer):
+            raise SystemExit("the experts do not fit the memory of this machine")
+
+
+def decode(model: Model, ids: list[int]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    for token_id in ids:
+        model.decode(token_id)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+// The routed experts of a layer for the tokens at hand.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace dymoe {
+
+/// One expert at one tier, and the rows of the call that it works on.
+struct Job {
+  MatrixView gate, up, down;
+  int64_t first, count;
+};
+
+/// y[i] = (act(x[t] . gate^T) * (x[t] . up^T)) . down^T for the rows i of each job, t = tokens[i],
+/// or i where `tokens` is null. x [.., hidden], y [rows, hidden]; all jobs have the same shapes.
+/// A row does not depend on which others are in the call.
+void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const int64_t* tokens,
+         Activation activation, float* y);
+
+/// out[t] = sum over j of gates[t, j] * y[rows[t, j]], in that order; rows below 0 are left out.
+/// gates and rows [tokens, ranks], out [tokens, width].
+void combine(const float* y, const int64_t* rows, const float* gates, int64_t tokens, int64_t ranks, int64_t width,
+             float* out);
+
+}  // namespace dymoe

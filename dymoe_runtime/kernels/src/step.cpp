@@ -1,0 +1,136 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "workspace.h"
+
+namespace dymoe {
+namespace {
+
+struct Workspace {
+  QuantizedTokens quantized;
+  Buffer<float> h, heads, attended, scores, logits;
+};
+
+thread_local Workspace workspace;
+
+/// Products of one quantized token, one after another in y.
+void multiply(const Kernels& isa, const Activations& a, std::initializer_list<const Linear*> weights, float* y) {
+  struct Item {
+    const Linear* linear;
+    int64_t begin, end;
+    float* y;
+  };
+  std::vector<Item> items;
+  int64_t work = 0;
+  for (const Linear* linear : weights) {
+    const MatrixView& m = linear->weight;
+    const int64_t chunk = round_up(std::max<int64_t>(1, m.rows / (threads() * kChunksPerThread)), kRowMultiple);
+    for (int64_t begin = 0; begin < m.rows; begin += chunk)
+      items.push_back({linear, begin, std::min(m.rows, begin + chunk), y});
+    y += m.rows;
+    work += m.rows * m.blocks;
+  }
+  auto body = [&](int64_t i) {
+    const Item& item = items[i];
+    const MatrixView& m = item.linear->weight;
+    isa.product(m, a, item.begin, item.end, item.y, m.rows, scratch_for(m));
+    if (const float* bias = item.linear->bias)
+      for (int64_t r = item.begin; r < item.end; ++r) item.y[r] += bias[r];
+  };
+  if (work < kSmallWork) {
+    for (size_t i = 0; i < items.size(); ++i) body(int64_t(i));
+  } else {
+    parallel_for(int64_t(items.size()), body);
+  }
+}
+
+/// Norm, if the model has one here, and clip of queries or keys [heads, head_dim].
+void finish(const Kernels& isa, const LayerWeights& layer, const float* weight, int64_t heads, float* x) {
+  const int64_t n = heads * layer.head_dim;
+  if (layer.qk_norm == QkNorm::full) isa.norm(x, weight, n, layer.eps, x);
+  if (layer.clip > 0.0f)
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] < -layer.clip ? -layer.clip : x[i] > layer.clip ? layer.clip : x[i];
+  if (layer.qk_norm == QkNorm::head)
+    for (int64_t i = 0; i < n; i += layer.head_dim) isa.norm(x + i, weight, layer.head_dim, layer.eps, x + i);
+}
+
+void rotate(float* x, int64_t heads, int64_t n, const float* cosines, const float* sines) {
+  const int64_t half = n / 2;
+  for (const float* end = x + heads * n; x < end; x += n) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cosines[i] - b * sines[i];
+      x[i + half] = b * cosines[i + half] + a * sines[i + half];
+    }
+  }
+}
+
+}  // namespace
+
+void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
+            const float* sines, const LayerCache& cache, float* out) {
+  const int64_t d = layer.head_dim, queries = layer.heads * d, keys = layer.kv_heads * d;
+  float* h = workspace.h.reserve(layer.hidden);
+  float* q = workspace.heads.reserve(queries + 2 * keys);
+  float *k = q + queries, *v = k + keys;
+  isa.norm(x, layer.attn_norm, layer.hidden, layer.eps, h);
+  multiply(isa, workspace.quantized.quantize(isa, 1, layer.hidden, [&](int64_t) { return h; }),
+           {&layer.q, &layer.k, &layer.v}, q);
+  finish(isa, layer, layer.q_norm, layer.heads, q);
+  finish(isa, layer, layer.k_norm, layer.kv_heads, k);
+  if (layer.clip > 0.0f)
+    for (int64_t i = 0; i < keys; ++i) v[i] = v[i] < -layer.clip ? -layer.clip : v[i] > layer.clip ? layer.clip : v[i];
+  rotate(q, layer.heads, d, cosines, sines);
+  rotate(k, layer.kv_heads, d, cosines, sines);
+  for (int64_t g = 0; g < layer.kv_heads; ++g) {
+    const int64_t at = (g * cache.capacity + position) * d;
+    std::copy_n(k + g * d, d, cache.keys + at);
+    std::copy_n(v + g * d, d, cache.values + at);
+  }
+
+  const int64_t first = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
+  const int64_t count = position + 1 - first, group = layer.heads / layer.kv_heads;
+  float* attended = workspace.attended.reserve(queries);
+  float* scores = workspace.scores.reserve(layer.heads * count);
+  parallel_ranges(layer.kv_heads, 1, layer.heads * count * d / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t at = (g * cache.capacity + first) * d;
+      isa.attend(q + g * group * d, group, cache.keys + at, cache.values + at, count, d, scores + g * group * count,
+                 attended + g * group * d);
+    }
+  });
+  multiply(isa, workspace.quantized.quantize(isa, 1, queries, [&](int64_t) { return attended; }), {&layer.o}, out);
+  for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];
+}
+
+void route(const Kernels& isa, const LayerWeights& layer, const float* x, float* h, int64_t* experts, float* gates) {
+  isa.norm(x, layer.mlp_norm, layer.hidden, layer.eps, h);
+  float* logits = workspace.logits.reserve(layer.experts);
+  parallel_ranges(layer.experts, 1, layer.experts * layer.hidden / kBlock, [&](int64_t begin, int64_t end) {
+    isa.dots(layer.router, layer.hidden, begin, end, h, logits);
+  });
+  const float sum = isa.exponentials(logits, layer.experts);
+  if (!std::isfinite(sum)) {  // nothing can be compared; what follows is as spoilt
+    for (int64_t j = 0; j < layer.top_k; ++j) experts[j] = j, gates[j] = NAN;
+    return;
+  }
+  std::vector<int64_t> order(layer.experts);
+  std::iota(order.begin(), order.end(), 0);
+  std::partial_sort(order.begin(), order.begin() + layer.top_k, order.end(), [&](int64_t a, int64_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+  });
+  float mass = 0.0f;
+  for (int64_t j = 0; j < layer.top_k; ++j) {
+    experts[j] = order[j];
+    gates[j] = logits[order[j]] / sum;
+    mass += gates[j];
+  }
+  if (layer.norm_topk)
+    for (int64_t j = 0; j < layer.top_k; ++j) gates[j] /= mass;
+}
+
+}  // namespace dymoe

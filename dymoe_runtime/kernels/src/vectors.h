@@ -1,0 +1,89 @@
+// Loops over floats: norms, routers and attention. Sums have sixteen lanes on every instruction
+// set, and products are not contracted, so results do not depend on it.
+//
+// Everything is in an unnamed namespace, as in product.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "activate.h"
+#include "lanes.h"
+
+namespace dymoe {
+namespace {
+
+constexpr int kSumLanes = 16, kParts = kSumLanes / kLanes;
+
+Floats load_lanes(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+float fold(const Floats* parts) {
+  float sums[kSumLanes];
+  std::memcpy(sums, parts, sizeof sums);
+  for (int width = kSumLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return sums[0];
+}
+
+float dot_floats(const float* a, const float* b, int64_t n) {
+  Floats sums[kParts] = {};
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int p = 0; p < kParts; ++p) sums[p] += load_lanes(a + i + p * kLanes) * load_lanes(b + i + p * kLanes);
+  float total = fold(sums);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+/// out = weight * x / rms(x); out may be x.
+void norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  const float inverse = 1.0f / std::sqrt(dot_floats(x, x, n) / float(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * inverse);
+}
+
+/// out[r] = rows[r] . x for r in [begin, end).
+void dots(const float* rows, int64_t n, int64_t begin, int64_t end, const float* x, float* out) {
+  for (int64_t r = begin; r < end; ++r) out[r] = dot_floats(rows + r * n, x, n);
+}
+
+/// x = exp(x - max(x)); returns the sum. NaN if any is.
+float exponentials(float* x, int64_t n) {
+  float most = x[0];
+  for (int64_t i = 1; i < n; ++i) most = x[i] > most ? x[i] : most;
+  for (int64_t i = 0; i < n; ++i) x[i] = exponential(x[i] - most);
+  float sums[kSumLanes] = {};
+  for (int64_t i = 0; i < n; ++i) sums[i % kSumLanes] += x[i];
+  float total = 0.0f;
+  for (float sum : sums) total += sum;
+  return total;
+}
+
+/// out[i] of `queries` [heads, n] over `count` keys and values [count, n]; scores hold heads * count.
+void attend(const float* queries, int64_t heads, const float* keys, const float* values, int64_t count, int64_t n,
+            float* scores, float* out) {
+  const float size = 1.0f / std::sqrt(float(n));
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t h = 0; h < heads; ++h) scores[h * count + p] = size * dot_floats(queries + h * n, keys + p * n, n);
+  std::memset(out, 0, heads * n * sizeof(float));
+  for (int64_t h = 0; h < heads; ++h) {
+    float* weights = scores + h * count;
+    const float inverse = 1.0f / exponentials(weights, count);
+    for (int64_t p = 0; p < count; ++p) weights[p] *= inverse;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const float* value = values + p * n;
+    for (int64_t h = 0; h < heads; ++h) {
+      const float weight = scores[h * count + p];
+      float* to = out + h * n;
+      for (int64_t i = 0; i < n; ++i) to[i] += weight * value[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dymoe

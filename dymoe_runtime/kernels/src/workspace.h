@@ -1,0 +1,94 @@
+// What whole operations share: memory that stays between calls, work in ranges, quantized tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace dymoe {
+
+constexpr int64_t kTokens = 128;         // tokens of one pass: their activations stay in the L2 cache
+constexpr int64_t kRowMultiple = 16;     // floats of a cache line, so that threads do not share one
+constexpr int64_t kChunksPerThread = 4;  // lets threads of unequal speed finish together
+constexpr int64_t kSmallWork = 4096;     // products of 64 codes that cost about as much as a wake-up
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+/// Memory that grows and stays, aligned to cache lines; what it held is lost when it grows.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+
+  T* reserve(int64_t count) {
+    if (count > size_) {
+      release();
+      data_ = static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)));
+      size_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr, size_ = 0;
+  }
+};
+
+/// Rows of codes for `product` and `dequantize`; each thread has its own.
+inline uint8_t* scratch_for(const MatrixView& m) {
+  thread_local Buffer<uint8_t> buffer;
+  return buffer.reserve(kScratchRows * m.blocks * kBlock);
+}
+
+/// Calls body(begin, end) for ranges that cover [0, count), in parallel if `work` is worth it.
+template <class Range>
+void parallel_ranges(int64_t count, int64_t multiple, int64_t work, Range body) {
+  if (work < kSmallWork || threads() == 1) return body(0, count);
+  const int64_t share = count / (threads() * kChunksPerThread);
+  const int64_t chunk = round_up(std::max<int64_t>(share, 1), multiple);
+  parallel_for((count + chunk - 1) / chunk,
+               [&](int64_t i) { body(i * chunk, std::min(count, (i + 1) * chunk)); });
+}
+
+/// Where the activations of one call are quantized to.
+class QuantizedTokens {
+ public:
+  /// Token t is the floats [cols] at row(t).
+  template <class Row>
+  Activations quantize(const Kernels& isa, int64_t tokens, int64_t cols, Row row) {
+    const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = round_up(blocks, kGroup);
+    const Activations a{tokens,
+                        blocks,
+                        pitch,
+                        codes_.reserve(tokens * blocks * kBlock),
+                        scales_.reserve(tokens * pitch),
+                        sums_.reserve(tokens * pitch)};
+    parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) isa.quantize(row(t), cols, t, a);
+    });
+    return a;
+  }
+
+ private:
+  Buffer<int8_t> codes_;
+  Buffer<float> scales_, sums_;
+};
+
+/// Tokens [first, first + count) of `a`.
+inline Activations some_tokens(const Activations& a, int64_t first, int64_t count) {
+  return {count,          a.blocks, a.pitch, a.codes + first * a.blocks * kBlock, a.scales + first * a.pitch,
+          a.sums + first * a.pitch};
+}
+
+}  // namespace dymoe

@@ -1,0 +1,47 @@
+"""One decoded token through the attention and the router of a layer, in compiled code.
+
+The same mathematics as `Decoder.attend` and `Decoder.route`, which are the reference: at one
+token, what torch and Python take to start each of their operations is longer than most of them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dymoe_runtime.decoder import KVCache, Routing
+from dymoe_runtime.kernels.native import StoredDense, decode_layer
+from dymoe_runtime.rope import Rotary
+from dymoe_runtime.spec import ModelSpec
+
+
+class DecodeStep:
+    """The dense half of every layer for one token."""
+
+    def __init__(self, spec: ModelSpec, dense: StoredDense, isa: str) -> None:
+        self._spec = spec
+        self._dense = dense  # the layers point into it
+        self._rotary = Rotary(spec.rope, spec.head_dim)
+        self._layers = [decode_layer(isa, spec, dense, layer) for layer in range(spec.num_layers)]
+
+    @staticmethod
+    def make(spec: ModelSpec, dense: StoredDense, isa: str) -> DecodeStep | None:
+        """None where the attention's matrices are not quantized."""
+        quantized = all(dense.record(f"layers.{n}.attn.{m}") for n in range(spec.num_layers) for m in "qkvo")
+        return DecodeStep(spec, dense, isa) if quantized else None
+
+    def attend(self, layer: int, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """The residual stream [1, H] after the attention of `layer`; x [1, H]."""
+        cosines, sines = self._rotary.table(cache.length, cache.length + 1)
+        out = torch.empty(x.shape)
+        self._layers[layer].attend(
+            x.data_ptr(), cache.length, cosines.data_ptr(), sines.data_ptr(), cache.addresses(layer), out.data_ptr()
+        )
+        return out
+
+    def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        """Normalized x [1, H], and the experts of `layer` for it."""
+        h = torch.empty(x.shape)
+        experts = torch.empty(1, self._spec.top_k, dtype=torch.int64)
+        gates = torch.empty(1, self._spec.top_k)
+        self._layers[layer].route(x.data_ptr(), h.data_ptr(), experts.data_ptr(), gates.data_ptr())
+        return h, Routing(experts, gates, x)

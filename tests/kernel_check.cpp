@@ -1,0 +1,227 @@
+// Holds the kernels of every instruction set of this machine against the scalar ones, over splits,
+// shapes and numbers of tokens, in buffers of exactly the size that they say they need.
+// Prints one line for each instruction set; exits with 1 where one differs.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "moe.h"
+#include "ops.h"
+#include "pool.h"
+
+using namespace dymoe;
+
+namespace {
+
+std::mt19937 random_bits(1);
+int failures = 0;
+
+void check(bool ok, const char* isa, const std::string& what) {
+  if (ok) return;
+  if (failures++ < 20) std::printf("%s: %s differs\n", isa, what.c_str());
+}
+
+template <class T>
+std::unique_ptr<T[]> buffer(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+std::vector<float> random_floats(int64_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(random_bits);
+  return values;
+}
+
+/// A random matrix; every part has its own buffer, so that a sanitizer sees what is read beyond it.
+struct Matrix {
+  std::vector<std::unique_ptr<uint8_t[]>> parts;
+  MatrixView view{};
+
+  Matrix(int64_t rows, int64_t cols, const std::vector<int>& widths, int top) {
+    view.rows = rows, view.cols = cols, view.blocks = (cols + kBlock - 1) / kBlock;
+    for (int width : widths) {
+      view.plane[view.planes++] = {width, random_part(rows * view.blocks * 8 * width)};
+      view.bits += width;
+    }
+    view.steps = random_part(rows * step_bytes(view.blocks));
+    parts.push_back(buffer<uint8_t>(2 * rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t one = 0x3f80;
+      std::memcpy(parts.back().get() + 2 * r, &one, sizeof one);
+    }
+    view.multiplier = parts.back().get();
+    view.levels = levels_of(view.bits, top);
+  }
+
+  const uint8_t* random_part(int64_t nbytes) {
+    parts.push_back(buffer<uint8_t>(nbytes));
+    for (int64_t i = 0; i < nbytes; ++i) parts.back()[i] = uint8_t(random_bits());
+    return parts.back().get();
+  }
+};
+
+/// Tokens quantized by `isa`, in buffers of their own.
+struct Quantized {
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> scales, sums;
+  Activations view;
+
+  Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
+    const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = (blocks + kGroup - 1) / kGroup * kGroup;
+    codes = buffer<int8_t>(tokens * blocks * kBlock);
+    scales = buffer<float>(tokens * pitch), sums = buffer<float>(tokens * pitch);
+    view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get()};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const std::vector<float> row(x.begin() + t * cols, x.begin() + (t + 1) * cols);
+      isa.quantize(row.data(), cols, t, view);
+    }
+  }
+};
+
+bool close(const std::vector<float>& a, const std::vector<float>& b) {
+  float most = 0.0f, off = 0.0f;
+  for (size_t i = 0; i < a.size(); ++i) {
+    most = std::max(most, std::fabs(b[i]));
+    off = std::max(off, std::fabs(a[i] - b[i]));
+  }
+  return off <= 1e-5f * most;
+}
+
+std::vector<float> product_of(const Kernels& isa, const Matrix& m, const Quantized& a) {
+  std::vector<float> y(a.view.tokens * m.view.rows);
+  const auto scratch = buffer<uint8_t>(kScratchRows * m.view.blocks * kBlock);
+  const int64_t middle = m.view.rows / 3;
+  isa.product(m.view, a.view, 0, middle, y.data(), m.view.rows, scratch.get());
+  isa.product(m.view, a.view, middle, m.view.rows, y.data(), m.view.rows, scratch.get());
+  return y;
+}
+
+std::vector<float> rows_of(const Kernels& isa, const Matrix& m) {
+  std::vector<float> out(m.view.rows * m.view.cols);
+  const auto scratch = buffer<uint8_t>(kScratchRows * m.view.blocks * kBlock);
+  for (int64_t r = 0; r < m.view.rows; ++r) isa.dequantize(m.view, r, out.data() + r * m.view.cols, scratch.get());
+  return out;
+}
+
+void check_products(const Kernels& isa) {
+  const std::vector<std::vector<int>> splits = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {4},
+                                                {4, 2}, {4, 2, 1}, {8},       {1, 1, 1},    {4, 1}};
+  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}};
+  for (const auto& split : splits)
+    for (const auto& [rows, cols] : shapes)
+      for (const int64_t tokens : {0, 1, 2, 5, 33}) {
+        int bits = 0;
+        for (int width : split) bits += width;
+        const Matrix m(rows, cols, split, std::max(bits, bits <= kMostCurved ? kMostCurved : bits));
+        const Quantized a(kScalar, random_floats(tokens * cols), tokens, cols);
+        const std::string what = std::to_string(bits) + " bits, " + std::to_string(rows) + " x " +
+                                 std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
+        check(close(product_of(isa, m, a), product_of(kScalar, m, a)), isa.name, what);
+        if (tokens == 1) check(rows_of(isa, m) == rows_of(kScalar, m), isa.name, what + ": dequantize");
+      }
+}
+
+void check_quantize(const Kernels& isa) {
+  for (const int64_t cols : {1, 64, 150, 1100}) {
+    std::vector<float> x = random_floats(3 * cols);
+    x[cols] = NAN;
+    const Quantized a(isa, x, 3, cols), b(kScalar, x, 3, cols);
+    const int64_t bytes = a.view.pitch * 3 * int64_t(sizeof(float));
+    check(!std::memcmp(a.codes.get(), b.codes.get(), 3 * a.view.blocks * kBlock) &&
+              !std::memcmp(a.scales.get(), b.scales.get(), bytes) && !std::memcmp(a.sums.get(), b.sums.get(), bytes),
+          isa.name, "quantize, " + std::to_string(cols) + " columns");
+  }
+}
+
+void check_vectors(const Kernels& isa) {
+  for (const int64_t n : {2, 16, 20, 64, 100, 128}) {
+    const std::vector<float> q = random_floats(3 * n), k = random_floats(11 * n), v = random_floats(11 * n);
+    std::vector<float> out[2], norms[2], dots[2];
+    int at = 0;
+    for (const Kernels* kernels : {&isa, &kScalar}) {
+      std::vector<float> scores(3 * 11);
+      out[at].resize(3 * n), norms[at].resize(n), dots[at].resize(11);
+      kernels->attend(q.data(), 3, k.data(), v.data(), 11, n, scores.data(), out[at].data());
+      kernels->norm(q.data(), v.data(), n, 1e-5f, norms[at].data());
+      kernels->dots(k.data(), n, 0, 11, q.data(), dots[at].data());
+      ++at;
+    }
+    check(out[0] == out[1] && norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
+  }
+  for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+    const std::vector<float> ups = random_floats(37), hidden = random_floats(37);
+    std::vector<float> a = hidden, b = hidden;
+    isa.activate(activation, 37, ups.data(), a.data());
+    kScalar.activate(activation, 37, ups.data(), b.data());
+    check(close(a, b), isa.name, "activation");
+  }
+}
+
+/// Codes and scales of a fit, then of a descent from them.
+std::vector<float> quantized_by(const Kernels& isa, unsigned seed) {
+  random_bits.seed(seed);
+  const int64_t rows = 19, cols = 51;
+  const std::vector<float> weight = random_floats(rows * cols), importance(cols, 1.0f);
+  std::vector<float> start(2 * rows), scales(3 * rows), slope(3 * rows * cols, 0.01f), error(3 * rows * cols);
+  for (float& s : start) s = 0.05f * float(1 + random_bits() % 8);
+  std::vector<uint8_t> codes(rows * cols);
+  Fit fit{};
+  fit.tiers = 3, fit.rows = rows, fit.cols = cols, fit.starts = 2;
+  Descent d{};
+  d.tiers = 3, d.rows = rows, d.cols = d.pitch = d.hessian_pitch = cols, d.last = true;
+  for (int t = 0; t < 3; ++t) fit.bits[t] = d.bits[t] = t + 2, fit.weights[t] = d.weights[t] = 1.0f;
+  fit.weight = weight.data(), fit.importance = importance.data(), fit.start = start.data();
+  fit.scales = scales.data(), fit.codes = codes.data();
+  isa.fit(fit, 0, 16), isa.fit(fit, 16, rows - 16);
+  std::vector<float> hessian(cols * cols, 0.1f);
+  for (int64_t i = 0; i < cols; ++i) hessian[i * (cols + 1)] = 1.0f;
+  d.hessian = hessian.data(), d.slope = slope.data(), d.scales = scales.data();
+  d.error = error.data(), d.codes = codes.data();
+  isa.descend(d, 0, 16), isa.descend(d, 16, rows - 16);
+  std::vector<float> all(codes.begin(), codes.end());
+  all.insert(all.end(), scales.begin(), scales.end());
+  all.insert(all.end(), error.begin(), error.end());
+  return all;
+}
+
+/// A layer's experts by threads: the same bits as by one.
+void check_threads(const Kernels& isa) {
+  const Matrix gate(320, 512, {2, 1, 1}, 4), up(320, 512, {2, 1, 1}, 4), down(512, 320, {2, 1, 1}, 4);
+  const Matrix low(320, 512, {2}, 4), low_up(320, 512, {2}, 4), low_down(512, 320, {2}, 4);
+  const std::vector<Job> jobs = {{gate.view, up.view, down.view, 0, 3}, {low.view, low_up.view, low_down.view, 3, 150}};
+  const std::vector<float> x = random_floats(150 * 512);
+  std::vector<int64_t> tokens(153);
+  for (int64_t i = 0; i < 153; ++i) tokens[i] = i < 3 ? 7 * i : i - 3;
+  std::vector<float> y[2];
+  for (int count : {1, 3}) {
+    set_threads(count);
+    std::vector<float>& out = y[count / 2];
+    out.resize(153 * 512);
+    moe(isa, jobs, x.data(), tokens.data(), Activation::silu, out.data());
+  }
+  set_threads(1);
+  check(y[0] == y[1], isa.name, "threads");
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* isa : available_isas()) {
+    const int before = failures;
+    check_products(*isa);
+    check_quantize(*isa);
+    check_vectors(*isa);
+    for (unsigned seed = 0; seed < 5; ++seed)
+      check(quantized_by(*isa, seed) == quantized_by(kScalar, seed), isa->name, "fit and descent");
+    check_threads(*isa);
+    std::printf("%s: %s\n", isa->name, failures == before ? "equal" : "DIFFERENT");
+  }
+  return failures > 0;
+}

@@ -1,0 +1,54 @@
+"""kernel_check.cpp: every instruction set against the scalar one, under sanitizers and emulated on ARM."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+ARM = "aarch64-linux-gnu-g++"
+
+
+def tool(name: str) -> str | None:
+    """A program of this environment, or of the system."""
+    return shutil.which(name, path=str(BIN)) or shutil.which(name)
+
+
+def build(directory: Path, *options: str) -> Path:
+    """Build kernel_check and return it. -O1: unoptimized, emulated kernels take minutes, and -O3 as long to compile."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None or ninja is None:
+        pytest.skip("cmake or ninja is missing")
+    configure = [cmake, "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    run([*configure, "-DDYMOE_KERNEL_CHECK=ON", "-DDYMOE_OPTIMIZE=-O1", *options])
+    run([cmake, "--build", directory, "--parallel", "2"])
+    return directory / "kernel_check"
+
+
+def run(command: list[object]) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """Reads and writes stay within what the kernels say they need, and nothing is undefined."""
+    output = run([build(tmp_path, f"-DCMAKE_CXX_FLAGS={SANITIZERS}")])
+    assert "scalar: equal" in output
+
+
+@pytest.mark.skipif(shutil.which(ARM) is None, reason=f"{ARM} is missing")
+@pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="qemu-aarch64 is missing")
+def test_kernels_on_emulated_arm(tmp_path: Path) -> None:
+    system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={ARM}"]
+    program = build(tmp_path, *system, "-DCMAKE_EXE_LINKER_FLAGS=-static")
+    output = run(["qemu-aarch64", "-cpu", "max", program])
+    assert output.splitlines() == ["neon: equal", "scalar: equal"]
+    assert run(["qemu-aarch64", "-cpu", "cortex-a53", program]) == "scalar: equal\n"  # which has no dot products

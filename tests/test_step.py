@@ -1,0 +1,124 @@
+"""One token through the compiled step equals the decoder's own mathematics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_decoder import VARIANTS
+
+from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
+from dymoe_compile.dense import records_of
+from dymoe_compile.reference import CheckpointExperts
+from dymoe_runtime import kernels
+from dymoe_runtime.decoder import Decoder, KVCache, Routing
+from dymoe_runtime.tiers import RecordLayout
+
+COMPILED = [name for name in kernels.available_isas() if name != "torch"]
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+
+
+class QuantizedAttention:
+    """A checkpoint's dense weights with the attention's matrices at 8 bits, for kernels of `isa`."""
+
+    def __init__(self, checkpoint: Checkpoint, isa: str) -> None:
+        self._dense = CheckpointDense(checkpoint)
+        self._kernels = kernels.select(isa)
+        self._records = records_of(checkpoint, "attn", 8)
+        names = checkpoint.spec.tensor_shapes()
+        self._tensors = {name: checkpoint.tensor(name).float() for name in names if name not in self._records}
+        self.embed = self._dense.embed
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def optional(self, name: str) -> torch.Tensor | None:
+        return self._tensors.get(name)
+
+    def record(self, name: str) -> tuple[RecordLayout, torch.Tensor] | None:
+        return self._records.get(name)
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if name not in self._records:
+            return self._dense.linear(name, x)
+        layout, data = self._records[name]
+        y = self._kernels.linear(layout, 8, [data], x)
+        bias = self._tensors.get(f"{name}_bias")
+        return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_a_step_equals_the_decoder(isa: str, family: str, changes: dict, tmp_path: Path) -> None:
+    """Layer by layer from the same input, over a context longer than the sliding windows."""
+    from dymoe_runtime.step import DecodeStep
+
+    tiny_model(family, **changes).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    spec, dense = checkpoint.spec, QuantizedAttention(checkpoint, isa)
+    step = DecodeStep(spec, dense, isa)
+    decoder = Decoder(spec, dense, CheckpointExperts(checkpoint))
+    caches = KVCache(spec, 30), KVCache(spec, 30)
+    g = torch.Generator().manual_seed(3)
+    with torch.inference_mode():
+        for _ in range(25):
+            for layer in range(spec.num_layers):
+                x = torch.randn(1, spec.hidden_size, generator=g)
+                expected, _ = decoder.attend(layer, x, caches[0])
+                got = step.attend(layer, x, caches[1])
+                # An activation on the edge between two int8 codes may fall to either side.
+                assert (got - expected).abs().max() <= 1e-2 * (expected - x).abs().max()
+                if layer not in spec.dense_layers:
+                    check_route(step.route(layer, x), decoder, layer, x)
+            for cache in caches:
+                cache.length += 1
+    assert torch.allclose(caches[0].keys[:, :, :25], caches[1].keys[:, :, :25], rtol=1e-2, atol=1e-2)
+    assert torch.allclose(caches[0].values[:, :, :25], caches[1].values[:, :, :25], rtol=1e-2, atol=1e-2)
+
+
+def check_route(got: tuple[torch.Tensor, Routing], decoder: Decoder, layer: int, x: torch.Tensor) -> None:
+    h, routing = got
+    expected = decoder.norm(f"layers.{layer}.mlp_norm", x)
+    experts, gates = decoder.route(layer, expected)
+    assert torch.allclose(h, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(routing.gates, gates, rtol=1e-4, atol=1e-6)
+    assert torch.equal(routing.experts, experts)
+    assert routing.residual is x
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_decoding_by_steps_equals_the_decoder(isa: str, tmp_path: Path) -> None:
+    """A prompt by the decoder, then tokens by steps; and steps do not depend on the instruction set."""
+    from dymoe_runtime.step import DecodeStep
+
+    tiny_model("qwen3_moe", mlp_only_layers=[1]).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    dense, experts = QuantizedAttention(checkpoint, isa), CheckpointExperts(checkpoint)
+    ids = torch.randint(0, 97, (20,), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for step in (None, DecodeStep(checkpoint.spec, dense, isa)):
+        decoder, cache = Decoder(checkpoint.spec, dense, experts, step), KVCache(checkpoint.spec, 20)
+        with torch.inference_mode():
+            decoder.forward(ids[:9], cache)
+            logits.append(torch.cat([decoder.logits(decoder.forward(one, cache)) for one in ids[9:].split(1)]))
+    assert (logits[0] - logits[1]).abs().max() <= 2e-2 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_what_is_not_finite_stays_so(isa: str, tmp_path: Path) -> None:
+    from dymoe_runtime.step import DecodeStep
+
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    dense = QuantizedAttention(checkpoint, isa)
+    step = DecodeStep(checkpoint.spec, dense, isa)
+    x = torch.ones(1, checkpoint.spec.hidden_size)
+    x[0, 3] = float("nan")
+    with torch.inference_mode():
+        assert step.attend(0, x, KVCache(checkpoint.spec, 4)).isnan().all()
+        h, routing = step.route(0, x)
+    assert h.isnan().all() and routing.gates.isnan().all()
+    assert set(routing.experts[0].tolist()) <= set(range(checkpoint.spec.num_experts))
