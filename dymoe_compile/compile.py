@@ -174,7 +174,7 @@ def progress_key() -> dict[str, str]:
     """
     sources = hashlib.sha256()
     for package in (dymoe_compile, dymoe_runtime):
-        for path in sorted(Path(package.__file__).parent.rglob("*.py")):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             sources.update(path.read_bytes())
     return {"sources_sha256": sources.hexdigest(), "kernels": kernels.isa()}
 
