@@ -1,5 +1,3 @@
 """The offline compiler: Hugging Face MoE checkpoint -> DyMoE bundle."""
 
-import dymoe_runtime  # before torch, whose idle threads it keeps from spinning
-
-__all__ = ["dymoe_runtime"]
+import dymoe_runtime as dymoe_runtime  # before torch, whose idle threads it keeps from spinning

@@ -91,7 +91,7 @@ def check_route(got: tuple[torch.Tensor, Routing], decoder: Decoder, layer: int,
 
 @pytest.mark.parametrize("isa", COMPILED)
 def test_decoding_by_steps_equals_the_decoder(isa: str, tmp_path: Path) -> None:
-    """A prompt by the decoder, then tokens by steps; and steps do not depend on the instruction set."""
+    """A prompt by the decoder, then tokens by steps."""
     from dymoe_runtime.step import DecodeStep
 
     tiny_model("qwen3_moe", mlp_only_layers=[1]).save_pretrained(tmp_path)

@@ -352,6 +352,32 @@ def test_the_first_reads_are_under_way_when_begin_returns(make: Make) -> None:
     receive(reader, delivery)
 
 
+@pytest.mark.parametrize("segments", [30, 96], ids=["some room", "room for all"])
+def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> None:
+    """And counts as hits, whether or not anything could ever be evicted; what is missing comes one by one."""
+    store, reader = make(segments=segments)
+    wants = [want(1, 4), want(2, 2), want(3, 3)]
+    assert [len(batch) for batch in store.begin(wants)] == [1, 1, 1]
+    before = len(reader.calls)
+    (batch,) = store.begin(wants)
+    assert [wanted for wanted, _ in batch] == wants
+    for wanted, parts in batch:
+        check(reader, wanted, parts)
+    assert len(reader.calls) == before
+    assert (store.stats.requests, store.stats.hits) == (6, 3)
+    assert [len(batch) for batch in store.begin([want(1, 4), want(3, 4)])] == [1, 1]
+
+
+def test_a_layer_is_held_once_all_of_it_is_resident_and_until_it_is_evicted(make: Make) -> None:
+    store, reader = make(segments=48)
+    fetch(store, reader, *(want(e, 4) for e in range(15)), want(15, 3))
+    assert not store.holds(0)
+    fetch(store, reader, want(15, 4))
+    assert store.holds(0) and not store.holds(1)
+    fetch(store, reader, want(0, 2, layer=1))
+    assert not store.holds(0)
+
+
 def test_as_many_reads_as_agreed_are_in_flight(make: Make) -> None:
     store, reader = make(segments=30)
     keys = [key(e) for e in range(IN_FLIGHT)]
