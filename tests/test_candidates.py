@@ -234,6 +234,19 @@ def test_every_kind_of_rule_is_a_candidate_and_only_mixed_ones_pin() -> None:
             assert kind == "static"
 
 
+def test_a_large_model_measures_what_fits_have_to_beat_at_every_other_size() -> None:
+    seen = {
+        layer: {tier: Sensitivity(0.01 + cost, None) for tier, cost in row.items()}
+        for layer, row in added((2, 3, 4)).items()
+    }
+    every = candidate_rules(SPEC, (2, 3, 4), statistics(), seen, ())
+    fewer = candidate_rules(SPEC, (2, 3, 4), statistics(), seen, (), 2)
+    names = [f"{bits:g}" for bits in wanted_bits((2, 3, 4))]
+    for kind, wanted in {"mixed": names, "tempered": names, "flat": names[::2], "static": names[::2]}.items():
+        assert [name for name, k in fewer if k == kind] == wanted
+    assert fewer == {key: every[key] for key in fewer}
+
+
 def test_a_measured_layer_that_got_better_adds_nothing() -> None:
     """A lower tier may by chance come out ahead of the highest; bits are then not bought for it."""
     seen = {
