@@ -53,7 +53,7 @@ SPREADS = (0.88, 1.0, 1.14)
 LEVELS_RMS = {2: 16.2, 3: 9.5, 4: 11.5}
 # From six bits on no clipping is tried and no codes are descended: rounding is as good.
 FINE = 6
-# Passes of the descent over all columns; the first with free scales.
+# Passes of the descent over all columns; the first with free scales, the last from the last column to the first.
 SWEEPS = 3
 # Ridge on H relative to its mean diagonal: this many times columns over samples, at least the second.
 RIDGE_PER_SAMPLE = 1.4
@@ -144,6 +144,11 @@ class _Descending:
         self._codes, self._scales = codes, scales  # uint8 [rows, cols], [tiers, rows, blocks]
         self._rough_hessian = self._hessian.to(PULL_DTYPE)
         self._error = self._rough_error = torch.empty(0)
+        self._backward = False
+        # Start of a group of columns -> what the columns already visited give to its slopes. The next pass goes
+        # the other way and visits them after the group, so that half of its products are at hand
+        # (Conrad and Wallach, Alternating methods for sets of linear equations, 1979).
+        self._visited: dict[int, torch.Tensor] = {}
         self._take_error()
 
     def run(self) -> QuantizedMatrix:
@@ -153,6 +158,7 @@ class _Descending:
         self._snap(units)
         for sweep in range(1, SWEEPS):
             self._sweep(units, last=sweep == SWEEPS - 1)
+            self._backward = not self._backward
         steps = _nearest_steps(self._scales, units)
         return QuantizedMatrix(
             self._codes.numpy(), {tier: steps[i].numpy() for i, tier in enumerate(self._ladder)}, multiplier
@@ -165,28 +171,45 @@ class _Descending:
         their rounding will be chosen anew.
         """
         cols = self._cols
-        for start in range(0, cols, PULL):
+        starts = range(0, cols, PULL)
+        for start in reversed(starts) if self._backward else starts:
             group = slice(start, min(start + PULL, cols))
             before = self._error[:, :, group].clone()
-            slopes = self._slopes(group, group.stop if units is None else cols)
-            for first in range(group.start, group.stop, BLOCK):
+            slopes = self._slopes(group, free=units is None, last=last)
+            firsts = range(group.start, group.stop, BLOCK)
+            for first in reversed(firsts) if self._backward else firsts:
                 columns = slice(first, min(first + BLOCK, cols))
                 slope = slopes[:, :, columns.start - start : columns.stop - start]
-                if first > start and not self._diagonal:
-                    changed = self._error[:, :, start:first] - before[:, :, : first - start]
-                    slope = slope + changed @ self._hessian[start:first, columns]
+                done = slice(columns.stop, group.stop) if self._backward else slice(start, first)
+                if done.start < done.stop and not self._diagonal:
+                    changed = self._error[:, :, done] - before[:, :, done.start - start : done.stop - start]
+                    slope = slope + changed @ self._hessian[done, columns]
                 self._visit(columns, slope.contiguous(), units, last)
             if not self._diagonal:
                 self._rough_error[:, :, group] = self._error[:, :, group].to(PULL_DTYPE)
 
-    def _slopes(self, columns: slice, seen: int) -> torch.Tensor:
-        """Error of the first `seen` columns times Hessian, float32 [tiers, rows, columns].
+    def _slopes(self, group: slice, free: bool, last: bool) -> torch.Tensor:
+        """Error times Hessian, float32 [tiers, rows, columns of the group]; rough, where that is much faster.
 
-        Rough, where the processor is much faster so.
+        With `free` scales without the columns that come after the group.
         """
         if self._diagonal:
-            return self._error[:, :, columns]
-        return (self._rough_error[:, :, :seen] @ self._rough_hessian[:seen, columns]).float()
+            return self._error[:, :, group]
+        before, after = slice(0, group.start), slice(group.stop, self._cols)
+        if free:
+            return self._product(slice(0, group.stop), group)
+        visited, coming = (after, before) if self._backward else (before, after)
+        mine = slice(min(group.start, coming.start), max(group.stop, coming.stop))
+        known = self._visited.pop(group.start, None)
+        slopes = self._product(mine, group) if known is None else self._product(group, group) + known
+        passed = self._product(visited, group)
+        if not last:
+            self._visited[group.start] = passed
+        return slopes + passed
+
+    def _product(self, seen: slice, columns: slice) -> torch.Tensor:
+        """What the error of the columns `seen` gives to the slopes of `columns`."""
+        return (self._rough_error[:, :, seen] @ self._rough_hessian[seen, columns]).float()
 
     def _visit(self, columns: slice, slope: torch.Tensor, units: torch.Tensor | None, last: bool) -> None:
         index = columns.start // BLOCK
@@ -212,6 +235,7 @@ class _Descending:
     def _take_error(self) -> None:
         """The error of each tier, [tiers, rows, cols], from codes and scales."""
         self._error = torch.stack([self._values(t) - self._weight for t in range(len(self._ladder))])
+        self._visited.clear()
         self._rough_error = self._error.to(PULL_DTYPE)
 
     def _values(self, t: int) -> torch.Tensor:

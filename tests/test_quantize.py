@@ -382,6 +382,26 @@ def test_only_the_first_sweep_takes_columns_to_come_for_exact(first: bool, monke
     assert same == first
 
 
+def test_the_way_back_reuses_the_products_of_the_way_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one pass keeps and the next adds is, in every group, the whole error times the Hessian."""
+    monkeypatch.setattr(quantize, "PULL", BLOCK)
+    ladder, weight = (2, 3, 4), gaussian(40, 4 * BLOCK)
+    hessian = moments_of(correlated(1000, 4 * BLOCK)).ridged()
+    state = quantize._Descending(weight, ladder, hessian)
+    state._sweep(None)
+    units = quantize._multiplier(state._scales, ladder)[None] * quantize._units(ladder)[:, None]
+    state._snap(units)
+    state._sweep(units)
+    state._backward = True
+    assert sorted(state._visited) == list(range(0, 4 * BLOCK, BLOCK))
+    whole = state._error @ hessian
+    for start in state._visited.copy():
+        group = slice(start, start + BLOCK)
+        slopes = state._slopes(group, free=False, last=True)
+        assert torch.allclose(slopes, whole[:, :, group], rtol=0.02, atol=0.02 * whole.abs().max().item())
+    assert not state._visited
+
+
 def test_a_sweep_never_raises_the_joint_loss() -> None:
     """With free scales and with stored ones; only snapping to steps may."""
     ladder, weight = (2, 3, 4), gaussian(40, 300)
@@ -396,6 +416,7 @@ def test_a_sweep_never_raises_the_joint_loss() -> None:
     def sweep(units: torch.Tensor | None) -> None:
         before = loss()
         state._sweep(units, last=True)
+        state._backward = units is not None and not state._backward
         # Slopes may be summed in bf16, which leaves a little of what could be gained.
         assert loss() <= before * 1.0005
 
