@@ -7,6 +7,7 @@ from typing import Any
 
 from dymoe_compile import quantize
 from dymoe_compile.calibration import LayerStatistics
+from dymoe_compile.grid import tier_weights
 from dymoe_compile.points import Fitted, point_json
 from dymoe_compile.sensitivity import Decoding, Rule, Static
 from dymoe_runtime.bundle import DENSE, Manifest, expert_layout
@@ -50,7 +51,7 @@ def collect(
             "block": BLOCK,
             "steps": "4 bits a block and tier, one bf16 multiplier a row",
             "sweeps": quantize.SWEEPS,
-            "tier_weights": ", ".join(f"{weight:g}" for weight in quantize.tier_weights(ladder)),
+            "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder)),
         },
         "layers": [_layer(layer, statistics) for layer in policy.layers],
         "points": [point_json(point) for point in policy.points],

@@ -15,22 +15,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from dymoe_runtime import kernels
-from dymoe_runtime.kernels.descent import Descent, Grid
-from dymoe_runtime.kernels.reference import nearest_codes
-from dymoe_runtime.tiers import (
-    BLOCK,
-    FINE_STEPS,
-    MOST_CURVED,
-    STEPS,
-    QuantizedMatrix,
-    blocks_of,
-    levels_of,
-    tier_scales,
-    unit_of,
+from dymoe_compile.grid import (
+    FINE,
+    multiplier_of,
+    nearest_steps,
+    rounded,
+    scales_to_try,
+    start_grids,
+    tier_weights,
+    units_of,
 )
+from dymoe_runtime import kernels
+from dymoe_runtime.kernels.descent import Descent
+from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, levels_of, tier_scales
 
 
 def _has_bf16() -> bool:
@@ -39,27 +37,11 @@ def _has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16"))
 
 
-# Weight of a tier's squared error against that of the highest, which is 4^(t - T) of it at equal
-# shares. On the reference model 1.6 and 0.8 lower KL at 2 bits by 5% and raise it at 4 bits by
-# 10%; between them mixed points are best, and no tier is far behind one that is stored alone.
-LOWEST_SHARE = 0.8
-BETWEEN_SHARE = 0.5
-# Scales tried per block: that at which the largest level is the largest magnitude, times CLIPS; for
-# curved levels that, and those at which their root mean square is the block's, times SPREADS. On the
-# reference model better than seven clips.
-CLIPS = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57)
-SPREADS = (0.88, 1.0, 1.14)
-# About the root mean square of the curved levels that normal weights get.
-LEVELS_RMS = {2: 16.2, 3: 9.5, 4: 11.5}
-# From six bits on no clipping is tried and no codes are descended: rounding is as good.
-FINE = 6
 # Passes of the descent over all columns; the first with free scales, the last from the last column to the first.
 SWEEPS = 3
 # Ridge on H relative to its mean diagonal: this many times columns over samples, at least the second.
 RIDGE_PER_SAMPLE = 1.4
 LEAST_RIDGE = 0.01
-# Room above the largest scale of a row for what the descent makes of it.
-HEADROOM = 1.0
 # Columns whose slopes are computed at once: narrow products are slow.
 PULL = 4 * BLOCK
 # Slopes are sums over all columns; eight bits of each term are enough to choose codes by.
@@ -124,13 +106,6 @@ def quantize_expert(
     return {name: quantize_matrix(weight, ladder, moments.get(name)) for name, weight in weights.items()}
 
 
-def tier_weights(ladder: Sequence[int]) -> tuple[float, ...]:
-    """Weight of each tier's squared error in the joint loss, 1 for the highest."""
-    top = ladder[-1]
-    lower = [BETWEEN_SHARE * 4.0 ** (tier - top) for tier in ladder[:-1]]
-    return (*([lower[0] * LOWEST_SHARE / BETWEEN_SHARE, *lower[1:]] if lower else []), 1.0)
-
-
 class _Descending:
     """Coordinate descent on one matrix; columns are padded to whole blocks, which H leaves out."""
 
@@ -140,7 +115,7 @@ class _Descending:
         self._hessian = torch.eye(self._cols) if hessian is None else hessian
         self._diagonal = hessian is None
         self._weight = weight.float().contiguous()
-        codes, scales = _start(self._weight, ladder, self._hessian.diagonal().contiguous())
+        codes, scales = start_grids(self._weight, ladder, self._hessian.diagonal().contiguous())
         self._codes, self._scales = codes, scales  # uint8 [rows, cols], [tiers, rows, blocks]
         self._rough_hessian = self._hessian.to(PULL_DTYPE)
         self._error = self._rough_error = torch.empty(0)
@@ -153,13 +128,13 @@ class _Descending:
 
     def run(self) -> QuantizedMatrix:
         self._sweep(None)
-        multiplier = _multiplier(self._scales, self._ladder)
-        units = (multiplier.float()[None] * _units(self._ladder)[:, None]).contiguous()
+        multiplier = multiplier_of(self._scales, self._ladder)
+        units = (multiplier.float()[None] * units_of(self._ladder)[:, None]).contiguous()
         self._snap(units)
         for sweep in range(1, SWEEPS):
             self._sweep(units, last=sweep == SWEEPS - 1)
             self._backward = not self._backward
-        steps = _nearest_steps(self._scales, units)
+        steps = nearest_steps(self._scales, units)
         return QuantizedMatrix(
             self._codes.numpy(), {tier: steps[i].numpy() for i, tier in enumerate(self._ladder)}, multiplier
         )
@@ -222,14 +197,14 @@ class _Descending:
 
     def _snap(self, units: torch.Tensor) -> None:
         """Move every scale to one that can be stored."""
-        steps = _nearest_steps(self._scales, units)
+        steps = nearest_steps(self._scales, units)
         fine = self._ladder[-1] >= FINE
         if fine:
             # The nearest step may be too small, and what it clips is more than what a fine grid loses.
-            steps[-1] = _nearest_steps(self._scales[-1:], units[-1:], up=True)[0]
+            steps[-1] = nearest_steps(self._scales[-1:], units[-1:], up=True)[0]
         self._scales = torch.from_numpy(STEPS)[steps.long()] * units[:, :, None]
         if fine:
-            self._codes = _nearest_codes(self._weight, self._scales[-1], self._ladder[-1])
+            self._codes = rounded(self._weight, self._scales[-1], self._ladder[-1])
         self._take_error()
 
     def _take_error(self) -> None:
@@ -248,78 +223,8 @@ class _Descending:
 def _round_only(weight: torch.Tensor, tier: int) -> QuantizedMatrix:
     """Nearest codes of a fine grid."""
     weight = weight.float()
-    scales = _starts(weight, tier)
-    multiplier = _multiplier(scales, (tier,))
-    steps = _nearest_steps(scales, multiplier.float()[None], up=True)[0]
-    codes = _nearest_codes(weight, tier_scales(steps, multiplier, tier, tier), tier)
+    scales = scales_to_try(weight, tier)
+    multiplier = multiplier_of(scales, (tier,))
+    steps = nearest_steps(scales, multiplier.float()[None], up=True)[0]
+    codes = rounded(weight, tier_scales(steps, multiplier, tier, tier), tier)
     return QuantizedMatrix(codes.numpy(), {tier: steps.numpy()}, multiplier)
-
-
-def _start(
-    weight: torch.Tensor, ladder: tuple[int, ...], importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [rows, cols] and scales [tiers, rows, blocks] of the best of a few grids in each block."""
-    top = ladder[-1]
-    importance = importance / importance.mean().clamp_min(1e-30)
-    starts = _starts(weight, top)
-    codes, scales = kernels.fit(weight, Grid(ladder, tier_weights(ladder), importance, starts))
-    if top >= FINE:
-        # Least squares of a grid that clips nothing may clip; it keeps its own scale.
-        scales[-1] = starts[0]
-        codes = _nearest_codes(weight, starts[0], top)
-    return codes, scales
-
-
-def _starts(weight: torch.Tensor, top: int) -> torch.Tensor:
-    """Scales of the top tier to try, [starts, rows, blocks]; the first clips nothing."""
-    rows, cols = weight.shape
-    blocks = F.pad(weight, (0, blocks_of(cols) * BLOCK - cols)).view(rows, -1, BLOCK)
-    largest = blocks.abs().amax(dim=-1) / levels_of(top, top)[-1]
-    if top > MOST_CURVED:
-        return torch.stack([largest * clip for clip in (CLIPS if top < FINE else CLIPS[:1])])
-    counts = torch.full((blocks.shape[1],), BLOCK)
-    counts[-1] = cols - (len(counts) - 1) * BLOCK
-    usual = (blocks.square().sum(-1) / counts).sqrt() / LEVELS_RMS[top]
-    return torch.stack([largest, *(usual * spread for spread in SPREADS)])
-
-
-def _nearest_codes(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [rows, cols] nearest at scales [rows, blocks] of even levels."""
-    stored = scales.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]]
-    return nearest_codes(weight[..., None], stored, bits)[..., 0]
-
-
-def _multiplier(scales: torch.Tensor, ladder: tuple[int, ...]) -> torch.Tensor:
-    """bf16 [rows] that lets the steps come closest to all scales [tiers, rows, blocks] of each row.
-
-    The largest scale goes to the top of the fine steps or, where it is an outlier, to a coarse one.
-    """
-    in_top = scales / _units(ladder)[:, None, None]
-    largest = in_top.amax(dim=(0, 2)) * HEADROOM
-    best, least = torch.empty(0), torch.empty(0)
-    for step in STEPS[FINE_STEPS:].tolist():
-        # bf16 keeps 8 bits; rounding up keeps the largest scale within reach.
-        multiplier = (largest / step * (1 + 2**-7)).to(torch.bfloat16)
-        units = multiplier.float()[None].expand(len(ladder), -1)
-        stored = torch.from_numpy(STEPS)[_nearest_steps(in_top, units).long()] * units[:, :, None]
-        off = torch.where(in_top > 0, stored / in_top.clamp_min(1e-38) - 1, 0.0).square().sum(dim=(0, 2))
-        if not len(best):
-            best, least = multiplier, off
-        # A coarse step is for outliers: it must be worth more than rounding.
-        better = off < 0.8 * least
-        best, least = torch.where(better, multiplier, best), torch.where(better, off, least)
-    return best
-
-
-def _units(ladder: Sequence[int]) -> torch.Tensor:
-    """unit_of each tier, float32 [tiers]."""
-    return torch.tensor([unit_of(tier, ladder[-1]) for tier in ladder])
-
-
-def _nearest_steps(scales: torch.Tensor, units: torch.Tensor, up: bool = False) -> torch.Tensor:
-    """Indices uint8 [tiers, rows, blocks] of the steps nearest to `scales`, or not below them; 0 only for zero."""
-    relative = scales / units.clamp_min(1e-38)[:, :, None]
-    sizes = torch.from_numpy(STEPS[1:])
-    between = sizes[:-1] if up else (sizes[:-1] + sizes[1:]) / 2
-    steps = torch.bucketize(relative, between * (1 + 1e-6)) + 1
-    return torch.where((scales > 0) & (units[:, :, None] > 0), steps, 0).to(torch.uint8)

@@ -57,10 +57,11 @@ class FakeReader:
         if self.jitter is not None:
             time.sleep(self.jitter.choice((0, 0, 1e-5, 2e-4)))
         assert [len(buffer) for buffer in buffers] == list(self.layout.segment_spans[first : first + len(buffers)])
-        if key in self.failing:
+        error = self.failing.get(key)  # asked once: the test's thread may clear it meanwhile
+        if error is not None:
             for buffer in buffers:
                 buffer.fill_(0xEE)
-            raise self.failing[key]
+            raise error
         for segment, buffer in enumerate(buffers, first):
             buffer.copy_(self.content(key, segment))
 
