@@ -37,6 +37,7 @@ namespace dymoe {
 namespace {
 
 constexpr int kNarrowBits = 6;
+constexpr int64_t kAheadBlocks = 256;  // takes about as long to multiply as memory to answer
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -53,9 +54,10 @@ float step_size(const uint8_t* steps, int64_t block) {
   return kSteps[(steps[block / 2] >> (4 * (block % 2))) & 15];
 }
 
-void prefetch_bytes(const uint8_t* begin, int64_t nbytes) {
+template <int64_t Bytes>
+void prefetch_bytes(const uint8_t* begin) {
 #if defined(__GNUC__)
-  for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(begin + i);
+  DYMOE_UNROLL for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(begin + i);
 #endif
 }
 
@@ -94,11 +96,13 @@ struct Planes {
     return codes;
   }
 
-  /// Asks for `count` rows from `row` on.
-  void prefetch(int64_t row, int64_t count) const {
-    constexpr int widths[] = {First, Rest...};
-    for (int i = 0; i < Planes::count; ++i)
-      prefetch_bytes(data[i] + 8 * row * blocks * widths[i], 8 * count * blocks * widths[i]);
+  /// Asks for `Count` blocks from number `block` of the matrix on; past its end does no harm. The
+  /// processor's own prefetch stops at each page, and a page is only a few rows.
+  template <int Count>
+  void prefetch(int64_t block) const {
+    prefetch_bytes<8 * Count * First>(data[0] + 8 * block * First);
+    [[maybe_unused]] int i = 1;
+    (prefetch_bytes<8 * Count * Rest>(data[i++] + 8 * block * Rest), ...);
   }
 };
 
@@ -108,6 +112,9 @@ struct Unpacked {
   static constexpr bool wide = Wide;
   const uint8_t* codes;
   int64_t blocks;
+
+  template <int Count>
+  void prefetch(int64_t) const {}
 
   typename V::Codes load(int64_t row, int64_t block) const {
     return V::template load<8>(codes + (row * blocks + block) * kBlock);
@@ -171,11 +178,14 @@ template <class V, int Rows, int Tokens, class Source>
 void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const Activations& a, int64_t row,
                    int64_t token, float* y, int64_t stride) {
   Tile<V, Rows, Tokens> tile;
+  const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
   for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
     const int64_t count = smaller(kGroup, m.blocks - begin);
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
       tile.combine(r, m.steps + (row + r) * step_bytes(m.blocks) + begin / 2, count, a, token, begin);
     for (int64_t i = 0; i < count; ++i) {
+      // Each step asks for as much of the rows ahead as it uses, for memory to be busy all the time.
+      source.template prefetch<Rows>((source_row + ahead) * m.blocks + Rows * (begin + i));
       typename V::Codes codes[Rows];
       DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
         codes[r] = source.load(source_row + r, begin + i);
@@ -202,9 +212,7 @@ void multiply_one_token(const MatrixView& m, const Source& source, const Activat
                         float* y, int64_t stride) {
   int64_t row = begin;
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
-    // The processor's own prefetch stops at each page, and a page is only a few rows.
-    source.prefetch(row + V::direct_rows, V::direct_rows);
-    prefetch_bytes(m.steps + (row + V::direct_rows) * step_bytes(m.blocks), V::direct_rows * step_bytes(m.blocks));
+    prefetch_bytes<1>(m.steps + (row + V::direct_rows) * step_bytes(m.blocks));
     multiply_tile<V, V::direct_rows, 1>(m, source, row, a, row, 0, y, stride);
   }
   for (; row < end; ++row) multiply_tile<V, 1, 1>(m, source, row, a, row, 0, y, stride);
@@ -243,13 +251,19 @@ void unpack_planes(const MatrixView& m, int64_t row, uint8_t* codes) {
     for (int64_t i = 0; i < m.blocks * kBlock; ++i) codes[i] = m.levels.numbers[codes[i]];
 }
 
+constexpr int64_t kAsked = 8;  // blocks whose plane of one bit is a cache line
+
 /// Writes the numbers of `count` rows from `row` on, one byte each.
 template <class V>
 void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes) {
   const bool known = KnownSplits<V>::visit(m, [&](const auto& source) {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t block = 0; block < m.blocks; ++block)
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t block = 0; block < m.blocks; ++block) {
+        // The rows of the next call come while these are multiplied.
+        if (block % kAsked == 0) source.template prefetch<kAsked>((row + r + kScratchRows) * m.blocks + block);
         V::store(codes + (r * m.blocks + block) * kBlock, source.load(row + r, block));
+      }
+    }
   });
   if (known) return;
   for (int64_t r = 0; r < count; ++r) unpack_planes<V>(m, row + r, codes + r * m.blocks * kBlock);
