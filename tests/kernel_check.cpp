@@ -75,7 +75,7 @@ struct Quantized {
 
   Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
     const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = (blocks + kGroup - 1) / kGroup * kGroup;
-    codes = buffer<int8_t>(tokens * blocks * kBlock);
+    codes = buffer<int8_t>(tokens * codes_pitch(blocks));
     scales = buffer<float>(tokens * pitch), sums = buffer<float>(tokens * pitch);
     view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get()};
     for (int64_t t = 0; t < tokens; ++t) {
@@ -84,6 +84,15 @@ struct Quantized {
     }
   }
 };
+
+/// The codes of all tokens, column by column.
+std::vector<int8_t> codes_of(const Kernels& isa, const Quantized& a) {
+  std::vector<int8_t> codes;
+  for (int64_t t = 0; t < a.view.tokens; ++t)
+    for (int64_t i = 0; i < a.view.blocks * kBlock; ++i)
+      codes.push_back(a.codes[t * codes_pitch(a.view.blocks) + place(isa.at_once, i / kBlock, i % kBlock)]);
+  return codes;
+}
 
 bool close(const std::vector<float>& a, const std::vector<float>& b) {
   float most = 0.0f, off = 0.0f;
@@ -96,7 +105,7 @@ bool close(const std::vector<float>& a, const std::vector<float>& b) {
 
 std::vector<float> product_of(const Kernels& isa, const Matrix& m, const Quantized& a) {
   std::vector<float> y(a.view.tokens * m.view.rows);
-  const auto scratch = buffer<uint8_t>(kScratchRows * m.view.blocks * kBlock);
+  const auto scratch = buffer<uint8_t>(scratch_bytes(m.view.blocks));
   const int64_t middle = m.view.rows / 3;
   isa.product(m.view, a.view, 0, middle, y.data(), m.view.rows, scratch.get());
   isa.product(m.view, a.view, middle, m.view.rows, y.data(), m.view.rows, scratch.get());
@@ -105,7 +114,7 @@ std::vector<float> product_of(const Kernels& isa, const Matrix& m, const Quantiz
 
 std::vector<float> rows_of(const Kernels& isa, const Matrix& m) {
   std::vector<float> out(m.view.rows * m.view.cols);
-  const auto scratch = buffer<uint8_t>(kScratchRows * m.view.blocks * kBlock);
+  const auto scratch = buffer<uint8_t>(scratch_bytes(m.view.blocks));
   for (int64_t r = 0; r < m.view.rows; ++r) isa.dequantize(m.view, r, out.data() + r * m.view.cols, scratch.get());
   return out;
 }
@@ -120,10 +129,11 @@ void check_products(const Kernels& isa) {
         int bits = 0;
         for (int width : split) bits += width;
         const Matrix m(rows, cols, split, std::max(bits, bits <= kMostCurved ? kMostCurved : bits));
-        const Quantized a(kScalar, random_floats(tokens * cols), tokens, cols);
+        const std::vector<float> x = random_floats(tokens * cols);
+        const Quantized a(isa, x, tokens, cols), plain(kScalar, x, tokens, cols);
         const std::string what = std::to_string(bits) + " bits, " + std::to_string(rows) + " x " +
                                  std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
-        check(close(product_of(isa, m, a), product_of(kScalar, m, a)), isa.name, what);
+        check(close(product_of(isa, m, a), product_of(kScalar, m, plain)), isa.name, what);
         if (tokens == 1) check(rows_of(isa, m) == rows_of(kScalar, m), isa.name, what + ": dequantize");
       }
 }
@@ -134,8 +144,8 @@ void check_quantize(const Kernels& isa) {
     x[cols] = NAN;
     const Quantized a(isa, x, 3, cols), b(kScalar, x, 3, cols);
     const int64_t bytes = a.view.pitch * 3 * int64_t(sizeof(float));
-    check(!std::memcmp(a.codes.get(), b.codes.get(), 3 * a.view.blocks * kBlock) &&
-              !std::memcmp(a.scales.get(), b.scales.get(), bytes) && !std::memcmp(a.sums.get(), b.sums.get(), bytes),
+    check(codes_of(isa, a) == codes_of(kScalar, b) && !std::memcmp(a.scales.get(), b.scales.get(), bytes) &&
+              !std::memcmp(a.sums.get(), b.sums.get(), bytes),
           isa.name, "quantize, " + std::to_string(cols) + " columns");
   }
 }

@@ -11,76 +11,95 @@ namespace dymoe {
 namespace {
 
 struct Avx2 {
+  // Piece k holds the columns from 16 k on of two blocks, one to each half.
   struct Codes {
-    __m256i low, high;  // columns 0..31 and 32..63
+    __m256i part[4];
   };
   using Lanes = __m256;
 
+  static constexpr int64_t at_once = 2;
   static constexpr int lanes = 8;
-  static constexpr int direct_rows = 4, tile_rows = 2, tile_tokens = 2;
+  static constexpr int direct_rows = 4, tile_rows = 1, tile_tokens = 4;
   template <bool Wide>
   static constexpr float offset = Wide ? 128.0f : 0.0f;
 
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+  /// The first halves of two vectors, or the second ones.
+  static __m256i low_halves(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+  static __m256i high_halves(__m256i a, __m256i b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+
+  template <int W>
+  static Codes load(const uint8_t* p, int64_t count) {
+    const __m256i zero = _mm256_setzero_si256();
+    if constexpr (W == 8) {
+      const __m256i a = load256(p), b = load256(p + 32);
+      const __m256i c = count > 1 ? load256(p + 64) : zero, d = count > 1 ? load256(p + 96) : zero;
+      return {{low_halves(a, c), high_halves(a, c), low_halves(b, d), high_halves(b, d)}};
+    } else if constexpr (W == 4) {
+      const __m256i a = load256(p), b = count > 1 ? load256(p + 32) : zero, mask = _mm256_set1_epi8(15);
+      const __m256i even = low_halves(a, b), odd = high_halves(a, b);
+      return {{_mm256_and_si256(even, mask), _mm256_and_si256(odd, mask),
+               _mm256_and_si256(_mm256_srli_epi32(even, 4), mask), _mm256_and_si256(_mm256_srli_epi32(odd, 4), mask)}};
+    } else if constexpr (W == 2) {
+      const __m256i bytes = count > 1 ? load256(p) : _mm256_zextsi128_si256(load128(p)), mask = _mm256_set1_epi8(3);
+      const auto shifted = [&](int bits) { return _mm256_and_si256(_mm256_srli_epi32(bytes, bits), mask); };
+      return {{shifted(0), shifted(2), shifted(4), shifted(6)}};
+    } else {
+      Codes codes = spread_bits(p, count);
+      for (__m256i& part : codes.part) part = _mm256_and_si256(part, _mm256_set1_epi8(1));
+      return codes;
+    }
+  }
 
   /// -1 in the columns whose bit is set.
-  static __m256i spread_bits(const uint8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, sizeof word);
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  static Codes spread_bits(const uint8_t* p, int64_t count) {
+    const __m128i words = count > 1 ? load128(p) : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m256i both = _mm256_broadcastsi128_si256(words);
     const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of);
-    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
-  }
-
-  template <int W>
-  static Codes load(const uint8_t* p) {
-    if constexpr (W == 8) {
-      return {load256(p), load256(p + 32)};
-    } else if constexpr (W == 4) {
-      const __m256i bytes = load256(p), mask = _mm256_set1_epi8(15);
-      return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi32(bytes, 4), mask)};
-    } else if constexpr (W == 2) {
-      const __m256i mask = _mm256_set1_epi8(3);
-      const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      const __m256i low = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
-      const __m256i high = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6));
-      return {_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)};
-    } else {
-      const __m256i mask = _mm256_set1_epi8(1);
-      return {_mm256_and_si256(spread_bits(p), mask), _mm256_and_si256(spread_bits(p + 4), mask)};
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0808080808080808, 0x0909090909090909);
+    Codes bits;
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) {
+      const __m256i bytes = _mm256_shuffle_epi8(both, _mm256_add_epi8(byte_of, _mm256_set1_epi8(char(2 * k))));
+      bits.part[k] = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
     }
+    return bits;
   }
 
   template <int W>
-  static Codes append(Codes codes, const uint8_t* p) {
+  static Codes append(Codes codes, const uint8_t* p, int64_t count) {
     if constexpr (W == 1) {
-      return {_mm256_sub_epi8(_mm256_add_epi8(codes.low, codes.low), spread_bits(p)),
-              _mm256_sub_epi8(_mm256_add_epi8(codes.high, codes.high), spread_bits(p + 4))};
+      const Codes bits = spread_bits(p, count);
+      DYMOE_UNROLL for (int k = 0; k < 4; ++k)
+        codes.part[k] = _mm256_sub_epi8(_mm256_add_epi8(codes.part[k], codes.part[k]), bits.part[k]);
     } else {
       // Codes of at most 8 - W bits stay in their bytes when wider lanes are shifted.
-      const Codes bits = load<W>(p);
-      return {_mm256_or_si256(_mm256_slli_epi32(codes.low, W), bits.low),
-              _mm256_or_si256(_mm256_slli_epi32(codes.high, W), bits.high)};
+      const Codes bits = load<W>(p, count);
+      DYMOE_UNROLL for (int k = 0; k < 4; ++k)
+        codes.part[k] = _mm256_or_si256(_mm256_slli_epi32(codes.part[k], W), bits.part[k]);
     }
+    return codes;
   }
 
   using Table = __m256i;
-  static Table load_table(const uint8_t* numbers) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
-  }
-  static Codes look_up(const Codes& codes, Table table) {
-    return {_mm256_shuffle_epi8(table, codes.low), _mm256_shuffle_epi8(table, codes.high)};
+  static Table load_table(const uint8_t* numbers) { return _mm256_broadcastsi128_si256(load128(numbers)); }
+  static Codes look_up(Codes codes, Table table) {
+    for (__m256i& part : codes.part) part = _mm256_shuffle_epi8(table, part);
+    return codes;
   }
 
   static void store(uint8_t* out, const Codes& codes) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes.low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), codes.high);
+    for (int k = 0; k < 4; ++k) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * k), codes.part[k]);
+  }
+  static Codes load_stored(const void* p) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(p);
+    return {{load256(bytes), load256(bytes + 32), load256(bytes + 64), load256(bytes + 96)}};
   }
 
   using Tokens = Codes;
-  static Tokens load_tokens(const int8_t* p) { return {load256(p), load256(p + 32)}; }
-  static void keep(Codes& codes) { asm("" : "+x"(codes.low), "+x"(codes.high)); }
+  static Tokens load_tokens(const int8_t* p) { return load_stored(p); }
+  static void keep(Codes&) {}
 
   static __m256i add_pairs(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 
@@ -92,14 +111,23 @@ struct Avx2 {
 
   template <bool Wide>
   static Lanes dot(const Codes& codes, const Tokens& a) {
+    __m256i pairs[4];
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k)
+      pairs[k] = Wide ? signed_pairs(codes.part[k], a.part[k]) : _mm256_maddubs_epi16(codes.part[k], a.part[k]);
     if constexpr (Wide) {
-      return _mm256_cvtepi32_ps(
-          _mm256_add_epi32(add_pairs(signed_pairs(codes.low, a.low)), add_pairs(signed_pairs(codes.high, a.high))));
+      DYMOE_UNROLL for (__m256i& sums : pairs) sums = add_pairs(sums);
+      pairs[0] = _mm256_add_epi32(pairs[0], pairs[1]), pairs[2] = _mm256_add_epi32(pairs[2], pairs[3]);
+      return _mm256_cvtepi32_ps(_mm256_add_epi32(pairs[0], pairs[2]));
     } else {
       // Four products of 6-bit codes: at most 4 * 63 * 127 < 2^15.
-      return _mm256_cvtepi32_ps(add_pairs(
-          _mm256_add_epi16(_mm256_maddubs_epi16(codes.low, a.low), _mm256_maddubs_epi16(codes.high, a.high))));
+      return _mm256_cvtepi32_ps(_mm256_add_epi32(add_pairs(_mm256_add_epi16(pairs[0], pairs[1])),
+                                                 add_pairs(_mm256_add_epi16(pairs[2], pairs[3]))));
     }
+  }
+
+  static Lanes load_scales(const float* p) {
+    const __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+    return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
   }
 
   static Lanes zero() { return _mm256_setzero_ps(); }

@@ -8,65 +8,121 @@ namespace dymoe {
 namespace {
 
 struct Avx512 {
-  using Codes = __m512i;
+  // Piece k holds the columns from 16 k on of four blocks, one to each 128 bits.
+  struct Codes {
+    __m512i part[4];
+  };
   using Lanes = __m512;
 
+  static constexpr int64_t at_once = 4;
   static constexpr int lanes = 16;
-  static constexpr int direct_rows = 4, tile_rows = 4, tile_tokens = 4;
+  static constexpr int direct_rows = 4, tile_rows = 4, tile_tokens = 3;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
-  static __mmask64 load_mask(const uint8_t* p) {
-    uint64_t word;
-    std::memcpy(&word, p, sizeof word);
-    return word;
+  /// 64 bytes, or the first nbytes and zeros.
+  static __m512i read(const uint8_t* p, int64_t nbytes) {
+    if (nbytes >= 64) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi8(nbytes > 0 ? ~uint64_t(0) >> (64 - nbytes) : 0, p);
+  }
+
+  /// Lanes 0, 1 of a and of b; or any two of each, by the digits of `Chosen` in base 4.
+  template <int Chosen>
+  static __m512i lanes_of(__m512i a, __m512i b) {
+    return _mm512_shuffle_i32x4(a, b, Chosen);
   }
 
   template <int W>
-  static Codes load(const uint8_t* p) {
+  static Codes load(const uint8_t* p, int64_t count) {
+    const int64_t nbytes = 8 * W * count;
     if constexpr (W == 8) {
-      return _mm512_loadu_si512(p);
+      const __m512i a = read(p, nbytes), b = read(p + 64, nbytes - 64), c = read(p + 128, nbytes - 128),
+                    d = read(p + 192, nbytes - 192);
+      const __m512i ab_low = lanes_of<0x44>(a, b), ab_high = lanes_of<0xee>(a, b);
+      const __m512i cd_low = lanes_of<0x44>(c, d), cd_high = lanes_of<0xee>(c, d);
+      return {{lanes_of<0x88>(ab_low, cd_low), lanes_of<0xdd>(ab_low, cd_low), lanes_of<0x88>(ab_high, cd_high),
+               lanes_of<0xdd>(ab_high, cd_high)}};
     } else if constexpr (W == 4) {
-      const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-      const __m512i counts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
-      return _mm512_and_si512(_mm512_srlv_epi32(bytes, counts), _mm512_set1_epi8(15));
+      const __m512i ab = read(p, nbytes), cd = read(p + 64, nbytes - 64), mask = _mm512_set1_epi8(15);
+      const __m512i even = lanes_of<0x88>(ab, cd), odd = lanes_of<0xdd>(ab, cd);
+      return {{_mm512_and_si512(even, mask), _mm512_and_si512(odd, mask),
+               _mm512_and_si512(_mm512_srli_epi32(even, 4), mask), _mm512_and_si512(_mm512_srli_epi32(odd, 4), mask)}};
     } else if constexpr (W == 2) {
-      const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      const __m512i counts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
-      return _mm512_and_si512(_mm512_srlv_epi32(bytes, counts), _mm512_set1_epi8(3));
+      const __m512i bytes = read(p, nbytes), mask = _mm512_set1_epi8(3);
+      const auto shifted = [&](int bits) { return _mm512_and_si512(_mm512_srli_epi32(bytes, bits), mask); };
+      return {{shifted(0), shifted(2), shifted(4), shifted(6)}};
     } else {
-      return _mm512_maskz_set1_epi8(load_mask(p), 1);
+      Codes codes;
+      const Masks masks(p, count);
+      DYMOE_UNROLL for (int k = 0; k < 4; ++k) codes.part[k] = _mm512_maskz_set1_epi8(masks.of[k], 1);
+      return codes;
     }
   }
 
+  /// The bits of a plane of width 1, one mask for each piece.
+  struct Masks {
+    alignas(32) uint64_t of[4];
+
+    Masks(const uint8_t* p, int64_t count) {
+      const __mmask8 valid = count >= 4 ? 15 : (1 << count) - 1;
+      const __m256i words = count >= 4 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                       : _mm256_maskz_loadu_epi64(valid, p);
+      const __m256i by_piece = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(of), _mm256_permutexvar_epi16(by_piece, words));
+    }
+  };
+
   template <int W>
-  static Codes append(Codes codes, const uint8_t* p) {
+  static Codes append(Codes codes, const uint8_t* p, int64_t count) {
     if constexpr (W == 1) {
-      const __m512i twice = _mm512_add_epi8(codes, codes);
-      return _mm512_mask_sub_epi8(twice, load_mask(p), twice, _mm512_set1_epi8(-1));
+      const Masks masks(p, count);
+      DYMOE_UNROLL for (int k = 0; k < 4; ++k) {
+        const __m512i twice = _mm512_add_epi8(codes.part[k], codes.part[k]);
+        codes.part[k] = _mm512_mask_sub_epi8(twice, masks.of[k], twice, _mm512_set1_epi8(-1));
+      }
     } else {
       // Codes of at most 8 - W bits stay in their bytes when wider lanes are shifted.
-      return _mm512_or_si512(_mm512_slli_epi32(codes, W), load<W>(p));
+      const Codes bits = load<W>(p, count);
+      DYMOE_UNROLL for (int k = 0; k < 4; ++k)
+        codes.part[k] = _mm512_or_si512(_mm512_slli_epi32(codes.part[k], W), bits.part[k]);
     }
+    return codes;
   }
 
   using Table = __m512i;
   static Table load_table(const uint8_t* numbers) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
   }
-  static Codes look_up(Codes codes, Table table) { return _mm512_shuffle_epi8(table, codes); }
-
-  static void store(uint8_t* out, Codes codes) { _mm512_storeu_si512(out, codes); }
-
-  using Tokens = __m512i;
-  static Tokens load_tokens(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static void keep(__m512i& vector) { asm("" : "+v"(vector)); }
-
-  template <bool Wide>
-  static Lanes dot(Codes codes, Tokens a) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, a));
+  static Codes look_up(Codes codes, Table table) {
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) codes.part[k] = _mm512_shuffle_epi8(table, codes.part[k]);
+    return codes;
   }
 
+  static void store(uint8_t* out, const Codes& codes) {
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + 64 * k, codes.part[k]);
+  }
+  static Codes load_stored(const uint8_t* p) {
+    return {{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
+             _mm512_loadu_si512(p + 192)}};
+  }
+
+  using Tokens = Codes;
+  static Tokens load_tokens(const int8_t* p) { return load_stored(reinterpret_cast<const uint8_t*>(p)); }
+  static void keep(Codes& codes) {
+    asm("" : "+v"(codes.part[0]), "+v"(codes.part[1]), "+v"(codes.part[2]), "+v"(codes.part[3]));
+  }
+
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, const Tokens& a) {
+    __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], a.part[0]);
+    DYMOE_UNROLL for (int k = 1; k < 4; ++k) sums = _mm512_dpbusd_epi32(sums, codes.part[k], a.part[k]);
+    return _mm512_cvtepi32_ps(sums);
+  }
+
+  static Lanes load_scales(const float* p) {
+    const __m512i own_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), own_lane);
+  }
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm512_loadu_ps(p); }

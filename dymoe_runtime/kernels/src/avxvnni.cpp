@@ -6,14 +6,16 @@ namespace dymoe {
 namespace {
 
 struct AvxVnni : Avx2 {
+  static constexpr int tile_rows = 2, tile_tokens = 4;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
   /// Sums four products of a byte without a sign and one with it, whatever their size.
   template <bool Wide>
   static Lanes dot(const Codes& codes, const Tokens& a) {
-    const __m256i low = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.low, a.low);
-    return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(low, codes.high, a.high));
+    __m256i sums = _mm256_setzero_si256();
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[k], a.part[k]);
+    return _mm256_cvtepi32_ps(sums);
   }
 };
 

@@ -6,8 +6,9 @@
 namespace dymoe {
 
 constexpr int64_t kBlock = 64;      // columns that share a step
-constexpr int64_t kGroup = 16;      // blocks whose scales are combined at once
-constexpr int64_t kScratchRows = 8; // rows of codes that the scratch of `product` holds
+constexpr int64_t kGroup = 16;      // blocks whose steps are read at once
+constexpr int64_t kScratchRows = 8; // rows that `product` unpacks at once
+constexpr int64_t kMostAtOnce = 4;  // blocks that a kernel multiplies together
 constexpr int kMaxPlanes = 8, kMaxTiers = 7;
 
 // What the 4-bit steps stand for: STEPS of tiers.py.
@@ -42,6 +43,22 @@ static constexpr Levels levels_of(int bits, int top) {
   return {bits <= kMostCurved ? kNumbers[3] : nullptr, 0.5f * float((1 << bits) - 1), float(1 << (top - bits))};
 }
 
+/// Bytes of the activations of a token or of the codes of a row.
+static constexpr int64_t codes_pitch(int64_t blocks) {
+  return (blocks + kMostAtOnce - 1) / kMostAtOnce * kMostAtOnce * kBlock;
+}
+
+/// Where the code of a column of a block lies in a row: pieces of 16 columns, first those of all blocks
+/// that are multiplied at once.
+static constexpr int64_t place(int64_t at_once, int64_t block, int64_t column) {
+  return ((block / at_once * (kBlock / 16) + column / 16) * at_once + block % at_once) * 16 + column % 16;
+}
+
+/// Of the memory that `product` works in: codes and step sizes of kScratchRows rows.
+static constexpr int64_t scratch_bytes(int64_t blocks) {
+  return kScratchRows * (codes_pitch(blocks) + (blocks + kGroup - 1) / kGroup * kGroup * int64_t(sizeof(float)));
+}
+
 static constexpr int64_t step_bytes(int64_t blocks) { return (blocks + 1) / 2; }
 
 struct PlaneView {
@@ -60,13 +77,13 @@ struct MatrixView {
   Levels levels;
 };
 
-/// Tokens quantized to int8 by blocks. `pitch` is `blocks` rounded up to whole groups;
-/// scales and sums are 0 there.
+/// Tokens quantized to int8 by blocks, for the kernels that quantized them: see `place`. `pitch` is
+/// `blocks` rounded up to whole groups; scales and sums are 0 there.
 struct Activations {
   int64_t tokens, blocks, pitch;
-  int8_t* codes;  // [tokens, blocks * 64], in -127..127
+  int8_t* codes;  // [tokens, codes_pitch(blocks)], in -127..127
   float* scales;  // [tokens, pitch], NaN for a block that is not finite
-  float* sums;    // [tokens, pitch], sum of the codes of a block
+  float* sums;    // [tokens, pitch], scale times the sum of the codes of a block
 };
 
 /// One block of columns of a matrix while its codes are chosen; see descend.h. For each tier the
@@ -107,12 +124,13 @@ struct Fit {
 
 struct Kernels {
   const char* name;
+  int64_t at_once;  // blocks that are multiplied together: the order of codes, see `place`
 
   /// Quantizes one token, x [cols].
   void (*quantize)(const float* x, int64_t cols, int64_t token, const Activations& out);
 
   /// y[t * stride + r] = activations[t] . matrix[r] for all tokens and for r in [begin, end).
-  /// scratch holds kScratchRows * blocks * 64 bytes. The value of an element does not depend
+  /// scratch, aligned to 64 bytes, holds scratch_bytes(blocks). The value of an element does not depend
   /// on `begin`, `end` or the number of tokens.
   void (*product)(const MatrixView& matrix, const Activations& activations, int64_t begin, int64_t end,
                   float* y, int64_t stride, uint8_t* scratch);

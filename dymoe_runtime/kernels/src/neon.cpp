@@ -13,6 +13,7 @@ struct Neon {
   };
   using Lanes = float32x4_t;
 
+  static constexpr int64_t at_once = 1;
   static constexpr int lanes = 4;
   static constexpr int direct_rows = 4, tile_rows = 2, tile_tokens = 2;
   template <bool Wide>
@@ -25,7 +26,7 @@ struct Neon {
   }
 
   template <int W>
-  static Codes load(const uint8_t* p) {
+  static Codes load(const uint8_t* p, int64_t = 1) {
     Codes codes;
     if constexpr (W == 8) {
       for (int i = 0; i < 4; ++i) codes.part[i] = vld1q_u8(p + 16 * i);
@@ -48,7 +49,7 @@ struct Neon {
   }
 
   template <int W>
-  static Codes append(Codes codes, const uint8_t* p) {
+  static Codes append(Codes codes, const uint8_t* p, int64_t) {
     if constexpr (W == 1) {
       for (int i = 0; i < 4; ++i)
         codes.part[i] = vsubq_u8(vaddq_u8(codes.part[i], codes.part[i]), spread_bits(p + 2 * i));
@@ -69,6 +70,8 @@ struct Neon {
   static void store(uint8_t* out, const Codes& codes) {
     for (int i = 0; i < 4; ++i) vst1q_u8(out + 16 * i, codes.part[i]);
   }
+
+  static Codes load_stored(const uint8_t* p) { return load<8>(p); }
 
   struct Tokens {
     int8x16_t part[4];
@@ -91,6 +94,7 @@ struct Neon {
 
   static Lanes zero() { return vdupq_n_f32(0.0f); }
   static Lanes broadcast(float value) { return vdupq_n_f32(value); }
+  static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return vld1q_f32(p); }
   static Lanes load_steps(const uint8_t* group, int i) {
     const float steps[4] = {step_size(group, i), step_size(group, i + 1), step_size(group, i + 2),

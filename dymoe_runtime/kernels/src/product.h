@@ -4,12 +4,16 @@
 // with another source file could be linked in the version compiled for the newer processor.
 //
 // A policy has
-//   Codes, Lanes                   64 codes; `lanes` floats
-//   load<W>, append<W>, store      codes from a plane of width W; (codes << W) | plane; codes as bytes
+//   at_once                        blocks that are multiplied together, at most kMostAtOnce; `count` below is
+//                                  that, or fewer at the end of a row, and what is missing is 0
+//   Codes, Lanes                   codes of so many blocks; `lanes` floats
+//   load<W>(p, count), append<W>   codes from a plane of width W; (codes << W) | plane
+//   store, load_stored             all codes as bytes; and back
 //   Table, load_table, look_up     16 bytes; the byte of each code, codes of at most 4 bits
-//   Tokens, load_tokens            64 activations of a token; from memory
+//   Tokens, load_tokens            activations of a token in the order of stored codes; from memory
 //   keep(codes or tokens)          the same, in registers, where compilers would rather read memory again
 //   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
+//   load_scales(p)                 p[i] in the lanes that dot gives to block i; `at_once` floats are read
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add, sum
 //   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
 //   direct_rows                    rows per tile of one token, read from the planes
@@ -25,6 +29,14 @@
 #include "kernels.h"
 #include "vectors.h"
 
+#if defined(__GNUC__)
+// GCC leaves a call in the innermost loop, and with it no vector in its register.
+#define DYMOE_INLINE __attribute__((always_inline)) inline
+#define DYMOE_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define DYMOE_INLINE inline
+#define DYMOE_INLINE_LAMBDA
+#endif
 #if defined(__clang__)
 #define DYMOE_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
@@ -55,13 +67,19 @@ float step_size(const uint8_t* steps, int64_t block) {
 }
 
 template <int64_t Bytes>
-void prefetch_bytes(const uint8_t* begin) {
+DYMOE_INLINE void prefetch_bytes(const uint8_t* begin) {
 #if defined(__GNUC__)
   DYMOE_UNROLL for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(begin + i);
 #endif
 }
 
-// Sources of the numbers that codes stand for: `load(row, block)`.
+/// Bytes of a row of stored codes.
+template <class V>
+constexpr int64_t stored_bytes(int64_t blocks) {
+  return (blocks + V::at_once - 1) / V::at_once * V::at_once * kBlock;
+}
+
+// Sources of the numbers that codes stand for: `load(row, block, count)`.
 
 /// The planes of a record, their widths known when compiling.
 template <class V, int First, int... Rest>
@@ -87,11 +105,11 @@ struct Planes {
     return true;
   }
 
-  typename V::Codes load(int64_t row, int64_t block) const {
+  DYMOE_INLINE typename V::Codes load(int64_t row, int64_t block, int64_t count) const {
     const int64_t at = 8 * (row * blocks + block);
-    typename V::Codes codes = V::template load<First>(data[0] + at * First);
+    typename V::Codes codes = V::template load<First>(data[0] + at * First, count);
     [[maybe_unused]] int i = 1;
-    ((codes = V::template append<Rest>(codes, data[i++] + at * Rest)), ...);
+    ((codes = V::template append<Rest>(codes, data[i++] + at * Rest, count)), ...);
     if constexpr (looked_up) codes = V::look_up(codes, table);
     return codes;
   }
@@ -99,7 +117,7 @@ struct Planes {
   /// Asks for `Count` blocks from number `block` of the matrix on; past its end does no harm. The
   /// processor's own prefetch stops at each page, and a page is only a few rows.
   template <int Count>
-  void prefetch(int64_t block) const {
+  DYMOE_INLINE void prefetch(int64_t block) const {
     prefetch_bytes<8 * Count * First>(data[0] + 8 * block * First);
     [[maybe_unused]] int i = 1;
     (prefetch_bytes<8 * Count * Rest>(data[i++] + 8 * block * Rest), ...);
@@ -116,8 +134,8 @@ struct Unpacked {
   template <int Count>
   void prefetch(int64_t) const {}
 
-  typename V::Codes load(int64_t row, int64_t block) const {
-    return V::template load<8>(codes + (row * blocks + block) * kBlock);
+  typename V::Codes load(int64_t row, int64_t block, int64_t) const {
+    return V::load_stored(codes + row * stored_bytes<V>(blocks) + block * kBlock);
   }
 };
 
@@ -135,104 +153,114 @@ template <class V>
 using KnownSplits = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 1, 1, 4>, Planes<V, 2, 2>,
                            Planes<V, 4>, Planes<V, 4, 2>, Planes<V, 8>>;
 
-/// Sums of `Rows` rows times `Tokens` tokens over the blocks of a row.
-template <class V, int Rows, int Tokens>
-struct Tile {
-  using Lanes = typename V::Lanes;
-
-  Lanes sums[Rows][Tokens];         // scale * dot
-  Lanes corrections[Rows][Tokens];  // scale * sum of activations
-  alignas(64) float scales[Rows][Tokens][kGroup];
-
-  Tile() {
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = corrections[r][t] = V::zero();
-  }
-
-  /// Combines the scales of `count` blocks of row r, from `block` on, and sums the corrections.
-  void combine(int r, const uint8_t* steps, int64_t count, const Activations& a, int64_t token, int64_t block) {
-    uint8_t padded[kGroup / 2];
-    if (count < kGroup) {
-      // Put together in a register: a load as wide as this would wait for narrower stores.
-      uint64_t word = 0;
-      for (int64_t i = 0; i < step_bytes(count); ++i) word |= uint64_t(steps[i]) << (8 * i);
-      static_assert(sizeof word == sizeof padded, "a group's steps are one word");
-      steps = static_cast<const uint8_t*>(std::memcpy(padded, &word, sizeof word));
-    }
-    DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes) {
-      if (i >= count) break;
-      const Lanes step = V::load_steps(steps, i);
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const int64_t at = (token + t) * a.pitch + block + i;
-        const Lanes scale = V::multiply(step, V::load_floats(a.scales + at));
-        V::store_floats(scales[r][t] + i, scale);
-        corrections[r][t] = V::multiply_add(scale, V::load_floats(a.sums + at), corrections[r][t]);
+/// The sizes of the steps of `count` rows, float [count, pitch]; 0 after the last block.
+template <class V>
+void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
+  for (int64_t r = 0; r < count; ++r) {
+    const uint8_t* steps = m.steps + (row + r) * step_bytes(m.blocks);
+    for (int64_t begin = 0; begin < m.blocks; begin += kGroup, steps += kGroup / 2) {
+      uint8_t padded[kGroup / 2];
+      const uint8_t* group = steps;
+      if (m.blocks - begin < kGroup) {
+        // Put together in a register: a load as wide as this would wait for narrower stores.
+        uint64_t word = 0;
+        for (int64_t i = 0; i < step_bytes(m.blocks - begin); ++i) word |= uint64_t(steps[i]) << (8 * i);
+        static_assert(sizeof word == sizeof padded, "a group's steps are one word");
+        group = static_cast<const uint8_t*>(std::memcpy(padded, &word, sizeof word));
       }
+      float* out = sizes + r * pitch + begin;
+      for (int i = 0; i < kGroup; i += V::lanes) V::store_floats(out + i, V::load_steps(group, i));
     }
   }
-};
+}
 
 /// y of Rows rows, from `row` on, and Tokens tokens, from `token` on; the codes are those of
-/// rows `source_row` on of `source`.
+/// rows `source_row` on of `source`, and `sizes` [Rows, pitch] those of their steps.
 template <class V, int Rows, int Tokens, class Source>
-void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const Activations& a, int64_t row,
-                   int64_t token, float* y, int64_t stride) {
-  Tile<V, Rows, Tokens> tile;
-  const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
-  for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
-    const int64_t count = smaller(kGroup, m.blocks - begin);
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
-      tile.combine(r, m.steps + (row + r) * step_bytes(m.blocks) + begin / 2, count, a, token, begin);
-    for (int64_t i = 0; i < count; ++i) {
-      // Each step asks for as much of the rows ahead as it uses, for memory to be busy all the time.
-      source.template prefetch<Rows>((source_row + ahead) * m.blocks + Rows * (begin + i));
-      typename V::Codes codes[Rows];
+void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
+                   const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
+  using Lanes = typename V::Lanes;
+  Lanes sums[Rows][Tokens], corrections[Rows][Tokens];
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = corrections[r][t] = V::zero();
+  const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
+    typename V::Codes codes[Rows];
+    Lanes scales[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+      codes[r] = source.load(source_row + r, block, count);
+      if (Tokens > 1) V::keep(codes[r]);
+      scales[r] = V::load_scales(sizes + r * a.pitch + block);
+    }
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+      typename V::Tokens tokens = V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
+      if (Rows > 1) V::keep(tokens);
+      const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
       DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
-        codes[r] = source.load(source_row + r, begin + i);
-        if (Tokens > 1) V::keep(codes[r]);
-      }
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        typename V::Tokens tokens = V::load_tokens(a.codes + ((token + t) * a.blocks + begin + i) * kBlock);
-        if (Rows > 1) V::keep(tokens);
-        DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
-          tile.sums[r][t] = V::multiply_add(V::broadcast(tile.scales[r][t][i]),
-                                            V::template dot<Source::wide>(codes[r], tokens), tile.sums[r][t]);
+        const Lanes dot = V::template dot<Source::wide>(codes[r], tokens);
+        sums[r][t] = V::multiply_add(V::multiply(scales[r], scale), dot, sums[r][t]);
       }
     }
+  };
+  const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
+  int64_t block = 0;
+  for (; block + V::at_once <= m.blocks; block += V::at_once) {
+    // Each turn asks for as much of the rows ahead as it uses, for memory to be busy all the time.
+    source.template prefetch<Rows * V::at_once>((source_row + ahead) * m.blocks + Rows * block);
+    add(block, V::at_once);
   }
-  const float off_centre = m.levels.centre - V::template offset<Source::wide>;
-  DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+  if (block < m.blocks) add(block, m.blocks - block);
+  // A number is its level plus the centre, which is the same for all.
+  const Lanes off_centre = V::broadcast(V::template offset<Source::wide> - m.levels.centre);
+  for (int64_t i = 0; i < m.blocks; i += V::lanes) {
+    Lanes own[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] = V::load_floats(sizes + r * a.pitch + i);
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+      const Lanes of_token = V::load_floats(a.sums + (token + t) * a.pitch + i);
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+        corrections[r][t] = V::multiply_add(own[r], of_token, corrections[r][t]);
+    }
+  }
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+    const float scale = row_scale(m, row + r);
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
-      y[(token + t) * stride + row + r] =
-          V::sum(V::multiply_add(V::broadcast(-off_centre), tile.corrections[r][t], tile.sums[r][t])) * row_scale(m, row + r);
+      y[(token + t) * stride + row + r] = V::sum(V::multiply_add(off_centre, corrections[r][t], sums[r][t])) * scale;
+  }
 }
 
 template <class V, class Source>
 void multiply_one_token(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
-                        float* y, int64_t stride) {
+                        float* y, int64_t stride, float* sizes) {
   int64_t row = begin;
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
     prefetch_bytes<1>(m.steps + (row + V::direct_rows) * step_bytes(m.blocks));
-    multiply_tile<V, V::direct_rows, 1>(m, source, row, a, row, 0, y, stride);
+    load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
+    multiply_tile<V, V::direct_rows, 1>(m, source, row, sizes, a, row, 0, y, stride);
   }
-  for (; row < end; ++row) multiply_tile<V, 1, 1>(m, source, row, a, row, 0, y, stride);
+  for (; row < end; ++row) {
+    load_sizes<V>(m, row, 1, a.pitch, sizes);
+    multiply_tile<V, 1, 1>(m, source, row, sizes, a, row, 0, y, stride);
+  }
 }
 
 /// `Tokens` tokens from `token` on times all `count` rows of a source, which are those of m from `row` on.
 template <class V, int Tokens, class Source>
-void multiply_rows(const MatrixView& m, const Source& source, int64_t count, const Activations& a, int64_t row,
-                   int64_t token, float* y, int64_t stride) {
+void multiply_rows(const MatrixView& m, const Source& source, int64_t count, const float* sizes, const Activations& a,
+                   int64_t row, int64_t token, float* y, int64_t stride) {
   int64_t r = 0;
   for (; r + V::tile_rows <= count; r += V::tile_rows)
-    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, a, row + r, token, y, stride);
-  for (; r < count; ++r) multiply_tile<V, 1, Tokens>(m, source, r, a, row + r, token, y, stride);
+    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
+  for (; r < count; ++r)
+    multiply_tile<V, 1, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
 }
 
 template <class V, int Width>
 void append_plane(const uint8_t* plane, int64_t blocks, bool first, uint8_t* codes) {
-  for (int64_t block = 0; block < blocks; ++block, plane += 8 * Width, codes += kBlock)
-    V::store(codes, first ? V::template load<Width>(plane)
-                          : V::template append<Width>(V::template load<8>(codes), plane));
+  for (int64_t block = 0; block < blocks; block += V::at_once, plane += 8 * Width * V::at_once) {
+    const int64_t count = smaller(V::at_once, blocks - block);
+    uint8_t* to = codes + block * kBlock;
+    V::store(to, first ? V::template load<Width>(plane, count)
+                       : V::template append<Width>(V::load_stored(to), plane, count));
+  }
 }
 
 /// Unpacks the numbers of a row of any split.
@@ -248,7 +276,7 @@ void unpack_planes(const MatrixView& m, int64_t row, uint8_t* codes) {
     }
   }
   if (m.levels.numbers)
-    for (int64_t i = 0; i < m.blocks * kBlock; ++i) codes[i] = m.levels.numbers[codes[i]];
+    for (int64_t i = 0; i < stored_bytes<V>(m.blocks); ++i) codes[i] = m.levels.numbers[codes[i]];
 }
 
 constexpr int64_t kAsked = 8;  // blocks whose plane of one bit is a cache line
@@ -258,42 +286,47 @@ template <class V>
 void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes) {
   const bool known = KnownSplits<V>::visit(m, [&](const auto& source) {
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t block = 0; block < m.blocks; ++block) {
+      for (int64_t block = 0; block < m.blocks; block += V::at_once) {
         // The rows of the next call come while these are multiplied.
         if (block % kAsked == 0) source.template prefetch<kAsked>((row + r + kScratchRows) * m.blocks + block);
-        V::store(codes + (r * m.blocks + block) * kBlock, source.load(row + r, block));
+        const int64_t rest = m.blocks - block;
+        uint8_t* to = codes + r * stored_bytes<V>(m.blocks) + block * kBlock;
+        V::store(to, rest >= V::at_once ? source.load(row + r, block, V::at_once) : source.load(row + r, block, rest));
       }
     }
   });
   if (known) return;
-  for (int64_t r = 0; r < count; ++r) unpack_planes<V>(m, row + r, codes + r * m.blocks * kBlock);
+  for (int64_t r = 0; r < count; ++r) unpack_planes<V>(m, row + r, codes + r * stored_bytes<V>(m.blocks));
 }
 
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
-                       uint8_t* scratch) {
+                       uint8_t* codes, float* sizes) {
+
   static_assert(kScratchRows % V::tile_rows == 0, "rows are unpacked by whole tiles");
-  const Unpacked<V, Wide> source{scratch, m.blocks};
+  const Unpacked<V, Wide> source{codes, m.blocks};
   for (int64_t row = begin; row < end; row += kScratchRows) {
     const int64_t count = smaller(kScratchRows, end - row);
-    unpack_rows<V>(m, row, count, scratch);
+    unpack_rows<V>(m, row, count, codes);
+    load_sizes<V>(m, row, count, a.pitch, sizes);
     // Rows within tokens: unpacked rows stay in the first cache, and tokens come there once for all of them.
     int64_t token = 0;
     for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
-      multiply_rows<V, V::tile_tokens>(m, source, count, a, row, token, y, stride);
-    for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, a, row, token, y, stride);
+      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
+    for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, sizes, a, row, token, y, stride);
   }
 }
 
 template <class V>
 void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
              uint8_t* scratch) {
-  const auto one_token = [&](const auto& source) { multiply_one_token<V>(m, source, a, begin, end, y, stride); };
+  float* sizes = reinterpret_cast<float*>(scratch + kScratchRows * codes_pitch(m.blocks));
+  const auto one_token = [&](const auto& source) { multiply_one_token<V>(m, source, a, begin, end, y, stride, sizes); };
   if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
   if (m.bits > kNarrowBits) {
-    multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch);
+    multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
   } else {
-    multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch);
+    multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
   }
 }
 
@@ -340,8 +373,9 @@ void quantize_block(const float* x, int8_t* codes, float* scale, float* sum) {
   *sum = float(round_block(x, inverse, codes));
 }
 
+template <class V>
 void quantize(const float* x, int64_t cols, int64_t token, const Activations& out) {
-  int8_t* codes = out.codes + token * out.blocks * kBlock;
+  int8_t* codes = out.codes + token * codes_pitch(out.blocks);
   float* scales = out.scales + token * out.pitch;
   float* sums = out.sums + token * out.pitch;
   for (int64_t block = 0; block < out.blocks; ++block) {
@@ -349,7 +383,10 @@ void quantize(const float* x, int64_t cols, int64_t token, const Activations& ou
     float padded[kBlock] = {};
     const int64_t count = smaller(kBlock, cols - block * kBlock);
     if (count < kBlock) from = static_cast<const float*>(std::memcpy(padded, from, count * sizeof(float)));
-    quantize_block(from, codes + block * kBlock, scales + block, sums + block);
+    int8_t quantized[kBlock];
+    quantize_block(from, quantized, scales + block, sums + block);
+    sums[block] *= scales[block];
+    for (int64_t i = 0; i < kBlock; i += 16) std::memcpy(codes + place(V::at_once, block, i), quantized + i, 16);
   }
   for (int64_t block = out.blocks; block < out.pitch; ++block) scales[block] = sums[block] = 0.0f;
 }
@@ -361,13 +398,15 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
   for (int64_t block = 0; block < m.blocks; ++block) {
     const float scale = row_scale(m, row) * step_size(m.steps + row * step_bytes(m.blocks), block);
     const int64_t end = smaller(m.cols, (block + 1) * kBlock);
-    for (int64_t col = block * kBlock; col < end; ++col) out[col] = scale * (float(scratch[col]) - middle);
+    for (int64_t col = block * kBlock; col < end; ++col)
+      out[col] = scale * (float(scratch[place(V::at_once, block, col % kBlock)]) - middle);
   }
 }
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, quantize, product<V>, activate, dequantize<V>, norm, dots, exponentials, attend, descend, fit_rows};
+  return {name,  V::at_once, quantize<V>,  product<V>, activate, dequantize<V>, norm,
+          dots,  exponentials, attend, descend, fit_rows};
 }
 
 }  // namespace

@@ -11,13 +11,14 @@ struct Scalar {
   };
   using Lanes = float;
 
+  static constexpr int64_t at_once = 1;
   static constexpr int lanes = 1;
   static constexpr int direct_rows = 1, tile_rows = 1, tile_tokens = 1;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
   template <int W>
-  static Codes load(const uint8_t* plane) {
+  static Codes load(const uint8_t* plane, int64_t = 1) {
     Codes codes;
     if constexpr (W == 1) {
       for (int i = 0; i < kBlock; ++i) codes.code[i] = (plane[i / 8] >> (i % 8)) & 1;
@@ -30,7 +31,7 @@ struct Scalar {
   }
 
   template <int W>
-  static Codes append(Codes codes, const uint8_t* plane) {
+  static Codes append(Codes codes, const uint8_t* plane, int64_t) {
     const Codes bits = load<W>(plane);
     for (int i = 0; i < kBlock; ++i) codes.code[i] = uint8_t(codes.code[i] << W) | bits.code[i];
     return codes;
@@ -44,6 +45,8 @@ struct Scalar {
   }
 
   static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
+
+  static Codes load_stored(const uint8_t* p) { return load<8>(p); }
 
   using Tokens = const int8_t*;
   static Tokens load_tokens(const int8_t* p) { return p; }
@@ -59,6 +62,7 @@ struct Scalar {
 
   static Lanes zero() { return 0.0f; }
   static Lanes broadcast(float value) { return value; }
+  static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return *p; }
   static Lanes load_steps(const uint8_t* group, int i) { return step_size(group, i); }
   static void store_floats(float* p, Lanes v) { *p = v; }

@@ -48,7 +48,7 @@ class Buffer {
 /// Rows of codes for `product` and `dequantize`; each thread has its own.
 inline uint8_t* scratch_for(const MatrixView& m) {
   thread_local Buffer<uint8_t> buffer;
-  return buffer.reserve(kScratchRows * m.blocks * kBlock);
+  return buffer.reserve(scratch_bytes(m.blocks));
 }
 
 /// Calls body(begin, end) for ranges that cover [0, count), in parallel if `work` is worth it.
@@ -71,7 +71,7 @@ class QuantizedTokens {
     const Activations a{tokens,
                         blocks,
                         pitch,
-                        codes_.reserve(tokens * blocks * kBlock),
+                        codes_.reserve(tokens * codes_pitch(blocks)),
                         scales_.reserve(tokens * pitch),
                         sums_.reserve(tokens * pitch)};
     parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
@@ -87,7 +87,7 @@ class QuantizedTokens {
 
 /// Tokens [first, first + count) of `a`.
 inline Activations some_tokens(const Activations& a, int64_t first, int64_t count) {
-  return {count,          a.blocks, a.pitch, a.codes + first * a.blocks * kBlock, a.scales + first * a.pitch,
+  return {count,          a.blocks, a.pitch, a.codes + first * codes_pitch(a.blocks), a.scales + first * a.pitch,
           a.sums + first * a.pitch};
 }
 
