@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -94,12 +95,8 @@ class StoredExperts:
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = torch.empty(len(work.tokens), h.shape[1])
         for batch in delivery:
-            jobs = [
-                Job(run.tier, segments, run.first, run.rows)
-                for want, segments in batch
-                for run in work.runs[want.key.expert]
-            ]
-            kernels.moe(self.store.layout, jobs, h, work.tokens, y, self._activation)
+            jobs = [Job(at(run.tier), run.first, run.rows) for want, at in batch for run in work.runs[want.key.expert]]
+            kernels.moe(jobs, h, work.tokens, y, self._activation)
         return kernels.combine(y, work.rows, routing.gates)
 
     def _plan(self, layer: int, routing: Routing) -> Work:
@@ -133,8 +130,14 @@ class Work:
 def plan_token(experts: Sequence[int], tiers: Sequence[int]) -> Work:
     """The work of one token, in the order of its experts."""
     runs = {expert: [Run(tier, row, 1)] for row, (expert, tier) in enumerate(zip(experts, tiers, strict=True)) if tier}
-    rows = [row if tier else -1 for row, tier in enumerate(tiers)]
-    return Work(runs, torch.zeros(len(experts), dtype=torch.int64), torch.tensor([rows]))
+    tokens, rows = _rows_of_one_token(len(experts))
+    return Work(runs, tokens, rows if all(tiers) else rows.masked_fill(torch.tensor([tiers]) == 0, -1))
+
+
+@cache
+def _rows_of_one_token(ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokens` and `rows` of Work where nothing is skipped."""
+    return torch.zeros(ranks, dtype=torch.int64), torch.arange(ranks)[None]
 
 
 def plan_tokens(experts: torch.Tensor, tiers: torch.Tensor) -> Work:

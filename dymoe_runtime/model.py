@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ class Model:
             options.arena_bytes or self.budget.arena,
             _prior(bundle),
             len(bundle.manifest.layers) * bundle.spec.num_experts,
+            partial(kernels.prepare, bundle.layout),
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.decoder = Decoder(bundle.spec, dense, self.experts, _step(bundle.spec, dense))

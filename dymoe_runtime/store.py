@@ -9,8 +9,9 @@ base plane below them, so they go first. Counts of use survive eviction and fade
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +35,11 @@ class Want(NamedTuple):
     tier: int
 
 
-# An expert that was wanted, and its segments.
-Delivered = tuple[Want, list[torch.Tensor]]
+class Delivered(NamedTuple):
+    """An expert that was wanted; `at(tier)` is what the store's `prepare` made of it, for tiers up to the wanted."""
+
+    want: Want
+    at: Callable[[int], Any]
 
 
 @dataclass
@@ -64,14 +68,16 @@ class _Entry:
     pins: int = 0
     read: Read | None = None
     guessed: int | None = None  # first of the segments that look-ahead read and nobody has used yet
+    prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while all segments stay where they are
 
 
 class ExpertStore:
     """Keeps experts in an arena of `arena_bytes`, reading them with `reader`.
 
     `shape` is (layers, experts per layer); `experts` is how many there are where some layers have
-    none. `prior` [layers, experts], if given, says how often
-    each expert is expected per token, so that an early eviction is not blind.
+    none. `prior` [layers, experts], if given, says how often each expert is expected per token, so
+    that an early eviction is not blind. `prepare(tier, segments)` makes what is delivered of the
+    leading segments of an expert; it is asked again only when one of them has moved.
     """
 
     def __init__(
@@ -82,13 +88,16 @@ class ExpertStore:
         arena_bytes: int,
         prior: np.ndarray | None = None,
         experts: int | None = None,
+        prepare: Callable[[int, list[torch.Tensor]], Any] = lambda tier, segments: segments,
     ) -> None:
         least = least_arena_bytes(layout)
         if arena_bytes < least:
             raise DymoeError(f"expert arena of {arena_bytes} bytes is too small; the least that works is {least} bytes")
         self.layout = layout
         self.stats = StoreStats()
-        self._arena = Arena(layout.segment_spans, min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1])))
+        self._prepare = prepare
+        full = full_arena_bytes(layout, shape[0] * shape[1])
+        self._arena = Arena(layout.segment_spans, min(arena_bytes, full), self._forget_prepared)
         self.arena_bytes = self._arena.chunks * self._arena.chunk_bytes
         self._roomy = self._arena.chunks >= full_arena_bytes(layout, experts or shape[0] * shape[1]) // chunk_bytes(
             layout.segment_spans
@@ -166,13 +175,25 @@ class ExpertStore:
             held += [self._demand(want, set()) for want in wants]
         try:
             yield []
-            yield [(want, self._segments(want)) for want in wants]
+            yield [self._delivered(want) for want in wants]
         finally:
             for entry in held:
                 self._unpin(entry)
 
-    def _segments(self, want: Want) -> list[torch.Tensor]:
-        return [slot.memory for slot in self._entries[want.key].slots[: self._segments_of[want.tier]]]
+    def _delivered(self, want: Want) -> Delivered:
+        return Delivered(want, partial(self._prepared, self._entries[want.key]))
+
+    def _prepared(self, entry: _Entry, tier: int) -> Any:
+        found = entry.prepared.get(tier)
+        if found is None:
+            segments = [slot.memory for slot in entry.slots[: self._segments_of[tier]]]
+            found = entry.prepared[tier] = self._prepare(tier, segments)
+        return found
+
+    def _forget_prepared(self, _: Slot) -> None:
+        """A slot has moved, which is seldom."""
+        for entry in self._entries.values():
+            entry.prepared.clear()
 
     def _deliver(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when the first reads are under way, then each wanted expert."""
@@ -186,7 +207,7 @@ class ExpertStore:
                 entry, segments = held[0], self._segments_of[want.tier]
                 if entry.read is not None and entry.read.first < segments:
                     self._finish(entry)
-                yield [(want, self._segments(want))]
+                yield [self._delivered(want)]
                 self._unpin(held.popleft())
                 if index + WINDOW < len(wants):
                     held.append(self._demand(wants[index + WINDOW], wanted))
@@ -251,6 +272,7 @@ class ExpertStore:
         """Give back the segments of an entry from `first` on."""
         for slot in entry.slots[first:]:
             self._arena.free(slot)
+        entry.prepared.clear()
         self._held[entry.key.layer] -= len(entry.slots) - first
         del entry.slots[first:]
 

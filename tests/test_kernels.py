@@ -308,8 +308,8 @@ def ffn(
 ) -> torch.Tensor:
     """One expert for all tokens."""
     y = torch.empty(x.shape)
-    job = Job(tier, segments, 0, len(x))
-    kernels.select(isa).moe(layout, [job], x, torch.arange(len(x)), y, activation)
+    chosen = kernels.select(isa)
+    chosen.moe([Job(chosen.prepare(layout, tier, segments), 0, len(x))], x, torch.arange(len(x)), y, activation)
     return y
 
 
@@ -317,8 +317,9 @@ def run_jobs(isa: str, jobs: list[tuple[int, int, int]], x: torch.Tensor, tokens
     """Jobs (tier, first row, rows) of the expert of `expert_at`, into rows of sevens."""
     y = torch.full((len(tokens), x.shape[1]), 7.0)
     layout, segments = expert((2, 3, 4))
-    work = [Job(tier, segments[: layout.segments_of(tier)], first, count) for tier, first, count in jobs]
-    kernels.select(isa).moe(layout, work, x, torch.tensor(tokens), y)
+    chosen = kernels.select(isa)
+    at = {tier: chosen.prepare(layout, tier, segments[: layout.segments_of(tier)]) for tier in layout.ladder}
+    chosen.moe([Job(at[tier], first, count) for tier, first, count in jobs], x, torch.tensor(tokens), y)
     return y
 
 

@@ -143,8 +143,9 @@ def want(expert: int, tier: int = 4, layer: int = 0) -> Want:
     return Want(key(expert, layer), tier)
 
 
-def check(reader: FakeReader, wanted: Want, segments: Sequence[torch.Tensor]) -> None:
+def check(reader: FakeReader, wanted: Want, at: Callable[[int], list[torch.Tensor]]) -> None:
     """All segments of the wanted tier, and their own bytes."""
+    segments = at(wanted.tier)
     assert len(segments) == reader.layout.segments_of(wanted.tier)
     for number, segment in enumerate(segments):
         assert torch.equal(segment, reader.content(wanted.key, number)), f"{wanted.key}, segment {number}"
@@ -153,8 +154,8 @@ def check(reader: FakeReader, wanted: Want, segments: Sequence[torch.Tensor]) ->
 def receive(reader: FakeReader, delivery: Iterator[list[Delivered]]) -> list[Want]:
     """Check all that is delivered, and say what it was."""
     received = []
-    for wanted, segments in one_by_one(delivery):
-        check(reader, wanted, segments)
+    for wanted, at in one_by_one(delivery):
+        check(reader, wanted, at)
         received.append(wanted)
     return received
 
@@ -226,15 +227,15 @@ def use_at_random(
         delivery = store.begin(wants)
         if rng.random() < 0.7:
             store.look_ahead(guesses, wants)
-        for index, (wanted, segments) in enumerate(one_by_one(delivery)):
+        for index, (wanted, at) in enumerate(one_by_one(delivery)):
             assert wanted == wants[index]
-            check(reader, wanted, segments)
+            check(reader, wanted, at)
             if rng.random() < 0.2:
                 store.look_ahead(random_wants(rng, reader.layout, 6), wants)
             if rng.random() < 0.1:
                 assert not slots_overlap(store)
             assert store.resident_bytes() <= budget
-            check(reader, wanted, segments)
+            check(reader, wanted, at)
             if closing and rng.random() < 0.1:
                 break
         delivery.close()
@@ -367,6 +368,20 @@ def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> No
     assert len(reader.calls) == before
     assert (store.stats.requests, store.stats.hits) == (6, 3)
     assert [len(batch) for batch in store.begin([want(1, 4), want(3, 4)])] == [1, 1]
+
+
+def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
+    store, reader = make(segments=9)
+    asked = []
+    store._prepare = lambda tier, segments: asked.append(tier) or segments
+    for _ in range(2):
+        fetch(store, reader, want(1, 4), want(2, 2))
+    assert asked == [4, 2]
+    for _ in range(3):
+        fetch(store, reader, want(3, 4), want(4, 4), want(5, 4))  # in all the room there is
+    assert asked == [4, 2, 4, 4, 4]
+    fetch(store, reader, want(1, 4))
+    assert asked == [4, 2, 4, 4, 4, 4]
 
 
 def test_a_layer_is_held_once_all_of_it_is_resident_and_until_it_is_evicted(make: Make) -> None:
@@ -698,8 +713,8 @@ def test_a_demand_takes_back_queued_look_ahead_before_it_evicts_what_is_needed_n
     store.look_ahead([want(e, 2, layer=1) for e in range(6, 12)], now)  # four of these are only queued
     reader.wait_for(key(6, 1), key(7, 1))
     before = [store._entries[key(e)] for e in range(6)]
-    for wanted, segments in one_by_one(delivery):
-        check(reader, wanted, segments)
+    for wanted, at in one_by_one(delivery):
+        check(reader, wanted, at)
         if wanted == now[4]:  # by now all have been demanded
             reader.release()
     assert [c.expert for c in reader.calls if c.expert.layer == 0] == [*(key(e) for e in range(6)), key(9)]
@@ -718,8 +733,8 @@ def test_a_read_error_is_raised_as_it_is_where_the_expert_is_wanted(make: Make) 
     reader.failing[key(2)] = broken(2)
     seen = []
     with pytest.raises(DymoeError) as caught:
-        for wanted, segments in one_by_one(store.begin([want(1), want(2), want(3)])):
-            check(reader, wanted, segments)
+        for wanted, at in one_by_one(store.begin([want(1), want(2), want(3)])):
+            check(reader, wanted, at)
             seen.append(wanted.key.expert)
     assert caught.value is reader.failing[key(2)]
     assert seen == [1]

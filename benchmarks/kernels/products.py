@@ -75,14 +75,15 @@ def decode(
     x, y = torch.randn(1, hidden), torch.empty(args.top_k, hidden)
     tokens = torch.zeros(args.top_k, dtype=torch.int64)
     needed = layout.segments_of(tier)
+    experts = [kernels.prepare(layout, tier, record[:needed]) for record in records]
     groups = [
-        [Job(tier, record[:needed], row, 1) for row, record in enumerate(records[first : first + args.top_k])]
+        [Job(expert, row, 1) for row, expert in enumerate(experts[first : first + args.top_k])]
         for first in range(0, len(records) - args.top_k + 1, args.top_k)
     ]
 
     def all_groups() -> None:
         for jobs in groups:
-            kernels.moe(layout, jobs, x, tokens, y)
+            kernels.moe(jobs, x, tokens, y)
 
     ours, memory = interleaved([all_groups, lambda: read_memory(sweep)], args.rounds)
     nbytes = args.top_k * sum(layout.segment_bytes[:needed])
@@ -97,8 +98,8 @@ def prompt(
     each = max(1, tokens * args.top_k // len(records))  # tokens of an expert
     x, y = torch.randn(tokens, hidden), torch.empty(each * len(records), hidden)
     where = torch.arange(each * len(records)) % tokens
-    jobs = [Job(tier, record, each * row, each) for row, record in enumerate(records)]
-    (seconds,) = interleaved([lambda: kernels.moe(layout, jobs, x, where, y)], args.rounds)
+    jobs = [Job(kernels.prepare(layout, tier, record), each * row, each) for row, record in enumerate(records)]
+    (seconds,) = interleaved([lambda: kernels.moe(jobs, x, where, y)], args.rounds)
     print(f"{'':<16}{tier:>6}{tokens:>10}{2 * len(y) * 3 * hidden * width / seconds / 1e9:>8.0f}")
 
 

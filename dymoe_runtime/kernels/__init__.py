@@ -20,7 +20,7 @@ import torch
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
-from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None
@@ -40,9 +40,9 @@ class Kernels(Protocol):
 
     isa: str
 
+    def prepare(self, layout: RecordLayout, tier: int, segments: Segments, /) -> Expert: ...
     def moe(
         self,
-        layout: RecordLayout,
         jobs: Sequence[Job],
         x: torch.Tensor,
         tokens: torch.Tensor,
@@ -59,8 +59,12 @@ class Kernels(Protocol):
     def set_threads(self, count: int, /) -> None: ...
 
 
+def prepare(layout: RecordLayout, tier: int, segments: Segments) -> Expert:
+    """An expert for `moe`, checked; it holds the segments, which must stay where they are."""
+    return _active().prepare(layout, tier, segments)
+
+
 def moe(
-    layout: RecordLayout,
     jobs: Sequence[Job],
     x: torch.Tensor,
     tokens: torch.Tensor,
@@ -73,13 +77,13 @@ def moe(
     (act(x @ gate.T) * (x @ up.T)) @ down.T, act one of silu, gelu and gelu_pytorch_tanh.
     A row does not depend on the others of the call.
     """
-    _active().moe(layout, jobs, x, tokens, y, activation)
+    _active().moe(jobs, x, tokens, y, activation)
 
 
 def ffn(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """One expert for all tokens, x [T, H] -> [T, H]."""
     y = torch.empty(x.shape)
-    moe(layout, [Job(tier, segments, 0, len(x))], x, torch.arange(len(x)), y, activation)
+    moe([Job(prepare(layout, tier, segments), 0, len(x))], x, torch.arange(len(x)), y, activation)
     return y
 
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
+from dymoe_runtime.tiers import RecordLayout
 
-class Job(NamedTuple):
-    """One expert at one tier, for rows [first, first + rows) of a call."""
 
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """One expert at one tier, ready for calls of `moe` as long as its segments stay where they are."""
+
+    layout: RecordLayout
     tier: int
     segments: Sequence[torch.Tensor]
+    views: Any = None  # what the compiled kernels look up in them once
+
+
+class Job(NamedTuple):
+    """An expert for rows [first, first + rows) of a call."""
+
+    expert: Expert
     first: int
     rows: int

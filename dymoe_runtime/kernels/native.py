@@ -10,7 +10,7 @@ import torch
 
 from dymoe_runtime.kernels import _native, reference
 from dymoe_runtime.kernels.descent import Descent, Grid
-from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
@@ -36,18 +36,20 @@ class Native:
         self.threads = _native.threads
         self.set_threads = _native.set_threads
 
+    def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> Expert:
+        return Expert(layout, tier, segments, _plan_of(layout).expert(tier, _segments(segments)))
+
     def moe(
         self,
-        layout: RecordLayout,
         jobs: Sequence[Job],
         x: torch.Tensor,
         tokens: torch.Tensor,
         y: torch.Tensor,
         activation: str = "silu",
     ) -> None:
-        work = [(job.tier, _segments(job.segments), job.first, job.rows) for job in jobs]
+        work = [(expert.views, first, rows) for expert, first, rows in jobs]
         where = _vector(tokens, torch.int64, "tokens")
-        _plan_of(layout).moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
+        _native.moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
 
     def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         _check(rows, torch.int64, 2, "rows")

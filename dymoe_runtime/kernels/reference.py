@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.kernels.descent import Descent, Grid
-from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
@@ -25,8 +25,12 @@ threads = torch.get_num_threads
 set_threads = torch.set_num_threads
 
 
+def prepare(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> Expert:
+    _arrays(layout, tier, segments)  # checks them
+    return Expert(layout, tier, segments)
+
+
 def moe(
-    layout: RecordLayout,
     jobs: Sequence[Job],
     x: torch.Tensor,
     tokens: torch.Tensor,
@@ -35,20 +39,21 @@ def moe(
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation '{activation}': expected {', '.join(ACTIVATIONS)}")
-    _check_input(x, layout.matrices["gate"].cols)
     for job in jobs:
+        _check_input(x, job.expert.layout.matrices["gate"].cols)
         rows = slice(job.first, job.first + job.rows)
         if not 0 <= rows.start <= rows.stop <= len(y):
             raise ValueError(f"jobs: rows {rows.start}..{rows.stop} are not in 0..{len(y)}")
         wanted = tokens[rows]
         if ((wanted < 0) | (wanted >= len(x))).any():
             raise ValueError(f"tokens: {wanted.tolist()} are not all below {len(x)}")
-        y[rows] = _ffn(layout, job, x[wanted], activation)
+        y[rows] = _ffn(job.expert, x[wanted], activation)
 
 
-def _ffn(layout: RecordLayout, job: Job, x: torch.Tensor, activation: str) -> torch.Tensor:
+def _ffn(expert: Expert, x: torch.Tensor, activation: str) -> torch.Tensor:
     """[T, H] -> [T, H]."""
-    arrays, tier = _arrays(layout, job.tier, job.segments), job.tier
+    layout, tier = expert.layout, expert.tier
+    arrays = _arrays(layout, tier, expert.segments)
     hidden = ACTIVATIONS[activation](_product(arrays, layout.matrices["gate"], tier, x))  # [T, I]
     hidden *= _product(arrays, layout.matrices["up"], tier, x)
     return _product(arrays, layout.matrices["down"], tier, hidden)

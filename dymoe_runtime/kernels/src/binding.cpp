@@ -59,35 +59,38 @@ Activation activation_from(const std::string& name) {
   reject("activation '" + name + "': expected silu, gelu or gelu_pytorch_tanh");
 }
 
-Job job_from(const Plan& plan, int tier, const SegmentTuples& tuples, int64_t first, int64_t count) {
+/// What the segments hold, which Python keeps.
+Expert make_expert(const Plan& plan, int tier, const SegmentTuples& tuples) {
   const std::vector<Segment> segments = segments_from(tuples);
-  const Job job{plan.view("gate", tier, segments), plan.view("up", tier, segments), plan.view("down", tier, segments),
-                first, count};
-  if (job.up.rows != job.gate.rows || job.up.cols != job.gate.cols || job.down.rows != job.gate.cols ||
-      job.down.cols != job.gate.rows)
+  const Expert expert{plan.view("gate", tier, segments), plan.view("up", tier, segments),
+                      plan.view("down", tier, segments)};
+  if (expert.up.rows != expert.gate.rows || expert.up.cols != expert.gate.cols ||
+      expert.down.rows != expert.gate.cols || expert.down.cols != expert.gate.rows)
     reject("the shapes of 'gate', 'up' and 'down' do not match");
-  return job;
+  return expert;
 }
 
-// tier, segments, first row, rows
-using JobTuple = std::tuple<int, SegmentTuples, int64_t, int64_t>;
+// expert, first row, rows
+using JobTuple = std::tuple<const Expert*, int64_t, int64_t>;
 
-void run_moe(const Plan& plan, const std::string& isa, const std::vector<JobTuple>& tuples, const MatrixTuple& x,
+void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const MatrixTuple& x,
              const VectorTuple& tokens, const MatrixTuple& y, const std::string& activation) {
-  const MatrixLayout &gate = plan.matrix("gate"), &down = plan.matrix("down");
+  if (tuples.empty()) return;
+  const MatrixView& gate = std::get<0>(tuples[0])->gate;
   const Matrix from = matrix_from(x, "x", gate.cols);
   const auto [ids, rows] = tokens;
-  float* to = output_from(y, rows, down.rows);
+  float* to = output_from(y, rows, gate.cols);
   const auto* wanted = reinterpret_cast<const int64_t*>(ids);
   std::vector<Job> jobs;
-  for (const auto& [tier, segments, first, count] : tuples) {
+  for (const auto& [expert, first, count] : tuples) {
+    if (expert->gate.rows != gate.rows || expert->gate.cols != gate.cols) reject("jobs: their shapes differ");
     if (first < 0 || count < 0 || count > rows || first > rows - count)
       reject("jobs: rows " + std::to_string(first) + ".." + std::to_string(first + count) + " are not in 0.." +
              std::to_string(rows));
     for (int64_t i = first; i < first + count; ++i)
       if (wanted[i] < 0 || wanted[i] >= from.rows)
         reject("tokens: " + std::to_string(wanted[i]) + " is not below " + std::to_string(from.rows));
-    jobs.push_back(job_from(plan, tier, segments, first, count));
+    jobs.push_back({*expert, first, count});
   }
   const Kernels& kernels = find_isa(isa);
   const Activation function = activation_from(activation);
@@ -293,9 +296,10 @@ std::vector<std::string> isa_names() {
 
 NB_MODULE(_native, m) {
   using namespace dymoe;
+  nb::class_<Expert>(m, "Expert");
   nb::class_<Plan>(m, "Plan")
       .def_static("make", &make_plan, "matrices"_a)
-      .def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a)
+      .def("expert", &make_expert, "tier"_a, "segments"_a)
       .def("linear", &run_linear, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a)
       .def("embed", &run_embed, "isa"_a, "tier"_a, "segments"_a, "ids"_a, "y"_a)
       .def("dequantize", &run_dequantize, "isa"_a, "tier"_a, "segments"_a, "name"_a, "y"_a);
@@ -304,6 +308,7 @@ NB_MODULE(_native, m) {
                   "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
       .def("attend", &run_attend)
       .def("route", &run_route);
+  m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);

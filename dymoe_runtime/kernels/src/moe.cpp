@@ -21,8 +21,8 @@ struct Item {
 };
 
 /// Cuts the matrix of every job by rows into items of about equal work.
-std::vector<Item> cut(const std::vector<Job>& jobs, const MatrixView Job::*matrix) {
-  const int64_t rows = (jobs[0].*matrix).rows;
+std::vector<Item> cut(const std::vector<Job>& jobs, const MatrixView Expert::*matrix) {
+  const int64_t rows = (jobs[0].expert.*matrix).rows;
   int64_t tokens = 0;
   for (const Job& job : jobs) tokens += job.count;
   const int64_t items = threads() == 1 ? 1 : threads() * kChunksPerThread;
@@ -47,7 +47,7 @@ void run(const std::vector<Item>& items, int64_t work, Body body) {
 /// One pass over jobs of at most kTokens rows together, which are the rows from `first` on.
 void pass(const Kernels& isa, const std::vector<Job>& jobs, int64_t first, int64_t count, const float* x,
           const int64_t* tokens, Activation activation, float* y) {
-  const MatrixView &gate = jobs[0].gate, &down = jobs[0].down;
+  const MatrixView &gate = jobs[0].expert.gate, &down = jobs[0].expert.down;
   const auto token = [&](int64_t row) { return tokens ? tokens[first + row] : first + row; };
   // While decoding, all jobs have the same token.
   bool one = true;
@@ -59,11 +59,11 @@ void pass(const Kernels& isa, const std::vector<Job>& jobs, int64_t first, int64
   float* ups = workspace.ups.reserve(count * gate.rows);
   const Activations in =
       workspace.quantized.quantize(isa, one ? 1 : count, gate.cols, [&](int64_t row) { return x + token(row) * gate.cols; });
-  run(cut(jobs, &Job::gate), 2 * gate.rows * gate.blocks * count, [&](const Item& item) {
+  run(cut(jobs, &Expert::gate), 2 * gate.rows * gate.blocks * count, [&](const Item& item) {
     const Job& job = *item.job;
     const int64_t at = (job.first - first) * gate.rows;
-    isa.product(job.gate, of(in, job), item.begin, item.end, hidden + at, gate.rows, scratch_for(gate));
-    isa.product(job.up, of(in, job), item.begin, item.end, ups + at, gate.rows, scratch_for(gate));
+    isa.product(job.expert.gate, of(in, job), item.begin, item.end, hidden + at, gate.rows, scratch_for(gate));
+    isa.product(job.expert.up, of(in, job), item.begin, item.end, ups + at, gate.rows, scratch_for(gate));
     for (int64_t t = 0; t < job.count; ++t) {
       const int64_t from = at + t * gate.rows + item.begin;
       isa.activate(activation, item.end - item.begin, ups + from, hidden + from);
@@ -71,9 +71,9 @@ void pass(const Kernels& isa, const std::vector<Job>& jobs, int64_t first, int64
   });
   const Activations middle =
       workspace.quantized.quantize(isa, count, down.cols, [&](int64_t row) { return hidden + row * down.cols; });
-  run(cut(jobs, &Job::down), down.rows * down.blocks * count, [&](const Item& item) {
+  run(cut(jobs, &Expert::down), down.rows * down.blocks * count, [&](const Item& item) {
     const Job& job = *item.job;
-    isa.product(job.down, some_tokens(middle, job.first - first, job.count), item.begin, item.end,
+    isa.product(job.expert.down, some_tokens(middle, job.first - first, job.count), item.begin, item.end,
                 y + job.first * down.rows, down.rows, scratch_for(down));
   });
 }

@@ -7,9 +7,14 @@
 
 namespace dymoe {
 
-/// One expert at one tier, and the rows of the call that it works on.
-struct Job {
+/// One expert at one tier.
+struct Expert {
   MatrixView gate, up, down;
+};
+
+/// An expert and the rows of the call that it works on.
+struct Job {
+  Expert expert;
   int64_t first, count;
 };
 

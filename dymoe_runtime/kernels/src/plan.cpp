@@ -45,14 +45,14 @@ void check_matrix(const MatrixLayout& m) {
 }
 
 const uint8_t* locate(const MatrixLayout& m, int tier, const Part& part, const std::vector<Segment>& segments) {
-  const std::string where = "tier " + std::to_string(tier) + " of '" + m.name + "' ";
-  require(part.segment < int64_t(segments.size()), where + "needs segment " + std::to_string(part.segment) + ", got " +
-                                                       std::to_string(segments.size()) + " segments");
-  const Segment& segment = segments[part.segment];
-  const int64_t end = part.offset + part.nbytes;
-  require(end <= segment.nbytes, where + "needs " + std::to_string(end) + " bytes of segment " +
-                                     std::to_string(part.segment) + ", got " + std::to_string(segment.nbytes));
-  return segment.data + part.offset;
+  const int64_t end = part.offset + part.nbytes, count = int64_t(segments.size());
+  if (part.segment < count && end <= segments[part.segment].nbytes) return segments[part.segment].data + part.offset;
+  const std::string where = "tier " + std::to_string(tier) + " of '" + m.name + "' needs ";
+  const std::string segment = "segment " + std::to_string(part.segment);
+  if (part.segment >= count)
+    throw std::invalid_argument(where + segment + ", got " + std::to_string(count) + " segments");
+  throw std::invalid_argument(where + std::to_string(end) + " bytes of " + segment + ", got " +
+                              std::to_string(segments[part.segment].nbytes));
 }
 
 size_t rung_of(const MatrixLayout& m, int tier) {
