@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from dymoe_runtime import kernels
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
@@ -168,7 +169,7 @@ class Decoder:
         return self.dense.linear(f"layers.{layer}.mlp.down", gate * self.dense.linear(f"layers.{layer}.mlp.up", h))
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.dense.vector(name), self.spec.norm_eps)
+        return kernels.norm(x, self.dense.vector(name), self.spec.norm_eps)
 
     def _queries_keys_values(self, layer: int, x: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
         """Rotated queries [heads, T, d] and keys, and values [kv_heads, T, d]."""
@@ -181,8 +182,8 @@ class Decoder:
         q, k, v = (t.view(len(x), -1, self.spec.head_dim) for t in (q, k, v))
         if self.spec.qk_norm == "head":
             q, k = self._qk_norm(layer, q, k)
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        return self._rotary(q, start), self._rotary(k, start), v
+        q, k = self._rotary(q, start), self._rotary(k, start)
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
     def _qk_norm(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.norm(f"layers.{layer}.attn.q_norm", q), self.norm(f"layers.{layer}.attn.k_norm", k)
@@ -215,11 +216,6 @@ class Decoder:
         scores = scores.view(-1, last, k.shape[1]).masked_fill(~mask, -math.inf)
         received = scores.softmax(dim=-1).sum(dim=(0, 1))[start:]
         return received / received.sum().clamp_min(1e-20) * tokens
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root mean square layer norm over the last dimension (arXiv 1910.07467)."""
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
 def causal_mask(start: int, tokens: int, window: int | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from dymoe_runtime import kernels
 from dymoe_runtime.spec import Rope
 
 KINDS = ("default", "linear", "llama3", "yarn")
@@ -21,11 +22,8 @@ class Rotary:
         self._table = (torch.empty(0), torch.empty(0))
 
     def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Rotate x [heads, T, head_dim], whose first token stands at position `start`."""
-        cos, sin = self.table(start, start + x.shape[1])
-        half = x.shape[-1] // 2
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return x * cos + turned * sin
+        """Rotate x [T, heads, head_dim] in place; its first token stands at position `start`."""
+        return kernels.rotate(x, *self.table(start, start + len(x)))
 
     def table(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [stop - start, head_dim] of positions start..stop."""

@@ -652,3 +652,35 @@ print("child", os.waitpid(child, 0)[1], "parent", same)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_its_own_threads() -> None:
     assert "child 0 parent True" in run_python(FORK, DYMOE_ISA=COMPILED[0])
+
+
+# What stands between the products
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("shape", [(1, 64), (5, 3, 20), (300, 128), (0, 64)], ids=str)
+def test_norm_equals_the_reference(isa: str, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(shape, generator=g), torch.randn(shape[-1], generator=g)
+    got = kernels.select(isa).norm(x, weight, 1e-5)
+    assert torch.allclose(got, reference.norm(x, weight, 1e-5), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (7, 3, 64), (300, 8, 128)], ids=str)
+def test_rotate_equals_the_reference(isa: str, shape: tuple[int, int, int]) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, angles = torch.randn(shape, generator=g), torch.randn(shape[0], shape[2], generator=g)
+    table = angles.cos(), angles.sin()
+    expected = reference.rotate(x.clone(), *table)
+    assert torch.allclose(kernels.select(isa).rotate(x, *table), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_norm_and_rotate_refuse_what_does_not_fit(isa: str) -> None:
+    x = torch.randn(3, 2, 8)
+    with pytest.raises(ValueError):
+        kernels.select(isa).norm(x, torch.ones(7), 1e-5)
+    for cosines, sines in [(3, 3), (2, 8)], [(3, 8), (3, 6)], [(3, 3), (3, 3)], [(3, 10), (3, 10)]:
+        with pytest.raises(ValueError):
+            kernels.select(isa).rotate(x, torch.ones(cosines), torch.ones(sines))

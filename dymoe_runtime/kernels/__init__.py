@@ -50,6 +50,8 @@ class Kernels(Protocol):
         activation: str = ...,
     ) -> None: ...
     def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor, /) -> torch.Tensor: ...
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, /) -> torch.Tensor: ...
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
     def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
@@ -93,6 +95,16 @@ def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.T
     y [N, H], rows int64 [T, k] below N, gates [T, k].
     """
     return _active().combine(y, rows, gates)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square layer norm over the last dimension (arXiv 1910.07467); weight [n]."""
+    return _active().norm(x, weight, eps)
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x [T, heads, n], in place; cosines and sines [T, n] of each position."""
+    return _active().rotate(x, cosines, sines)
 
 
 def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,20 @@ class Native:
         _native.combine(_matrix(y, "y"), _matrix(gates, "gates"), rows.data_ptr(), _matrix(out, "out"))
         return out
 
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(rows.shape)
+        _native.norm(self.isa, _matrix(rows, "x"), _address(weight), eps, _matrix(out, "out"))
+        return out.view(x.shape)
+
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        if cosines.shape != sines.shape:
+            raise ValueError(f"sines: expected {list(cosines.shape)}, got {list(sines.shape)}")
+        _native.rotate(_matrix(x.view(len(x), -1), "x"), _matrix(cosines, "cosines"), _address(sines))
+        return x
+
     def linear(
         self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:

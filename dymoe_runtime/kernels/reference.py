@@ -71,6 +71,16 @@ def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.T
     return out
 
 
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x.mul_(cosines[:, None]).add_(turned.mul_(sines[:, None]))
+
+
 def linear(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     _check_input(x, layout.matrices["weight"].cols)
     return _product(_arrays(layout, tier, segments), layout.matrices["weight"], tier, x)

@@ -110,6 +110,24 @@ void run_combine(const MatrixTuple& y, const MatrixTuple& gates, uintptr_t rows,
   combine(from.data, wanted, reinterpret_cast<const float*>(gate), tokens, ranks, width, to);
 }
 
+void run_norm(const std::string& isa, const MatrixTuple& x, uintptr_t weight, float eps, const MatrixTuple& out) {
+  const auto [address, tokens, n] = x;
+  float* to = output_from(out, tokens, n);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  norms(kernels, reinterpret_cast<const float*>(address), reinterpret_cast<const float*>(weight), tokens, n, eps, to);
+}
+
+/// x [tokens, heads * n], cosines [tokens, n]; sines likewise.
+void run_rotate(const MatrixTuple& x, const MatrixTuple& cosines, uintptr_t sines) {
+  const auto [address, tokens, width] = x;
+  const auto [cosine, rows, n] = cosines;
+  if (rows != tokens || n < 2 || n % 2 || width % n) reject("rotate: the table does not fit the heads");
+  nb::gil_scoped_release unlocked;
+  rotate(reinterpret_cast<float*>(address), tokens, width / n, n, reinterpret_cast<const float*>(cosine),
+         reinterpret_cast<const float*>(sines));
+}
+
 void run_linear(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples, const MatrixTuple& x,
                 const MatrixTuple& y) {
   const MatrixView weight = plan.view("weight", tier, segments_from(tuples));
@@ -310,6 +328,8 @@ NB_MODULE(_native, m) {
       .def("route", &run_route);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
+  m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
+  m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,

@@ -22,6 +22,28 @@ void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_
   }
 }
 
+void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out) {
+  parallel_ranges(tokens, 1, tokens * n / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) isa.norm(x + t * n, weight, n, eps, out + t * n);
+  });
+}
+
+void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, const float* cosines, const float* sines) {
+  const int64_t half = n / 2;
+  parallel_ranges(tokens, 1, tokens * heads * n / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float *c = cosines + t * n, *s = sines + t * n;
+      for (float *head = x + t * heads * n, *stop = head + heads * n; head < stop; head += n) {
+        for (int64_t i = 0; i < half; ++i) {
+          const float a = head[i], b = head[i + half];
+          head[i] = a * c[i] - b * s[i];
+          head[i + half] = b * c[i + half] + a * s[i + half];
+        }
+      }
+    }
+  });
+}
+
 uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
   constexpr int64_t kPiece = 1 << 18;
   constexpr int kWords = 16;  // sums that do not wait for one another

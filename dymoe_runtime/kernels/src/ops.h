@@ -10,6 +10,13 @@ namespace dymoe {
 /// y = x . weight^T; x [tokens, cols], y [tokens, rows].
 void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y);
 
+/// out[t] = weight * x[t] / rms(x[t]); x and out [tokens, n]; out may be x.
+void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out);
+
+/// Turns pairs of columns i and i + n / 2 of every head, x [tokens, heads, n], by the cosines and sines of its
+/// token, [tokens, n].
+void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, const float* cosines, const float* sines);
+
 /// Improves the scales and codes of a block of columns.
 void descend(const Kernels& isa, const Descent& block);
 

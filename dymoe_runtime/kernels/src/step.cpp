@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "ops.h"
 #include "workspace.h"
 
 namespace dymoe {
@@ -58,17 +59,6 @@ void finish(const Kernels& isa, const LayerWeights& layer, const float* weight, 
     for (int64_t i = 0; i < n; i += layer.head_dim) isa.norm(x + i, weight, layer.head_dim, layer.eps, x + i);
 }
 
-void rotate(float* x, int64_t heads, int64_t n, const float* cosines, const float* sines) {
-  const int64_t half = n / 2;
-  for (const float* end = x + heads * n; x < end; x += n) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = x[i], b = x[i + half];
-      x[i] = a * cosines[i] - b * sines[i];
-      x[i + half] = b * cosines[i + half] + a * sines[i + half];
-    }
-  }
-}
-
 }  // namespace
 
 void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
@@ -84,8 +74,8 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   finish(isa, layer, layer.k_norm, layer.kv_heads, k);
   if (layer.clip > 0.0f)
     for (int64_t i = 0; i < keys; ++i) v[i] = v[i] < -layer.clip ? -layer.clip : v[i] > layer.clip ? layer.clip : v[i];
-  rotate(q, layer.heads, d, cosines, sines);
-  rotate(k, layer.kv_heads, d, cosines, sines);
+  rotate(q, 1, layer.heads, d, cosines, sines);
+  rotate(k, 1, layer.kv_heads, d, cosines, sines);
   for (int64_t g = 0; g < layer.kv_heads; ++g) {
     const int64_t at = (g * cache.capacity + position) * d;
     std::copy_n(k + g * d, d, cache.keys + at);
