@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "product.h"
+#include "sum.h"
 
 namespace dymoe {
 namespace {
@@ -19,7 +20,7 @@ struct Avx2 {
 
   static constexpr int64_t at_once = 2;
   static constexpr int lanes = 8;
-  static constexpr int direct_rows = 4, tile_rows = 1, tile_tokens = 4;
+  static constexpr int direct_rows = 4, tile_rows = 2, tile_tokens = 4;
   template <bool Wide>
   static constexpr float offset = Wide ? 128.0f : 0.0f;
 
@@ -99,8 +100,6 @@ struct Avx2 {
 
   using Tokens = Codes;
   static Tokens load_tokens(const int8_t* p) { return load_stored(p); }
-  static void keep(Codes&) {}
-
   static __m256i add_pairs(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 
   /// Pairs of (code - 128) * a, as |c| * (a with the sign of c): at most 2 * 128 * 127 < 2^15.
@@ -125,6 +124,11 @@ struct Avx2 {
     }
   }
 
+  template <bool Wide, int Rows, int Tokens>
+  static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
+    each_dot<Avx2, Wide>(codes, a, out);
+  }
+
   static Lanes load_scales(const float* p) {
     const __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
     return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
@@ -146,10 +150,9 @@ struct Avx2 {
   static void store_floats(float* p, Lanes v) { _mm256_storeu_ps(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-  static float sum(Lanes v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    sum_eight(v, out);
   }
 };
 

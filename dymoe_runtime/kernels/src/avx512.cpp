@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "product.h"
+#include "sum.h"
 
 namespace dymoe {
 namespace {
@@ -16,7 +17,7 @@ struct Avx512 {
 
   static constexpr int64_t at_once = 4;
   static constexpr int lanes = 16;
-  static constexpr int direct_rows = 4, tile_rows = 4, tile_tokens = 3;
+  static constexpr int direct_rows = 4, tile_rows = 4, tile_tokens = 2;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
@@ -108,16 +109,30 @@ struct Avx512 {
 
   using Tokens = Codes;
   static Tokens load_tokens(const int8_t* p) { return load_stored(reinterpret_cast<const uint8_t*>(p)); }
-  static void keep(Codes& codes) {
-    asm("" : "+v"(codes.part[0]), "+v"(codes.part[1]), "+v"(codes.part[2]), "+v"(codes.part[3]));
+  template <bool Wide, int Rows, int Tokens>
+  DYMOE_INLINE static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
+    __m512i sums[Rows][Tokens];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = _mm512_setzero_si512();
+    // Piece by piece, so that no sum waits for itself and few registers hold codes.
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) {
+      __m512i own[Rows];
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+        own[r] = codes[r].part[k];
+        if (Tokens > 1) keep(own[r]);
+      }
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        __m512i token = a[t].part[k];
+        if (Rows > 1) keep(token);
+        DYMOE_UNROLL for (int r = 0; r < Rows; ++r) sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], own[r], token);
+      }
+    }
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) out[r][t] = _mm512_cvtepi32_ps(sums[r][t]);
   }
 
-  template <bool Wide>
-  static Lanes dot(const Codes& codes, const Tokens& a) {
-    __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes.part[0], a.part[0]);
-    DYMOE_UNROLL for (int k = 1; k < 4; ++k) sums = _mm512_dpbusd_epi32(sums, codes.part[k], a.part[k]);
-    return _mm512_cvtepi32_ps(sums);
-  }
+  /// The same in a register, where the compiler would rather read memory again.
+  static void keep(__m512i& vector) { asm("" : "+v"(vector)); }
 
   static Lanes load_scales(const float* p) {
     const __m512i own_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -134,7 +149,13 @@ struct Avx512 {
   static void store_floats(float* p, Lanes v) { _mm512_storeu_ps(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(Lanes v) { return _mm512_reduce_add_ps(v); }
+  template <int Rows>
+  DYMOE_INLINE static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    __m256 halves[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      halves[r] = _mm256_add_ps(_mm512_castps512_ps256(v[r]), _mm512_extractf32x8_ps(v[r], 1));
+    sum_eight(halves, out);
+  }
 };
 
 }  // namespace

@@ -6,7 +6,6 @@ namespace dymoe {
 namespace {
 
 struct AvxVnni : Avx2 {
-  static constexpr int tile_rows = 2, tile_tokens = 4;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
@@ -16,6 +15,11 @@ struct AvxVnni : Avx2 {
     __m256i sums = _mm256_setzero_si256();
     DYMOE_UNROLL for (int k = 0; k < 4; ++k) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[k], a.part[k]);
     return _mm256_cvtepi32_ps(sums);
+  }
+
+  template <bool Wide, int Rows, int Tokens>
+  static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
+    each_dot<AvxVnni, Wide>(codes, a, out);
   }
 };
 

@@ -79,9 +79,6 @@ struct Neon {
   static Tokens load_tokens(const int8_t* p) {
     return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
   }
-  template <class T>
-  static void keep(T&) {}
-
   template <bool Wide>
   static Lanes dot(const Codes& codes, const Tokens& a) {
     int32x4_t sums[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
@@ -90,6 +87,11 @@ struct Neon {
       sums[i % 2] = vdotq_s32(sums[i % 2], vreinterpretq_s8_u8(part), a.part[i]);
     }
     return vcvtq_f32_s32(vaddq_s32(sums[0], sums[1]));
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<Neon, Wide>(codes, a, out);
   }
 
   static Lanes zero() { return vdupq_n_f32(0.0f); }
@@ -104,7 +106,10 @@ struct Neon {
   static void store_floats(float* p, Lanes v) { vst1q_f32(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return vmulq_f32(a, b); }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
-  static float sum(Lanes v) { return vaddvq_f32(v); }
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    for (int r = 0; r < Rows; ++r) out[r] = vaddvq_f32(v[r]);
+  }
 };
 
 }  // namespace

@@ -11,10 +11,11 @@
 //   store, load_stored             all codes as bytes; and back
 //   Table, load_table, look_up     16 bytes; the byte of each code, codes of at most 4 bits
 //   Tokens, load_tokens            activations of a token in the order of stored codes; from memory
-//   keep(codes or tokens)          the same, in registers, where compilers would rather read memory again
-//   dot<Wide>(codes, a)            Lanes whose sum is sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
+//   dots<Wide>(codes, a, out)      for each row's codes and each token Lanes whose sum is
+//                                  sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
 //   load_scales(p)                 p[i] in the lanes that dot gives to block i; `at_once` floats are read
-//   zero, broadcast, load_floats, store_floats, multiply, multiply_add, sum
+//   zero, broadcast, load_floats, store_floats, multiply, multiply_add
+//   sum(v, out)                    the sum of each of an array of Lanes, whatever else is in it
 //   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
 //   direct_rows                    rows per tile of one token, read from the planes
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
@@ -153,6 +154,14 @@ template <class V>
 using KnownSplits = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 1, 1, 4>, Planes<V, 2, 2>,
                            Planes<V, 4>, Planes<V, 4, 2>, Planes<V, 8>>;
 
+/// `dots` of a policy that has `dot` of one row and one token.
+template <class V, bool Wide, int Rows, int Tokens>
+DYMOE_INLINE void each_dot(const typename V::Codes (&codes)[Rows], const typename V::Tokens (&a)[Tokens],
+                           typename V::Lanes (&out)[Rows][Tokens]) {
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r][t] = V::template dot<Wide>(codes[r], a[t]);
+}
+
 /// The sizes of the steps of `count` rows, float [count, pitch]; 0 after the last block.
 template <class V>
 void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
@@ -185,20 +194,19 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = corrections[r][t] = V::zero();
   const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
     typename V::Codes codes[Rows];
-    Lanes scales[Rows];
+    typename V::Tokens tokens[Tokens];
+    Lanes dots[Rows][Tokens], scales[Rows];
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
       codes[r] = source.load(source_row + r, block, count);
-      if (Tokens > 1) V::keep(codes[r]);
       scales[r] = V::load_scales(sizes + r * a.pitch + block);
     }
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
+      tokens[t] = V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
+    V::template dots<Source::wide>(codes, tokens, dots);
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-      typename V::Tokens tokens = V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
-      if (Rows > 1) V::keep(tokens);
       const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
-      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
-        const Lanes dot = V::template dot<Source::wide>(codes[r], tokens);
-        sums[r][t] = V::multiply_add(V::multiply(scales[r], scale), dot, sums[r][t]);
-      }
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+        sums[r][t] = V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[r][t]);
     }
   };
   const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
@@ -220,10 +228,16 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
         corrections[r][t] = V::multiply_add(own[r], of_token, corrections[r][t]);
     }
   }
-  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
-    const float scale = row_scale(m, row + r);
-    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
-      y[(token + t) * stride + row + r] = V::sum(V::multiply_add(off_centre, corrections[r][t], sums[r][t])) * scale;
+  float row_scales[Rows];
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) row_scales[r] = row_scale(m, row + r);
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+    Lanes of_rows[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
+      of_rows[r] = V::multiply_add(off_centre, corrections[r][t], sums[r][t]);
+    float totals[Rows];
+    V::sum(of_rows, totals);
+    float* out = y + (token + t) * stride + row;
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r] = totals[r] * row_scales[r];
   }
 }
 

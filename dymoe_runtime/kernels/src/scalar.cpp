@@ -50,14 +50,16 @@ struct Scalar {
 
   using Tokens = const int8_t*;
   static Tokens load_tokens(const int8_t* p) { return p; }
-  template <class T>
-  static void keep(T&) {}
-
   template <bool Wide>
   static Lanes dot(const Codes& codes, Tokens a) {
     int32_t total = 0;
     for (int i = 0; i < kBlock; ++i) total += int32_t(codes.code[i]) * a[i];
     return float(total);
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<Scalar, Wide>(codes, a, out);
   }
 
   static Lanes zero() { return 0.0f; }
@@ -68,7 +70,10 @@ struct Scalar {
   static void store_floats(float* p, Lanes v) { *p = v; }
   static Lanes multiply(Lanes a, Lanes b) { return a * b; }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
-  static float sum(Lanes v) { return v; }
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    for (int r = 0; r < Rows; ++r) out[r] = v[r];
+  }
 };
 
 }  // namespace
