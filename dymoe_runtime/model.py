@@ -167,7 +167,7 @@ class Model:
         x = torch.empty(0)
         for start in range(0, len(ids), CHUNK):
             chunk = torch.tensor(ids[start : start + CHUNK])
-            x = self.decoder.forward(chunk, self._cache, weigh_tokens=True)
+            x = self.decoder.forward(chunk, self._cache, weigh_tokens=self.rule.weighs_tokens)
             self.store.tick()
         logits = self.decoder.logits(x[-1:])[0]
         self.stats.prefill.tokens += len(ids)

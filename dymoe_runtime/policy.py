@@ -142,6 +142,11 @@ class TierRule:
         """The same mean thresholds in every layer."""
         return replace(self, decode=_flat(self.decode), prefill=_flat(self.prefill))
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the tiers of a prompt depend on what its tokens weigh."""
+        return self.prefill != self.decode or any(NEVER < share < 1 for row in self.prefill for share in row)
+
     def choose(self, layer: int, routing: Routing) -> torch.Tensor:
         """Tier of each routed expert, int64 [T, k]."""
         if routing.token_weights is None:

@@ -217,6 +217,25 @@ def test_heavy_hitters_decide_which_experts_are_critical() -> None:
     assert chunk.choose(0, routing(experts, gates, [0.5, 1.5])).tolist() == [[2, 2], [4, 2]]
 
 
+@pytest.mark.parametrize(
+    ("decode", "prefill", "weighs"),
+    [
+        ((ALWAYS, ALWAYS, ALWAYS), (ALWAYS, ALWAYS, ALWAYS), False),
+        ((NEVER, NEVER, ALWAYS), (NEVER, NEVER, ALWAYS), False),
+        ((NEVER, 0.5, ALWAYS), (NEVER, 0.5, ALWAYS), True),
+        ((NEVER, NEVER, ALWAYS), (NEVER, ALWAYS, ALWAYS), True),
+    ],
+)
+def test_token_weights_are_asked_for_where_tiers_depend_on_them(
+    decode: Sequence[float], prefill: Sequence[float], weighs: bool
+) -> None:
+    chosen = rule(decode, prefill)
+    assert chosen.weighs_tokens == weighs
+    tokens = routing([[0, 1], [1, 2]], [[0.9, 0.1], [0.6, 0.4]], weights=[0.1, 1.9])
+    without = replace(tokens, token_weights=None)
+    assert weighs or chosen.choose(0, without).tolist() == chosen.choose(0, tokens).tolist()
+
+
 def test_an_expert_whose_tokens_weigh_nothing_is_still_active() -> None:
     chosen = rule((NEVER,) * 3, (0.5, 0.9, ALWAYS)).choose(0, routing([[0], [5]], [[1.0], [1.0]], [0.0, 2.0]))
     assert chosen.tolist() == [[2], [4]]

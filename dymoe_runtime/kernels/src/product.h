@@ -19,6 +19,7 @@
 //   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
 //   direct_rows                    rows per tile of one token, read from the planes
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
+//   unpacked_rows                  rows that are unpacked at once and stay in the first cache
 #pragma once
 
 #include <cfloat>
@@ -302,7 +303,7 @@ void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t block = 0; block < m.blocks; block += V::at_once) {
         // The rows of the next call come while these are multiplied.
-        if (block % kAsked == 0) source.template prefetch<kAsked>((row + r + kScratchRows) * m.blocks + block);
+        if (block % kAsked == 0) source.template prefetch<kAsked>((row + r + V::unpacked_rows) * m.blocks + block);
         const int64_t rest = m.blocks - block;
         uint8_t* to = codes + r * stored_bytes<V>(m.blocks) + block * kBlock;
         V::store(to, rest >= V::at_once ? source.load(row + r, block, V::at_once) : source.load(row + r, block, rest));
@@ -317,10 +318,10 @@ template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                        uint8_t* codes, float* sizes) {
 
-  static_assert(kScratchRows % V::tile_rows == 0, "rows are unpacked by whole tiles");
+  static_assert(V::unpacked_rows % V::tile_rows == 0 && V::unpacked_rows <= kScratchRows, "whole tiles");
   const Unpacked<V, Wide> source{codes, m.blocks};
-  for (int64_t row = begin; row < end; row += kScratchRows) {
-    const int64_t count = smaller(kScratchRows, end - row);
+  for (int64_t row = begin; row < end; row += V::unpacked_rows) {
+    const int64_t count = smaller(V::unpacked_rows, end - row);
     unpack_rows<V>(m, row, count, codes);
     load_sizes<V>(m, row, count, a.pitch, sizes);
     // Rows within tokens: unpacked rows stay in the first cache, and tokens come there once for all of them.

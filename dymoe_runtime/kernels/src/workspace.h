@@ -10,7 +10,7 @@
 
 namespace dymoe {
 
-constexpr int64_t kTokens = 128;         // tokens of one pass: their activations stay in the L2 cache
+constexpr int64_t kTokens = 256;         // tokens of one pass: their activations stay in the L2 cache
 constexpr int64_t kRowMultiple = 16;     // floats of a cache line, so that threads do not share one
 constexpr int64_t kChunksPerThread = 4;  // lets threads of unequal speed finish together
 constexpr int64_t kSmallWork = 4096;     // products of 64 codes that cost about as much as a wake-up
