@@ -7,8 +7,10 @@ def run() -> None:
     """Load the command, which takes a moment, without a traceback if that is interrupted."""
     try:
         from dymoe_runtime.cli import run as command
+        from dymoe_runtime.console import spare_imports
     except KeyboardInterrupt:
         sys.exit(130)
+    spare_imports()
     command(prog_name="dymoe-run")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import sys
@@ -101,3 +103,9 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
     """A bar on stderr with the time left, where that is a terminal."""
     with tqdm.tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr) as bar:
         yield bar.update
+
+
+def spare_imports() -> None:
+    """Keep the garbage collector from what is imported: going through all of it takes as long as dozens of tokens."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)

@@ -19,6 +19,7 @@ import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it
 import torch
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.console import spare_imports
 from dymoe_runtime.model import Model, RunOptions
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import Want
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    spare_imports()
     bundle = Bundle.open(args.bundle)
     context = max(args.prompts) + args.new_tokens
     options = RunOptions(tier=args.tiers, point=args.point, threads=args.threads, context=context)
