@@ -63,11 +63,8 @@ class KVCache:
         self.values = torch.empty(shape)
         self.capacity = capacity
         self.length = 0
-
-    def addresses(self, layer: int) -> tuple[int, int, int]:
-        """Of a layer's keys and values, for compiled code; and the capacity."""
-        offset = layer * self.keys.stride(0) * self.keys.element_size()
-        return self.keys.data_ptr() + offset, self.values.data_ptr() + offset, self.capacity
+        # Of each layer's keys and values, for compiled code; and the capacity.
+        self.addresses = [(k.data_ptr(), v.data_ptr(), capacity) for k, v in zip(self.keys, self.values, strict=True)]
 
     @staticmethod
     def bytes_needed(spec: ModelSpec, capacity: int) -> int:

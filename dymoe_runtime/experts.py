@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,13 +85,25 @@ class StoredExperts:
         self.stats = TierStats()
         self._activation = activation
         self.look_ahead = look_ahead
+        self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-        work = self._plan(layer, routing)
+        if len(routing.gates) == 1 and routing.token_weights is None:
+            experts = routing.experts[0].tolist()
+            tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
+            self.stats.add_each(tiers)
+            ready = self._at_hand(layer, experts, tiers)
+            if ready is not None:
+                return kernels.moe_token(ready, h, routing.gates, self._activation)
+            work = plan_token(experts, tiers)
+        else:
+            chosen = self.rule.choose(layer, routing)
+            self.stats.add(chosen)
+            work = plan_tokens(routing.experts, chosen)
         wants = [Want(ExpertKey(layer, expert), max(run.tier for run in runs)) for expert, runs in work.runs.items()]
         delivery = self.store.begin(wants)
-        if self.look_ahead is not None and layer + 1 < len(self.rule.decode) and not self.store.holds(layer + 1):
-            self.store.look_ahead(self.look_ahead.wants(layer + 1, routing, self.rule), wants)
+        if (look_ahead := self._look_ahead_from(layer)) is not None:
+            self.store.look_ahead(look_ahead.wants(layer + 1, routing, self.rule), wants)
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = torch.empty(len(work.tokens), h.shape[1])
         for batch in delivery:
@@ -99,15 +111,17 @@ class StoredExperts:
             kernels.moe(jobs, h, work.tokens, y, self._activation)
         return kernels.combine(y, work.rows, routing.gates)
 
-    def _plan(self, layer: int, routing: Routing) -> Work:
-        if len(routing.gates) == 1 and routing.token_weights is None:
-            experts = routing.experts[0].tolist()
-            tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
-            self.stats.add_each(tiers)
-            return plan_token(experts, tiers)
-        chosen = self.rule.choose(layer, routing)
-        self.stats.add(chosen)
-        return plan_tokens(routing.experts, chosen)
+    def _look_ahead_from(self, layer: int) -> LookAhead | None:
+        """None where there is nothing of the next layer to read."""
+        last = layer + 1 == len(self.rule.decode)
+        return None if last or self.store.holds(layer + 1) else self.look_ahead
+
+    def _at_hand(self, layer: int, experts: Sequence[int], tiers: Sequence[int]) -> list[Any] | None:
+        """The experts of a token, if all are in memory to stay and there is nothing else to do."""
+        if not all(tiers) or self._look_ahead_from(layer) is not None:
+            return None
+        wants = self._wants
+        return self.store.at_hand([wants(layer, e, tier) for e, tier in zip(experts, tiers, strict=True)])
 
 
 class Run(NamedTuple):

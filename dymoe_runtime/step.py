@@ -34,7 +34,7 @@ class DecodeStep:
         cosines, sines = self._rotary.table(cache.length, cache.length + 1)
         out = torch.empty(x.shape)
         self._layers[layer].attend(
-            x.data_ptr(), cache.length, cosines.data_ptr(), sines.data_ptr(), cache.addresses(layer), out.data_ptr()
+            x.data_ptr(), cache.length, cosines.data_ptr(), sines.data_ptr(), cache.addresses[layer], out.data_ptr()
         )
         return out
 

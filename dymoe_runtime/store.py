@@ -140,6 +140,14 @@ class ExpertStore:
         next(delivery)
         return delivery
 
+    def at_hand(self, wants: Sequence[Want]) -> list[Any] | None:
+        """What was prepared of all `wants`, if they are in memory and nothing will ever have to leave it."""
+        if not self._roomy or not self._resident(wants):
+            return None
+        self.stats.requests += len(wants)
+        self.stats.hits += len(wants)
+        return [self._prepared(self._entries[key], tier) for key, tier in wants]
+
     def holds(self, layer: int) -> bool:
         """Whether every expert of `layer` is in memory whole, or on its way."""
         return self._held[layer] == self._cost.shape[1] * len(self.layout.ladder)

@@ -684,3 +684,17 @@ def test_norm_and_rotate_refuse_what_does_not_fit(isa: str) -> None:
     for cosines, sines in [(3, 3), (2, 8)], [(3, 8), (3, 6)], [(3, 3), (3, 3)], [(3, 10), (3, 10)]:
         with pytest.raises(ValueError):
             kernels.select(isa).rotate(x, torch.ones(cosines), torch.ones(sines))
+
+
+@pytest.mark.parametrize("isa", [*COMPILED, "torch"])
+def test_one_token_equals_moe_and_combine(isa: str) -> None:
+    layout, segments = expert((2, 3, 4))
+    chosen = kernels.select(isa)
+    at = [chosen.prepare(layout, tier, segments[: layout.segments_of(tier)]) for tier in (4, 2, 3)]
+    x, gates = random_input(1, layout.matrices["gate"].cols), torch.tensor([[0.5, 0.3, 0.2]])
+    y = torch.empty(3, x.shape[1])
+    chosen.moe([Job(e, row, 1) for row, e in enumerate(at)], x, torch.zeros(3, dtype=torch.int64), y)
+    assert torch.equal(chosen.moe_token(at, x, gates), chosen.combine(y, torch.arange(3)[None], gates))
+    for experts, tokens, mass in ([], x, gates), (at, x, gates[:, :2]), (at, torch.cat([x, x]), gates):
+        with pytest.raises(ValueError):
+            chosen.moe_token(experts, tokens, mass)

@@ -370,6 +370,22 @@ def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> No
     assert [len(batch) for batch in store.begin([want(1, 4), want(3, 4)])] == [1, 1]
 
 
+def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
+    store, reader = make(segments=96)  # room for all
+    assert store.at_hand([want(1), want(2)]) is None
+    fetch(store, reader, want(1, 4), want(2, 3))
+    assert store.at_hand([want(1), want(2)]) is None
+    before = store.stats.hits
+    for tier in 2, 3, 2:
+        one, two = store.at_hand([want(1, tier), want(2, tier)]) or ()
+        check(reader, want(1, tier), lambda _: one)  # noqa: B023
+        check(reader, want(2, tier), lambda _: two)  # noqa: B023
+    assert store.stats.hits == before + 6 and not any(entry.pins for entry in store._entries.values())
+    small, reader = make(segments=30)
+    fetch(small, reader, want(1))
+    assert small.at_hand([want(1)]) is None
+
+
 def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
     store, reader = make(segments=9)
     asked = []

@@ -49,6 +49,9 @@ class Kernels(Protocol):
         y: torch.Tensor,
         activation: str = ...,
     ) -> None: ...
+    def moe_token(
+        self, experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = ...
+    ) -> torch.Tensor: ...
     def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor, /) -> torch.Tensor: ...
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, /) -> torch.Tensor: ...
@@ -87,6 +90,13 @@ def ffn(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, ac
     y = torch.empty(x.shape)
     moe([Job(prepare(layout, tier, segments), 0, len(x))], x, torch.arange(len(x)), y, activation)
     return y
+
+
+def moe_token(
+    experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = "silu"
+) -> torch.Tensor:
+    """What `moe` and `combine` make of one token with all of its experts; x [1, H], gates [1, k] -> [1, H]."""
+    return _active().moe_token(experts, x, gates, activation)
 
 
 def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,14 @@ class Native:
         where = _vector(tokens, torch.int64, "tokens")
         _native.moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
 
+    def moe_token(
+        self, experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = "silu"
+    ) -> torch.Tensor:
+        out = torch.empty(x.shape)
+        views = [expert.views for expert in experts]
+        _native.moe_token(self.isa, views, _matrix(x, "x"), _matrix(gates, "gates"), _matrix(out, "out"), activation)
+        return out
+
     def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         _check(rows, torch.int64, 2, "rows")
         if rows.shape != gates.shape:

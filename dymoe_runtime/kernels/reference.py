@@ -59,6 +59,17 @@ def _ffn(expert: Expert, x: torch.Tensor, activation: str) -> torch.Tensor:
     return _product(arrays, layout.matrices["down"], tier, hidden)
 
 
+def moe_token(
+    experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = "silu"
+) -> torch.Tensor:
+    if x.shape[0] != 1 or gates.shape != (1, len(experts)):
+        raise ValueError(f"x: expected one token and a gate for each expert, got {list(x.shape)}, {list(gates.shape)}")
+    y = torch.empty(len(experts), x.shape[1])
+    jobs = [Job(expert, row, 1) for row, expert in enumerate(experts)]
+    moe(jobs, x, torch.zeros(len(experts), dtype=torch.int64), y, activation)
+    return combine(y, torch.arange(len(experts))[None], gates)
+
+
 def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     if rows.shape != gates.shape:
         raise ValueError(f"rows: expected {list(gates.shape)}, got {list(rows.shape)}")

@@ -98,6 +98,21 @@ void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const 
   moe(kernels, jobs, from.data, wanted, function, to);
 }
 
+void run_moe_token(const std::string& isa, const std::vector<const Expert*>& experts, const MatrixTuple& x,
+                   const MatrixTuple& gates, const MatrixTuple& out, const std::string& activation) {
+  if (experts.empty()) reject("experts: expected at least one");
+  const MatrixView& gate = experts[0]->gate;
+  for (const Expert* expert : experts)
+    if (expert->gate.rows != gate.rows || expert->gate.cols != gate.cols) reject("experts: their shapes differ");
+  const Matrix from = matrix_from(x, "x", gate.cols), mass = matrix_from(gates, "gates", int64_t(experts.size()));
+  if (from.rows != 1 || mass.rows != 1) reject("x: expected one token");
+  float* to = output_from(out, 1, gate.cols);
+  const Kernels& kernels = find_isa(isa);
+  const Activation function = activation_from(activation);
+  nb::gil_scoped_release unlocked;
+  moe_token(kernels, experts, from.data, mass.data, function, to);
+}
+
 void run_combine(const MatrixTuple& y, const MatrixTuple& gates, uintptr_t rows, const MatrixTuple& out) {
   const auto [gate, tokens, ranks] = gates;
   const int64_t width = std::get<2>(y);
@@ -327,6 +342,7 @@ NB_MODULE(_native, m) {
       .def("attend", &run_attend)
       .def("route", &run_route);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
+  m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);

@@ -102,6 +102,21 @@ void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const
   flush();
 }
 
+void moe_token(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, const float* gates,
+               Activation activation, float* out) {
+  thread_local Buffer<float> each;
+  const int64_t count = int64_t(experts.size()), hidden = experts[0]->gate.cols;
+  std::vector<Job> jobs;
+  std::vector<int64_t> tokens(count, 0), rows;
+  for (const Expert* expert : experts) {
+    rows.push_back(int64_t(jobs.size()));
+    jobs.push_back({*expert, rows.back(), 1});
+  }
+  float* y = each.reserve(count * hidden);
+  moe(isa, jobs, x, tokens.data(), activation, y);
+  combine(y, rows.data(), gates, 1, count, hidden, out);
+}
+
 void combine(const float* y, const int64_t* rows, const float* gates, int64_t tokens, int64_t ranks, int64_t width,
              float* out) {
   parallel_ranges(tokens, 1, tokens * ranks * width / kBlock, [&](int64_t begin, int64_t end) {

@@ -24,6 +24,10 @@ struct Job {
 void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const int64_t* tokens,
          Activation activation, float* y);
 
+/// What `moe` and `combine` make of one token: out = sum over j of gates[j] * expert j of x, [hidden].
+void moe_token(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, const float* gates,
+               Activation activation, float* out);
+
 /// out[t] = sum over j of gates[t, j] * y[rows[t, j]], in that order; rows below 0 are left out.
 /// gates and rows [tokens, ranks], out [tokens, width].
 void combine(const float* y, const int64_t* rows, const float* gates, int64_t tokens, int64_t ranks, int64_t width,
