@@ -138,10 +138,8 @@ struct Avx2 {
   static Lanes zero() { return _mm256_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm256_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm256_loadu_ps(p); }
-  static Lanes load_steps(const uint8_t* group, int i) {
-    int32_t bytes;
-    std::memcpy(&bytes, group + i / 2, sizeof bytes);
-    const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(bytes));
+  static Lanes load_steps(uint64_t word) {
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(int32_t(word)));
     const __m128i steps = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
     const __m256i index = _mm256_cvtepu8_epi32(steps);
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kSteps), index);

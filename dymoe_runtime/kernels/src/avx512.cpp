@@ -142,8 +142,8 @@ struct Avx512 {
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes load_steps(const uint8_t* group, int) {
-    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(group)));
+  static Lanes load_steps(uint64_t word) {
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(int64_t(word)));
     const __m128i steps = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(steps), _mm512_load_ps(kSteps));
   }

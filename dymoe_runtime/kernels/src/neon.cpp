@@ -99,9 +99,9 @@ struct Neon {
   static Lanes broadcast(float value) { return vdupq_n_f32(value); }
   static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return vld1q_f32(p); }
-  static Lanes load_steps(const uint8_t* group, int i) {
-    const float steps[4] = {step_size(group, i), step_size(group, i + 1), step_size(group, i + 2),
-                            step_size(group, i + 3)};
+  static Lanes load_steps(uint64_t word) {
+    const float steps[4] = {kSteps[word & 15], kSteps[(word >> 4) & 15], kSteps[(word >> 8) & 15],
+                            kSteps[(word >> 12) & 15]};
     return vld1q_f32(steps);
   }
   static void store_floats(float* p, Lanes v) { vst1q_f32(p, v); }

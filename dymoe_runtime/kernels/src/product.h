@@ -16,7 +16,7 @@
 //   load_scales(p)                 p[i] in the lanes that dot gives to block i; `at_once` floats are read
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add
 //   sum(v, out)                    the sum of each of an array of Lanes, whatever else is in it
-//   load_steps(group, i)           sizes of the `lanes` steps from block i of a group on
+//   load_steps(word)               sizes of `lanes` steps of four bits each, from the lowest
 //   direct_rows                    rows per tile of one token, read from the planes
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
 //   unpacked_rows                  rows that are unpacked at once and stay in the first cache
@@ -163,23 +163,27 @@ DYMOE_INLINE void each_dot(const typename V::Codes (&codes)[Rows], const typenam
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r][t] = V::template dot<Wide>(codes[r], a[t]);
 }
 
+/// The steps of `count` blocks from number `block` of a row on, four bits each from the lowest, 0 after them.
+inline uint64_t read_steps(const MatrixView& m, int64_t row, int64_t block, int64_t count) {
+  const int64_t at = row * step_bytes(m.blocks) + block / 2;
+  uint64_t word = 0;
+  if (at + int64_t(sizeof word) <= m.rows * step_bytes(m.blocks)) {
+    std::memcpy(&word, m.steps + at, sizeof word);
+  } else {
+    for (int64_t i = 0; i < step_bytes(count); ++i) word |= uint64_t(m.steps[at + i]) << (8 * i);
+  }
+  static_assert(4 * kGroup == 8 * sizeof word, "a group's steps are one word");
+  return count < kGroup ? word & ((uint64_t(1) << (4 * count)) - 1) : word;
+}
+
 /// The sizes of the steps of `count` rows, float [count, pitch]; 0 after the last block.
 template <class V>
 void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
   for (int64_t r = 0; r < count; ++r) {
-    const uint8_t* steps = m.steps + (row + r) * step_bytes(m.blocks);
-    for (int64_t begin = 0; begin < m.blocks; begin += kGroup, steps += kGroup / 2) {
-      uint8_t padded[kGroup / 2];
-      const uint8_t* group = steps;
-      if (m.blocks - begin < kGroup) {
-        // Put together in a register: a load as wide as this would wait for narrower stores.
-        uint64_t word = 0;
-        for (int64_t i = 0; i < step_bytes(m.blocks - begin); ++i) word |= uint64_t(steps[i]) << (8 * i);
-        static_assert(sizeof word == sizeof padded, "a group's steps are one word");
-        group = static_cast<const uint8_t*>(std::memcpy(padded, &word, sizeof word));
-      }
+    for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
+      const uint64_t steps = read_steps(m, row + r, begin, smaller(kGroup, m.blocks - begin));
       float* out = sizes + r * pitch + begin;
-      for (int i = 0; i < kGroup; i += V::lanes) V::store_floats(out + i, V::load_steps(group, i));
+      DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes) V::store_floats(out + i, V::load_steps(steps >> (4 * i)));
     }
   }
 }

@@ -67,7 +67,7 @@ struct Scalar {
   static Lanes broadcast(float value) { return value; }
   static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return *p; }
-  static Lanes load_steps(const uint8_t* group, int i) { return step_size(group, i); }
+  static Lanes load_steps(uint64_t word) { return kSteps[word & 15]; }
   static void store_floats(float* p, Lanes v) { *p = v; }
   static Lanes multiply(Lanes a, Lanes b) { return a * b; }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }

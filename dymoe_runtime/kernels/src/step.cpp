@@ -86,7 +86,7 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   const int64_t count = position + 1 - first, group = layer.heads / layer.kv_heads;
   float* attended = workspace.attended.reserve(queries);
   float* scores = workspace.scores.reserve(layer.heads * count);
-  parallel_ranges(layer.kv_heads, 1, layer.heads * count * d / kBlock, [&](int64_t begin, int64_t end) {
+  parallel_ranges(layer.kv_heads, 1, layer.heads * count * d / kBlock * kFloatWork, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t at = (g * cache.capacity + first) * d;
       isa.attend(q + g * group * d, group, cache.keys + at, cache.values + at, count, d, scores + g * group * count,

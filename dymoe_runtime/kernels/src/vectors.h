@@ -22,12 +22,29 @@ Floats load_lanes(const float* p) {
   return v;
 }
 
+/// Sums the halves of `Width` floats until one is left.
+template <int Width, class Vector>
+float fold_vector(const Vector& v) {
+  if constexpr (Width == 1) {
+    return v;
+  } else if constexpr (Width == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * Width)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold_vector<Width / 2>(Half(low + high));
+  }
+}
+
+/// The sum of kSumLanes lanes, halves first, whatever their number to a vector.
 float fold(const Floats* parts) {
-  float sums[kSumLanes];
+  Floats sums[kParts];
   std::memcpy(sums, parts, sizeof sums);
-  for (int width = kSumLanes / 2; width; width /= 2)
+  for (int width = kParts / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  return sums[0];
+  return fold_vector<kLanes>(sums[0]);
 }
 
 float dot_floats(const float* a, const float* b, int64_t n) {

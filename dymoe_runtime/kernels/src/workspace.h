@@ -14,6 +14,7 @@ constexpr int64_t kTokens = 256;         // tokens of one pass: their activation
 constexpr int64_t kRowMultiple = 16;     // floats of a cache line, so that threads do not share one
 constexpr int64_t kChunksPerThread = 4;  // lets threads of unequal speed finish together
 constexpr int64_t kSmallWork = 4096;     // products of 64 codes that cost about as much as a wake-up
+constexpr int64_t kFloatWork = 8;        // what 64 floats of keys and values cost of those
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
