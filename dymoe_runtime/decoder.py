@@ -82,6 +82,8 @@ class Decoder:
         self.experts = experts
         self._rotary = Rotary(spec.rope, spec.head_dim)
         self._activation = ACTIVATIONS[spec.activation]
+        self._mask_of: tuple[int, int, int | None] = (0, 0, None)
+        self._mask = torch.empty(0)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, weigh_tokens: bool = False) -> torch.Tensor:
         """Hidden states [T, H] after all layers of tokens `ids` [T], which continue `cache` if given.
@@ -195,12 +197,20 @@ class Decoder:
             if window:
                 k, v = k[:, -window:], v[:, -window:]
         elif window or start:
-            mask = causal_mask(start, q.shape[1], window)
+            mask = self._causal(start, q.shape[1], window)
         causal = mask is None and q.shape[1] > 1
         y = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=mask, is_causal=causal, enable_gqa=q.shape[0] != k.shape[0]
         )
         return y[0]
+
+    def _causal(self, start: int, tokens: int, window: int | None) -> torch.Tensor:
+        """causal_mask to be added to scores, float32; made once for all layers."""
+        if self._mask_of != (start, tokens, window):
+            hidden = ~causal_mask(start, tokens, window)
+            self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+            self._mask_of = (start, tokens, window)
+        return self._mask
 
     def _token_weights(self, q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
         """Attention that each token of this chunk receives from its last queries, [T], mean 1."""
