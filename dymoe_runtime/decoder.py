@@ -1,4 +1,4 @@
-"""The one decoder: dense layers in torch, routed experts behind a function.
+"""The one decoder: attention and dense layers around routed experts, which are behind a function.
 
 The runtime passes stored experts; the compiler asks for attention, norms and routing alone and
 runs the original's experts between them, one after another. Both run the same mathematics.
@@ -30,7 +30,7 @@ class Routing:
     experts: torch.Tensor  # int64 [T, k], by falling gate
     gates: torch.Tensor  # float32 [T, k]
     residual: torch.Tensor  # [T, H], the residual stream that the next layer's router can be asked with
-    token_weights: torch.Tensor | None = None  # [T], mean 1: prefill importance of a token; None when decoding
+    token_weights: torch.Tensor | None = None  # [T], mean 1: importance in a prompt; None if tiers ignore it
 
 
 class Dense(Protocol):

@@ -113,8 +113,10 @@ class StoredExperts:
 
     def _look_ahead_from(self, layer: int) -> LookAhead | None:
         """None where there is nothing of the next layer to read."""
-        last = layer + 1 == len(self.rule.decode)
-        return None if last or self.store.holds(layer + 1) else self.look_ahead
+        ahead, coming = self.look_ahead, layer + 1
+        if ahead is None or not ahead.ranks.get(coming) or self.store.holds(coming, self.rule.highest[coming]):
+            return None
+        return ahead
 
     def _at_hand(self, layer: int, experts: Sequence[int], tiers: Sequence[int]) -> list[Any] | None:
         """The experts of a token, if all are in memory to stay and there is nothing else to do."""

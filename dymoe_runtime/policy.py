@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,6 +142,18 @@ class TierRule:
     def without_depth(self) -> TierRule:
         """The same mean thresholds in every layer."""
         return replace(self, decode=_flat(self.decode), prefill=_flat(self.prefill))
+
+    @cached_property
+    def highest(self) -> tuple[int, ...]:
+        """The highest tier that an expert of each layer can get."""
+        return tuple(self._highest(layer) for layer in range(len(self.decode)))
+
+    def _highest(self, layer: int) -> int:
+        if self.pinned and self.pinned[layer]:
+            return self.ladder[-1]
+        rows = (self.decode[layer], self.prefill[layer])
+        chosen = [tier for row in rows for tier, share in zip(reversed(self.ladder), row, strict=True) if share > NEVER]
+        return max(chosen, default=self.ladder[0])
 
     @property
     def weighs_tokens(self) -> bool:

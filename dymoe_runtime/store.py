@@ -77,7 +77,7 @@ class ExpertStore:
     `shape` is (layers, experts per layer); `experts` is how many there are where some layers have
     none. `prior` [layers, experts], if given, says how often each expert is expected per token, so
     that an early eviction is not blind. `prepare(tier, segments)` makes what is delivered of the
-    leading segments of an expert; it is asked again only when one of them has moved.
+    leading segments of an expert; it is asked again only after segments have left or moved.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ExpertStore:
             layout.segment_spans
         )
         self._entries: dict[ExpertKey, _Entry] = {}
-        self._held = [0] * shape[0]  # segments of each layer
+        self._held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self._uses = np.zeros((*shape, len(layout.ladder)))
         if prior is not None:
@@ -131,7 +131,7 @@ class ExpertStore:
             self._weight = 1.0
 
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Starts reading what is missing and yields the wanted experts' segments in the given order.
+        """Starts reading what is missing and yields the wanted experts in the given order.
 
         They come all together where all are in memory, else one by one. Segments stay in place
         until the next are asked for. The first reads are under way on return.
@@ -148,9 +148,9 @@ class ExpertStore:
         self.stats.hits += len(wants)
         return [self._prepared(self._entries[key], tier) for key, tier in wants]
 
-    def holds(self, layer: int) -> bool:
-        """Whether every expert of `layer` is in memory whole, or on its way."""
-        return self._held[layer] == self._cost.shape[1] * len(self.layout.ladder)
+    def holds(self, layer: int, tier: int) -> bool:
+        """Whether every expert of `layer` is in memory up to `tier`, or on its way."""
+        return bool(self._held[layer, self._segments_of[tier] - 1] == self._cost.shape[1])
 
     def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
         """Start reading experts that may be wanted soon, best guess first.
@@ -194,7 +194,9 @@ class ExpertStore:
     def _prepared(self, entry: _Entry, tier: int) -> Any:
         found = entry.prepared.get(tier)
         if found is None:
-            segments = [slot.memory for slot in entry.slots[: self._segments_of[tier]]]
+            needed = self._segments_of[tier]
+            assert len(entry.slots) >= needed and (entry.read is None or entry.read.first >= needed), entry.key
+            segments = [slot.memory for slot in entry.slots[:needed]]
             found = entry.prepared[tier] = self._prepare(tier, segments)
         return found
 
@@ -260,7 +262,7 @@ class ExpertStore:
     def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
         read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
         entry.slots += slots
-        self._held[entry.key.layer] += len(slots)
+        self._held[entry.key.layer, read.first : read.first + len(slots)] += 1
         entry.read = read
         self.stats.read_bytes += sum(len(slot.memory) for slot in slots)
         self._reads.submit(read)
@@ -281,7 +283,7 @@ class ExpertStore:
         for slot in entry.slots[first:]:
             self._arena.free(slot)
         entry.prepared.clear()
-        self._held[entry.key.layer] -= len(entry.slots) - first
+        self._held[entry.key.layer, first : len(entry.slots)] -= 1
         del entry.slots[first:]
 
     def _unpin(self, entry: _Entry) -> None:

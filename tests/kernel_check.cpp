@@ -122,7 +122,7 @@ std::vector<float> rows_of(const Kernels& isa, const Matrix& m) {
 void check_products(const Kernels& isa) {
   const std::vector<std::vector<int>> splits = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {4},
                                                 {4, 2}, {4, 2, 1}, {8},       {1, 1, 1},    {4, 1}};
-  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}};
+  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100}};
   for (const auto& split : splits)
     for (const auto& [rows, cols] : shapes)
       for (const int64_t tokens : {0, 1, 2, 5, 33}) {
@@ -133,7 +133,13 @@ void check_products(const Kernels& isa) {
         const Quantized a(isa, x, tokens, cols), plain(kScalar, x, tokens, cols);
         const std::string what = std::to_string(bits) + " bits, " + std::to_string(rows) + " x " +
                                  std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
-        check(close(product_of(isa, m, a), product_of(kScalar, m, plain)), isa.name, what);
+        const std::vector<float> y = product_of(isa, m, a);
+        check(close(y, product_of(kScalar, m, plain)), isa.name, what);
+        for (int64_t t = 0; t < tokens; t += 3) {
+          const Quantized one(isa, {x.begin() + t * cols, x.begin() + (t + 1) * cols}, 1, cols);
+          const std::vector<float> alone = product_of(isa, m, one);
+          check(std::equal(alone.begin(), alone.end(), y.begin() + t * rows), isa.name, what + ": a token alone");
+        }
         if (tokens == 1) check(rows_of(isa, m) == rows_of(kScalar, m), isa.name, what + ": dequantize");
       }
 }

@@ -681,7 +681,14 @@ def test_norm_and_rotate_refuse_what_does_not_fit(isa: str) -> None:
     x = torch.randn(3, 2, 8)
     with pytest.raises(ValueError):
         kernels.select(isa).norm(x, torch.ones(7), 1e-5)
-    for cosines, sines in [(3, 3), (2, 8)], [(3, 8), (3, 6)], [(3, 3), (3, 3)], [(3, 10), (3, 10)]:
+    for cosines, sines in (
+        [(3, 4), (3, 4)],
+        [(3, 16), (3, 16)],
+        [(3, 3), (2, 8)],
+        [(3, 8), (3, 6)],
+        [(3, 3), (3, 3)],
+        [(3, 10), (3, 10)],
+    ):
         with pytest.raises(ValueError):
             kernels.select(isa).rotate(x, torch.ones(cosines), torch.ones(sines))
 
@@ -695,6 +702,12 @@ def test_one_token_equals_moe_and_combine(isa: str) -> None:
     y = torch.empty(3, x.shape[1])
     chosen.moe([Job(e, row, 1) for row, e in enumerate(at)], x, torch.zeros(3, dtype=torch.int64), y)
     assert torch.equal(chosen.moe_token(at, x, gates), chosen.combine(y, torch.arange(3)[None], gates))
+    if isa != "torch":
+        unprepared = reference.prepare(layout, 2, segments[:1])
+        with pytest.raises(ValueError, match="prepared"):
+            chosen.moe_token([unprepared], x, gates[:, :1])
+        with pytest.raises(ValueError, match="prepared"):
+            chosen.moe([Job(unprepared, 0, 1)], x, torch.zeros(1, dtype=torch.int64), y[:1])
     for experts, tokens, mass in ([], x, gates), (at, x, gates[:, :2]), (at, torch.cat([x, x]), gates):
         with pytest.raises(ValueError):
             chosen.moe_token(experts, tokens, mass)

@@ -217,6 +217,13 @@ def test_heavy_hitters_decide_which_experts_are_critical() -> None:
     assert chunk.choose(0, routing(experts, gates, [0.5, 1.5])).tolist() == [[2, 2], [4, 2]]
 
 
+def test_the_highest_tier_of_a_layer_is_one_that_it_can_get() -> None:
+    assert [TierRule.uniform(tier, LADDER, 1).highest for tier in LADDER] == [(2,), (3,), (4,)]
+    assert rule((NEVER, 0.5, ALWAYS), (NEVER, NEVER, ALWAYS)).highest == (3,)
+    assert rule((NEVER, NEVER, ALWAYS), (0.1, 0.5, ALWAYS)).highest == (4,)
+    assert replace(TierRule.uniform(2, LADDER, 2), pinned=((), (5,))).highest == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("decode", "prefill", "weighs"),
     [

@@ -403,11 +403,11 @@ def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
 def test_a_layer_is_held_once_all_of_it_is_resident_and_until_it_is_evicted(make: Make) -> None:
     store, reader = make(segments=48)
     fetch(store, reader, *(want(e, 4) for e in range(15)), want(15, 3))
-    assert not store.holds(0)
+    assert store.holds(0, 2) and store.holds(0, 3) and not store.holds(0, 4)
     fetch(store, reader, want(15, 4))
-    assert store.holds(0) and not store.holds(1)
+    assert store.holds(0, 4) and not store.holds(1, 2)
     fetch(store, reader, want(0, 2, layer=1))
-    assert not store.holds(0)
+    assert store.holds(0, 2) and not store.holds(0, 4)
 
 
 def test_as_many_reads_as_agreed_are_in_flight(make: Make) -> None:

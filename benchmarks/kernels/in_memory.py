@@ -70,7 +70,7 @@ def load(model: Model) -> None:
     for layer in model.spec.moe_layers:
         for _ in model.store.begin([Want(ExpertKey(layer, e), top) for e in range(model.spec.num_experts)]):
             pass
-        if not model.store.holds(layer):
+        if not model.store.holds(layer, top):
             raise SystemExit("the experts do not fit the memory of this machine")
 
 

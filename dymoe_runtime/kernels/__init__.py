@@ -157,7 +157,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, neon, scalar or torch."""
+    """The instruction set in use: avx512, avxvnni, avx2, neon, scalar or torch."""
     return _active().isa
 
 

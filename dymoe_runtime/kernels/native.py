@@ -76,9 +76,11 @@ class Native:
         return out.view(x.shape)
 
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        if cosines.shape != sines.shape:
-            raise ValueError(f"sines: expected {list(cosines.shape)}, got {list(sines.shape)}")
-        _native.rotate(_matrix(x.view(len(x), -1), "x"), _matrix(cosines, "cosines"), _address(sines))
+        expected = (x.shape[0], x.shape[2])
+        if cosines.shape != expected or sines.shape != expected:
+            raise ValueError(f"tables: expected {list(expected)}, got {list(cosines.shape)} and {list(sines.shape)}")
+        _check(x, torch.float32, 3, "x")
+        _native.rotate((x.data_ptr(), len(x), x.shape[1] * x.shape[2]), _matrix(cosines, "cosines"), _address(sines))
         return x
 
     def linear(

@@ -131,7 +131,8 @@ struct Avx2 {
   }
 
   static Lanes load_scales(const float* p) {
-    const __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m256 both = _mm256_castsi256_ps(_mm256_broadcastq_epi64(two));
     return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
   }
 

@@ -70,12 +70,17 @@ Expert make_expert(const Plan& plan, int tier, const SegmentTuples& tuples) {
   return expert;
 }
 
+void check_prepared(const Expert* expert) {
+  if (!expert) reject("an expert was not prepared by the compiled kernels");
+}
+
 // expert, first row, rows
 using JobTuple = std::tuple<const Expert*, int64_t, int64_t>;
 
 void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const MatrixTuple& x,
              const VectorTuple& tokens, const MatrixTuple& y, const std::string& activation) {
   if (tuples.empty()) return;
+  for (const JobTuple& job : tuples) check_prepared(std::get<0>(job));
   const MatrixView& gate = std::get<0>(tuples[0])->gate;
   const Matrix from = matrix_from(x, "x", gate.cols);
   const auto [ids, rows] = tokens;
@@ -101,6 +106,7 @@ void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const 
 void run_moe_token(const std::string& isa, const std::vector<const Expert*>& experts, const MatrixTuple& x,
                    const MatrixTuple& gates, const MatrixTuple& out, const std::string& activation) {
   if (experts.empty()) reject("experts: expected at least one");
+  for (const Expert* expert : experts) check_prepared(expert);
   const MatrixView& gate = experts[0]->gate;
   for (const Expert* expert : experts)
     if (expert->gate.rows != gate.rows || expert->gate.cols != gate.cols) reject("experts: their shapes differ");

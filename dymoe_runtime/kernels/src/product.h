@@ -321,7 +321,6 @@ void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                        uint8_t* codes, float* sizes) {
-
   static_assert(V::unpacked_rows % V::tile_rows == 0 && V::unpacked_rows <= kScratchRows, "whole tiles");
   const Unpacked<V, Wide> source{codes, m.blocks};
   for (int64_t row = begin; row < end; row += V::unpacked_rows) {

@@ -46,7 +46,7 @@ class Buffer {
   }
 };
 
-/// Rows of codes for `product` and `dequantize`; each thread has its own.
+/// Rows of codes and step sizes for `product` and `dequantize`; each thread has its own.
 inline uint8_t* scratch_for(const MatrixView& m) {
   thread_local Buffer<uint8_t> buffer;
   return buffer.reserve(scratch_bytes(m.blocks));
