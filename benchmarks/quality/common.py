@@ -48,6 +48,8 @@ def load_windows(model: Path, texts: Sequence[str], nbytes: int) -> tuple[torch.
         for start in range(0, len(ids) - WINDOW + 1, WINDOW):
             windows.append(torch.tensor(ids[start : start + WINDOW]))
             domains.append(Path(text).stem)
+    if not windows:
+        raise SystemExit(f"{nbytes} bytes of each text hold no window of {WINDOW} tokens; give more")
     return torch.stack(windows), domains
 
 
