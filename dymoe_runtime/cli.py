@@ -52,6 +52,9 @@ CHAT_CONTEXT = 4096
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
 @click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of context to make room for.")
+@click.option(
+    "--kv-bits", type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Of the KV cache."
+)
 @click.option("--point", help="Operating point: mean bits, or auto to fit the memory. Default: the bundle's.")
 @click.option("--tiers", default="auto", show_default=True, help="Run every expert at this tier instead.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Default: all cores that this process may use.")
@@ -163,6 +166,7 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         memory_bytes=o["memory"],
         arena_bytes=o["arena"],
         context=o["context"] or context,
+        kv_bits=int(o["kv_bits"]),
         point=o["point"],
         tier=None if o["tiers"] == "auto" else int(o["tiers"]),
         threads=o["threads"],

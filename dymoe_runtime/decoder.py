@@ -6,7 +6,6 @@ runs the original's experts between them, one after another. Both run the same m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,11 +15,10 @@ import torch.nn.functional as F
 
 from dymoe_runtime import kernels
 from dymoe_runtime.activations import ACTIVATIONS
+from dymoe_runtime.attention import attention, received
+from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
-
-# Queries at the end of a prompt whose attention decides which of its tokens weigh most.
-HEAVY_HITTER_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,6 @@ class Step(Protocol):
     def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]: ...
 
 
-class KVCache:
-    """Keys and values of one sequence, float32 [layers, kv_heads, capacity, head_dim]."""
-
-    def __init__(self, spec: ModelSpec, capacity: int) -> None:
-        shape = (spec.num_layers, spec.num_kv_heads, capacity, spec.head_dim)
-        self.keys = torch.empty(shape)
-        self.values = torch.empty(shape)
-        self.capacity = capacity
-        self.length = 0
-        # Of each layer's keys and values, for compiled code; and the capacity.
-        self.addresses = [(k.data_ptr(), v.data_ptr(), capacity) for k, v in zip(self.keys, self.values, strict=True)]
-
-    @staticmethod
-    def bytes_needed(spec: ModelSpec, capacity: int) -> int:
-        return 2 * 4 * spec.num_layers * spec.num_kv_heads * capacity * spec.head_dim
-
-
 class Decoder:
     """A decoder-only MoE transformer over `dense` weights and an `experts` function."""
 
@@ -82,8 +63,6 @@ class Decoder:
         self.experts = experts
         self._rotary = Rotary(spec.rope, spec.head_dim)
         self._activation = ACTIVATIONS[spec.activation]
-        self._mask_of: tuple[int, int, int | None] = (0, 0, None)
-        self._mask = torch.empty(0)
 
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, weigh_tokens: bool = False) -> torch.Tensor:
         """Hidden states [T, H] after all layers of tokens `ids` [T], which continue `cache` if given.
@@ -119,16 +98,16 @@ class Decoder:
         self, layer: int, x: torch.Tensor, cache: KVCache | None = None, weigh_tokens: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Residual stream after attention, and the token weights if asked for."""
-        start = cache.length if cache else 0
+        start, window = cache.length if cache else 0, self.spec.sliding_window
         q, k, v = self._queries_keys_values(layer, x, start)
         if cache is not None:
-            stop = start + len(x)
-            cache.keys[layer, :, start:stop] = k
-            cache.values[layer, :, start:stop] = v
-            k, v = cache.keys[layer, :, :stop], cache.values[layer, :, :stop]
-        y = self._attention(q, k, v, start)
+            cache.write(layer, start, k, v)
+            y, mass = kernels.attend(q, cache, layer, window, weigh_tokens)
+        else:
+            y = attention(q, k, v, start, window)
+            mass = received(q, k, start, window) if weigh_tokens else None
+        weights = None if mass is None else mass / mass.sum().clamp_min(1e-20) * len(x)
         y = y.transpose(0, 1).reshape(len(x), -1)
-        weights = self._token_weights(q, k, start) if weigh_tokens else None
         return x + self.dense.linear(f"layers.{layer}.attn.o", y), weights
 
     def feed_forward(self, layer: int, x: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -186,48 +165,3 @@ class Decoder:
 
     def _qk_norm(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.norm(f"layers.{layer}.attn.q_norm", q), self.norm(f"layers.{layer}.attn.k_norm", k)
-
-    def _attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
-        """Causal attention of q [heads, T, d] at positions start.. over k, v [kv_heads, start + T, d]."""
-        window = self.spec.sliding_window
-        if window and k.shape[1] <= window:
-            window = None
-        mask = None
-        if q.shape[1] == 1:
-            if window:
-                k, v = k[:, -window:], v[:, -window:]
-        elif window or start:
-            mask = self._causal(start, q.shape[1], window)
-        causal = mask is None and q.shape[1] > 1
-        y = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, is_causal=causal, enable_gqa=q.shape[0] != k.shape[0]
-        )
-        return y[0]
-
-    def _causal(self, start: int, tokens: int, window: int | None) -> torch.Tensor:
-        """causal_mask to be added to scores, float32; made once for all layers."""
-        if self._mask_of != (start, tokens, window):
-            hidden = ~causal_mask(start, tokens, window)
-            self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-            self._mask_of = (start, tokens, window)
-        return self._mask
-
-    def _token_weights(self, q: torch.Tensor, k: torch.Tensor, start: int) -> torch.Tensor:
-        """Attention that each token of this chunk receives from its last queries, [T], mean 1."""
-        tokens = q.shape[1]
-        last = min(tokens, HEAVY_HITTER_QUERIES)
-        groups = q.shape[0] // k.shape[0]
-        q = q[:, -last:].reshape(k.shape[0], groups * last, -1)
-        scores = q @ k.transpose(1, 2) / math.sqrt(self.spec.head_dim)
-        mask = causal_mask(start + tokens - last, last, self.spec.sliding_window)
-        scores = scores.view(-1, last, k.shape[1]).masked_fill(~mask, -math.inf)
-        received = scores.softmax(dim=-1).sum(dim=(0, 1))[start:]
-        return received / received.sum().clamp_min(1e-20) * tokens
-
-
-def causal_mask(start: int, tokens: int, window: int | None) -> torch.Tensor:
-    """bool [tokens, start + tokens], true where a query at position start + i may look."""
-    query = torch.arange(start, start + tokens)[:, None]
-    key = torch.arange(start + tokens)[None, :]
-    mask = key <= query
-    return mask & (key > query - window) if window else mask

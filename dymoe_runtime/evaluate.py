@@ -162,7 +162,7 @@ def _score_rows(
     for name, rule in rules.items():
         model.experts.rule = rule
         model.experts.stats.used.clear()
-        hidden = model.decoder.forward(ids, weigh_tokens=job.prefill)
+        hidden = model.hidden(ids, weigh_tokens=job.prefill)
         rows[name].scores.setdefault(file, Score()).add(score_window(ids, hidden, model.decoder.logits, reference))
         for tier, count in model.experts.stats.used.items():
             rows[name].used[tier] = rows[name].used.get(tier, 0) + count

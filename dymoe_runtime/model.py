@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load
 
 from dymoe_runtime import kernels
+from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
 from dymoe_runtime.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle
-from dymoe_runtime.decoder import HEAVY_HITTER_QUERIES, Decoder, KVCache, Step
+from dymoe_runtime.decoder import Decoder, Step
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
     default_threads,
@@ -28,6 +29,7 @@ from dymoe_runtime.device import (
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import LookAhead, StoredExperts
 from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE
+from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
@@ -50,6 +52,7 @@ class RunOptions:
     memory_bytes: int | None = None
     arena_bytes: int | None = None  # for tests: the expert arena alone, whatever the process uses
     context: int | None = None
+    kv_bits: int = 16
     point: str | None = None  # None: the policy's default; auto; or mean bits
     tier: int | None = None  # every expert at this tier
     threads: int | None = None
@@ -103,7 +106,7 @@ class Model:
     """A language model out of a bundle. Use as a context manager: it owns threads and files."""
 
     def __init__(self, bundle: Bundle, options: RunOptions | None = None, window: int | None = None) -> None:
-        """Load `bundle`; with `window` to score texts of so many tokens at once, which needs no KV cache."""
+        """Load `bundle`; with `window` to score texts of so many tokens at once, by `hidden` alone."""
         options = options or RunOptions()
         self._threads = options.threads or default_threads()
         kernels.set_threads(self._threads)
@@ -112,7 +115,9 @@ class Model:
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
-        self.budget = plan_budget(bundle, self.max_context, options.memory_bytes, window=window)
+        self.budget = plan_budget(
+            bundle, self.max_context, options.memory_bytes, window=window, kv_bits=options.kv_bits
+        )
         if options.arena_bytes is None:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
@@ -137,7 +142,7 @@ class Model:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
 
             self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
-        self._cache = KVCache(bundle.spec, 0 if window else self.max_context)
+        self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
 
     def __enter__(self) -> Model:
         return self
@@ -173,6 +178,12 @@ class Model:
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
         return logits
+
+    @torch.inference_mode()
+    def hidden(self, ids: torch.Tensor, weigh_tokens: bool = False) -> torch.Tensor:
+        """Hidden states [T, H] of a window of tokens [T], as one chunk of a prompt that starts anew."""
+        self._cache.length = 0
+        return self.decoder.forward(ids, self._cache, weigh_tokens)
 
     @torch.inference_mode()
     def decode(self, token_id: int) -> torch.Tensor:
@@ -243,18 +254,23 @@ def check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
 
 
 def plan_budget(
-    bundle: Bundle, context: int, memory: int | None = None, fixed: int | None = None, window: int | None = None
+    bundle: Bundle,
+    context: int,
+    memory: int | None = None,
+    fixed: int | None = None,
+    window: int | None = None,
+    kv_bits: int = 16,
 ) -> Budget:
     """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken.
 
-    Room is made for a KV cache of `context` tokens, or for passes of `window` tokens without one.
+    Room is made for a KV cache of `context` tokens, or for passes of `window` tokens that are not continued.
     """
     experts = len(bundle.manifest.layers) * bundle.spec.num_experts
     return Budget(
         memory=memory if memory is not None else memory_limit(),
         fixed=fixed if fixed is not None else resident_bytes(),
         dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
-        kv_cache=0 if window else KVCache.bytes_needed(bundle.spec, context),
+        kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
         workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
@@ -282,11 +298,13 @@ def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
         + 3 * spec.dense_width
         + 2 * spec.num_experts
     )
-    masks = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads) * context
-    if spec.sliding_window:
-        masks += tokens * context
-    dequantized = 8 * WEIGHTS_AT_ONCE if kernels.isa() == "torch" else 0
-    return 4 * (tokens * rows + masks + 3 * spec.vocab_size + dequantized)
+    if kernels.isa() == "torch":
+        scores = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads + 2 * spec.num_kv_heads * spec.head_dim) * context
+        scores += tokens * context if spec.sliding_window else 0
+        scores += 8 * WEIGHTS_AT_ONCE
+    else:
+        scores = spec.num_heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens)
+    return 4 * (tokens * rows + scores + 3 * spec.vocab_size)
 
 
 def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from dymoe_runtime.decoder import KVCache, Routing
+from dymoe_runtime.decoder import Routing
 from dymoe_runtime.kernels.native import StoredDense, decode_layer
+from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
 

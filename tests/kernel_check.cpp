@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "half.h"
 #include "isa.h"
 #include "moe.h"
 #include "ops.h"
@@ -158,18 +160,16 @@ void check_quantize(const Kernels& isa) {
 
 void check_vectors(const Kernels& isa) {
   for (const int64_t n : {2, 16, 20, 64, 100, 128}) {
-    const std::vector<float> q = random_floats(3 * n), k = random_floats(11 * n), v = random_floats(11 * n);
-    std::vector<float> out[2], norms[2], dots[2];
+    const std::vector<float> x = random_floats(n), rows = random_floats(11 * n);
+    std::vector<float> norms[2], dots[2];
     int at = 0;
     for (const Kernels* kernels : {&isa, &kScalar}) {
-      std::vector<float> scores(3 * 11);
-      out[at].resize(3 * n), norms[at].resize(n), dots[at].resize(11);
-      kernels->attend(q.data(), 3, k.data(), v.data(), 11, n, scores.data(), out[at].data());
-      kernels->norm(q.data(), v.data(), n, 1e-5f, norms[at].data());
-      kernels->dots(k.data(), n, 0, 11, q.data(), dots[at].data());
+      norms[at].resize(n), dots[at].resize(11);
+      kernels->norm(x.data(), rows.data(), n, 1e-5f, norms[at].data());
+      kernels->dots(rows.data(), n, 0, 11, x.data(), dots[at].data());
       ++at;
     }
-    check(out[0] == out[1] && norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
+    check(norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
   }
   for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
     const std::vector<float> ups = random_floats(37), hidden = random_floats(37);
@@ -178,6 +178,66 @@ void check_vectors(const Kernels& isa) {
     kScalar.activate(activation, 37, ups.data(), b.data());
     check(close(a, b), isa.name, "activation");
   }
+}
+
+/// Half precision as the hardware has it, and rounding to it.
+void check_halves(const Kernels& isa) {
+  const int64_t n = 65536;
+  const auto keys = buffer<uint8_t>(2 * n), values = buffer<uint8_t>(2 * n);
+  const auto score = buffer<float>(1), row = buffer<float>(n), out = buffer<float>(n);
+  const std::vector<float> query(n);
+  for (int64_t h = 0; h < n; ++h) {
+    const uint16_t half = uint16_t(h), zero = 0;
+    std::memcpy(values.get() + 2 * h, &half, 2), std::memcpy(keys.get() + 2 * h, &zero, 2);
+  }
+  isa.attend(query.data(), 1, {keys.get(), values.get(), 2 * n, 16}, 1, n, score.get(), row.get(), out.get());
+  bool same = true, rounded = true;
+  for (int64_t h = 0; h < n; ++h) {
+    const float value = half_to_float(uint16_t(h)), next = half_to_float(uint16_t(h + 1));
+    same &= value == out[h] || (std::isnan(value) && std::isnan(out[h]));
+    if (!std::isfinite(value)) continue;
+    rounded &= float_to_half(value) == h;
+    if (std::isfinite(next)) rounded &= float_to_half(0.5f * (value + next)) == (h % 2 ? h + 1 : h);
+  }
+  check(same, isa.name, "half to float");
+  check(rounded && float_to_half(1e9f) == 0x7bff && std::isnan(half_to_float(float_to_half(NAN))), isa.name,
+        "float to half");
+}
+
+/// A prompt after some tokens, a token after it, at all widths of the cache.
+void check_attention(const Kernels& isa) {
+  struct Case {
+    int64_t heads, kv_heads, n, start, tokens, window;
+  };
+  for (const Case& c : {Case{4, 2, 64, 0, 70, 0}, Case{3, 1, 20, 90, 45, 0}, Case{2, 2, 128, 30, 66, 40}, Case{1, 1, 2, 0, 1, 0}})
+    for (const int bits : {8, 16, 32}) {
+      const int64_t end = c.start + c.tokens, pitch = cache_row_bytes(c.n, bits), group = c.heads / c.kv_heads;
+      const auto keys = buffer<uint8_t>(c.kv_heads * end * pitch), values = buffer<uint8_t>(c.kv_heads * end * pitch);
+      const LayerCache cache{keys.get(), values.get(), end, bits};
+      for (int64_t row = 0; row < c.kv_heads * end; ++row) {
+        pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
+        pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
+      }
+      const Prompt prompt{c.tokens, c.heads, c.kv_heads, c.n, c.start, c.window, std::min<int64_t>(c.tokens, 32)};
+      const std::vector<float> queries = random_floats(c.tokens * c.heads * c.n);
+      std::vector<float> prompts[2], masses[2], tokens[2];
+      int at = 0;
+      for (const Kernels* kernels : {&isa, &kScalar}) {
+        const int64_t parts = receiving_parts(*kernels, prompt);
+        std::vector<float> out(queries.size()), received(parts * c.tokens), mass(c.tokens);
+        attend_prompt(*kernels, prompt, queries.data(), cache, out.data(), received.data());
+        for (int64_t i = 0; i < parts * c.tokens; ++i) mass[i % c.tokens] += received[i];
+        prompts[at] = out, masses[at] = mass;
+        const auto scores = buffer<float>(group * end), row = buffer<float>(c.n);
+        tokens[at].resize(group * c.n);
+        kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, scores.get(),
+                        row.get(), tokens[at].data());
+        ++at;
+      }
+      const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(bits) + " bits";
+      check(close(prompts[0], prompts[1]) && close(masses[0], masses[1]), isa.name, "prompt of " + what);
+      check(tokens[0] == tokens[1], isa.name, "token after " + what);
+    }
 }
 
 /// Codes and scales of a fit, then of a descent from them.
@@ -234,6 +294,8 @@ int main() {
     check_products(*isa);
     check_quantize(*isa);
     check_vectors(*isa);
+    check_halves(*isa);
+    check_attention(*isa);
     for (unsigned seed = 0; seed < 5; ++seed)
       check(quantized_by(*isa, seed) == quantized_by(kScalar, seed), isa->name, "fit and descent");
     check_threads(*isa);

@@ -9,7 +9,7 @@ import torch
 from conftest import MODEL, tiny_model
 
 from dymoe_compile.reference import open_reference
-from dymoe_runtime.decoder import KVCache
+from dymoe_runtime.kv_cache import KVCache
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,7 +68,7 @@ def test_decoding_equals_prefilling(family: str, changes: dict, tmp_path: Path) 
     decoder = open_reference(tmp_path)
     with torch.no_grad():
         whole = decoder.logits(decoder.forward(ids))
-        cache = KVCache(decoder.spec, 40)
+        cache = KVCache(decoder.spec, 40, bits=32)
         pieces = [ids[:11], ids[11:30], *ids[30:].split(1)]
         stepwise = torch.cat([decoder.logits(decoder.forward(piece, cache)) for piece in pieces])
     assert (whole - stepwise).abs().max() <= 1e-4

@@ -70,6 +70,14 @@ def test_max_tokens_and_a_full_context_end_with_length(tmp_path: Path, tiny_path
     assert result["finish"] == "length" and result["prompt_tokens"] + result["new_tokens"] <= 40
 
 
+def test_the_cache_takes_the_bits_that_it_is_given(shipped_path: Path) -> None:
+    """The same answer but where two tokens are as likely, in less memory."""
+    whole, short = answer(shipped_path, "--kv-bits", 32), answer(shipped_path, "--kv-bits", 8)
+    assert short["text"][:40] == whole["text"][:40]
+    assert short["floor_bytes"] < whole["floor_bytes"]
+    assert run_cli(shipped_path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
+
+
 def test_chat_answers_by_the_template(shipped_path: Path) -> None:
     outcome = run_cli(shipped_path, "--chat", "--prompt", "Hello", "--max-tokens", 5, "--json")
     assert outcome.code == 0 and outcome.json["prompt_tokens"] >= 5
@@ -346,7 +354,8 @@ def test_eval_can_take_one_setting_a_phase_and_a_bundle_as_reference(shipped_pat
     path = tmp_path / "text.txt"
     path.write_text((EXAMPLES / "heldout" / "wiki.txt").read_text(encoding="utf-8")[:2000])
     outcome = run_cli(shipped_path, "--eval", path, "--tiers", 4, "--reference", shipped_path, "--json")
-    assert len(outcome.json["table"]) == 2 and outcome.json["files"][0]["kl"] < 1e-9
+    # The reference rounds no keys, and an activation on the edge of two codes may fall to either side.
+    assert len(outcome.json["table"]) == 2 and outcome.json["files"][0]["kl"] < 2e-3
     for phase in ("decode", "prefill"):
         outcome = run_cli(shipped_path, "--eval", path, "--point", 3, "--eval-phase", phase, "--json")
         assert outcome.json["phase"] == phase and 2.5 < outcome.json["table"][0]["bits_mean"] < 4

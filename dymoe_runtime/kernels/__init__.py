@@ -21,6 +21,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None
@@ -55,6 +56,9 @@ class Kernels(Protocol):
     def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor, /) -> torch.Tensor: ...
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, /) -> torch.Tensor: ...
+    def attend(
+        self, q: torch.Tensor, cache: KVCache, layer: int, window: int | None = ..., weigh: bool = ...
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
     def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
@@ -115,6 +119,17 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotary embedding (arXiv 2104.09864) of x [T, heads, n], in place; cosines and sines [T, n] of each position."""
     return _active().rotate(x, cosines, sines)
+
+
+def attend(
+    q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal attention of q [heads, T, d], the tokens after cache.length, whose keys and values are written already.
+
+    [heads, T, d]; and with `weigh` what each of the tokens gets from the last HEAVY_HITTER_QUERIES of them, [T].
+    A token sees all before it, or the last `window` with itself.
+    """
+    return _active().attend(q, cache, layer, window, weigh)
 
 
 def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:

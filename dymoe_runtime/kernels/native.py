@@ -8,9 +8,11 @@ from typing import Protocol
 
 import torch
 
+from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
 from dymoe_runtime.kernels import _native, reference
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kv_cache import KVCache, row_bytes
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
@@ -82,6 +84,25 @@ class Native:
         _check(x, torch.float32, 3, "x")
         _native.rotate((x.data_ptr(), len(x), x.shape[1] * x.shape[2]), _matrix(cosines, "cosines"), _address(sines))
         return x
+
+    def attend(
+        self, q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads, tokens, head_dim = q.shape
+        kv_heads = cache.rows.shape[2]
+        if row_bytes(head_dim, cache.bits) != cache.rows.shape[-1]:
+            raise ValueError(f"q: heads of {head_dim} do not fit the cache")
+        rows = q.transpose(0, 1).contiguous()
+        _check(rows, torch.float32, 3, "q")
+        shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
+        out = torch.empty(rows.shape)
+        mass = torch.empty(_native.receiving_parts(self.isa, shape, last), tokens)
+        where = cache.addresses[layer]
+        received = _matrix(mass, "received")
+        _native.attend_prompt(
+            self.isa, shape, cache.length, window or 0, last, rows.data_ptr(), where, out.data_ptr(), received
+        )
+        return out.transpose(0, 1), mass.sum(0) if weigh else None
 
     def linear(
         self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor

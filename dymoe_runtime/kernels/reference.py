@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
+from dymoe_runtime.attention import attention, received
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
@@ -90,6 +92,15 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x.mul_(cosines[:, None]).add_(turned.mul_(sines[:, None]))
+
+
+def attend(
+    q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    start = cache.length
+    k, v = cache.read(layer, start + q.shape[1])
+    mass = received(q, k, start, window) if weigh else None
+    return attention(q, k, v, start, window), mass
 
 
 def linear(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:

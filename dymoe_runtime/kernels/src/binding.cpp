@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "attention.h"
 #include "isa.h"
 #include "moe.h"
 #include "ops.h"
@@ -229,15 +230,49 @@ DecodeLayer make_decode_layer(const std::string& isa, const std::tuple<int64_t, 
   return {&find_isa(isa), w};
 }
 
+// Of a layer's keys and values; capacity, bits.
+using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int>;
+
+LayerCache cache_from(const CacheTuple& tuple, int64_t positions) {
+  const auto [keys, values, capacity, bits] = tuple;
+  if (bits != 8 && bits != 16 && bits != 32) reject("a cache keeps 8, 16 or 32 bits");
+  if (positions < 0 || positions > capacity)
+    reject("position " + std::to_string(positions - 1) + " is not below " + std::to_string(capacity));
+  return {reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity, bits};
+}
+
 void run_attend(const DecodeLayer& layer, uintptr_t x, int64_t position, uintptr_t cosines, uintptr_t sines,
-                const std::tuple<uintptr_t, uintptr_t, int64_t>& cache, uintptr_t out) {
-  const auto [keys, values, capacity] = cache;
-  if (position < 0 || position >= capacity)
-    reject("position " + std::to_string(position) + " is not below " + std::to_string(capacity));
+                const CacheTuple& cache, uintptr_t out) {
+  const LayerCache rows = cache_from(cache, position + 1);
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
   nb::gil_scoped_release unlocked;
-  attend(*layer.kernels, layer.weights, floats(x), position, floats(cosines), floats(sines),
-         {floats(keys), floats(values), capacity}, floats(out));
+  attend(*layer.kernels, layer.weights, floats(x), position, floats(cosines), floats(sines), rows, floats(out));
+}
+
+Prompt prompt_from(const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, int64_t start, int64_t window,
+                   int64_t last) {
+  const auto [tokens, heads, kv_heads, n] = shape;
+  if (tokens < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || n < 2 || n % 2 || start < 0 || window < 0 ||
+      last < 0 || last > tokens)
+    reject("attention: the shapes do not fit");
+  return {tokens, heads, kv_heads, n, start, window, last};
+}
+
+int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
+                            int64_t last) {
+  return receiving_parts(find_isa(isa), prompt_from(shape, 0, 0, last));
+}
+
+/// received [receiving_parts, tokens].
+void run_attend_prompt(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
+                       int64_t start, int64_t window, int64_t last, uintptr_t queries, const CacheTuple& cache,
+                       uintptr_t out, const MatrixTuple& received) {
+  const Prompt prompt = prompt_from(shape, start, window, last);
+  const LayerCache rows = cache_from(cache, start + prompt.tokens);
+  const Kernels& kernels = find_isa(isa);
+  float* parts = output_from(received, receiving_parts(kernels, prompt), prompt.tokens);
+  nb::gil_scoped_release unlocked;
+  attend_prompt(kernels, prompt, reinterpret_cast<const float*>(queries), rows, reinterpret_cast<float*>(out), parts);
 }
 
 void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates) {
@@ -352,6 +387,9 @@ NB_MODULE(_native, m) {
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);
+  m.def("receiving_parts", &run_receiving_parts, "isa"_a, "shape"_a, "last"_a);
+  m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "start"_a, "window"_a, "last"_a, "queries"_a,
+        "cache"_a, "out"_a, "received"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,

@@ -2,7 +2,9 @@
 
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -25,6 +27,14 @@ bool has_dot_products() {
 }
 #endif
 
+#ifdef DYMOE_AVX2
+/// Conversions of half precision; older compilers do not know how to ask.
+bool has_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Row kRows[] = {
 #ifdef DYMOE_AVX512
     {&kAvx512,
@@ -37,11 +47,12 @@ const Row kRows[] = {
 #ifdef DYMOE_AVXVNNI
     {&kAvxVnni,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_halves() &&
+              __builtin_cpu_supports("avxvnni");
      }},
 #endif
 #ifdef DYMOE_AVX2
-    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_halves(); }},
 #endif
 #ifdef DYMOE_NEON
     {&kNeon, has_dot_products},

@@ -104,6 +104,38 @@ struct Descent {
   uint8_t* codes;      // [rows, pitch], likewise
 };
 
+// Of what the KV cache keeps at 8 bits: columns that share a scale.
+constexpr int64_t kCacheGroup = 32;
+
+/// Keys and values of one KV head as the cache keeps them, `pitch` bytes from one row to the next.
+struct CacheRows {
+  const uint8_t *keys, *values;
+  int64_t pitch;
+  int bits;
+};
+
+constexpr int64_t kMostTileRows = 32, kTileKeys = 64, kTileColumns = 8;
+
+static constexpr int64_t tile_columns(int64_t n) { return (n + kTileColumns - 1) / kTileColumns * kTileColumns; }
+
+/// Floats that `attend_tile` works in.
+static constexpr int64_t tile_floats(int64_t n) {
+  return 2 * tile_columns(n) * kMostTileRows + kTileKeys * (kMostTileRows + tile_columns(n));
+}
+
+/// Some rows of a prompt's attention for one KV head; row r is token r / group, head r % group.
+struct PromptTile {
+  int64_t first, rows, group;
+  int64_t pitch;          // floats from one token to the next
+  int64_t n;              // of a head
+  int64_t start, window;  // position of token 0; positions that a token sees, 0 for all
+  const float* queries;
+  float* out;
+  CacheRows cache;    // from position 0 on
+  int64_t weighed;    // rows from this one on add to `received`
+  float* received;    // of the positions from `start` on
+};
+
 enum class Activation { silu, gelu, gelu_tanh };
 
 constexpr int kMostFittedBits = 5;
@@ -124,7 +156,8 @@ struct Fit {
 
 struct Kernels {
   const char* name;
-  int64_t at_once;  // blocks that are multiplied together: the order of codes, see `place`
+  int64_t at_once;    // blocks that are multiplied together: the order of codes, see `place`
+  int64_t tile_rows;  // most rows of a PromptTile
 
   /// Quantizes one token, x [cols].
   void (*quantize)(const float* x, int64_t cols, int64_t token, const Activations& out);
@@ -150,10 +183,13 @@ struct Kernels {
   /// x = exp(x - max(x)), n floats; returns their sum.
   float (*exponentials)(float* x, int64_t n);
 
-  /// Attention of queries [heads, n] over keys and values [count, n]: out [heads, n]. Scores hold
-  /// heads * count floats.
-  void (*attend)(const float* queries, int64_t heads, const float* keys, const float* values, int64_t count, int64_t n,
-                 float* scores, float* out);
+  /// Attention of queries [heads, n] of one KV head over `count` rows: out [heads, n]. Scores hold
+  /// heads * count floats, row n.
+  void (*attend)(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,
+                 float* row, float* out);
+
+  /// Rows [first, first + rows) of a prompt; scratch holds tile_floats(n), aligned to 64 bytes.
+  void (*attend_tile)(const PromptTile& tile, float* scratch);
 
   /// Improves scales and codes of rows [row, row + rows) and brings the error up to date.
   void (*descend)(const Descent& block, int64_t row, int64_t rows);

@@ -27,6 +27,7 @@
 #include <cstring>
 
 #include "activate.h"
+#include "attend.h"
 #include "fit.h"
 #include "kernels.h"
 #include "vectors.h"
@@ -423,8 +424,8 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,  V::at_once, quantize<V>,  product<V>, activate, dequantize<V>, norm,
-          dots,  exponentials, attend, descend, fit_rows};
+  return {name, V::at_once,   kTileRows, quantize<V>, product<V>, activate, dequantize<V>, norm,
+          dots, exponentials, attend,    attend_tile, descend,    fit_rows};
 }
 
 }  // namespace

@@ -76,10 +76,10 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
     for (int64_t i = 0; i < keys; ++i) v[i] = v[i] < -layer.clip ? -layer.clip : v[i] > layer.clip ? layer.clip : v[i];
   rotate(q, 1, layer.heads, d, cosines, sines);
   rotate(k, 1, layer.kv_heads, d, cosines, sines);
+  const int64_t pitch = cache_row_bytes(d, cache.bits);
   for (int64_t g = 0; g < layer.kv_heads; ++g) {
-    const int64_t at = (g * cache.capacity + position) * d;
-    std::copy_n(k + g * d, d, cache.keys + at);
-    std::copy_n(v + g * d, d, cache.values + at);
+    pack_row(k + g * d, d, cache.bits, cache.keys + (g * cache.capacity + position) * pitch);
+    pack_row(v + g * d, d, cache.bits, cache.values + (g * cache.capacity + position) * pitch);
   }
 
   const int64_t first = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
@@ -87,11 +87,10 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   float* attended = workspace.attended.reserve(queries);
   float* scores = workspace.scores.reserve(layer.heads * count);
   parallel_ranges(layer.kv_heads, 1, layer.heads * count * d / kBlock * kFloatWork, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t at = (g * cache.capacity + first) * d;
-      isa.attend(q + g * group * d, group, cache.keys + at, cache.values + at, count, d, scores + g * group * count,
-                 attended + g * group * d);
-    }
+    thread_local Buffer<float> row;
+    for (int64_t g = begin; g < end; ++g)
+      isa.attend(q + g * group * d, group, rows_from(cache, g, first, d), count, d, scores + g * group * count,
+                 row.reserve(d), attended + g * group * d);
   });
   multiply(isa, workspace.quantized.quantize(isa, 1, queries, [&](int64_t) { return attended; }), {&layer.o}, out);
   for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];

@@ -1,7 +1,7 @@
 // Attention and routing of one decoded token, a layer a call.
 #pragma once
 
-#include "kernels.h"
+#include "attention.h"
 
 namespace dymoe {
 
@@ -23,12 +23,6 @@ struct LayerWeights {
   const float *attn_norm, *q_norm, *k_norm, *mlp_norm;
   const float* router;  // [experts, hidden]
   Linear q, k, v, o;
-};
-
-/// Keys and values of one layer, [kv_heads, capacity, head_dim].
-struct LayerCache {
-  float *keys, *values;
-  int64_t capacity;
 };
 
 /// out = x + attention(norm(x)), [hidden]; the token's key and value go into the cache at `position`.

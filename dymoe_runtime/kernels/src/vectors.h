@@ -1,4 +1,4 @@
-// Loops over floats: norms, routers and attention. Sums have sixteen lanes on every instruction
+// Loops over floats: norms, routers and softmax. Sums have sixteen lanes on every instruction
 // set, and products are not contracted, so results do not depend on it.
 //
 // Everything is in an unnamed namespace, as in product.h.
@@ -21,6 +21,8 @@ Floats load_lanes(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+void store_lanes(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 /// Sums the halves of `Width` floats until one is left.
 template <int Width, class Vector>
@@ -78,28 +80,6 @@ float exponentials(float* x, int64_t n) {
   float total = 0.0f;
   for (float sum : sums) total += sum;
   return total;
-}
-
-/// out[i] of `queries` [heads, n] over `count` keys and values [count, n]; scores hold heads * count.
-void attend(const float* queries, int64_t heads, const float* keys, const float* values, int64_t count, int64_t n,
-            float* scores, float* out) {
-  const float size = 1.0f / std::sqrt(float(n));
-  for (int64_t p = 0; p < count; ++p)
-    for (int64_t h = 0; h < heads; ++h) scores[h * count + p] = size * dot_floats(queries + h * n, keys + p * n, n);
-  std::memset(out, 0, heads * n * sizeof(float));
-  for (int64_t h = 0; h < heads; ++h) {
-    float* weights = scores + h * count;
-    const float inverse = 1.0f / exponentials(weights, count);
-    for (int64_t p = 0; p < count; ++p) weights[p] *= inverse;
-  }
-  for (int64_t p = 0; p < count; ++p) {
-    const float* value = values + p * n;
-    for (int64_t h = 0; h < heads; ++h) {
-      const float weight = scores[h * count + p];
-      float* to = out + h * n;
-      for (int64_t i = 0; i < n; ++i) to[i] += weight * value[i];
-    }
-  }
 }
 
 }  // namespace
