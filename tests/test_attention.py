@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from conftest import MODEL
 
 from dymoe_compile.checkpoint import Checkpoint
 from dymoe_runtime import kernels
+from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kv_cache import BITS, KVCache, pack, row_bytes, unpack
+from dymoe_runtime.model import plan_budget
 from dymoe_runtime.spec import ModelSpec
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
@@ -127,6 +130,14 @@ def test_arguments_that_do_not_fit_are_refused(isa: str) -> None:
         attend(torch.randn(3, 10, 64), cache, 0)
     with pytest.raises(ValueError, match="position 13 is not below 13"):
         attend(torch.randn(4, 14, 64), cache, 0)
+
+
+def test_fewer_bits_need_less_memory(shipped_path: Path) -> None:
+    bundle = Bundle.open(shipped_path)
+    floors = [plan_budget(bundle, 4096, fixed=0, kv_bits=bits).floor for bits in (8, 16, 32)]
+    sizes = [KVCache.bytes_needed(bundle.spec, 4096, bits) for bits in (8, 16, 32)]
+    assert floors[2] - floors[1] == sizes[2] - sizes[1] == sizes[1]
+    assert abs(floors[1] - floors[0] - (sizes[1] - sizes[0])) < 1 << 20
 
 
 def test_one_layer_serves_all_for_a_pass() -> None:
