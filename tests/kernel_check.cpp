@@ -137,6 +137,10 @@ void check_products(const Kernels& isa) {
                                  std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
         const std::vector<float> y = product_of(isa, m, a);
         check(close(y, product_of(kScalar, m, plain)), isa.name, what);
+        if (isa.name == std::string("i8mm")) {
+          const Kernels& neon = find_isa("neon");
+          check(y == product_of(neon, m, Quantized(neon, x, tokens, cols)), isa.name, what + ": bits of NEON");
+        }
         for (int64_t t = 0; t < tokens; t += 3) {
           const Quantized one(isa, {x.begin() + t * cols, x.begin() + (t + 1) * cols}, 1, cols);
           const std::vector<float> alone = product_of(isa, m, one);

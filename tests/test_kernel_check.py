@@ -50,5 +50,7 @@ def test_kernels_on_emulated_arm(tmp_path: Path) -> None:
     system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={ARM}"]
     program = build(tmp_path, *system, "-DCMAKE_EXE_LINKER_FLAGS=-static")
     output = run(["qemu-aarch64", "-cpu", "max", program])
+    assert output.splitlines() == ["i8mm: equal", "neon: equal", "scalar: equal"]
+    output = run(["qemu-aarch64", "-cpu", "cortex-a76", program])  # which has no products of int8 matrices
     assert output.splitlines() == ["neon: equal", "scalar: equal"]
     assert run(["qemu-aarch64", "-cpu", "cortex-a53", program]) == "scalar: equal\n"  # which has no dot products

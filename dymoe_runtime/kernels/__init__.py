@@ -172,7 +172,7 @@ def threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avxvnni, avx2, neon, scalar or torch."""
+    """The instruction set in use: avx512, avxvnni, avx2, i8mm, neon, scalar or torch."""
     return _active().isa
 
 

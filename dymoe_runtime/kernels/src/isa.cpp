@@ -7,6 +7,8 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace dymoe {
@@ -17,7 +19,7 @@ struct Row {
   bool (*runs_here)();
 };
 
-#ifdef DYMOE_NEON
+#if defined(DYMOE_NEON) || defined(DYMOE_I8MM)
 bool has_dot_products() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -32,6 +34,21 @@ bool has_dot_products() {
 bool has_halves() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+#ifdef DYMOE_I8MM
+bool has_matrix_products() {
+#if defined(__linux__)
+  constexpr unsigned long kMatrixProducts = 1 << 13;  // HWCAP2_I8MM, which headers before Linux 5.10 lack
+  return getauxval(AT_HWCAP2) & kMatrixProducts;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -53,6 +70,9 @@ const Row kRows[] = {
 #endif
 #ifdef DYMOE_AVX2
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_halves(); }},
+#endif
+#ifdef DYMOE_I8MM
+    {&kI8mm, [] { return has_dot_products() && has_matrix_products(); }},
 #endif
 #ifdef DYMOE_NEON
     {&kNeon, has_dot_products},

@@ -8,7 +8,7 @@
 
 namespace dymoe {
 
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kNeon;
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kNeon, kI8mm;
 
 /// Kernels that run here, best first; the last is the scalar one.
 const std::vector<const Kernels*>& available_isas();

@@ -7,7 +7,7 @@ namespace dymoe {
 
 constexpr int64_t kBlock = 64;      // columns that share a step
 constexpr int64_t kGroup = 16;      // blocks whose steps are read at once
-constexpr int64_t kScratchRows = 16; // most rows that `product` unpacks at once
+constexpr int64_t kScratchRows = 16; // most rows that `product` unpacks at once; half, where it also puts them in pairs
 constexpr int64_t kMostAtOnce = 4;  // blocks that a kernel multiplies together
 constexpr int kMaxPlanes = 8, kMaxTiers = 7;
 

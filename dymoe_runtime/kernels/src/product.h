@@ -20,6 +20,13 @@
 //   direct_rows                    rows per tile of one token, read from the planes
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
 //   unpacked_rows                  rows that are unpacked at once and stay in the first cache
+//   pairs                          whether whole tiles are multiplied two rows by two tokens; tile_tokens is 2 then,
+//                                  tile_rows even, and there is more:
+//   pair_rows<Wide>(a, b, out)     from stored codes of a block of two rows those in the order of pair_dots
+//   TokenPair, load_token_pair     a block of two tokens in that order; from memory
+//   pair_dots(a, b, tokens, out)   of two rows in that order and two tokens the four Lanes of `dots`, mixed
+//   pair_scales(rows, tokens, pitch)  by what to multiply each of these; scales of rows and of tokens are pitch apart
+//   part_pair(first, second)       Lanes of pair_dots, [2] and [2], become those of the rows with each token
 #pragma once
 
 #include <cfloat>
@@ -140,6 +147,12 @@ struct Unpacked {
   typename V::Codes load(int64_t row, int64_t block, int64_t) const {
     return V::load_stored(codes + row * stored_bytes<V>(blocks) + block * kBlock);
   }
+
+  /// A block of a whole tile in pairs, [tile_rows, at_once * kBlock]: all of a tile at once, not row by row, so that
+  /// its rows need one address. After the unpacked rows.
+  const uint8_t* paired(int64_t row, int64_t block) const {
+    return codes + (V::unpacked_rows + row) * stored_bytes<V>(blocks) + V::tile_rows * block * kBlock;
+  }
 };
 
 template <class... Sources>
@@ -189,6 +202,27 @@ void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, 
   }
 }
 
+/// Adds a block of Rows rows and of two tokens to sums as V::pair_dots mixes them; pointers are to the block.
+template <class V, int Rows>
+DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t codes_pitch, const float* sizes,
+                            const float* scales, int64_t pitch, typename V::Lanes (&sums)[Rows][2]) {
+  const typename V::TokenPair tokens = V::load_token_pair(codes, codes + codes_pitch);
+  DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
+    const typename V::Lanes scale = V::pair_scales(sizes + r * pitch, scales, pitch);
+    typename V::Lanes dots[4];
+    const uint8_t* pair = rows + r * V::at_once * kBlock;
+    V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
+    DYMOE_UNROLL for (int i = 0; i < 4; ++i) {
+      typename V::Lanes& sum = sums[r + i / 2][i % 2];
+      sum = V::multiply_add(scale, dots[i], sum);
+    }
+  }
+}
+
+/// Whether a tile is multiplied in pairs.
+template <class V, int Rows, int Tokens>
+constexpr bool in_pairs = V::pairs && Rows == V::tile_rows && Tokens == V::tile_tokens;
+
 /// y of Rows rows, from `row` on, and Tokens tokens, from `token` on; the codes are those of
 /// rows `source_row` on of `source`, and `sizes` [Rows, pitch] those of their steps.
 template <class V, int Rows, int Tokens, class Source>
@@ -199,6 +233,12 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] = corrections[r][t] = V::zero();
   const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
+    if constexpr (in_pairs<V, Rows, Tokens>) {
+      const int64_t pitch = codes_pitch(a.blocks);
+      add_pairs<V, Rows>(source.paired(source_row, block), a.codes + token * pitch + block * kBlock, pitch,
+                         sizes + block, a.scales + token * a.pitch + block, a.pitch, sums);
+      return;
+    }
     typename V::Codes codes[Rows];
     typename V::Tokens tokens[Tokens];
     Lanes dots[Rows][Tokens], scales[Rows];
@@ -223,6 +263,9 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
     add(block, V::at_once);
   }
   if (block < m.blocks) add(block, m.blocks - block);
+  if constexpr (in_pairs<V, Rows, Tokens>) {
+    DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
+  }
   // A number is its level plus the centre, which is the same for all.
   const Lanes off_centre = V::broadcast(V::template offset<Source::wide> - m.levels.centre);
   for (int64_t i = 0; i < m.blocks; i += V::lanes) {
@@ -319,6 +362,21 @@ void unpack_rows(const MatrixView& m, int64_t row, int64_t count, uint8_t* codes
   for (int64_t r = 0; r < count; ++r) unpack_planes<V>(m, row + r, codes + r * stored_bytes<V>(m.blocks));
 }
 
+/// Writes whole tiles of the unpacked rows where `paired` finds them.
+template <class V, bool Wide>
+void pair_rows(int64_t count, int64_t blocks, uint8_t* codes) {
+  static_assert(2 * V::unpacked_rows <= kScratchRows, "rows twice");
+  constexpr int64_t bytes = V::at_once * kBlock;
+  const int64_t pitch = stored_bytes<V>(blocks);
+  uint8_t* tile = codes + V::unpacked_rows * pitch;
+  for (int64_t row = 0; row + V::tile_rows <= count; row += V::tile_rows, tile += V::tile_rows * pitch)
+    for (int r = 0; r < V::tile_rows; r += 2) {
+      const uint8_t* from = codes + (row + r) * pitch;
+      for (int64_t at = 0; at < pitch; at += bytes)
+        V::template pair_rows<Wide>(from + at, from + pitch + at, tile + V::tile_rows * at + r * bytes);
+    }
+}
+
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                        uint8_t* codes, float* sizes) {
@@ -328,10 +386,20 @@ void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin,
     const int64_t count = smaller(V::unpacked_rows, end - row);
     unpack_rows<V>(m, row, count, codes);
     load_sizes<V>(m, row, count, a.pitch, sizes);
+    const bool pairs = V::pairs && a.tokens >= V::tile_tokens;
+    if constexpr (V::pairs) {
+      if (pairs) pair_rows<V, Wide>(count, m.blocks, codes);
+    }
     // Rows within tokens: unpacked rows stay in the first cache, and tokens come there once for all of them.
     int64_t token = 0;
     for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
       multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
+    if (pairs && token < a.tokens) {
+      // Rows in pairs want tokens in pairs: the one before the last is multiplied again, to the same values.
+      token = a.tokens - V::tile_tokens;
+      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
+      continue;
+    }
     for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, sizes, a, row, token, y, stride);
   }
 }
