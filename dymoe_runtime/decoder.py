@@ -101,8 +101,7 @@ class Decoder:
         start, window = cache.length if cache else 0, self.spec.sliding_window
         q, k, v = self._queries_keys_values(layer, x, start)
         if cache is not None:
-            cache.write(layer, start, k, v)
-            y, mass = kernels.attend(q, cache, layer, window, weigh_tokens)
+            y, mass = kernels.attend(q, k, v, cache, layer, window, weigh_tokens)
         else:
             y = attention(q, k, v, start, window)
             mass = received(q, k, start, window) if weigh_tokens else None

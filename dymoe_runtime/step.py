@@ -16,13 +16,17 @@ from dymoe_runtime.spec import ModelSpec
 
 
 class DecodeStep:
-    """The dense half of every layer for one token."""
+    """The dense half of every layer for one token. What it returns holds until its next call."""
 
     def __init__(self, spec: ModelSpec, dense: StoredDense, isa: str) -> None:
-        self._spec = spec
         self._dense = dense  # the layers point into it
         self._rotary = Rotary(spec.rope, spec.head_dim)
         self._layers = [decode_layer(isa, spec, dense, layer) for layer in range(spec.num_layers)]
+        # Kept, because making them takes as long as a small layer's norm.
+        self._x, self._h = torch.empty(1, spec.hidden_size), torch.empty(1, spec.hidden_size)
+        self._experts = torch.empty(1, spec.top_k, dtype=torch.int64)
+        self._gates = torch.empty(1, spec.top_k)
+        self._chosen = self._h.data_ptr(), self._experts.data_ptr(), self._gates.data_ptr()
 
     @staticmethod
     def make(spec: ModelSpec, dense: StoredDense, isa: str) -> DecodeStep | None:
@@ -31,18 +35,15 @@ class DecodeStep:
         return DecodeStep(spec, dense, isa) if quantized else None
 
     def attend(self, layer: int, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """The residual stream [1, H] after the attention of `layer`; x [1, H]."""
-        cosines, sines = self._rotary.table(cache.length, cache.length + 1)
-        out = torch.empty(x.shape)
+        """The residual stream [1, H] after the attention of `layer`; x [1, H], nothing returned by this."""
+        at, out = cache.length, self._x
+        cosines, sines = self._rotary.table(at, at + 1)
         self._layers[layer].attend(
-            x.data_ptr(), cache.length, cosines.data_ptr(), sines.data_ptr(), cache.addresses[layer], out.data_ptr()
+            x.data_ptr(), at, cosines.data_ptr(), sines.data_ptr(), cache.addresses[layer], out.data_ptr()
         )
         return out
 
     def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """Normalized x [1, H], and the experts of `layer` for it."""
-        h = torch.empty(x.shape)
-        experts = torch.empty(1, self._spec.top_k, dtype=torch.int64)
-        gates = torch.empty(1, self._spec.top_k)
-        self._layers[layer].route(x.data_ptr(), h.data_ptr(), experts.data_ptr(), gates.data_ptr())
-        return h, Routing(experts, gates, x)
+        self._layers[layer].route(x.data_ptr(), *self._chosen)
+        return self._h, Routing(self._experts, self._gates, x)

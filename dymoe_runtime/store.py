@@ -103,6 +103,7 @@ class ExpertStore:
             layout.segment_spans
         )
         self._entries: dict[ExpertKey, _Entry] = {}
+        self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
         self._held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self._uses = np.zeros((*shape, len(layout.ladder)))
@@ -142,11 +143,17 @@ class ExpertStore:
 
     def at_hand(self, wants: Sequence[Want]) -> list[Any] | None:
         """What was prepared of all `wants`, if they are in memory and nothing will ever have to leave it."""
-        if not self._roomy or not self._resident(wants):
+        if not self._roomy:
             return None
+        found = [self._staying.get(want) for want in wants]
+        if None in found:
+            if not self._resident(wants):
+                return None
+            found = [self._prepared(self._entries[key], tier) for key, tier in wants]
+            self._staying.update(zip(wants, found, strict=True))
         self.stats.requests += len(wants)
         self.stats.hits += len(wants)
-        return [self._prepared(self._entries[key], tier) for key, tier in wants]
+        return found
 
     def holds(self, layer: int, tier: int) -> bool:
         """Whether every expert of `layer` is in memory up to `tier`, or on its way."""
@@ -202,6 +209,7 @@ class ExpertStore:
 
     def _forget_prepared(self, _: Slot) -> None:
         """A slot has moved, which is seldom."""
+        self._staying.clear()
         for entry in self._entries.values():
             entry.prepared.clear()
 

@@ -208,6 +208,29 @@ void check_halves(const Kernels& isa) {
         "float to half");
 }
 
+/// Rows of the cache, of what is small, large and not finite too.
+void check_rows(const Kernels& isa) {
+  for (const int64_t n : {2, 20, 64, 100, 128})
+    for (const int bits : {8, 16, 32})
+      for (const float size : {0.0f, 1e-7f, 1e-4f, 1.0f, 1e6f, INFINITY, NAN}) {
+        std::vector<float> x = random_floats(n);
+        x[n / 2] = size;
+        if (std::isfinite(size))
+          for (float& value : x) value *= size;
+        const int64_t bytes = cache_row_bytes(n, bits);
+        const auto a = buffer<uint8_t>(bytes), b = buffer<uint8_t>(bytes);
+        isa.pack_row(x.data(), n, bits, a.get());
+        kScalar.pack_row(x.data(), n, bits, b.get());
+        bool same = true;
+        for (int64_t i = 0; i < bytes; i += 2) {
+          uint16_t left, right;
+          std::memcpy(&left, a.get() + i, 2), std::memcpy(&right, b.get() + i, 2);
+          same &= left == right || (bits < 32 && std::isnan(half_to_float(left)) && std::isnan(half_to_float(right)));
+        }
+        check(same, isa.name, "a row of " + std::to_string(n) + " at " + std::to_string(bits) + " bits");
+      }
+}
+
 /// A prompt after some tokens, a token after it, at all widths of the cache.
 void check_attention(const Kernels& isa) {
   struct Case {
@@ -219,8 +242,8 @@ void check_attention(const Kernels& isa) {
       const auto keys = buffer<uint8_t>(c.kv_heads * end * pitch), values = buffer<uint8_t>(c.kv_heads * end * pitch);
       const LayerCache cache{keys.get(), values.get(), end, bits};
       for (int64_t row = 0; row < c.kv_heads * end; ++row) {
-        pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
-        pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
+        isa.pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
+        isa.pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
       }
       const Prompt prompt{c.tokens, c.heads, c.kv_heads, c.n, c.start, c.window, std::min<int64_t>(c.tokens, 32)};
       const std::vector<float> queries = random_floats(c.tokens * c.heads * c.n);
@@ -299,6 +322,7 @@ int main() {
     check_quantize(*isa);
     check_vectors(*isa);
     check_halves(*isa);
+    check_rows(*isa);
     check_attention(*isa);
     for (unsigned seed = 0; seed < 5; ++seed)
       check(quantized_by(*isa, seed) == quantized_by(kScalar, seed), isa->name, "fit and descent");

@@ -24,14 +24,22 @@ def spec_of(kv_heads: int, head_dim: int) -> ModelSpec:
     return replace(Checkpoint.open(MODEL).spec, num_layers=2, num_kv_heads=kv_heads, head_dim=head_dim)
 
 
-def filled(kv_heads: int, head_dim: int, length: int, bits: int, seed: int = 0) -> tuple[KVCache, torch.Generator]:
-    """A cache of `length` tokens, of which none counts as there yet."""
-    g = torch.Generator().manual_seed(seed)
-    cache = KVCache(spec_of(kv_heads, head_dim), length + 3, bits)
-    for layer in (0, 1):
-        k, v = torch.randn(2, kv_heads, length, head_dim, generator=g)
-        cache.write(layer, 0, k, v)
-    return cache, g
+class Tokens:
+    """A cache with `start` random tokens, and queries, keys and values of `tokens` after them."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, tokens: int, start: int = 0, bits: int = 16, seed: int = 0
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        spec = spec_of(kv_heads, head_dim)
+        self.caches = [KVCache(spec, start + tokens + 3, bits) for _ in range(2)]
+        before = torch.randn(2, 2, kv_heads, start, head_dim, generator=g)
+        for cache in self.caches:
+            for layer in (0, 1):
+                cache.write(layer, 0, *before[layer])
+            cache.length = start
+        self.q = 3 * torch.randn(tokens, heads, head_dim, generator=g).transpose(0, 1)
+        self.k, self.v = torch.randn(2, tokens, kv_heads, head_dim, generator=g).transpose(1, 2)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -78,31 +86,29 @@ def test_rows_of_what_is_too_large_or_not_finite(bits: int) -> None:
 def test_prompts_equal_the_reference(
     isa: str, bits: int, heads: int, kv_heads: int, head_dim: int, start: int, tokens: int, window: int | None
 ) -> None:
-    """Both read the same rows, so only the order of float sums differs."""
-    cache, g = filled(kv_heads, head_dim, start + tokens, bits)
-    cache.length = start
-    q = 3 * torch.randn(tokens, heads, head_dim, generator=g).transpose(0, 1)
+    """Both keep and read the same rows, so only the order of float sums differs."""
+    t = Tokens(heads, kv_heads, head_dim, tokens, start, bits)
     for layer in (0, 1):
-        expected, mass = reference.attend(q, cache, layer, window, weigh=True)
-        got, received = kernels.select(isa).attend(q, cache, layer, window, weigh=True)
+        expected, mass = reference.attend(t.q, t.k, t.v, t.caches[0], layer, window, weigh=True)
+        got, received = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window, weigh=True)
+        assert torch.equal(t.caches[0].rows[layer], t.caches[1].rows[layer])
         assert received is not None and mass is not None
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
         assert torch.allclose(received, mass, rtol=1e-4, atol=1e-5)
-        alone, nothing = kernels.select(isa).attend(q, cache, layer, window)
+        alone, nothing = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window)
         assert torch.equal(alone, got) and nothing is None
 
 
 @pytest.mark.parametrize("isa", COMPILED)
 def test_a_prompt_does_not_depend_on_threads(isa: str) -> None:
-    cache, g = filled(2, 64, 300, 16)
-    q = torch.randn(8, 300, 64, generator=g)
+    t = Tokens(8, 2, 64, 300)
     chosen = kernels.select(isa)
     before = chosen.threads()
     try:
         results = []
         for count in (1, 2, 5):
             chosen.set_threads(count)
-            results.append(chosen.attend(q, cache, 0, None, weigh=True))
+            results.append(chosen.attend(t.q, t.k, t.v, t.caches[0], 0, None, weigh=True))
     finally:
         chosen.set_threads(before)
     assert all(torch.equal(y, results[0][0]) and torch.equal(mass, results[0][1]) for y, mass in results)
@@ -110,26 +116,28 @@ def test_a_prompt_does_not_depend_on_threads(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", COMPILED)
 def test_what_is_not_finite_spoils_only_those_who_see_it(isa: str) -> None:
-    cache, g = filled(2, 64, 100, 16)
-    k, v = torch.randn(2, 2, 1, 64, generator=g)
-    k[0, 0, 3] = float("nan")
-    cache.write(0, 40, k, v)
-    q = torch.randn(4, 100, 64, generator=g)
-    got, _ = kernels.select(isa).attend(q, cache, 0)
+    t = Tokens(4, 2, 64, 100)
+    t.k[0, 40, 3] = float("nan")
+    got, _ = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[0], 0)
     assert got[:2, 40:].isnan().all()
     assert got[:2, :40].isfinite().all() and got[2:].isfinite().all()
 
 
 @pytest.mark.parametrize("isa", COMPILED)
 def test_arguments_that_do_not_fit_are_refused(isa: str) -> None:
-    cache, _ = filled(2, 64, 10, 16)
     attend = kernels.select(isa).attend
-    with pytest.raises(ValueError, match="heads of 32"):
-        attend(torch.randn(4, 10, 32), cache, 0)
+    t, odd = Tokens(4, 2, 64, 10), Tokens(3, 2, 64, 10)
+    with pytest.raises(ValueError, match="does not fit q"):
+        attend(t.q[..., :32], t.k[..., :32], t.v[..., :32], t.caches[0], 0)
+    with pytest.raises(ValueError, match="does not fit q"):
+        attend(t.q, t.k[:, :9], t.v[:, :9], t.caches[0], 0)
+    with pytest.raises(ValueError, match="v: expected"):
+        attend(t.q, t.k, t.v[:, :9], t.caches[0], 0)
     with pytest.raises(ValueError, match="shapes do not fit"):
-        attend(torch.randn(3, 10, 64), cache, 0)
+        attend(odd.q, odd.k, odd.v, odd.caches[0], 0)
+    t.caches[0].length = 4
     with pytest.raises(ValueError, match="position 13 is not below 13"):
-        attend(torch.randn(4, 14, 64), cache, 0)
+        attend(t.q, t.k, t.v, t.caches[0], 0)
 
 
 def test_fewer_bits_need_less_memory(shipped_path: Path) -> None:

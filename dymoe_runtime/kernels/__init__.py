@@ -57,7 +57,14 @@ class Kernels(Protocol):
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, /) -> torch.Tensor: ...
     def attend(
-        self, q: torch.Tensor, cache: KVCache, layer: int, window: int | None = ..., weigh: bool = ...
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        window: int | None = ...,
+        weigh: bool = ...,
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
     def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
@@ -122,14 +129,20 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 
 
 def attend(
-    q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    layer: int,
+    window: int | None = None,
+    weigh: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Causal attention of q [heads, T, d], the tokens after cache.length, whose keys and values are written already.
+    """Keep k and v [kv_heads, T, d] of the tokens after cache.length, then causal attention of q [heads, T, d].
 
     [heads, T, d]; and with `weigh` what each of the tokens gets from the last HEAVY_HITTER_QUERIES of them, [T].
-    A token sees all before it, or the last `window` with itself.
+    A token sees all before it, or the last `window` with itself. cache.length stays what it is.
     """
-    return _active().attend(q, cache, layer, window, weigh)
+    return _active().attend(q, k, v, cache, layer, window, weigh)
 
 
 def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:

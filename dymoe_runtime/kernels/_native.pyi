@@ -45,9 +45,8 @@ def attend_prompt(
     start: int,
     window: int,
     last: int,
-    queries: int,
+    vectors: list[int],  # addresses of queries, keys, values and out
     cache: _Cache,
-    out: int,
     received: _Matrix,
 ) -> None: ...
 def descend(

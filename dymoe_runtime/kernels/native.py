@@ -86,22 +86,30 @@ class Native:
         return x
 
     def attend(
-        self, q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        window: int | None = None,
+        weigh: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads, tokens, head_dim = q.shape
         kv_heads = cache.rows.shape[2]
-        if row_bytes(head_dim, cache.bits) != cache.rows.shape[-1]:
-            raise ValueError(f"q: heads of {head_dim} do not fit the cache")
-        rows = q.transpose(0, 1).contiguous()
-        _check(rows, torch.float32, 3, "q")
+        if row_bytes(head_dim, cache.bits) != cache.rows.shape[-1] or k.shape != (kv_heads, tokens, head_dim):
+            raise ValueError(f"k: {list(k.shape)} does not fit q, {list(q.shape)}, and the cache")
+        if v.shape != k.shape:
+            raise ValueError(f"v: expected {list(k.shape)}, got {list(v.shape)}")
+        rows = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
+        for x in rows:
+            _check(x, torch.float32, 3, "q, k, v")
         shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
-        out = torch.empty(rows.shape)
+        out = torch.empty(rows[0].shape)
         mass = torch.empty(_native.receiving_parts(self.isa, shape, last), tokens)
-        where = cache.addresses[layer]
-        received = _matrix(mass, "received")
-        _native.attend_prompt(
-            self.isa, shape, cache.length, window or 0, last, rows.data_ptr(), where, out.data_ptr(), received
-        )
+        vectors = [x.data_ptr() for x in (*rows, out)]
+        where, received = cache.addresses[layer], _matrix(mass, "received")
+        _native.attend_prompt(self.isa, shape, cache.length, window or 0, last, vectors, where, received)
         return out.transpose(0, 1), mass.sum(0) if weigh else None
 
     def linear(

@@ -95,9 +95,16 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
 
 
 def attend(
-    q: torch.Tensor, cache: KVCache, layer: int, window: int | None = None, weigh: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    layer: int,
+    window: int | None = None,
+    weigh: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     start = cache.length
+    cache.write(layer, start, k, v)
     k, v = cache.read(layer, start + q.shape[1])
     mass = received(q, k, start, window) if weigh else None
     return attention(q, k, v, start, window), mass

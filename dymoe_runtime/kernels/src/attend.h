@@ -64,6 +64,63 @@ Floats load_bytes(const uint8_t* p) {
 #endif
 }
 
+void store_halves(uint8_t* p, Floats v) {
+  v = v > kMostHalf ? Floats{} + kMostHalf : v < -kMostHalf ? Floats{} - kMostHalf : v;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32(float32x4_t(v))));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint16_t half = float_to_half(v[i]);
+    std::memcpy(p + 2 * i, &half, sizeof half);
+  }
+#endif
+}
+
+inline void store_half(uint8_t* p, float value) {
+  const uint16_t half = float_to_half(value);
+  std::memcpy(p, &half, sizeof half);
+}
+
+/// Codes of some floats, and their scale.
+inline void pack_group(const float* x, int64_t count, int8_t* codes, uint8_t* scale) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added and taken away again is rounded
+  float most = 0.0f, spoilt = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(x[i]);
+    most = size > most ? size : most;
+    spoilt += x[i] * 0.0f;
+  }
+  store_half(scale, most / 127.0f + spoilt);
+  const float step = load_half(scale);
+  if (!(step > 0.0f)) {
+    std::memset(codes, 0, count);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float ratio = x[i] / step;
+    const float within = ratio > 127.0f ? 127.0f : ratio < -127.0f ? -127.0f : ratio;
+    codes[i] = int8_t((within + kRound) - kRound);
+  }
+}
+
+/// One row of the cache from floats, x [n].
+void pack_row(const float* x, int64_t n, int bits, uint8_t* row) {
+  int64_t i = 0;
+  if (bits == 32) {
+    std::memcpy(row, x, n * sizeof(float));
+  } else if (bits == 16) {
+    for (; i + kLanes <= n; i += kLanes) store_halves(row + 2 * i, load_lanes(x + i));
+    for (; i < n; ++i) store_half(row + 2 * i, x[i]);
+  } else {
+    for (uint8_t* scale = row + n; i < n; i += kCacheGroup, scale += 2)
+      pack_group(x + i, kCacheGroup < n - i ? kCacheGroup : n - i, reinterpret_cast<int8_t*>(row + i), scale);
+  }
+}
+
 /// One row of the cache as floats, out [n].
 void unpack_row(const uint8_t* row, int bits, int64_t n, float* out) {
   int64_t i = 0;

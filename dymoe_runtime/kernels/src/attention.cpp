@@ -1,10 +1,8 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "half.h"
 #include "workspace.h"
 
 namespace dymoe {
@@ -28,34 +26,6 @@ int64_t cache_row_bytes(int64_t n, int bits) {
   return bits == 8 ? n + 2 * ((n + kCacheGroup - 1) / kCacheGroup) : n * bits / 8;
 }
 
-void pack_row(const float* x, int64_t n, int bits, uint8_t* row) {
-  if (bits == 32) {
-    std::memcpy(row, x, n * sizeof(float));
-    return;
-  }
-  const auto put_half = [](float value, uint8_t* to) {
-    const uint16_t half = float_to_half(value);
-    std::memcpy(to, &half, sizeof half);
-  };
-  if (bits == 16) {
-    for (int64_t i = 0; i < n; ++i) put_half(x[i], row + 2 * i);
-    return;
-  }
-  for (int64_t i = 0; i < n; i += kCacheGroup) {
-    const int64_t end = std::min(n, i + kCacheGroup);
-    float most = 0.0f;
-    bool finite = true;
-    for (int64_t j = i; j < end; ++j) finite &= bool(std::isfinite(x[j])), most = std::max(most, std::fabs(x[j]));
-    const uint16_t half = float_to_half(finite ? most / 127.0f : NAN);
-    std::memcpy(row + n + 2 * (i / kCacheGroup), &half, sizeof half);
-    const float scale = half_to_float(half);
-    for (int64_t j = i; j < end; ++j) {
-      const float code = scale > 0.0f ? std::nearbyint(x[j] / scale) : 0.0f;
-      row[j] = uint8_t(int8_t(std::clamp(code, -127.0f, 127.0f)));
-    }
-  }
-}
-
 CacheRows rows_from(const LayerCache& cache, int64_t head, int64_t first, int64_t n) {
   const int64_t pitch = cache_row_bytes(n, cache.bits), at = (head * cache.capacity + first) * pitch;
   return {cache.keys + at, cache.values + at, pitch, cache.bits};
@@ -63,6 +33,17 @@ CacheRows rows_from(const LayerCache& cache, int64_t head, int64_t first, int64_
 
 int64_t receiving_parts(const Kernels& isa, const Prompt& p) {
   return p.last ? p.kv_heads * (tiles_of(isa, p) - first_receiving(isa, p)) : 0;
+}
+
+void append(const Kernels& isa, const Prompt& p, const float* keys, const float* values, const LayerCache& cache) {
+  const int64_t pitch = cache_row_bytes(p.n, cache.bits);
+  parallel_ranges(p.tokens, 1, p.tokens * p.kv_heads * p.n / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * p.kv_heads; i < end * p.kv_heads; ++i) {
+      const int64_t row = i % p.kv_heads * cache.capacity + p.start + i / p.kv_heads;
+      isa.pack_row(keys + i * p.n, p.n, cache.bits, cache.keys + row * pitch);
+      isa.pack_row(values + i * p.n, p.n, cache.bits, cache.values + row * pitch);
+    }
+  });
 }
 
 void attend_prompt(const Kernels& isa, const Prompt& p, const float* queries, const LayerCache& cache, float* out,

@@ -10,9 +10,6 @@ namespace dymoe {
 /// Bytes of a row of n floats that the cache keeps at `bits`, 32, 16 or 8: kv_cache.py defines them.
 int64_t cache_row_bytes(int64_t n, int bits);
 
-/// Writes a row of the cache.
-void pack_row(const float* x, int64_t n, int bits, uint8_t* row);
-
 /// Keys and values of one layer, rows [kv_heads, capacity] each.
 struct LayerCache {
   uint8_t *keys, *values;
@@ -29,6 +26,9 @@ struct Prompt {
   int64_t window;  // positions that a token sees, 0 for all
   int64_t last;    // so many tokens at the end tell what each token received
 };
+
+/// Keeps keys and values [tokens, kv_heads, n].
+void append(const Kernels& isa, const Prompt& prompt, const float* keys, const float* values, const LayerCache& cache);
 
 /// Lists of what is received that `attend_prompt` fills: one for each part of the work.
 int64_t receiving_parts(const Kernels& isa, const Prompt& prompt);

@@ -263,16 +263,19 @@ int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, in
   return receiving_parts(find_isa(isa), prompt_from(shape, 0, 0, last));
 }
 
-/// received [receiving_parts, tokens].
+/// vectors: queries, keys, values and out; received [receiving_parts, tokens].
 void run_attend_prompt(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
-                       int64_t start, int64_t window, int64_t last, uintptr_t queries, const CacheTuple& cache,
-                       uintptr_t out, const MatrixTuple& received) {
+                       int64_t start, int64_t window, int64_t last, const std::vector<uintptr_t>& vectors,
+                       const CacheTuple& cache, const MatrixTuple& received) {
   const Prompt prompt = prompt_from(shape, start, window, last);
   const LayerCache rows = cache_from(cache, start + prompt.tokens);
   const Kernels& kernels = find_isa(isa);
   float* parts = output_from(received, receiving_parts(kernels, prompt), prompt.tokens);
+  if (vectors.size() != 4) reject("attention: expected queries, keys, values and out");
+  const auto floats = [&](int i) { return reinterpret_cast<float*>(vectors[i]); };
   nb::gil_scoped_release unlocked;
-  attend_prompt(kernels, prompt, reinterpret_cast<const float*>(queries), rows, reinterpret_cast<float*>(out), parts);
+  append(kernels, prompt, floats(1), floats(2), rows);
+  attend_prompt(kernels, prompt, floats(0), rows, floats(3), parts);
 }
 
 void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates) {
@@ -388,8 +391,8 @@ NB_MODULE(_native, m) {
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);
   m.def("receiving_parts", &run_receiving_parts, "isa"_a, "shape"_a, "last"_a);
-  m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "start"_a, "window"_a, "last"_a, "queries"_a,
-        "cache"_a, "out"_a, "received"_a);
+  m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "start"_a, "window"_a, "last"_a, "vectors"_a,
+        "cache"_a, "received"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,

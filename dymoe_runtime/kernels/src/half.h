@@ -19,10 +19,11 @@ inline float half_to_float(uint16_t half) {
   return half & 0x8000 ? -value : value;
 }
 
+constexpr float kMostHalf = 65504.0f;
+
 /// To the nearest half, ties to even; what is too large is the largest half, NaN stays NaN.
 inline uint16_t float_to_half(float value) {
-  constexpr float kMost = 65504.0f;
-  const float within = value > kMost ? kMost : value < -kMost ? -kMost : value;
+  const float within = value > kMostHalf ? kMostHalf : value < -kMostHalf ? -kMostHalf : value;
   uint32_t bits;
   std::memcpy(&bits, &within, sizeof bits);
   const uint32_t sign = bits >> 16 & 0x8000;

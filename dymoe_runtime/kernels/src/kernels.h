@@ -183,6 +183,9 @@ struct Kernels {
   /// x = exp(x - max(x)), n floats; returns their sum.
   float (*exponentials)(float* x, int64_t n);
 
+  /// Writes n floats as a row of the cache, as kv_cache.py defines them.
+  void (*pack_row)(const float* x, int64_t n, int bits, uint8_t* row);
+
   /// Attention of queries [heads, n] of one KV head over `count` rows: out [heads, n]. Scores hold
   /// heads * count floats, row n.
   void (*attend)(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,

@@ -492,8 +492,8 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, V::at_once,   kTileRows, quantize<V>, product<V>, activate, dequantize<V>, norm,
-          dots, exponentials, attend,    attend_tile, descend,    fit_rows};
+  return {name, V::at_once,   kTileRows, quantize<V>, product<V>,  activate, dequantize<V>, norm,
+          dots, exponentials, pack_row,  attend,      attend_tile, descend,  fit_rows};
 }
 
 }  // namespace

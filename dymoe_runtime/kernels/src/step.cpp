@@ -76,11 +76,7 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
     for (int64_t i = 0; i < keys; ++i) v[i] = v[i] < -layer.clip ? -layer.clip : v[i] > layer.clip ? layer.clip : v[i];
   rotate(q, 1, layer.heads, d, cosines, sines);
   rotate(k, 1, layer.kv_heads, d, cosines, sines);
-  const int64_t pitch = cache_row_bytes(d, cache.bits);
-  for (int64_t g = 0; g < layer.kv_heads; ++g) {
-    pack_row(k + g * d, d, cache.bits, cache.keys + (g * cache.capacity + position) * pitch);
-    pack_row(v + g * d, d, cache.bits, cache.values + (g * cache.capacity + position) * pitch);
-  }
+  append(isa, {1, layer.heads, layer.kv_heads, d, position, layer.window, 0}, k, v, cache);
 
   const int64_t first = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
   const int64_t count = position + 1 - first, group = layer.heads / layer.kv_heads;
