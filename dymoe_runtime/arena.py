@@ -6,6 +6,7 @@ never fragment it; when classes compete, slots of half-empty chunks are moved to
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,9 @@ class Arena:
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
         self._memory = mmap.mmap(-1, max(self.chunks, 1) * self.chunk_bytes)
-        self._bytes = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
+        with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]
         self._partial: list[set[int]] = [set() for _ in self.sizes]  # chunks of the class with room
@@ -86,7 +89,7 @@ class Arena:
     def _view(self, chunk: int, index: int, size_class: int) -> torch.Tensor:
         size = self.sizes[size_class]
         start = chunk * self.chunk_bytes + index * size
-        return self._bytes[start : start + size]
+        return self.memory[start : start + size]
 
     def _compact(self) -> bool:
         """Empty one half-empty chunk into others of its class; whether a chunk became free."""

@@ -21,10 +21,12 @@ from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.model import Model, RunOptions, check_ids
+from dymoe_runtime.probe import format_probe, probe
 from dymoe_runtime.sampling import SamplingParams
 from dymoe_runtime.text import Tokenizer
 
 CHAT_CONTEXT = 4096
+PROBE_CONTEXT = 512
 
 
 @click.command(cls=ManyValues)
@@ -47,6 +49,7 @@ CHAT_CONTEXT = 4096
     help="Rule that chooses tiers in --eval.",
 )
 @click.option("--bench", is_flag=True, help="Time random tokens.")
+@click.option("--probe", "probing", is_flag=True, help="Measure this machine with BUNDLE and say what to expect.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Prompt of --bench.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decoded tokens of --bench.")
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
@@ -58,6 +61,7 @@ CHAT_CONTEXT = 4096
 @click.option("--point", help="Operating point: mean bits, or auto to fit the memory. Default: the bundle's.")
 @click.option("--tiers", default="auto", show_default=True, help="Run every expert at this tier instead.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Default: all cores that this process may use.")
+@click.option("--pin-threads", is_flag=True, help="Keep each thread of the kernels on a processor of its own.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
@@ -83,6 +87,8 @@ def run(bundle: Path, **o: Any) -> None:
         _evaluate(opened, o)
     elif o["bench"]:
         _bench(opened, o)
+    elif o["probing"]:
+        _probe(opened, o)
     elif o["chat"] and o["prompt"] is None and o["prompt_file"] is None:
         _converse(opened, o)
     else:
@@ -135,13 +141,13 @@ def verify_command(bundle: Path, as_json: bool) -> None:
 
 def _check_modes(o: dict[str, Any]) -> None:
     """UsageError for flags that contradict each other."""
-    modes = [name for name in ("eval_files", "bench", "chat") if o[name]]
+    modes = [name for name in ("eval_files", "bench", "probing", "chat") if o[name]]
     if len(modes) > 1:
-        raise click.UsageError("--eval, --bench and --chat exclude each other")
+        raise click.UsageError("--eval, --bench, --probe and --chat exclude each other")
     if o["prompt"] is not None and o["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
-    if o["prompt"] is not None and (o["bench"] or o["eval_files"]):
-        raise click.UsageError("--prompt goes with neither --bench nor --eval")
+    if o["prompt"] is not None and (o["bench"] or o["probing"] or o["eval_files"]):
+        raise click.UsageError("--prompt goes with neither --bench, --probe nor --eval")
     if len(set(o["eval_files"])) < len(o["eval_files"]):
         raise click.UsageError("--eval names a file twice")
     if o["reference"] and not o["eval_files"]:
@@ -170,6 +176,7 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         point=o["point"],
         tier=None if o["tiers"] == "auto" else int(o["tiers"]),
         threads=o["threads"],
+        pin_threads=o["pin_threads"],
         look_ahead=not o["no_look_ahead"],
         dynamic=not o["no_dynamic"],
         depth=not o["no_depth"],
@@ -308,6 +315,15 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
         print_json(statistics)
     else:
         click.echo(format_statistics(statistics))
+
+
+def _probe(bundle: Bundle, o: dict[str, Any]) -> None:
+    with Model(bundle, _run_options(o | {"no_look_ahead": True}, PROBE_CONTEXT)) as model:
+        result = probe(model)
+    if o["as_json"]:
+        print_json(result)
+    else:
+        click.echo(format_probe(result))
 
 
 def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from dymoe_runtime import kernels
+from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.policy import TierRule
+from dymoe_runtime.read_queue import LATELY
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want
 
@@ -85,6 +88,9 @@ class StoredExperts:
         self.stats = TierStats()
         self._activation = activation
         self.look_ahead = look_ahead
+        self.cost: CostModel | None = None  # to read no further ahead than there is time for
+        self._left = (-1, 0.0)  # the layer of the last call and when it ended, if it was one token's
+        self._between_s = 0.0  # from there to the next layer's call, lately
         self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -103,13 +109,22 @@ class StoredExperts:
         wants = [Want(ExpertKey(layer, expert), max(run.tier for run in runs)) for expert, runs in work.runs.items()]
         delivery = self.store.begin(wants)
         if (look_ahead := self._look_ahead_from(layer)) is not None:
-            self.store.look_ahead(look_ahead.wants(layer + 1, routing, self.rule), wants)
+            self.store.look_ahead(look_ahead.wants(layer + 1, routing, self.rule), wants, self._idle_s(layer, work))
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = torch.empty(len(work.tokens), h.shape[1])
         for batch in delivery:
             jobs = [Job(at(run.tier), run.first, run.rows) for want, at in batch for run in work.runs[want.key.expert]]
             kernels.moe(jobs, h, work.tokens, y, self._activation)
+        self._left = (layer if len(work.rows) == 1 else -1, time.perf_counter())
         return kernels.combine(y, work.rows, routing.gates)
+
+    def _idle_s(self, layer: int, work: Work) -> float | None:
+        """How long it takes until the next layer's experts are wanted; None where that is not known."""
+        if self.cost is None or len(work.rows) > 1:
+            return None
+        if self._left[0] == layer - 1:
+            self._between_s += LATELY * (time.perf_counter() - self._left[1] - self._between_s)
+        return self._between_s + self.cost.layer((run.tier, 1) for runs in work.runs.values() for run in runs)
 
     def _look_ahead_from(self, layer: int) -> LookAhead | None:
         """None where there is nothing of the next layer to read."""

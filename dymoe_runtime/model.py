@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import load
 
-from dymoe_runtime import kernels
+from dymoe_runtime import cost, kernels
 from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
 from dymoe_runtime.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle
+from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder, Step
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
@@ -56,6 +57,7 @@ class RunOptions:
     point: str | None = None  # None: the policy's default; auto; or mean bits
     tier: int | None = None  # every expert at this tier
     threads: int | None = None
+    pin_threads: bool = False
     look_ahead: bool = True
     dynamic: bool = True
     depth: bool = True
@@ -110,6 +112,8 @@ class Model:
         options = options or RunOptions()
         self._threads = options.threads or default_threads()
         kernels.set_threads(self._threads)
+        if options.pin_threads and not kernels.pin_threads():
+            raise DymoeError("--pin-threads needs Linux and the compiled kernels; leave it out")
         if kernels.isa() == "torch":
             return_large_blocks()
         self.bundle = bundle
@@ -123,11 +127,11 @@ class Model:
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
         dense = BundleDense(bundle)
-        self._reader = RecordReader(bundle)
+        self.reader = RecordReader(bundle)
         self.store = ExpertStore(
             bundle.layout,
             (bundle.spec.num_layers, bundle.spec.num_experts),
-            self._reader,
+            self.reader,
             options.arena_bytes or self.budget.arena,
             _prior(bundle),
             len(bundle.manifest.layers) * bundle.spec.num_experts,
@@ -136,6 +140,8 @@ class Model:
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.decoder = Decoder(bundle.spec, dense, self.experts, _step(bundle.spec, dense))
         if options.look_ahead:
+            if not self.store.roomy and kernels.isa() != "torch":
+                self.experts.cost = self.measure_cost(counts=(1,))
             predictors = _predictors(bundle)
 
             def guess(layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,12 +158,19 @@ class Model:
 
     def close(self) -> None:
         self.store.close()
-        self._reader.close()
+        self.reader.close()
 
     @property
     def position(self) -> int:
         """Tokens in the KV cache."""
         return self._cache.length
+
+    def measure_cost(self, counts: Sequence[int] = cost.COUNTS) -> CostModel:
+        """What a layer's experts cost, measured in the arena; before anything is read into it."""
+        experts = len(self.bundle.manifest.layers) * self.spec.num_experts
+        return cost.measure(
+            self.bundle.layout, self.spec.top_k, experts, self.store.scratch(), self.spec.activation, counts
+        )
 
     def reset(self, position: int = 0) -> None:
         """Forget the tokens from `position` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from dymoe_runtime.spec import ExpertKey
 
 # Reads at the same time; two nearly saturate a disk.
 IN_FLIGHT = 2
+
+# What the newest read counts in how fast reads are.
+LATELY = 0.1
 
 # (key, first segment, buffers): fills the buffers with consecutive segments of an expert.
 Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
@@ -41,6 +45,7 @@ class ReadQueue:
         self._guesses: deque[Read] = deque()
         self._finished: deque[Read] = deque()
         self._closed = False
+        self.bytes_per_s: float | None = None  # of one read, lately; None before the first
         self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
         for thread in self._threads:
             thread.start()
@@ -81,12 +86,19 @@ class ReadQueue:
 
     def _run(self) -> None:
         while (read := self._next()) is not None:
+            started = time.perf_counter()
             try:
                 self._reader(read.key, read.first, read.buffers)
+                self._clock(read, time.perf_counter() - started)
             except Exception as error:  # handed to the caller, who raises it
                 read.error = error
             read.done.set()
             self._finished.append(read)
+
+    def _clock(self, read: Read, seconds: float) -> None:
+        rate = sum(len(buffer) for buffer in read.buffers) / max(seconds, 1e-9)
+        known = self.bytes_per_s
+        self.bytes_per_s = rate if known is None else known + LATELY * (rate - known)
 
     def _next(self) -> Read | None:
         with self._wake:

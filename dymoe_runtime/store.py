@@ -120,6 +120,16 @@ class ExpertStore:
         self._cancel_guesses()
         self.stats = StoreStats()
 
+    @property
+    def roomy(self) -> bool:
+        """Whether all experts fit, so that nothing ever has to leave."""
+        return self._roomy
+
+    def scratch(self) -> torch.Tensor:
+        """The arena's memory, uint8 [bytes], for who measures something before the first read."""
+        assert not self._entries
+        return self._arena.memory
+
     def resident_bytes(self) -> int:
         return sum(self.layout.segment_spans[s.size_class] for entry in self._entries.values() for s in entry.slots)
 
@@ -159,14 +169,19 @@ class ExpertStore:
         """Whether every expert of `layer` is in memory up to `tier`, or on its way."""
         return bool(self._held[layer, self._segments_of[tier] - 1] == self._cost.shape[1])
 
-    def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
+    def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = (), idle_s: float | None = None) -> None:
         """Start reading experts that may be wanted soon, best guess first.
 
         Displaces only segments that are used less than the guesses, and none of `needed_now`.
+        With `idle_s`, how long the disk would idle, no more than about fits.
         """
         self._cancel_guesses()
         keep = {want.key for want in (*wants, *needed_now)}
+        before, rate = self.stats.look_ahead_bytes, self._reads.bytes_per_s
+        most = None if idle_s is None or rate is None else idle_s * rate
         for want in wants:
+            if most is not None and self.stats.look_ahead_bytes - before >= most:
+                break
             if not self._guess(want, keep):
                 break
 

@@ -60,7 +60,7 @@ class Watched:
         spans.sort()
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         if spans:
-            base = self.arena._bytes.data_ptr()
+            base = self.arena.memory.data_ptr()
             assert base <= spans[0][0]
             assert spans[-1][1] <= base + self.budget_bytes
 
@@ -179,7 +179,7 @@ def test_what_was_freed_serves_any_class(sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("budget", [PAGE * 14, PAGE * 140 + 5, PAGE * 1000 - 1])
 def test_the_arena_is_no_larger_than_its_budget(budget: int) -> None:
     arena = Arena((14 * PAGE, 7 * PAGE, 7 * PAGE), budget)
-    assert arena._bytes.numel() == arena.chunks * arena.chunk_bytes <= budget
+    assert arena.memory.numel() == arena.chunks * arena.chunk_bytes <= budget
     assert budget - arena.chunks * arena.chunk_bytes < arena.chunk_bytes
 
 

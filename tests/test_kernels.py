@@ -711,3 +711,22 @@ def test_one_token_equals_moe_and_combine(isa: str) -> None:
     for experts, tokens, mass in ([], x, gates), (at, x, gates[:, :2]), (at, torch.cat([x, x]), gates):
         with pytest.raises(ValueError):
             chosen.moe_token(experts, tokens, mass)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_pinned_threads_stay_on_processors_of_their_own() -> None:
+    """In a process of its own, for what is pinned stays so."""
+    script = """
+import os, torch
+from pathlib import Path
+from dymoe_runtime import kernels
+x, weight = torch.randn(4096, 512), torch.ones(512)
+kernels.set_threads(3)
+before = {task.name for task in Path("/proc/self/task").iterdir()}
+assert kernels.pin_threads()
+kernels.norm(x, weight, 1e-5)
+workers = {task.name for task in Path("/proc/self/task").iterdir()} - before
+print(*[len(os.sched_getaffinity(int(task))) for task in workers], len(os.sched_getaffinity(0)))
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert out == ["1", "1", str(len(os.sched_getaffinity(0)))]

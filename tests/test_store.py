@@ -370,6 +370,20 @@ def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> No
     assert [len(batch) for batch in store.begin([want(1, 4), want(3, 4)])] == [1, 1]
 
 
+def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
+    store, reader = make(arena_bytes=1 << 20)
+    guesses = [want(expert) for expert in range(8)]
+    look_ahead(store, reader, want(9))
+    size = store.stats.look_ahead_bytes
+    store._reads.bytes_per_s = 10.0 * size  # a tenth of a second for each
+    for idle_s, reads in ((0.0, 0), (0.05, 1), (0.25, 3), (None, 4)):
+        before = store.stats.look_ahead_reads
+        store.look_ahead(guesses, (), idle_s)
+        assert store.stats.look_ahead_reads - before == reads
+        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
+        store._reads.bytes_per_s = 10.0 * size  # what was read has changed it
+
+
 def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
     store, reader = make(segments=96)  # room for all
     assert store.at_hand([want(1), want(2)]) is None

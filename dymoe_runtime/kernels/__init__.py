@@ -179,6 +179,11 @@ def set_threads(count: int) -> None:
     _active().set_threads(count)
 
 
+def pin_threads() -> bool:
+    """Keep each worker on a processor of its own; whether that could be had."""
+    return native is not None and native.pin_threads(True)
+
+
 def threads() -> int:
     """As many as torch uses unless set_threads was called."""
     return _active().threads()

@@ -20,6 +20,7 @@ from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 MOST_FITTED = 5
 
 available_isas = _native.available_isas
+pin_threads = _native.pin_threads
 
 
 class StoredDense(Protocol):

@@ -401,4 +401,5 @@ NB_MODULE(_native, m) {
   m.def("read_memory", &run_read_memory, "data"_a);
   m.def("threads", &threads);
   m.def("set_threads", &set_threads, "count"_a);
+  m.def("pin_threads", &pin_threads, "pinned"_a);
 }

@@ -10,6 +10,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -24,6 +27,21 @@ void pause() {
   _mm_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+/// Keeps the calling thread on one of the processors that it may use, the next ones for the next workers.
+void stay(int worker) {
+#if defined(__linux__)
+  cpu_set_t allowed, one;
+  if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
+  int left = (worker + 1) % CPU_COUNT(&allowed), cpu = 0;
+  while (!CPU_ISSET(cpu, &allowed) || left--) ++cpu;
+  CPU_ZERO(&one);
+  CPU_SET(cpu, &one);
+  pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+#else
+  (void)worker;
 #endif
 }
 
@@ -46,10 +64,12 @@ class Pool {
  public:
   int size() const { return size_.load(); }
 
-  void resize(int size) {
+  bool pinned() const { return pinned_.load(); }
+
+  void resize(int size, bool pinned) {
     std::lock_guard<std::mutex> lock(owner_);
     stop();
-    size_ = size < 1 ? 1 : size;
+    size_ = size < 1 ? 1 : size, pinned_ = pinned;
   }
 
   void run(int64_t count, Body body, void* context) {
@@ -70,6 +90,7 @@ class Pool {
 
   std::mutex owner_;  // held by the caller whose loop runs
   std::atomic<int> size_{1};
+  std::atomic<bool> pinned_{false};
   std::vector<std::thread> workers_;
 
   Body body_ = nullptr;
@@ -85,7 +106,10 @@ class Pool {
 
   void start() {
     while (int(workers_.size()) < size_ - 1) {
-      workers_.emplace_back([this, seen = gate_.load() / kLoop] { serve(seen); });
+      workers_.emplace_back([this, seen = gate_.load() / kLoop, worker = int(workers_.size())] {
+        if (pinned_) stay(worker);
+        serve(seen);
+      });
     }
   }
 
@@ -152,7 +176,7 @@ class Owner {
     pthread_atfork(nullptr, nullptr, [] { owner().abandon(); });
 #endif
   }
-  ~Owner() { pool_->resize(1); }
+  ~Owner() { pool_->resize(1, false); }
 
   static Owner& owner() {
     static Owner instance;
@@ -165,8 +189,9 @@ class Owner {
 
   void abandon() {
     const int size = pool_->size();
+    const bool pinned = pool_->pinned();
     pool_ = new Pool;
-    pool_->resize(size);
+    pool_->resize(size, pinned);
   }
 };
 
@@ -174,7 +199,16 @@ class Owner {
 
 int threads() { return Owner::owner().pool().size(); }
 
-void set_threads(int count) { Owner::owner().pool().resize(count); }
+void set_threads(int count) { Owner::owner().pool().resize(count, Owner::owner().pool().pinned()); }
+
+bool pin_threads(bool pinned) {
+  Owner::owner().pool().resize(threads(), pinned);
+#if defined(__linux__)
+  return true;
+#else
+  return !pinned;
+#endif
+}
 
 void parallel_for(int64_t count, Body body, void* context) { Owner::owner().pool().run(count, body, context); }
 

@@ -12,6 +12,9 @@ int threads();
 /// Sets it; 1 or less means the caller alone. Waits for a loop that runs.
 void set_threads(int count);
 
+/// Whether each worker stays on a processor of its own, but for the caller; false where that cannot be had.
+bool pin_threads(bool pinned);
+
 using Body = void (*)(void* context, int64_t index);
 void parallel_for(int64_t count, Body body, void* context);
 

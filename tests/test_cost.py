@@ -1,0 +1,72 @@
+"""The cost model, what it is asked for, and the probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+
+from dymoe_runtime import cost
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.cost import CostModel
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.probe import expected_hits
+from dymoe_runtime.tiers import make_layout
+
+
+def test_costs_between_the_measured_are_interpolated() -> None:
+    model = CostModel((1, 4, 8), 5.0, {2: (1.0, 2.5, 4.0), 4: (2.0, 5.0, 9.0)})
+    assert [model.expert(2, n) for n in (1, 2, 4, 6, 8, 16)] == pytest.approx([1.0, 1.5, 2.5, 3.25, 4.0, 7.0])
+    assert model.layer([(2, 1), (4, 8)]) == pytest.approx(5.0 + 1.0 + 9.0)
+    assert model.layer([]) == 5.0
+
+
+def test_one_measured_count_is_enough_to_decode() -> None:
+    model = CostModel((1,), 0.0, {2: (3.0,)})
+    assert model.expert(2, 1) == 3.0 and model.expert(2, 4) == 12.0
+
+
+@pytest.mark.parametrize("records", [1, 3, 40])
+def test_measuring_takes_what_memory_it_is_given(records: int) -> None:
+    layout = make_layout({"gate": (64, 128), "up": (64, 128), "down": (128, 64)}, (2, 3, 4))
+    memory = torch.zeros(records * sum(layout.segment_spans) + 7, dtype=torch.uint8)
+    model = cost.measure(layout, 4, 16, memory, counts=(1, 2, 32))
+    assert model.counts == (1, 2, 32) and set(model.expert_s) == {2, 3, 4}
+    assert all(len(times) == 3 for times in model.expert_s.values()) and model.call_s >= 0
+    # Thirty-two tokens take longer than one on any machine.
+    assert all(times[2] > times[0] for times in model.expert_s.values())
+    used = min(records, 16) * sum(layout.segment_spans)
+    assert (memory[:used] == cost.FILLER).all() and (memory[used:] == 0).all()
+
+
+def test_a_probe_tells_costs_and_expectations(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--probe", "--json")
+    assert outcome.code == 0, outcome.err
+    bundle = Bundle.open(shipped_path)
+    assert set(outcome.json["cost"]["expert_us"]) == {"2", "3", "4"}
+    assert outcome.json["disk_bytes_per_s"] > 0 and outcome.json["dense_ms"] > 0
+    assert [p["name"] for p in outcome.json["points"]] == [p.name for p in bundle.policy.points]
+    assert all(p["read_bytes_per_token"] == 0 for p in outcome.json["points"])  # everything fits
+    assert "tokens/s" in run_cli(shipped_path, "--probe").out
+    assert run_cli(shipped_path, "--probe", "--bench").code == 2
+
+
+def test_expected_hits_rise_with_memory(shipped_path: Path) -> None:
+    bundle = Bundle.open(shipped_path)
+    point = bundle.policy.point("uniform-4")
+    shares = []
+    for share in (0.1, 0.3, 0.9):
+        arena = max(int(share * bundle.expert_bytes()), 2 << 20)
+        with Model(bundle, RunOptions(arena_bytes=arena, context=16, look_ahead=False)) as model:
+            shares.append(expected_hits(model, point))
+    assert 0 < shares[0] < shares[1] < shares[2] <= 1
+
+
+def test_a_model_that_does_not_fit_knows_its_costs_before_it_reads(shipped_path: Path) -> None:
+    bundle = Bundle.open(shipped_path)
+    for arena, known in ((2 << 20, True), (1 << 30, False)):
+        with Model(bundle, RunOptions(arena_bytes=arena, context=16)) as model:
+            assert (model.experts.cost is not None) == known
+            model.prefill([1, 2, 3])
