@@ -20,9 +20,12 @@ struct Avx2 {
 
   static constexpr int64_t at_once = 2;
   static constexpr int lanes = 8;
-  static constexpr int direct_rows = 4, tile_rows = 2, tile_tokens = 4;
+  static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 2, tile_tokens = 4;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
+  // A single plane of one bit is spread as fast as it is transposed.
+  template <int First, int... Rest>
+  static constexpr bool merges = First == 2 && sizeof...(Rest) != 1 && sizeof...(Rest) <= 2 && (... && (Rest == 1));
   template <bool Wide>
   static constexpr float offset = Wide ? 128.0f : 0.0f;
 
@@ -85,11 +88,71 @@ struct Avx2 {
     return codes;
   }
 
-  using Table = __m256i;
-  static Table load_table(const uint8_t* numbers) { return _mm256_broadcastsi128_si256(load128(numbers)); }
-  static Codes look_up(Codes codes, Table table) {
-    for (__m256i& part : codes.part) part = _mm256_shuffle_epi8(table, part);
+  struct Table {
+    __m256i numbers;
+    __m256i of_low, of_high;  // of the lower and of the upper two bits
+    __m256i of_three;         // of all bits but the second one
+  };
+  static Table load_table(const uint8_t* numbers) {
+    const auto both = [](__m128i table) { return _mm256_broadcastsi128_si256(table); };
+    const __m128i all = load128(numbers);
+    const auto choose = [&](auto... codes) { return both(_mm_shuffle_epi8(all, _mm_setr_epi8(codes...))); };
+    return {both(all), choose(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3),
+            choose(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+            choose(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7)};
+  }
+  static __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+  static __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
+  static Codes look_up(Codes codes, const Table& table) {
+    for (__m256i& part : codes.part) part = _mm256_shuffle_epi8(table.numbers, part);
     return codes;
+  }
+
+  /// Swaps the upper one of each two fields of Bits bits of x with the lower one of y.
+  template <int Bits>
+  static void swap_fields(__m256i& x, __m256i& y) {
+    const __m256i lower = _mm256_set1_epi8(Bits == 1 ? 0x55 : Bits == 2 ? 0x33 : 0x0f);
+    const __m256i differ = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi32(x, Bits), y), lower);
+    y = _mm256_xor_si256(y, differ);
+    x = _mm256_xor_si256(x, _mm256_slli_epi32(differ, Bits));
+  }
+
+  /// The words of four blocks, of 0 and 2 in the first half and of 1 and 3 in the second; `order` is that of the bytes
+  /// within a half.
+  static __m256i load_words(const uint8_t* p, __m128i order) {
+    const __m256i middle = _mm256_broadcastsi128_si256(load128(p + 8));
+    return _mm256_shuffle_epi8(_mm256_blend_epi32(load256(p), middle, 0x3c), _mm256_broadcastsi128_si256(order));
+  }
+  static void store_pairs(uint8_t* out, __m256i first, __m256i second) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), first);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), second);
+  }
+
+  /// Two planes of one bit to one of width 2. A word has its column's upper three bits as number of the byte and
+  /// the lower three as number of the bit; each swap trades one of these for one of those.
+  static void merge(const uint8_t* const (&planes)[2], int64_t words, uint8_t* out) {
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    for (int64_t i = 0; i < words; i += 4) {
+      __m256i odd = load_words(planes[0] + 8 * i, order), even = load_words(planes[1] + 8 * i, order);
+      swap_fields<1>(even, odd);
+      __m256i x = _mm256_unpacklo_epi8(even, odd), y = _mm256_unpackhi_epi8(even, odd);
+      swap_fields<4>(x, y);
+      even = _mm256_unpacklo_epi16(x, y), odd = _mm256_unpackhi_epi16(x, y);
+      swap_fields<2>(even, odd);
+      store_pairs(out + 16 * i, _mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd));
+    }
+  }
+
+  template <int N>
+  static Codes load_merged(const uint8_t* p, const uint8_t* merged, int64_t count, const Table& table) {
+    const auto read = [&](const uint8_t* p) { return count > 1 ? load256(p) : _mm256_zextsi128_si256(load128(p)); };
+    __m256i odd = read(p), even = odd;
+    if constexpr (N > 0) even = read(merged), swap_fields<2>(even, odd);
+    // A nibble is the code of a column; without other planes it is those of two.
+    const __m256i own = N == 2 ? table.numbers : table.of_three;
+    const __m256i low = N == 0 ? table.of_low : own, high = N == 0 ? table.of_high : own;
+    return {{_mm256_shuffle_epi8(low, low_nibbles(even)), _mm256_shuffle_epi8(high, low_nibbles(odd)),
+             _mm256_shuffle_epi8(low, high_nibbles(even)), _mm256_shuffle_epi8(high, high_nibbles(odd))}};
   }
 
   static void store(uint8_t* out, const Codes& codes) {

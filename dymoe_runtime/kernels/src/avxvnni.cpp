@@ -1,4 +1,4 @@
-// AVX2 with the 256-bit dot products of AVX-VNNI.
+// AVX2 with the 256-bit dot products of AVX-VNNI and the bit matrices of GFNI, which all its processors have.
 #include "avx2.h"
 #include "isa.h"
 
@@ -6,6 +6,29 @@ namespace dymoe {
 namespace {
 
 struct AvxVnni : Avx2 {
+  template <int First, int... Rest>
+  static constexpr bool merges = First == 2 && sizeof...(Rest) <= 2 && (... && (Rest == 1));
+
+  /// One or two planes of one bit, see Avx2; bit 1 of two has no meaning if there is one plane.
+  template <int N>
+  static void merge(const uint8_t* const (&planes)[N], int64_t words, uint8_t* out) {
+    // The words are the matrices here: bit i of byte j of the product is bit j of byte 7 - i of the word.
+    const __m128i reversed = _mm_setr_epi8(7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8);
+    const auto transposed = [&](const uint8_t* p) {
+      return _mm256_gf2p8affine_epi64_epi8(_mm256_set1_epi64x(int64_t(0x8040201008040201)), load_words(p, reversed), 0);
+    };
+    for (int64_t i = 0; i < words; i += 4) {
+      __m256i odd = transposed(planes[0] + 8 * i), even;
+      if constexpr (N == 2) {
+        even = transposed(planes[1] + 8 * i);
+        swap_fields<1>(even, odd);
+      } else {
+        even = odd, odd = _mm256_srli_epi32(even, 1);
+      }
+      store_pairs(out + 16 * i, _mm256_unpacklo_epi64(even, odd), _mm256_unpackhi_epi64(even, odd));
+    }
+  }
+
   template <bool Wide>
   static constexpr float offset = 0.0f;
 

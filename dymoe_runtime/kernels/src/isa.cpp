@@ -65,7 +65,7 @@ const Row kRows[] = {
     {&kAvxVnni,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_halves() &&
-              __builtin_cpu_supports("avxvnni");
+              __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("gfni");
      }},
 #endif
 #ifdef DYMOE_AVX2

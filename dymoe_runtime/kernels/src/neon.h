@@ -18,9 +18,11 @@ struct Neon {
 
   static constexpr int64_t at_once = 1;
   static constexpr int lanes = 4;
-  static constexpr int direct_rows = 4, tile_rows = 2, tile_tokens = 2;
+  static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 2, tile_tokens = 2;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
+  template <int... Widths>
+  static constexpr bool merges = false;
   template <bool Wide>
   static constexpr float offset = Wide ? 128.0f : 0.0f;
 

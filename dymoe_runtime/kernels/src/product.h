@@ -17,7 +17,10 @@
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add
 //   sum(v, out)                    the sum of each of an array of Lanes, whatever else is in it
 //   load_steps(word)               sizes of `lanes` steps of four bits each, from the lowest
-//   direct_rows                    rows per tile of one token, read from the planes
+//   direct_rows, direct_step       rows per tile of one token, read from the planes; and how many of them at a time
+//   merges<First, Rest...>         whether such a tile reads planes of these widths, Rest of one bit, as Merged:
+//     merge(planes, words, out)      those of one bit, all rows as one, 4 n words of a block, to 16 bytes each
+//     load_merged<N>(p, merged, count, table)  the numbers, from a plane of width First and N of one bit merged
 //   tile_rows, tile_tokens         tile of many tokens, read from unpacked codes
 //   unpacked_rows                  rows that are unpacked at once and stay in the first cache
 //   pairs                          whether whole tiles are multiplied two rows by two tokens; tile_tokens is 2 then,
@@ -134,6 +137,46 @@ struct Planes {
   }
 };
 
+/// Planes of which those of one bit were merged to one of two bits, for the rows from `first` on. A tile is merged
+/// before it is multiplied: both are long chains of steps, and a processor that looks ahead into the next blocks
+/// sees more of them at once where each is short.
+template <class V, class Source>
+struct Merged {
+  static constexpr bool wide = false;
+  const Source& source;
+  const uint8_t* merged;  // [rows, blocks, 16]
+  int64_t first;
+
+  DYMOE_INLINE typename V::Codes load(int64_t row, int64_t block, int64_t count) const {
+    const int64_t at = row * source.blocks + block;
+    return V::template load_merged<Source::count - 1>(source.data[0] + 16 * at,
+                                                      merged + 16 * (at - first * source.blocks), count, source.table);
+  }
+
+  template <int Count>
+  DYMOE_INLINE void prefetch(int64_t block) const {
+    source.template prefetch<Count>(block);
+  }
+};
+
+/// Calls `use` with a source of a tile's rows from `row` on.
+template <class V, int First, int... Rest, class Use>
+DYMOE_INLINE void read_tile(const Planes<V, First, Rest...>& source, int64_t row, uint8_t* scratch, Use use) {
+  if constexpr (V::template merges<First, Rest...>) {
+    static_assert(First == 2 && Planes<V, First, Rest...>::looked_up, "16 bytes a block");
+    static_assert(V::direct_rows % 4 == 0, "merge takes four words at a time");
+    constexpr int count = sizeof...(Rest);
+    if constexpr (count > 0) {
+      const uint8_t* planes[count];
+      for (int i = 0; i < count; ++i) planes[i] = source.data[1 + i] + 8 * row * source.blocks;
+      V::merge(planes, V::direct_rows * source.blocks, scratch);
+    }
+    use(Merged<V, Planes<V, First, Rest...>>{source, scratch, row});
+  } else {
+    use(source);
+  }
+}
+
 /// Rows unpacked to one byte per number; row 0 is the first of them.
 template <class V, bool Wide>
 struct Unpacked {
@@ -239,20 +282,24 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
                          sizes + block, a.scales + token * a.pitch + block, a.pitch, sums);
       return;
     }
-    typename V::Codes codes[Rows];
-    typename V::Tokens tokens[Tokens];
-    Lanes dots[Rows][Tokens], scales[Rows];
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
-      codes[r] = source.load(source_row + r, block, count);
-      scales[r] = V::load_scales(sizes + r * a.pitch + block);
-    }
-    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
-      tokens[t] = V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
-    V::template dots<Source::wide>(codes, tokens, dots);
-    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-      const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
-      DYMOE_UNROLL for (int r = 0; r < Rows; ++r)
-        sums[r][t] = V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[r][t]);
+    // Of one token as many rows at a time as registers hold.
+    constexpr int Step = Tokens == 1 && Rows == V::direct_rows ? V::direct_step : Rows;
+    DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
+      typename V::Codes codes[Step];
+      typename V::Tokens tokens[Tokens];
+      Lanes dots[Step][Tokens], scales[Step];
+      DYMOE_UNROLL for (int r = 0; r < Step; ++r) {
+        codes[r] = source.load(source_row + first + r, block, count);
+        scales[r] = V::load_scales(sizes + (first + r) * a.pitch + block);
+      }
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
+        tokens[t] = V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
+      V::template dots<Source::wide>(codes, tokens, dots);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
+        DYMOE_UNROLL for (int r = 0; r < Step; ++r)
+          sums[first + r][t] = V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
+      }
     }
   };
   const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
@@ -292,12 +339,14 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
 
 template <class V, class Source>
 void multiply_one_token(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
-                        float* y, int64_t stride, float* sizes) {
+                        float* y, int64_t stride, uint8_t* scratch, float* sizes) {
   int64_t row = begin;
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
     prefetch_bytes<1>(m.steps + (row + V::direct_rows) * step_bytes(m.blocks));
     load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
-    multiply_tile<V, V::direct_rows, 1>(m, source, row, sizes, a, row, 0, y, stride);
+    read_tile(source, row, scratch, [&](const auto& rows) {
+      multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, 0, y, stride);
+    });
   }
   for (; row < end; ++row) {
     load_sizes<V>(m, row, 1, a.pitch, sizes);
@@ -408,7 +457,9 @@ template <class V>
 void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
              uint8_t* scratch) {
   float* sizes = reinterpret_cast<float*>(scratch + kScratchRows * codes_pitch(m.blocks));
-  const auto one_token = [&](const auto& source) { multiply_one_token<V>(m, source, a, begin, end, y, stride, sizes); };
+  const auto one_token = [&](const auto& source) {
+    multiply_one_token<V>(m, source, a, begin, end, y, stride, scratch, sizes);
+  };
   if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
   if (m.bits > kNarrowBits) {
     multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);

@@ -13,9 +13,11 @@ struct Scalar {
 
   static constexpr int64_t at_once = 1;
   static constexpr int lanes = 1;
-  static constexpr int direct_rows = 1, tile_rows = 1, tile_tokens = 1;
+  static constexpr int direct_rows = 1, direct_step = 1, tile_rows = 1, tile_tokens = 1;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
+  template <int... Widths>
+  static constexpr bool merges = false;
   template <bool Wide>
   static constexpr float offset = 0.0f;
 
