@@ -27,6 +27,7 @@ from dymoe_compile.report import render
 from dymoe_compile.texts import Windows, load_texts, make_windows
 from dymoe_compile.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_runtime import kernels
+from dymoe_runtime.budget import PROCESS_BYTES, Budget, plan_budget
 from dymoe_runtime.bundle import (
     FINDINGS,
     LOOK_AHEAD,
@@ -45,7 +46,7 @@ from dymoe_runtime.bundle import (
 )
 from dymoe_runtime.device import AUTO, Profile, default_threads, format_size
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
-from dymoe_runtime.model import PROCESS_BYTES, Budget, check_ids, plan_budget
+from dymoe_runtime.model import check_ids
 from dymoe_runtime.policy import Policy
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.text import Tokenizer

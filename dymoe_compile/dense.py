@@ -19,10 +19,10 @@ from dymoe_compile.progress import Progress
 from dymoe_compile.quantize import quantize_matrix
 from dymoe_compile.sensitivity import Decoding, Measurer, Original
 from dymoe_compile.writer import BundleWriter
+from dymoe_runtime.budget import Budget
 from dymoe_runtime.bundle import Bundle, dense_kind, dense_kinds, dense_layout, quantized_bits
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import AUTO
-from dymoe_runtime.model import Budget
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import RecordLayout, pack_record

@@ -14,10 +14,10 @@ from dymoe_compile.calibration import LayerStatistics
 from dymoe_compile.candidates import Candidates
 from dymoe_compile.progress import Progress
 from dymoe_compile.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
+from dymoe_runtime.budget import PROCESS_BYTES
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import Profile
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.model import PROCESS_BYTES
 from dymoe_runtime.policy import LayerPolicy, OperatingPoint, Policy, TierRule
 from dymoe_runtime.spec import ModelSpec
 

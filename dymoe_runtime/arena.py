@@ -10,6 +10,7 @@ import contextlib
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ WASTE = 0.06
 
 @dataclass(eq=False)
 class Slot:
-    """`size` bytes at `offset` of the arena. `movable` says whether the arena may move it just now."""
+    """`size` bytes of the arena. `movable` says whether the arena may move it just now; `owner` is the holder's."""
 
     chunk: int
     index: int
     size_class: int
     memory: torch.Tensor  # uint8 [size]
     movable: bool = False
+    owner: Any = None
 
 
 @dataclass(eq=False)

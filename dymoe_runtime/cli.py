@@ -306,11 +306,15 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
     with Model(bundle, _run_options(o, count)) as model:
         started = time.perf_counter()
         model.prefill(ids[: o["prompt_tokens"]])
-        first = time.perf_counter() - started
+        first, read = time.perf_counter() - started, model.store.stats.read_bytes
         for token_id in ids[o["prompt_tokens"] :]:
             model.decode(token_id)
         statistics = model.statistics()
-        statistics |= {"ttft_s": first, "tpot_s": model.stats.decode.seconds / o["new_tokens"]}
+        statistics |= {
+            "ttft_s": first,
+            "tpot_s": model.stats.decode.seconds / o["new_tokens"],
+            "decode_read_bytes_per_token": (model.store.stats.read_bytes - read) / o["new_tokens"],
+        }
     if o["as_json"]:
         print_json(statistics)
     else:

@@ -18,7 +18,7 @@ from dymoe_runtime.tiers import RecordLayout
 # Tokens of an expert that are measured; what lies between is interpolated.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 # Records in turn, so that what is measured comes from memory as it will: more than the caches hold.
-SWEEP_BYTES = 96 << 20
+SWEEP_BYTES = 256 << 20
 # Finite weights of ordinary sizes in every byte of a record.
 FILLER = 0x3C
 ROUNDS = 5

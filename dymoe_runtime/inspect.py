@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dymoe_runtime.budget import PROCESS_BYTES, plan_budget
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import format_size
-from dymoe_runtime.model import PROCESS_BYTES, plan_budget
 
 # Context for which the least memory is told.
 CONTEXT = 512

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,34 +13,24 @@ import torch
 from safetensors.torch import load
 
 from dymoe_runtime import cost, kernels
-from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
-from dymoe_runtime.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle
+from dymoe_runtime.budget import CHUNK, Budget, check_budget, plan_budget
+from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder, Step
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
     default_threads,
-    format_size,
-    memory_limit,
     peak_resident_bytes,
-    resident_bytes,
     return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import LookAhead, StoredExperts
-from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.store import ExpertStore, full_arena_bytes, least_arena_bytes
+from dymoe_runtime.store import ExpertStore
 
-# Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
-CHUNK = 256
-# What Python, torch and the allocator may still take after loading.
-RESERVE_BYTES = 48 << 20
-# What a run holds before it loads anything, where it cannot be measured: Python and torch.
-PROCESS_BYTES = 280 << 20
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
 
@@ -61,29 +50,6 @@ class RunOptions:
     look_ahead: bool = True
     dynamic: bool = True
     depth: bool = True
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How the process's memory is divided, in bytes."""
-
-    memory: int
-    fixed: int  # resident before anything is loaded
-    dense: int
-    kv_cache: int
-    workspace: int  # activations of a prompt chunk, and the reserve
-    least_arena: int
-    full_arena: int
-
-    @property
-    def floor(self) -> int:
-        """The least memory that works, rounded up to MiB."""
-        need = self.fixed + self.dense + self.kv_cache + self.workspace + self.least_arena
-        return math.ceil(need / (1 << 20)) << 20
-
-    @property
-    def arena(self) -> int:
-        return min(self.memory - self.floor + self.least_arena, self.full_arena)
 
 
 @dataclass
@@ -264,60 +230,6 @@ def check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
             f"tokenizer.json: gives token {max(ids)}, the model knows {spec.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-
-
-def plan_budget(
-    bundle: Bundle,
-    context: int,
-    memory: int | None = None,
-    fixed: int | None = None,
-    window: int | None = None,
-    kv_bits: int = 16,
-) -> Budget:
-    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken.
-
-    Room is made for a KV cache of `context` tokens, or for passes of `window` tokens that are not continued.
-    """
-    experts = len(bundle.manifest.layers) * bundle.spec.num_experts
-    return Budget(
-        memory=memory if memory is not None else memory_limit(),
-        fixed=fixed if fixed is not None else resident_bytes(),
-        dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
-        kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
-        workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
-        least_arena=least_arena_bytes(bundle.layout),
-        full_arena=full_arena_bytes(bundle.layout, experts),
-    )
-
-
-def check_budget(budget: Budget) -> None:
-    """DymoeError that names the least that works if the memory is too little."""
-    if budget.memory < budget.floor:
-        # Said with some room, because what Python holds varies a little from run to run.
-        least = math.ceil(budget.floor * 1.01 / (1 << 20))
-        raise DymoeError(
-            f"memory budget of {format_size(budget.memory)} is too small for this bundle: "
-            f"the least that works is --memory {least}MiB"
-        )
-
-
-def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
-    """An upper bound of the activations of a pass of `tokens` that sees `context` tokens."""
-    heads = spec.num_heads * spec.head_dim
-    rows = (
-        (8 + spec.top_k) * spec.hidden_size
-        + 6 * heads
-        + 4 * spec.expert_width
-        + 3 * spec.dense_width
-        + 2 * spec.num_experts
-    )
-    if kernels.isa() == "torch":
-        scores = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads + 2 * spec.num_kv_heads * spec.head_dim) * context
-        scores += tokens * context if spec.sliding_window else 0
-        scores += 8 * WEIGHTS_AT_ONCE
-    else:
-        scores = spec.num_heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens)
-    return 4 * (tokens * rows + scores + 3 * spec.vocab_size)
 
 
 def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:

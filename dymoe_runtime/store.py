@@ -103,6 +103,7 @@ class ExpertStore:
             layout.segment_spans
         )
         self._entries: dict[ExpertKey, _Entry] = {}
+        self._in_use: set[ExpertKey] = set()  # those delivered last that nothing pins
         self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
         self._held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
@@ -142,10 +143,10 @@ class ExpertStore:
             self._weight = 1.0
 
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Starts reading what is missing and yields the wanted experts in the given order.
+        """Starts reading what is missing and yields the wanted experts as they come, each once.
 
-        They come all together where all are in memory, else one by one. Segments stay in place
-        until the next are asked for. The first reads are under way on return.
+        Those in memory come first, together. Segments stay in place until the next are asked for.
+        The first reads are under way on return.
         """
         delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
         next(delivery)
@@ -176,7 +177,7 @@ class ExpertStore:
         With `idle_s`, how long the disk would idle, no more than about fits.
         """
         self._cancel_guesses()
-        keep = {want.key for want in (*wants, *needed_now)}
+        keep = {want.key for want in (*wants, *needed_now)} | self._in_use
         before, rate = self.stats.look_ahead_bytes, self._reads.bytes_per_s
         most = None if idle_s is None or rate is None else idle_s * rate
         for want in wants:
@@ -196,19 +197,18 @@ class ExpertStore:
         return True
 
     def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Yields once when all `wants`, which are resident, are pinned, then all of them."""
-        held: list[_Entry] = []
-        if self._roomy:
-            self.stats.requests += len(wants)
-            self.stats.hits += len(wants)
-        else:
-            held += [self._demand(want, set()) for want in wants]
-        try:
-            yield []
-            yield [self._delivered(want) for want in wants]
-        finally:
-            for entry in held:
-                self._unpin(entry)
+        """Yields once when it is noted that `wants`, which are resident, are in use, then all of them."""
+        self.stats.requests += len(wants)
+        self.stats.hits += len(wants)
+        if not self._roomy:
+            self._in_use = {want.key for want in wants}
+            for key, tier in wants:
+                uses, entry = self._uses[key], self._entries[key]
+                uses[: self._segments_of[tier]] += self._weight
+                if entry.pins == 0:
+                    self._cost[key] = uses[len(entry.slots) - 1]
+        yield []
+        yield [self._delivered(want) for want in wants]
 
     def _delivered(self, want: Want) -> Delivered:
         return Delivered(want, partial(self._prepared, self._entries[want.key]))
@@ -222,31 +222,56 @@ class ExpertStore:
             found = entry.prepared[tier] = self._prepare(tier, segments)
         return found
 
-    def _forget_prepared(self, _: Slot) -> None:
-        """A slot has moved, which is seldom."""
+    def _forget_prepared(self, slot: Slot) -> None:
+        """It has moved."""
         self._staying.clear()
-        for entry in self._entries.values():
-            entry.prepared.clear()
+        slot.owner.prepared.clear()
 
     def _deliver(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Yields once when the first reads are under way, then each wanted expert."""
+        """Yields once when the first reads are under way, then the wanted experts as they come."""
+        # So many can always be held at once, in whatever chunks their segments lie.
+        window = max(WINDOW, self._arena.chunks // len(self.layout.ladder))
+        coming = self._in_turn(wants, window)
         wanted = {want.key for want in wants}
-        held: deque[_Entry] = deque()
+        self._in_use = set()
+        held: dict[Want, _Entry] = {}
+        started = False
         try:
-            for want in wants[:WINDOW]:
-                held.append(self._demand(want, wanted))
-            yield []
-            for index, want in enumerate(wants):
-                entry, segments = held[0], self._segments_of[want.tier]
-                if entry.read is not None and entry.read.first < segments:
-                    self._finish(entry)
-                yield [self._delivered(want)]
-                self._unpin(held.popleft())
-                if index + WINDOW < len(wants):
-                    held.append(self._demand(wants[index + WINDOW], wanted))
+            while coming or held or not started:
+                while coming and len(held) < window:
+                    want = coming.popleft()
+                    held[want] = self._demand(want, wanted)
+                if not started:
+                    started = True
+                    yield []
+                    continue
+                ready = [want for want, entry in held.items() if self._usable(entry, want.tier)]
+                if not ready:
+                    # All that is held is on its way, and reads end about in this order.
+                    ready = [next(iter(held))]
+                    self._finish(held[ready[0]])
+                yield [self._delivered(want) for want in ready]
+                for want in ready:
+                    self._unpin(held.pop(want))
         finally:
-            for entry in held:
+            for entry in held.values():
                 self._unpin(entry)
+
+    def _in_turn(self, wants: Sequence[Want], window: int) -> deque[Want]:
+        """Those in memory, to be held while the first of the others are read; then the rest."""
+        there = [want for want in wants if self._resident([want])]
+        known = set(there)
+        missing = [want for want in wants if want not in known]
+        first = max(1, window - IN_FLIGHT)
+        return deque([*there[:first], *missing[:IN_FLIGHT], *there[first:], *missing[IN_FLIGHT:]])
+
+    def _usable(self, entry: _Entry, tier: int) -> bool:
+        """Whether all segments of `tier` are there; raises what kept them from coming."""
+        read = entry.read
+        if read is not None and read.first < self._segments_of[tier] and read.done.is_set():
+            self._finish(entry)
+            read = None
+        return read is None or read.first >= self._segments_of[tier]
 
     def _demand(self, want: Want, wanted: set[ExpertKey]) -> _Entry:
         """Pin the entry of `want`, reading what it lacks."""
@@ -283,6 +308,8 @@ class ExpertStore:
         return slots
 
     def _read(self, entry: _Entry, slots: list[Slot], guess: bool = False) -> None:
+        for slot in slots:
+            slot.owner = entry
         read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], guess)
         entry.slots += slots
         self._held[entry.key.layer, read.first : read.first + len(slots)] += 1
@@ -350,8 +377,8 @@ class ExpertStore:
             for key in spared:
                 cost[key] = np.inf
         index = int(cost.argmin())
-        key = ExpertKey(*(int(i) for i in np.unravel_index(index, cost.shape)))
-        return self._entries[key] if cost.flat[index] < np.inf else None
+        key = ExpertKey(*divmod(index, cost.shape[1]))
+        return self._entries[key] if cost[key] < np.inf else None
 
     def _evict(self, entry: _Entry) -> None:
         self._drop(entry, len(entry.slots) - 1)

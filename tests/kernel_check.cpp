@@ -188,7 +188,7 @@ void check_vectors(const Kernels& isa) {
 void check_halves(const Kernels& isa) {
   const int64_t n = 65536;
   const auto keys = buffer<uint8_t>(2 * n), values = buffer<uint8_t>(2 * n);
-  const auto score = buffer<float>(1), row = buffer<float>(n), out = buffer<float>(n);
+  const auto score = buffer<float>(1), row = buffer<float>(kCacheRows * n), out = buffer<float>(n);
   const std::vector<float> query(n);
   for (int64_t h = 0; h < n; ++h) {
     const uint16_t half = uint16_t(h), zero = 0;
@@ -255,7 +255,7 @@ void check_attention(const Kernels& isa) {
         attend_prompt(*kernels, prompt, queries.data(), cache, out.data(), received.data());
         for (int64_t i = 0; i < parts * c.tokens; ++i) mass[i % c.tokens] += received[i];
         prompts[at] = out, masses[at] = mass;
-        const auto scores = buffer<float>(group * end), row = buffer<float>(c.n);
+        const auto scores = buffer<float>(group * end), row = buffer<float>(kCacheRows * c.n);
         tokens[at].resize(group * c.n);
         kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, scores.get(),
                         row.get(), tokens[at].data());

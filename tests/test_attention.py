@@ -11,10 +11,10 @@ from conftest import MODEL
 
 from dymoe_compile.checkpoint import Checkpoint
 from dymoe_runtime import kernels
+from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kv_cache import BITS, KVCache, pack, row_bytes, unpack
-from dymoe_runtime.model import plan_budget
 from dymoe_runtime.spec import ModelSpec
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]

@@ -25,10 +25,10 @@ from dymoe_compile.dense import (
 from dymoe_compile.progress import silent
 from dymoe_compile.reference import open_reference
 from dymoe_compile.sensitivity import Original
+from dymoe_runtime.budget import PROCESS_BYTES, Budget, plan_budget
 from dymoe_runtime.bundle import Bundle, Manifest, dense_kind, dense_kinds
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.model import PROCESS_BYTES, Budget, plan_budget
 
 BYTES = {"embed": {8: 800, 6: 600, 4: 400}, "attn": {8: 80, 6: 60, 4: 40}}
 

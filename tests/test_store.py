@@ -168,7 +168,7 @@ def one_by_one(delivery: Iterator[list[Delivered]]) -> Iterator[Delivered]:
 def fetch(store: ExpertStore, reader: FakeReader, *wants: Want) -> list[Call]:
     """Fetch and check `wants`; the reads that this took."""
     before = len(reader.calls)
-    assert receive(reader, store.begin(wants)) == list(wants)
+    assert sorted(receive(reader, store.begin(wants))) == sorted(wants)
     return reader.calls[before:]
 
 
@@ -227,8 +227,9 @@ def use_at_random(
         delivery = store.begin(wants)
         if rng.random() < 0.7:
             store.look_ahead(guesses, wants)
-        for index, (wanted, at) in enumerate(one_by_one(delivery)):
-            assert wanted == wants[index]
+        left = set(wants)
+        for wanted, at in one_by_one(delivery):
+            left.remove(wanted)
             check(reader, wanted, at)
             if rng.random() < 0.2:
                 store.look_ahead(random_wants(rng, reader.layout, 6), wants)
@@ -356,10 +357,10 @@ def test_the_first_reads_are_under_way_when_begin_returns(make: Make) -> None:
 
 @pytest.mark.parametrize("segments", [30, 96], ids=["some room", "room for all"])
 def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> None:
-    """And counts as hits, whether or not anything could ever be evicted; what is missing comes one by one."""
+    """And counts as hits, whether or not anything could ever be evicted."""
     store, reader = make(segments=segments)
     wants = [want(1, 4), want(2, 2), want(3, 3)]
-    assert [len(batch) for batch in store.begin(wants)] == [1, 1, 1]
+    assert receive(reader, store.begin(wants))
     before = len(reader.calls)
     (batch,) = store.begin(wants)
     assert [wanted for wanted, _ in batch] == wants
@@ -367,7 +368,19 @@ def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> No
         check(reader, wanted, parts)
     assert len(reader.calls) == before
     assert (store.stats.requests, store.stats.hits) == (6, 3)
-    assert [len(batch) for batch in store.begin([want(1, 4), want(3, 4)])] == [1, 1]
+    first, *rest = store.begin([want(3, 4), want(1, 4)])
+    assert [[wanted for wanted, _ in batch] for batch in (first, *rest)] == [[want(1, 4)], [want(3, 4)]]
+
+
+def test_what_is_there_comes_before_what_is_read(make: Make) -> None:
+    """Together, and without waiting; then the others as they come."""
+    store, reader = make(arena_bytes=1 << 20)
+    fetch(store, reader, want(2), want(4), want(5, 2))
+    reader.hold(key(1), key(3))
+    delivery = store.begin([want(1), want(2), want(3), want(4), want(5, 2)])
+    assert [wanted for wanted, _ in next(delivery)] == [want(2), want(4), want(5, 2)]
+    reader.release(key(1), key(3))
+    assert {wanted for batch in delivery for wanted, _ in batch} == {want(1), want(3)}
 
 
 def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
@@ -758,7 +771,7 @@ def broken(expert: int) -> DymoeError:
     return DymoeError(f"experts-00000.safetensors: checksum of expert {key(expert)} is wrong")
 
 
-def test_a_read_error_is_raised_as_it_is_where_the_expert_is_wanted(make: Make) -> None:
+def test_a_read_error_is_raised_as_it_is_instead_of_the_expert(make: Make) -> None:
     store, reader = make(segments=9)
     reader.failing[key(2)] = broken(2)
     seen = []
@@ -767,7 +780,7 @@ def test_a_read_error_is_raised_as_it_is_where_the_expert_is_wanted(make: Make) 
             check(reader, wanted, at)
             seen.append(wanted.key.expert)
     assert caught.value is reader.failing[key(2)]
-    assert seen == [1]
+    assert 2 not in seen
 
 
 def test_after_a_read_error_the_expert_is_read_again(make: Make) -> None:

@@ -139,13 +139,53 @@ void unpack_row(const uint8_t* row, int bits, int64_t n, float* out) {
   }
 }
 
-/// out of queries [heads, n] over `count` rows; scores hold heads * count floats, row n.
+/// Products of a query with kCacheRows rows, each as `dot_floats` gives it; four sums do not wait for one another.
+void dots_of_rows(const float* query, const float* rows, int64_t n, float* out) {
+  Floats sums[kCacheRows][kParts] = {};
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int p = 0; p < kParts; ++p) {
+      const Floats q = load_lanes(query + i + p * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCacheRows; ++r) sums[r][p] += q * load_lanes(rows + r * n + i + p * kLanes);
+    }
+  for (int r = 0; r < kCacheRows; ++r) {
+    float total = fold(sums[r]);
+    for (int64_t j = i; j < n; ++j) total += query[j] * rows[r * n + j];
+    out[r] = total;
+  }
+}
+
+/// out += the sum of kCacheRows rows, each times its weight.
+void add_rows(const float* weights, const float* rows, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = out[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < kCacheRows; ++r) sum += weights[r] * rows[r * n + i];
+    out[i] = sum;
+  }
+}
+
+/// out of queries [heads, n] over `count` rows; scores hold heads * count floats, rows kCacheRows * n.
 void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,
-            float* row, float* out) {
+            float* rows, float* out) {
   const float size = 1.0f / std::sqrt(float(n));
-  for (int64_t p = 0; p < count; ++p) {
-    unpack_row(cache.keys + p * cache.pitch, cache.bits, n, row);
-    for (int64_t h = 0; h < heads; ++h) scores[h * count + p] = size * dot_floats(queries + h * n, row, n);
+  const auto unpack = [&](const uint8_t* from, int64_t p) {
+    const int64_t there = count - p < kCacheRows ? count - p : kCacheRows;
+    for (int64_t r = 0; r < there; ++r) unpack_row(from + (p + r) * cache.pitch, cache.bits, n, rows + r * n);
+    return there;
+  };
+  for (int64_t p = 0; p < count; p += kCacheRows) {
+    const int64_t there = unpack(cache.keys, p);
+    for (int64_t h = 0; h < heads; ++h) {
+      float* to = scores + h * count + p;
+      if (there == kCacheRows) {
+        dots_of_rows(queries + h * n, rows, n, to);
+      } else {
+        for (int64_t r = 0; r < there; ++r) to[r] = dot_floats(queries + h * n, rows + r * n, n);
+      }
+      for (int64_t r = 0; r < there; ++r) to[r] *= size;
+    }
   }
   std::memset(out, 0, heads * n * sizeof(float));
   for (int64_t h = 0; h < heads; ++h) {
@@ -153,12 +193,17 @@ void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t
     const float inverse = 1.0f / exponentials(weights, count);
     for (int64_t p = 0; p < count; ++p) weights[p] *= inverse;
   }
-  for (int64_t p = 0; p < count; ++p) {
-    unpack_row(cache.values + p * cache.pitch, cache.bits, n, row);
+  for (int64_t p = 0; p < count; p += kCacheRows) {
+    const int64_t there = unpack(cache.values, p);
     for (int64_t h = 0; h < heads; ++h) {
-      const float weight = scores[h * count + p];
+      const float* weights = scores + h * count + p;
       float* to = out + h * n;
-      for (int64_t i = 0; i < n; ++i) to[i] += weight * row[i];
+      if (there == kCacheRows) {
+        add_rows(weights, rows, n, to);
+      } else {
+        for (int64_t r = 0; r < there; ++r)
+          for (int64_t i = 0; i < n; ++i) to[i] += weights[r] * rows[r * n + i];
+      }
     }
   }
 }

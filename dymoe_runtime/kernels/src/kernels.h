@@ -106,6 +106,7 @@ struct Descent {
 
 // Of what the KV cache keeps at 8 bits: columns that share a scale.
 constexpr int64_t kCacheGroup = 32;
+constexpr int64_t kCacheRows = 4;  // that are made floats at a time
 
 /// Keys and values of one KV head as the cache keeps them, `pitch` bytes from one row to the next.
 struct CacheRows {
@@ -187,9 +188,9 @@ struct Kernels {
   void (*pack_row)(const float* x, int64_t n, int bits, uint8_t* row);
 
   /// Attention of queries [heads, n] of one KV head over `count` rows: out [heads, n]. Scores hold
-  /// heads * count floats, row n.
+  /// heads * count floats, rows kCacheRows * n.
   void (*attend)(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,
-                 float* row, float* out);
+                 float* rows, float* out);
 
   /// Rows [first, first + rows) of a prompt; scratch holds tile_floats(n), aligned to 64 bytes.
   void (*attend_tile)(const PromptTile& tile, float* scratch);

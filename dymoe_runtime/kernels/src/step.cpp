@@ -83,10 +83,10 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   float* attended = workspace.attended.reserve(queries);
   float* scores = workspace.scores.reserve(layer.heads * count);
   parallel_ranges(layer.kv_heads, 1, layer.heads * count * d / kBlock * kFloatWork, [&](int64_t begin, int64_t end) {
-    thread_local Buffer<float> row;
+    thread_local Buffer<float> rows;
     for (int64_t g = begin; g < end; ++g)
       isa.attend(q + g * group * d, group, rows_from(cache, g, first, d), count, d, scores + g * group * count,
-                 row.reserve(d), attended + g * group * d);
+                 rows.reserve(kCacheRows * d), attended + g * group * d);
   });
   multiply(isa, workspace.quantized.quantize(isa, 1, queries, [&](int64_t) { return attended; }), {&layer.o}, out);
   for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];

@@ -1,0 +1,139 @@
+"""Decoding and prompts where memory is less than the model, against llama.cpp in the same limit.
+
+    python benchmarks/streaming/against_llama.py BUNDLE --llama-bench PATH --limit-mb 1964 982 \\
+        --gguf Q4_0.gguf --gguf Q2_K.gguf
+
+Each round runs every setting once, cold, in a cgroup of each limit: this bundle at `--tiers` and `--points`
+with a prompt of `--prompt` random tokens and `--new-tokens` after it; and each GGUF file, mapped, behind a
+loop device with the read-ahead that suits it (`--read-ahead-kb`, tuned) or with 0 for how the disk comes. Prints
+medians, ranges, ratios to llama.cpp's best at as many bits, and the peak by the kernel's accounts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from limited import Outcome, run
+
+# test -> tokens per second of each round
+Rates = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--limit-mb", type=float, nargs="+", required=True, help="10^6 bytes, whole process")
+    parser.add_argument("--tiers", default="4,2")
+    parser.add_argument("--points", default="3")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--read-ahead-kb", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--options", default="", help="more for dymoe-run, such as --no-look-ahead")
+    args = parser.parse_args()
+    ours = [("--tiers", tier) for tier in filter(None, args.tiers.split(","))]
+    ours += [("--point", point) for point in filter(None, args.points.split(","))]
+    for limit in args.limit_mb:
+        rates: dict[str, Rates] = defaultdict(lambda: defaultdict(list))
+        for number in range(args.rounds):
+            print(f"limit {limit:.0f} MB, round {number + 1} of {args.rounds}", file=sys.stderr)
+            for setting in ours:
+                add(rates[f"DyMoE {' '.join(setting).strip('-')}"], dymoe(args, setting, limit))
+            for gguf in args.gguf:
+                add(rates[f"llama.cpp {gguf.stem}"], llama(args, gguf, limit))
+        report(limit, rates)
+
+
+def add(rates: Rates, found: dict[str, float]) -> None:
+    for test, value in found.items():
+        rates[test].append(value)
+
+
+def dymoe(args: argparse.Namespace, setting: Sequence[str], limit: float) -> dict[str, float]:
+    command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--bench", *setting, "--json"]
+    command += [
+        "--prompt-tokens",
+        str(args.prompt),
+        "--new-tokens",
+        str(args.new_tokens),
+        "--threads",
+        str(args.threads),
+    ]
+    outcome = run([*command, *args.options.split()], int(limit * 1e6))
+    result = json.loads(checked(outcome).out.splitlines()[-1])
+    return {
+        "decode": result["tokens_per_s"],
+        "prompt": args.prompt / result["ttft_s"],
+        "cold ttft s": outcome.seconds - args.new_tokens * result["tpot_s"],
+        "MB/token": result["decode_read_bytes_per_token"] / 1e6,
+        "peak MB": outcome.peak_bytes / 1e6,
+    }
+
+
+def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float]:
+    found = {}
+    for test, prompt, new in (("decode", 0, args.new_tokens), ("prompt", args.prompt, 0)):
+        with behind_loop(gguf, args.read_ahead_kb) as model:
+            command = [args.llama_bench, "-m", model, "-t", str(args.threads), "-p", str(prompt), "-n", str(new)]
+            outcome = run([*command, "-r", "1", "--repack", "0", "-o", "json"], int(limit * 1e6))
+        found[test] = json.loads(checked(outcome).out)[0]["samples_ts"][0]
+        found["peak MB"] = outcome.peak_bytes / 1e6
+    return found
+
+
+def checked(outcome: Outcome) -> Outcome:
+    if outcome.code or outcome.oom_kills:
+        raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
+    return outcome
+
+
+@contextmanager
+def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
+    """A loop device over the file with that read-ahead; with 0 the file itself."""
+    if not read_ahead_kb:
+        yield path
+        return
+    command = ["losetup", "--find", "--show", "--read-only", "--direct-io=on", str(path)]
+    device = Path(subprocess.check_output(command, text=True).strip())
+    try:
+        (Path("/sys/block") / device.name / "queue/read_ahead_kb").write_text(str(read_ahead_kb))
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", str(device)], check=True)
+
+
+def report(limit: float, rates: dict[str, Rates]) -> None:
+    tests = ("decode", "prompt", "cold ttft s", "MB/token", "peak MB")
+    peers = [name for name in rates if name.startswith("llama")]
+    print(f"\n{limit:.0f} MB{'':<12}" + "".join(f"{test:>24}" for test in tests))
+    for name, found in rates.items():
+        print(f"{name:<28}" + "".join(f"{cell(found.get(test, [])):>24}" for test in tests))
+    for name in set(rates) - set(peers):
+        for peer in peers:
+            ratios = [
+                f"{test} {statistics.median(rates[name][test]) / statistics.median(rates[peer][test]):.2f}"
+                for test in ("decode", "prompt")
+            ]
+            print(f"{name} over {peer}: {', '.join(ratios)}")
+    sys.stdout.flush()
+
+
+def cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A command inside a memory limit that the kernel enforces, its page cache included.
+
+The limit is a cgroup below this process's own: version 1, or 2 where its memory controller is delegated.
+Needs the right to make one, mostly root.
+
+    python benchmarks/streaming/limited.py --limit-mb 1964 -- dymoe-run BUNDLE --bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and what it cost by the kernel's accounts."""
+
+    code: int  # -1 where it ran out of time
+    out: str
+    err: str
+    seconds: float
+    peak_bytes: int  # page cache included, which may fill the limit
+    oom_kills: int
+    disk_bytes: int  # read by the whole machine meanwhile
+
+
+def run(
+    command: Sequence[str | Path],
+    limit_bytes: int = 0,
+    cold: bool = True,
+    timeout_s: float = 600,
+    env: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Run `command` with at most `limit_bytes` of memory (0: no limit), with an empty page cache if `cold`."""
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    with _cgroup(limit_bytes) as group:
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"' if group else 'exec "$@"'
+        disk, started = _disk_bytes(), time.perf_counter()
+        process = subprocess.Popen(
+            ["sh", "-c", enter, "sh", *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=None if env is None else {**os.environ, **env},
+        )
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            code = -1
+        seconds = time.perf_counter() - started
+        peak, kills = _accounts(group) if group else (0, 0)
+        return Outcome(code, out, err, seconds, peak, kills, _disk_bytes() - disk)
+
+
+@contextmanager
+def _cgroup(limit_bytes: int) -> Iterator[Path | None]:
+    if not limit_bytes:
+        yield None
+        return
+    version, parent = _own_cgroup()
+    group = parent / f"limited-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.limit_in_bytes" if version == 1 else "memory.max")).write_text(str(limit_bytes))
+        if version == 2:
+            (group / "memory.swap.max").write_text("0")
+        yield group
+    finally:
+        for _ in range(50):  # until its last process is gone
+            with suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def _own_cgroup() -> tuple[int, Path]:
+    """The version, and the cgroup of this process that counts memory."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        for _, place, kind, options, *_ in mounts:
+            here = Path(place) / path.strip("/")
+            if kind == "cgroup" and "memory" in controllers.split(",") and "memory" in options.split(","):
+                return 1, here
+            if kind == "cgroup2" and not controllers and "memory" in (here / "cgroup.controllers").read_text().split():
+                return 2, here
+    raise SystemExit("no memory controller of cgroups that this process may use")
+
+
+def _accounts(group: Path) -> tuple[int, int]:
+    """Peak bytes, and how often the kernel killed for want of memory."""
+
+    def pairs(name: str) -> dict[str, str]:
+        return dict(line.split() for line in (group / name).read_text().splitlines())
+
+    if (group / "memory.max_usage_in_bytes").exists():
+        kills = int(pairs("memory.oom_control").get("oom_kill", 0))
+        return int((group / "memory.max_usage_in_bytes").read_text()), kills
+    peak = group / "memory.peak"
+    return int(peak.read_text()) if peak.exists() else 0, int(pairs("memory.events").get("oom_kill", 0))
+
+
+def _disk_bytes() -> int:
+    total = 0
+    for line in Path("/proc/diskstats").read_text().splitlines():
+        fields = line.split()
+        if Path("/sys/block", fields[2]).exists() and not fields[2].startswith(("loop", "ram", "zram", "dm-")):
+            total += 512 * int(fields[5])
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit-mb", type=float, default=0, help="10^6 bytes")
+    parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    outcome = run(command, int(args.limit_mb * 1e6), not args.warm)
+    print(outcome.out, end="")
+    print(outcome.err, end="", file=sys.stderr)
+    print(json.dumps({k: v for k, v in asdict(outcome).items() if k not in ("out", "err")}), file=sys.stderr)
+    sys.exit(outcome.code if 0 <= outcome.code < 128 else 1)
+
+
+if __name__ == "__main__":
+    main()
