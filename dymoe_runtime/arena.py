@@ -50,7 +50,9 @@ class Arena:
         self.chunk_bytes = chunk_bytes(sizes)
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
-        self._memory = mmap.mmap(-1, max(self.chunks, 1) * self.chunk_bytes)
+        # Private: what is shared counts as cache, and has no large pages.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, max(self.chunks, 1) * self.chunk_bytes, flags=private)
         with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))

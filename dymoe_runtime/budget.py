@@ -18,7 +18,7 @@ from dymoe_runtime.store import full_arena_bytes, least_arena_bytes
 # Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
 CHUNK = 256
 # What Python, torch and the allocator may still take after loading.
-RESERVE_BYTES = 48 << 20
+RESERVE_BYTES = 32 << 20
 # What a run holds before it loads anything, where it cannot be measured: Python and torch.
 PROCESS_BYTES = 280 << 20
 

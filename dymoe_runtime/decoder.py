@@ -51,6 +51,8 @@ class Step(Protocol):
 
     def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]: ...
 
+    def guess(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
 
 class Decoder:
     """A decoder-only MoE transformer over `dense` weights and an `experts` function."""
@@ -133,8 +135,11 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ask the router of `layer` with an earlier layer's residual stream: a guess of `route`.
 
-        `predictor` [experts, H + 1] corrects the router's logits; its last column is a bias.
+        `predictor` [experts, H + 1] corrects the router's logits; its last column is a bias. A single token
+        goes through `step`, which has been told of the predictor.
         """
+        if self._step is not None and len(residual) == 1:
+            return self._step.guess(layer, residual)
         h = self.norm(f"layers.{layer}.mlp_norm", residual)
         logits = self.dense.linear(f"layers.{layer}.router", h)
         if predictor is not None:

@@ -33,7 +33,7 @@ UNITS = {
     "ti": 1 << 40,
 }
 # Left free under a memory limit that is not ours to fill to the last byte.
-MARGIN = 0.05
+MARGIN = 0.03
 # In place of a number of dense bits: chosen by what they cost this model.
 AUTO = "auto"
 _M_MMAP_THRESHOLD = -3  # malloc.h

@@ -68,13 +68,18 @@ class LookAhead:
         if not ranks:
             return []
         experts, gates = self.guess(layer, routing.residual)
+        if len(gates) == 1 and routing.token_weights is None:
+            chosen, mass = experts[0].tolist(), gates[0].tolist()
+            tiers = rule.choose_for_token(layer, chosen, mass)
+            likely = list(zip(chosen, tiers, mass, strict=True))[:ranks]
+            return [Want(ExpertKey(layer, e), tier) for e, tier, gate in likely if tier and gate > 0]
         guessed = Routing(experts, gates, routing.residual, routing.token_weights)
-        tiers = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
+        of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
         experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
-        mass = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)
-        highest = torch.zeros(len(mass), dtype=torch.int64).scatter_reduce_(0, experts, tiers, "amax")
-        likely = mass.argsort(descending=True)[: self.width].tolist()
-        return [Want(ExpertKey(layer, e), int(highest[e])) for e in likely if mass[e] > 0 and highest[e] > 0]
+        sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)
+        highest = torch.zeros(len(sums), dtype=torch.int64).scatter_reduce_(0, experts, of_pairs, "amax")
+        most = sums.argsort(descending=True)[: self.width].tolist()
+        return [Want(ExpertKey(layer, e), int(highest[e])) for e in most if sums[e] > 0 and highest[e] > 0]
 
 
 class StoredExperts:
@@ -88,6 +93,7 @@ class StoredExperts:
         self.stats = TierStats()
         self._activation = activation
         self.look_ahead = look_ahead
+        self.looks_ahead = True  # whether it is used just now
         self.cost: CostModel | None = None  # to read no further ahead than there is time for
         self._left = (-1, 0.0)  # the layer of the last call and when it ended, if it was one token's
         self._between_s = 0.0  # from there to the next layer's call, lately
@@ -129,7 +135,9 @@ class StoredExperts:
     def _look_ahead_from(self, layer: int) -> LookAhead | None:
         """None where there is nothing of the next layer to read."""
         ahead, coming = self.look_ahead, layer + 1
-        if ahead is None or not ahead.ranks.get(coming) or self.store.holds(coming, self.rule.highest[coming]):
+        if ahead is None or not self.looks_ahead or not ahead.ranks.get(coming):
+            return None
+        if self.store.holds(coming, self.rule.highest[coming]):
             return None
         return ahead
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dymoe_runtime import cost, kernels
 from dymoe_runtime.budget import CHUNK, Budget, check_budget, plan_budget
 from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
 from dymoe_runtime.cost import CostModel
-from dymoe_runtime.decoder import Decoder, Step
+from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
     default_threads,
@@ -30,6 +30,10 @@ from dymoe_runtime.policy import TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import ExpertStore
+from dymoe_runtime.trial import Trial
+
+if TYPE_CHECKING:
+    from dymoe_runtime.step import DecodeStep
 
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
@@ -92,6 +96,7 @@ class Model:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
+        self._trial = Trial()  # of looking ahead
         dense = BundleDense(bundle)
         self.reader = RecordReader(bundle)
         self.store = ExpertStore(
@@ -104,11 +109,15 @@ class Model:
             partial(kernels.prepare, bundle.layout),
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
-        self.decoder = Decoder(bundle.spec, dense, self.experts, _step(bundle.spec, dense))
+        step = _step(bundle.spec, dense)
+        self.decoder = Decoder(bundle.spec, dense, self.experts, step)
         if options.look_ahead:
             if not self.store.roomy and kernels.isa() != "torch":
                 self.experts.cost = self.measure_cost(counts=(1,))
             predictors = _predictors(bundle)
+            if step is not None:
+                for layer, predictor in predictors.items():
+                    step.correct(layer, predictor)
 
             def guess(layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
@@ -148,6 +157,7 @@ class Model:
         self._check(ids)
         started = time.perf_counter()
         torch.set_num_threads(self._threads)
+        self.experts.looks_ahead = True
         x = torch.empty(0)
         for start in range(0, len(ids), CHUNK):
             chunk = torch.tensor(ids[start : start + CHUNK])
@@ -171,11 +181,14 @@ class Model:
         started = time.perf_counter()
         # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
         torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
+        self.experts.looks_ahead = self._trial.on
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]
+        seconds = time.perf_counter() - started
+        self._trial.took(seconds)
         self.stats.decode.tokens += 1
-        self.stats.decode.seconds += time.perf_counter() - started
+        self.stats.decode.seconds += seconds
         return logits
 
     def _check(self, ids: Sequence[int]) -> None:
@@ -259,7 +272,7 @@ def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:
     return whole * min(1.0, share)
 
 
-def _step(spec: ModelSpec, dense: BundleDense) -> Step | None:
+def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     """The compiled step, where there are compiled kernels."""
     if kernels.isa() == "torch":
         return None

@@ -27,6 +27,9 @@ class DecodeStep:
         self._experts = torch.empty(1, spec.top_k, dtype=torch.int64)
         self._gates = torch.empty(1, spec.top_k)
         self._chosen = self._h.data_ptr(), self._experts.data_ptr(), self._gates.data_ptr()
+        self._guessed = torch.empty(1, spec.top_k, dtype=torch.int64), torch.empty(1, spec.top_k)
+        self._guessed_h = torch.empty(1, spec.hidden_size)
+        self._guessers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @staticmethod
     def make(spec: ModelSpec, dense: StoredDense, isa: str) -> DecodeStep | None:
@@ -47,3 +50,17 @@ class DecodeStep:
         """Normalized x [1, H], and the experts of `layer` for it."""
         self._layers[layer].route(x.data_ptr(), *self._chosen)
         return self._h, Routing(self._experts, self._gates, x)
+
+    def correct(self, layer: int, predictor: torch.Tensor) -> None:
+        """`guess` of this layer adds what predictor [experts, H + 1] says to its router's logits, from now on."""
+        router = self._dense.optional(f"layers.{layer}.router")
+        assert router is not None and predictor.shape == (router.shape[0], router.shape[1] + 1)
+        self._guessers[layer] = (router + predictor[:, :-1]).contiguous(), predictor[:, -1].contiguous()
+
+    def guess(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and gates [1, top_k] that `layer` would choose if it were given this residual stream [1, H]."""
+        experts, gates = self._guessed
+        own = [tensor.data_ptr() for tensor in self._guessers.get(layer, ())]
+        where = self._guessed_h.data_ptr(), experts.data_ptr(), gates.data_ptr()
+        self._layers[layer].route(x.data_ptr(), *where, *own)
+        return experts, gates

@@ -93,6 +93,31 @@ def check_route(got: tuple[torch.Tensor, Routing], decoder: Decoder, layer: int,
 
 
 @pytest.mark.parametrize("isa", COMPILED)
+def test_a_guess_equals_the_decoder(isa: str, tmp_path: Path) -> None:
+    """With a predictor and without, and without touching what the step has returned."""
+    from dymoe_runtime.step import DecodeStep
+
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    spec, dense = checkpoint.spec, QuantizedAttention(checkpoint, isa)
+    step, decoder = DecodeStep(spec, dense, isa), Decoder(spec, dense, CheckpointExperts(checkpoint))
+    g = torch.Generator().manual_seed(5)
+    predictor = torch.randn(spec.num_experts, spec.hidden_size + 1, generator=g)
+    step.correct(1, predictor)
+    with torch.inference_mode():
+        for _ in range(5):
+            x = torch.randn(1, spec.hidden_size, generator=g)
+            h, routing = step.route(0, x)
+            before = h.clone(), routing.experts.clone()
+            for layer, correction in ((0, None), (1, predictor)):
+                experts, gates = step.guess(layer, x)
+                expected, mass = decoder.look_ahead(layer, x, correction)
+                assert torch.equal(experts, expected)
+                assert torch.allclose(gates, mass, rtol=1e-4, atol=1e-6)
+            assert torch.equal(h, before[0]) and torch.equal(routing.experts, before[1])
+
+
+@pytest.mark.parametrize("isa", COMPILED)
 def test_decoding_by_steps_equals_the_decoder(isa: str, tmp_path: Path) -> None:
     """A prompt by the decoder, then tokens by steps."""
     from dymoe_runtime.step import DecodeStep

@@ -198,10 +198,14 @@ void run_attend_prompt(const std::string& isa, const std::tuple<int64_t, int64_t
   attend_prompt(kernels, prompt, floats(0), rows, floats(3), parts);
 }
 
-void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates) {
-  if (!layer.weights.experts) reject("this layer has no router");
+/// router and bias [experts] in place of the layer's own, unless they are 0.
+void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates,
+               uintptr_t router, uintptr_t bias) {
+  const LayerWeights& w = layer.weights;
+  if (!w.experts) reject("this layer has no router");
+  const Router chosen{router ? reinterpret_cast<const float*>(router) : w.router, reinterpret_cast<const float*>(bias)};
   nb::gil_scoped_release unlocked;
-  route(*layer.kernels, layer.weights, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(h),
+  route(*layer.kernels, w, chosen, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(h),
         reinterpret_cast<int64_t*>(experts), reinterpret_cast<float*>(gates));
 }
 
@@ -269,7 +273,7 @@ NB_MODULE(_native, m) {
       .def_static("make", &make_decode_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a,
                   "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
       .def("attend", &run_attend)
-      .def("route", &run_route);
+      .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
   m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);

@@ -92,12 +92,15 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];
 }
 
-void route(const Kernels& isa, const LayerWeights& layer, const float* x, float* h, int64_t* experts, float* gates) {
+void route(const Kernels& isa, const LayerWeights& layer, const Router& router, const float* x, float* h,
+           int64_t* experts, float* gates) {
   isa.norm(x, layer.mlp_norm, layer.hidden, layer.eps, h);
   float* logits = workspace.logits.reserve(layer.experts);
   parallel_ranges(layer.experts, 1, layer.experts * layer.hidden / kBlock, [&](int64_t begin, int64_t end) {
-    isa.dots(layer.router, layer.hidden, begin, end, h, logits);
+    isa.dots(router.weight, layer.hidden, begin, end, h, logits);
   });
+  if (router.bias)
+    for (int64_t e = 0; e < layer.experts; ++e) logits[e] += router.bias[e];
   const float sum = isa.exponentials(logits, layer.experts);
   if (!std::isfinite(sum)) {  // nothing can be compared; what follows is as spoilt
     for (int64_t j = 0; j < layer.top_k; ++j) experts[j] = j, gates[j] = NAN;

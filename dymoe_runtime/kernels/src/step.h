@@ -30,7 +30,12 @@ struct LayerWeights {
 void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
             const float* sines, const LayerCache& cache, float* out);
 
-/// h = norm(x), [hidden]; the experts chosen and their gates, [top_k], by falling gate.
-void route(const Kernels& isa, const LayerWeights& layer, const float* x, float* h, int64_t* experts, float* gates);
+struct Router {
+  const float *weight, *bias;  // [experts, hidden], and [experts] or null
+};
+
+/// h = norm(x), [hidden]; the experts that `router` chooses and their gates, [top_k], by falling gate.
+void route(const Kernels& isa, const LayerWeights& layer, const Router& router, const float* x, float* h,
+           int64_t* experts, float* gates);
 
 }  // namespace dymoe
