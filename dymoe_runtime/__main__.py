@@ -17,7 +17,7 @@ def run() -> None:
 def bundle() -> None:
     """As `run`, for dymoe-bundle."""
     try:
-        from dymoe_runtime.cli import bundle as command
+        from dymoe_runtime.bundle_cli import bundle as command
     except KeyboardInterrupt:
         sys.exit(130)
     command(prog_name="dymoe-bundle")

@@ -1,4 +1,4 @@
-"""dymoe-run and dymoe-bundle: options in, text and figures out."""
+"""dymoe-run: options in, text and figures out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ import torch
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.console import (
+    MOST_SEED,
+    MOST_THREADS,
+    Duration,
+    ManyValues,
+    Size,
+    one_sentence,
+    print_json,
+    progress_bar,
+)
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_reference
 from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
-from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.model import Model, RunOptions, check_ids
 from dymoe_runtime.probe import format_probe, probe
 from dymoe_runtime.sampling import SamplingParams
@@ -51,6 +59,7 @@ PROBE_CONTEXT = 512
 @click.option("--bench", is_flag=True, help="Time random tokens.")
 @click.option("--probe", "probing", is_flag=True, help="Measure this machine with BUNDLE and say what to expect.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Prompt of --bench.")
+@click.option("--warm-up", is_flag=True, help="Run another prompt of that length before --bench takes the time.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decoded tokens of --bench.")
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
 @click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
@@ -59,6 +68,8 @@ PROBE_CONTEXT = 512
     "--kv-bits", type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Of the KV cache."
 )
 @click.option("--point", help="Operating point: mean bits, or auto to fit the memory. Default: the bundle's.")
+@click.option("--quality", type=click.FloatRange(0, min_open=True), metavar="KL", help="The smallest point this good.")
+@click.option("--tpot", type=Duration(), help="Find and hold the best point that takes at most this per token: 100ms.")
 @click.option("--tiers", default="auto", show_default=True, help="Run every expert at this tier instead.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="Default: all cores that this process may use.")
 @click.option("--pin-threads", is_flag=True, help="Keep each thread of the kernels on a processor of its own.")
@@ -74,6 +85,7 @@ PROBE_CONTEXT = 512
 @click.option("--no-look-ahead", is_flag=True, help="Do not read the next layer's experts early.")
 @click.option("--no-dynamic", is_flag=True, help="One tier for all experts, the nearest to the point's bits.")
 @click.option("--no-depth", is_flag=True, help="The same thresholds in all layers.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write what every layer of every token does, as JSONL.")
 @click.option("--stats", is_flag=True, help="Print what the run cost to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @click.version_option(package_name="dymoe")
@@ -95,50 +107,6 @@ def run(bundle: Path, **o: Any) -> None:
         _answer(opened, o)
 
 
-@click.group()
-@click.version_option(package_name="dymoe")
-def bundle() -> None:
-    """Look at a bundle or check it."""
-
-
-@bundle.command("inspect")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-@one_sentence
-def inspect_command(bundle: Path, as_json: bool) -> None:
-    """Sizes, effective bits, tiers and policy of BUNDLE."""
-    description = describe(Bundle.open(bundle))
-    if as_json:
-        print_json(description)
-    else:
-        click.echo(format_description(description))
-
-
-@bundle.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-@one_sentence
-def verify_command(bundle: Path, as_json: bool) -> None:
-    """Check every tensor and record of BUNDLE against its checksum."""
-    opened = Bundle.open(bundle)
-    checked, problems = 0, []
-    pieces = len(opened.manifest.dense_crc32) + len(opened.manifest.layers) * (opened.spec.num_experts + 1) + 1
-    with progress_bar("verify", pieces) as advance:
-        for _, problem in opened.verify():
-            advance()
-            checked += 1
-            if problem:
-                problems.append(problem)
-    if as_json:
-        print_json({"ok": not problems, "checked": checked, "problems": problems})
-    if problems:
-        for problem in problems[1:]:
-            click.echo(problem, err=True)
-        raise DymoeError(problems[0])
-    if not as_json:
-        click.echo(f"{bundle}: {checked} pieces checked, all sound")
-
-
 def _check_modes(o: dict[str, Any]) -> None:
     """UsageError for flags that contradict each other."""
     modes = [name for name in ("eval_files", "bench", "probing", "chat") if o[name]]
@@ -150,10 +118,16 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--prompt goes with neither --bench, --probe nor --eval")
     if len(set(o["eval_files"])) < len(o["eval_files"]):
         raise click.UsageError("--eval names a file twice")
+    if o["warm_up"] and not o["bench"]:
+        raise click.UsageError("--warm-up goes with --bench")
     if o["reference"] and not o["eval_files"]:
         raise click.UsageError("--reference goes with --eval")
-    if o["tiers"] != "auto" and o["point"] is not None:
-        raise click.UsageError("--tiers and --point exclude each other")
+    chosen = [name for name in ("point", "quality", "tpot") if o[name] is not None]
+    chosen += ["tiers"] if o["tiers"] != "auto" else []
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join('--' + name for name in chosen)} exclude each other")
+    if o["tpot"] is not None and (o["eval_files"] or o["probing"] or o["no_dynamic"]):
+        raise click.UsageError("--tpot goes with neither --eval, --probe nor --no-dynamic")
     if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
         raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
     if o["point"] not in (None, "auto") and not _is_bits(o["point"]):
@@ -174,9 +148,12 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         context=o["context"] or context,
         kv_bits=int(o["kv_bits"]),
         point=o["point"],
+        quality=o["quality"],
+        tpot_s=o["tpot"],
         tier=None if o["tiers"] == "auto" else int(o["tiers"]),
         threads=o["threads"],
         pin_threads=o["pin_threads"],
+        trace=o["trace"],
         look_ahead=not o["no_look_ahead"],
         dynamic=not o["no_dynamic"],
         depth=not o["no_depth"],
@@ -302,8 +279,13 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
             f"--bench: {count} tokens do not fit the model's context of {bundle.spec.max_context}; "
             "give fewer --prompt-tokens or --new-tokens"
         )
-    ids = torch.randint(bundle.spec.vocab_size, (count,), generator=torch.Generator().manual_seed(o["seed"])).tolist()
+    g = torch.Generator().manual_seed(o["seed"])
+    ids, others = (torch.randint(bundle.spec.vocab_size, (count,), generator=g).tolist() for _ in range(2))
     with Model(bundle, _run_options(o, count)) as model:
+        if o["warm_up"]:
+            model.prefill(others[: o["prompt_tokens"]])
+            model.reset()
+            model.reset_stats()
         started = time.perf_counter()
         model.prefill(ids[: o["prompt_tokens"]])
         first, read = time.perf_counter() - started, model.store.stats.read_bytes
@@ -339,7 +321,7 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
             raise DymoeError(f"{name}: a single token has nothing to score; give longer text to --eval")
     length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
     reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
-    whole_table = o["tiers"] == "auto" and o["point"] is None and not o["no_dynamic"]
+    whole_table = o["tiers"] == "auto" and o["point"] is o["quality"] is None and not o["no_dynamic"]
     with Model(bundle, _run_options(o, length), window=min(length, max(map(len, texts.values())))) as model:
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:

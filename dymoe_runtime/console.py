@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -61,6 +62,20 @@ class Size(click.ParamType):
             return value if isinstance(value, int) else parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Duration(click.ParamType):
+    """Seconds: 100ms, 0.1s."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s)", str(value).strip())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"'{value}' is not a time; write it like 100ms or 0.1s", param, ctx)
+        return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:

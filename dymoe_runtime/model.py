@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +27,13 @@ from dymoe_runtime.device import (
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import LookAhead, StoredExperts
 from dymoe_runtime.kv_cache import KVCache
-from dymoe_runtime.policy import TierRule
+from dymoe_runtime.pace import Pace
+from dymoe_runtime.policy import OperatingPoint, TierRule
+from dymoe_runtime.probe import ladder_of_points
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import ExpertStore
+from dymoe_runtime.trace import Tracer
 from dymoe_runtime.trial import Trial
 
 if TYPE_CHECKING:
@@ -48,9 +52,12 @@ class RunOptions:
     context: int | None = None
     kv_bits: int = 16
     point: str | None = None  # None: the policy's default; auto; or mean bits
+    quality: float | None = None  # the smallest point with at most this KL
+    tpot_s: float | None = None  # the best point that takes at most so long per token, found and held
     tier: int | None = None  # every expert at this tier
     threads: int | None = None
     pin_threads: bool = False
+    trace: Path | None = None  # where to write what every layer does
     look_ahead: bool = True
     dynamic: bool = True
     depth: bool = True
@@ -104,13 +111,17 @@ class Model:
             (bundle.spec.num_layers, bundle.spec.num_experts),
             self.reader,
             options.arena_bytes or self.budget.arena,
-            _prior(bundle),
+            prior(bundle),
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         step = _step(bundle.spec, dense)
         self.decoder = Decoder(bundle.spec, dense, self.experts, step)
+        self._tracer: Tracer | None = None
+        if options.trace is not None:
+            self._tracer = Tracer(options.trace.open("w", encoding="utf-8"), self.store)
+            self.decoder.experts = self._tracer.around(self.experts)
         if options.look_ahead:
             if not self.store.roomy and kernels.isa() != "torch":
                 self.experts.cost = self.measure_cost(counts=(1,))
@@ -123,6 +134,10 @@ class Model:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
 
             self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
+        self._pace: Pace | None = None
+        self._paced: list[OperatingPoint] = []
+        if options.tpot_s is not None:
+            self._find_pace(options.tpot_s)
         self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
 
     def __enter__(self) -> Model:
@@ -134,6 +149,8 @@ class Model:
     def close(self) -> None:
         self.store.close()
         self.reader.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     @property
     def position(self) -> int:
@@ -146,6 +163,18 @@ class Model:
         return cost.measure(
             self.bundle.layout, self.spec.top_k, experts, self.store.scratch(), self.spec.activation, counts
         )
+
+    def _find_pace(self, target_s: float) -> None:
+        """Start with the best point that should be fast enough, else with the fastest."""
+        points = ladder_of_points(self)
+        self._paced = [point for point, _ in points]
+        start = max((i for i, (_, seconds) in enumerate(points) if seconds <= target_s), default=0)
+        self._pace = Pace(len(points), start, target_s)
+        self._run_point(self._paced[start])
+
+    def _run_point(self, point: OperatingPoint) -> None:
+        self.point, self.rule = point.name, TierRule.of(point, self.bundle.policy)
+        self.experts.rule = self.rule
 
     def reset(self, position: int = 0) -> None:
         """Forget the tokens from `position` on."""
@@ -160,9 +189,11 @@ class Model:
         self.experts.looks_ahead = True
         x = torch.empty(0)
         for start in range(0, len(ids), CHUNK):
-            chunk = torch.tensor(ids[start : start + CHUNK])
+            chunk, begun = torch.tensor(ids[start : start + CHUNK]), time.perf_counter()
             x = self.decoder.forward(chunk, self._cache, weigh_tokens=self.rule.weighs_tokens)
             self.store.tick()
+            if self._tracer is not None:
+                self._tracer.passed(len(chunk), time.perf_counter() - begun)
         logits = self.decoder.logits(x[-1:])[0]
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
@@ -187,6 +218,10 @@ class Model:
         logits = self.decoder.logits(x)[0]
         seconds = time.perf_counter() - started
         self._trial.took(seconds)
+        if self._tracer is not None:
+            self._tracer.passed(1, seconds)
+        if self._pace is not None and self._pace.took(seconds):
+            self._run_point(self._paced[self._pace.index])
         self.stats.decode.tokens += 1
         self.stats.decode.seconds += seconds
         return logits
@@ -227,6 +262,7 @@ class Model:
                 "waste": store.look_ahead_reads - store.look_ahead_hits,
             },
             "evictions": store.evictions,
+            "wait_s": store.wait_s,
             "arena_bytes": self.store.arena_bytes,
             "resident_bytes": self.store.resident_bytes(),
             "floor_bytes": self.budget.floor,
@@ -252,7 +288,9 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
         if options.tier not in ladder:
             raise DymoeError(f"--tiers {options.tier}: the bundle has tiers {', '.join(map(str, ladder))}")
         return f"tier {options.tier}", TierRule.uniform(options.tier, ladder, layers)
-    if options.point is None:
+    if options.quality is not None:
+        point = policy.smallest_within(options.quality)
+    elif options.point is None:
         point = policy.point(policy.default_point)
     elif options.point == "auto":
         point = policy.best_within(_affordable_bytes_per_token(bundle, options.arena_bytes or budget.arena))
@@ -281,7 +319,7 @@ def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     return DecodeStep.make(spec, dense, kernels.isa())
 
 
-def _prior(bundle: Bundle) -> np.ndarray:
+def prior(bundle: Bundle) -> np.ndarray:
     """Expected uses of each expert per token, [layers, experts]."""
     prior = np.zeros((bundle.spec.num_layers, bundle.spec.num_experts))
     for layer in bundle.policy.layers:

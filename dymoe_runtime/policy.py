@@ -88,6 +88,14 @@ class Policy:
         near = [point for point in self.points if abs(point.bits_mean - bits) <= nearest + SAME_BITS]
         return min(near, key=lambda point: point.kl)
 
+    def smallest_within(self, kl: float) -> OperatingPoint:
+        """The point of fewest bytes with at most this KL; DymoeError if there is none."""
+        fitting = [point for point in self.points if point.kl <= kl]
+        if not fitting:
+            best = min(self.points, key=lambda point: point.kl)
+            raise DymoeError(f"--quality {kl:g}: the best point, {best.name}, has a KL of {best.kl:.5f}; allow as much")
+        return min(fitting, key=lambda point: point.bytes_per_token)
+
     def best_within(self, bytes_per_token: float) -> OperatingPoint:
         """The best point that uses at most so many bytes, else the smallest."""
         fitting = [point for point in self.points if point.bytes_per_token <= bytes_per_token]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,13 +14,16 @@ from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.device import format_size
 from dymoe_runtime.kv_cache import KVCache
-from dymoe_runtime.model import Model
 from dymoe_runtime.policy import OperatingPoint
 from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
 from dymoe_runtime.spec import ExpertKey
 
+if TYPE_CHECKING:
+    from dymoe_runtime.model import Model
+
 # Reads of the disk's probe.
 READS = 48
+FEW_READS = 12
 # Tokens without experts that are timed.
 TOKENS = 5
 
@@ -31,7 +34,7 @@ def probe(model: Model) -> dict[str, Any]:
     `model` must not have run yet. The keys are a contract.
     """
     cost, dense_s = model.measure_cost(), dense_seconds(model)
-    disk = disk_bytes_per_s(model)
+    disk = disk_bytes_per_s(model, READS)
     points = [predict(model, point, cost, dense_s, disk) for point in model.bundle.policy.points]
     return {
         "kernels": kernels.isa(),
@@ -61,8 +64,20 @@ def dense_seconds(model: Model) -> float:
     return float(np.median(times))
 
 
-def disk_bytes_per_s(model: Model) -> float:
-    """Of whole records at random, as many at the same time as the store reads."""
+def ladder_of_points(model: Model) -> list[tuple[OperatingPoint, float]]:
+    """Points that no other beats in both, by rising time per token in seconds, measured and predicted as by `probe`."""
+    cost, dense_s = model.measure_cost(counts=(1,)), dense_seconds(model)
+    disk = disk_bytes_per_s(model, FEW_READS)
+    timed = [(predict(model, p, cost, dense_s, disk)["tpot_ms"] / 1e3, p.kl, p) for p in model.bundle.policy.points]
+    best: list[tuple[OperatingPoint, float]] = []
+    for seconds, kl, point in sorted(timed, key=lambda item: item[:2]):
+        if not best or kl < best[-1][0].kl:
+            best.append((point, seconds))
+    return best
+
+
+def disk_bytes_per_s(model: Model, count: int) -> float:
+    """Of `count` whole records at random, as many at the same time as the store reads."""
     spec, bundle = model.spec, model.bundle
     spans = bundle.layout.segment_spans
     places = model.store.scratch()[: IN_FLIGHT * sum(spans)].split(sum(spans))
@@ -71,7 +86,7 @@ def disk_bytes_per_s(model: Model) -> float:
     queue, started = ReadQueue(model.reader), time.perf_counter()
     reads: list[Read] = []
     try:
-        for index in range(READS):
+        for index in range(count):
             if index >= IN_FLIGHT:
                 _finish(reads[index - IN_FLIGHT])
             key = ExpertKey(int(generator.choice(layers)), int(generator.integers(spec.num_experts)))
@@ -82,7 +97,7 @@ def disk_bytes_per_s(model: Model) -> float:
             _finish(read)
     finally:
         queue.close()
-    return READS * sum(spans) / (time.perf_counter() - started)
+    return count * sum(spans) / (time.perf_counter() - started)
 
 
 def _finish(read: Read) -> None:

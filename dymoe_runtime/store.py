@@ -8,6 +8,7 @@ base plane below them, so they go first. Counts of use survive eviction and fade
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,8 @@ from dymoe_runtime.tiers import RecordLayout
 
 # Experts held for the caller at once: one in use, the others arriving.
 WINDOW = IN_FLIGHT + 1
-# Uses count for less as later uses come: the weight of a use grows by this factor per token.
+# Uses count for less as later uses come: the weight of a use grows by this factor per token. At 1 the store
+# forgets nothing (LFU), at 2 the last use is about all that counts (LRU).
 GROWTH = 1.01
 RESCALE_AT = 1e30
 
@@ -54,6 +56,7 @@ class StoreStats:
     look_ahead_hits: int = 0  # look-ahead reads that were used
     look_ahead_waste: int = 0  # look-ahead reads that were evicted or overtaken unused
     evictions: int = 0
+    wait_s: float = 0.0  # for demanded reads
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,13 +92,16 @@ class ExpertStore:
         prior: np.ndarray | None = None,
         experts: int | None = None,
         prepare: Callable[[int, list[torch.Tensor]], Any] = lambda tier, segments: segments,
+        growth: float = GROWTH,
     ) -> None:
         least = least_arena_bytes(layout)
         if arena_bytes < least:
             raise DymoeError(f"expert arena of {arena_bytes} bytes is too small; the least that works is {least} bytes")
         self.layout = layout
         self.stats = StoreStats()
+        self.observer: Callable[[Sequence[Want]], None] | None = None  # told of what is demanded
         self._prepare = prepare
+        self._growth = growth
         full = full_arena_bytes(layout, shape[0] * shape[1])
         self._arena = Arena(layout.segment_spans, min(arena_bytes, full), self._forget_prepared)
         self.arena_bytes = self._arena.chunks * self._arena.chunk_bytes
@@ -136,7 +142,7 @@ class ExpertStore:
 
     def tick(self) -> None:
         """A token has passed: uses from now on count a little more than earlier ones."""
-        self._weight *= GROWTH
+        self._weight *= self._growth
         if self._weight > RESCALE_AT:
             self._uses /= self._weight
             self._cost /= self._weight
@@ -148,6 +154,8 @@ class ExpertStore:
         Those in memory come first, together. Segments stay in place until the next are asked for.
         The first reads are under way on return.
         """
+        if self.observer is not None:
+            self.observer(wants)
         delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
         next(delivery)
         return delivery
@@ -164,6 +172,8 @@ class ExpertStore:
             self._staying.update(zip(wants, found, strict=True))
         self.stats.requests += len(wants)
         self.stats.hits += len(wants)
+        if self.observer is not None:
+            self.observer(wants)
         return found
 
     def holds(self, layer: int, tier: int) -> bool:
@@ -322,7 +332,9 @@ class ExpertStore:
         read = entry.read
         if read is None:
             return
+        started = time.perf_counter()
         read.done.wait()
+        self.stats.wait_s += time.perf_counter() - started
         entry.read = None
         if read.error is not None:
             self._drop(entry, read.first)

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from dymoe_compile.cli import main as compile_command
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.cli import bundle as bundle_command
+from dymoe_runtime.bundle_cli import bundle as bundle_command
 from dymoe_runtime.cli import run as run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

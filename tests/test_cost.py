@@ -70,3 +70,26 @@ def test_a_model_that_does_not_fit_knows_its_costs_before_it_reads(shipped_path:
         with Model(bundle, RunOptions(arena_bytes=arena, context=16)) as model:
             assert (model.experts.cost is not None) == known
             model.prefill([1, 2, 3])
+
+
+def test_a_time_per_token_picks_the_best_point_that_makes_it(shipped_path: Path) -> None:
+    """Anything is fast enough for ten seconds, and nothing for a nanosecond."""
+    tail = ("--prompt", "def", "--max-tokens", 3, "--ignore-eos", "--json")
+    policy = Bundle.open(shipped_path).policy
+    best = min(policy.points, key=lambda point: point.kl).name
+    assert run_cli(shipped_path, "--tpot", "10s", *tail).json["point"] == best
+    assert run_cli(shipped_path, "--tpot", "0.000001ms", *tail).json["point"] != best
+    for wrong in ("fast", "0ms", "-1ms", "100"):
+        assert run_cli(shipped_path, "--tpot", wrong, *tail).code == 2
+    assert run_cli(shipped_path, "--tpot", "1s", "--point", 3, *tail).code == 2
+
+
+def test_a_quality_picks_the_smallest_point_that_has_it(shipped_path: Path) -> None:
+    tail = ("--prompt", "def", "--max-tokens", 3, "--ignore-eos", "--json")
+    policy = Bundle.open(shipped_path).policy
+    smallest = min(policy.points, key=lambda point: point.bytes_per_token)
+    assert run_cli(shipped_path, "--quality", smallest.kl, *tail).json["point"] == smallest.name
+    chosen = policy.point(run_cli(shipped_path, "--quality", 0.01, *tail).json["point"])
+    assert chosen.kl <= 0.01 and not [p for p in policy.points if p.kl <= 0.01 and p.bits_mean < chosen.bits_mean - 0.1]
+    outcome = run_cli(shipped_path, "--quality", 1e-9, *tail)
+    assert outcome.code == 1 and "allow as much" in outcome.err and outcome.err.count("\n") == 1

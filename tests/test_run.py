@@ -50,6 +50,9 @@ def test_bench_gives_the_keys_of_the_contract(tiny_path: Path) -> None:
     assert set(outcome.json) >= BENCH_KEYS
     assert outcome.json["prompt_tokens"] == 9 and outcome.json["new_tokens"] == 5
     assert "bits per active expert" in run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5).out
+    warm = run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5, "--warm-up", "--json").json
+    assert warm["prompt_tokens"] == 9 and warm["read_bytes"] < outcome.json["read_bytes"]
+    assert run_cli(tiny_path, "--prompt", PROMPT, "--warm-up").code == 2
 
 
 def test_sampling_is_reproducible_by_its_seed(shipped_path: Path) -> None:

@@ -3,10 +3,11 @@
     python benchmarks/streaming/against_llama.py BUNDLE --llama-bench PATH --limit-mb 1964 982 \\
         --gguf Q4_0.gguf --gguf Q2_K.gguf
 
-Each round runs every setting once, cold, in a cgroup of each limit: this bundle at `--tiers` and `--points`
-with a prompt of `--prompt` random tokens and `--new-tokens` after it; and each GGUF file, mapped, behind a
-loop device with the read-ahead that suits it (`--read-ahead-kb`, tuned) or with 0 for how the disk comes. Prints
-medians, ranges, ratios to llama.cpp's best at as many bits, and the peak by the kernel's accounts.
+Each round runs every setting once, with an empty page cache, in a cgroup of each limit: this bundle at `--tiers` and
+`--points`, and each GGUF file, mapped, behind a loop device with the read-ahead that suits it (`--read-ahead-kb`,
+tuned; 0: as the disk comes). *decode*: `--new-tokens` random tokens, ours after a prompt; *prompt*: of `--prompt`
+random tokens after another one, as llama-bench does; *cold s*: from the start of the process to the first token after
+a prompt, nothing before it. Prints medians, ranges and ratios, and the peak by the kernel's accounts.
 """
 
 from __future__ import annotations
@@ -62,32 +63,30 @@ def add(rates: Rates, found: dict[str, float]) -> None:
 
 def dymoe(args: argparse.Namespace, setting: Sequence[str], limit: float) -> dict[str, float]:
     command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--bench", *setting, "--json"]
-    command += [
-        "--prompt-tokens",
-        str(args.prompt),
-        "--new-tokens",
-        str(args.new_tokens),
-        "--threads",
-        str(args.threads),
-    ]
-    outcome = run([*command, *args.options.split()], int(limit * 1e6))
-    result = json.loads(checked(outcome).out.splitlines()[-1])
+    command += ["--prompt-tokens", str(args.prompt), "--threads", str(args.threads), *args.options.split()]
+    warm = run([*command, "--new-tokens", str(args.new_tokens), "--warm-up"], int(limit * 1e6))
+    result = json.loads(checked(warm).out.splitlines()[-1])
+    cold = checked(run([*command, "--new-tokens", "1"], int(limit * 1e6)))
     return {
         "decode": result["tokens_per_s"],
         "prompt": args.prompt / result["ttft_s"],
-        "cold ttft s": outcome.seconds - args.new_tokens * result["tpot_s"],
+        "cold s": cold.seconds - json.loads(cold.out.splitlines()[-1])["tpot_s"],
         "MB/token": result["decode_read_bytes_per_token"] / 1e6,
-        "peak MB": outcome.peak_bytes / 1e6,
+        "hit rate": 100 * result["hit_rate"],
+        "peak MB": warm.peak_bytes / 1e6,
     }
 
 
 def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float]:
     found = {}
-    for test, prompt, new in (("decode", 0, args.new_tokens), ("prompt", args.prompt, 0)):
+    sizes = {"decode": (0, args.new_tokens), "prompt": (args.prompt, 0), "cold s": (args.prompt, 0)}
+    for test, (prompt, new) in sizes.items():
         with behind_loop(gguf, args.read_ahead_kb) as model:
             command = [args.llama_bench, "-m", model, "-t", str(args.threads), "-p", str(prompt), "-n", str(new)]
-            outcome = run([*command, "-r", "1", "--repack", "0", "-o", "json"], int(limit * 1e6))
-        found[test] = json.loads(checked(outcome).out)[0]["samples_ts"][0]
+            command += ["-r", "1", "--repack", "0", "-o", "json", *(["--no-warmup"] if test == "cold s" else [])]
+            outcome = checked(run(command, int(limit * 1e6)))
+        rate = json.loads(outcome.out)[0]["samples_ts"][0]
+        found[test] = outcome.seconds if test == "cold s" else rate
         found["peak MB"] = outcome.peak_bytes / 1e6
     return found
 
@@ -114,16 +113,16 @@ def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
 
 
 def report(limit: float, rates: dict[str, Rates]) -> None:
-    tests = ("decode", "prompt", "cold ttft s", "MB/token", "peak MB")
+    tests = ("decode", "prompt", "cold s", "MB/token", "hit rate", "peak MB")
     peers = [name for name in rates if name.startswith("llama")]
     print(f"\n{limit:.0f} MB{'':<12}" + "".join(f"{test:>24}" for test in tests))
     for name, found in rates.items():
         print(f"{name:<28}" + "".join(f"{cell(found.get(test, [])):>24}" for test in tests))
-    for name in set(rates) - set(peers):
+    for name in [name for name in rates if name not in peers]:
         for peer in peers:
             ratios = [
                 f"{test} {statistics.median(rates[name][test]) / statistics.median(rates[peer][test]):.2f}"
-                for test in ("decode", "prompt")
+                for test in ("decode", "prompt", "cold s")
             ]
             print(f"{name} over {peer}: {', '.join(ratios)}")
     sys.stdout.flush()

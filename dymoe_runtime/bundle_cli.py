@@ -1,0 +1,85 @@
+"""dymoe-bundle: what a bundle holds, whether it is sound, and how it would run with other memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.inspect import describe, format_description
+from dymoe_runtime.model import prior
+from dymoe_runtime.store import GROWTH
+from dymoe_runtime.trace import format_replay, read_trace, replay, split
+
+
+@click.group()
+@click.version_option(package_name="dymoe")
+def bundle() -> None:
+    """Look at a bundle or check it."""
+
+
+@bundle.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@one_sentence
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Sizes, effective bits, tiers and policy of BUNDLE."""
+    description = describe(Bundle.open(bundle))
+    if as_json:
+        print_json(description)
+    else:
+        click.echo(format_description(description))
+
+
+@bundle.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@one_sentence
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Check every tensor and record of BUNDLE against its checksum."""
+    opened = Bundle.open(bundle)
+    checked, problems = 0, []
+    pieces = len(opened.manifest.dense_crc32) + len(opened.manifest.layers) * (opened.spec.num_experts + 1) + 1
+    with progress_bar("verify", pieces) as advance:
+        for _, problem in opened.verify():
+            advance()
+            checked += 1
+            if problem:
+                problems.append(problem)
+    if as_json:
+        print_json({"ok": not problems, "checked": checked, "problems": problems})
+    if problems:
+        for problem in problems[1:]:
+            click.echo(problem, err=True)
+        raise DymoeError(problems[0])
+    if not as_json:
+        click.echo(f"{bundle}: {checked} pieces checked, all sound")
+
+
+@bundle.command("replay", cls=ManyValues)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("trace", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--arena", "arenas", type=Size(), multiple=True, metavar="SIZE…", help="Memory for experts.")
+@click.option(
+    "--fade", "fades", type=click.FloatRange(1, 100), multiple=True, metavar="X…", help="1: LFU; 2: LRU, nearly."
+)
+@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
+@one_sentence
+def replay_command(bundle: Path, trace: Path, arenas: Sequence[int], fades: Sequence[float], as_json: bool) -> None:
+    """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
+    opened, lines = Bundle.open(bundle), read_trace(trace)
+    sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
+    settings = [(size, fade) for size in sizes for fade in fades or (GROWTH,)]
+    rows = []
+    with progress_bar("replay", len(settings)) as advance:
+        for size, fade in settings:
+            rows.append(replay(opened, lines, size, fade, prior(opened)))
+            advance()
+    if as_json:
+        print_json({"traced": split(lines), "replayed": rows})
+    else:
+        click.echo(format_replay(split(lines), rows))

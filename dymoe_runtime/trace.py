@@ -1,0 +1,148 @@
+"""What each layer of each pass wanted, found and waited for, line by line; and how another store would have fared."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.decoder import Experts, Routing
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.store import ExpertStore, Want, least_arena_bytes
+
+
+class Tracer:
+    """Writes one JSON object a line: of each layer, then of the pass as a whole.
+
+    A layer has `pass`, `tokens`, `layer`, `wants` ([expert, tier] each), `gates` of a single token, `hits`,
+    `read_bytes` (look-ahead's too), `wait_s` and `seconds` of the routed experts; a pass `pass`, `tokens`, `seconds`.
+    """
+
+    def __init__(self, stream: IO[str], store: ExpertStore) -> None:
+        self._stream = stream
+        self._store = store
+        self._pass = 0
+        self._wants: Sequence[Want] = ()
+        store.observer = self._note
+
+    def around(self, experts: Experts) -> Experts:
+        """The same experts, traced."""
+
+        def traced(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+            stats = self._store.stats
+            hits, read_bytes, wait_s = stats.hits, stats.read_bytes, stats.wait_s
+            started = time.perf_counter()
+            y = experts(layer, h, routing)
+            line: dict[str, Any] = {"pass": self._pass, "tokens": len(h), "layer": layer}
+            line["wants"] = [[key.expert, tier] for key, tier in self._wants]
+            if len(h) == 1:
+                line["gates"] = [round(gate, 6) for gate in routing.gates[0].tolist()]
+            line |= {"hits": stats.hits - hits, "read_bytes": stats.read_bytes - read_bytes}
+            line |= {"wait_s": stats.wait_s - wait_s, "seconds": time.perf_counter() - started}
+            self._write(line)
+            return y
+
+        return traced
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """All layers are done."""
+        self._write({"pass": self._pass, "tokens": tokens, "seconds": seconds})
+        self._pass += 1
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _note(self, wants: Sequence[Want]) -> None:
+        self._wants = wants
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(line) + "\n")
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The lines of a trace; DymoeError where it is not one."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise DymoeError(f"{path}: not a trace ({error}); make one with dymoe-run --trace") from error
+    if not all(isinstance(line, dict) and {"pass", "tokens", "seconds"} <= set(line) for line in lines):
+        raise DymoeError(f"{path}: not a trace; make one with dymoe-run --trace")
+    if not lines:
+        raise DymoeError(f"{path}: is empty; make a trace with dymoe-run --trace")
+    return lines
+
+
+def split(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean milliseconds of a decoded token: all, waiting for reads, the experts otherwise, and the rest."""
+    decoded = [line for line in lines if line["tokens"] == 1]
+    passes = [line["seconds"] for line in decoded if "layer" not in line]
+    layers = [line for line in decoded if "layer" in line]
+    count = max(len(passes), 1)
+    total, wait = 1e3 * sum(passes) / count, 1e3 * sum(line["wait_s"] for line in layers) / count
+    experts = 1e3 * sum(line["seconds"] for line in layers) / count - wait
+    rest = total - wait - experts
+    return {"tokens": len(passes), "total_ms": total, "wait_ms": wait, "experts_ms": experts, "rest_ms": rest}
+
+
+def replay(
+    bundle: Bundle, lines: Sequence[Mapping[str, Any]], arena_bytes: int, fade: float, prior: np.ndarray | None
+) -> dict[str, Any]:
+    """How a store of `arena_bytes` that lets uses fade by `fade` a token would have fared, without look-ahead.
+
+    It is the store itself with a reader that reads nothing, so it does what it would have done.
+    """
+    spec = bundle.spec
+    arena = max(arena_bytes, least_arena_bytes(bundle.layout))
+    store = ExpertStore(bundle.layout, (spec.num_layers, spec.num_experts), _read_nothing, arena, prior, growth=fade)
+    decoded, before = 0, (0, 0, 0)
+    try:
+        for line in lines:
+            if "layer" in line:
+                for _ in store.begin([Want(ExpertKey(line["layer"], expert), tier) for expert, tier in line["wants"]]):
+                    pass
+                continue
+            store.tick()
+            if line["tokens"] == 1:
+                decoded += 1
+            elif not decoded:
+                before = (store.stats.requests, store.stats.hits, store.stats.read_bytes)
+    finally:
+        store.close()
+    requests, hits, read_bytes = (
+        now - then
+        for now, then in zip((store.stats.requests, store.stats.hits, store.stats.read_bytes), before, strict=True)
+    )
+    return {
+        "arena_bytes": arena,
+        "fade": fade,
+        "hits": store.stats.hits,
+        "read_bytes": store.stats.read_bytes,
+        "decode_hit_rate": hits / requests if requests else 0.0,
+        "decode_read_bytes_per_token": read_bytes / decoded if decoded else 0.0,
+    }
+
+
+def format_replay(parts: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"traced      {parts['tokens']:.0f} tokens decoded, {parts['total_ms']:.2f} ms each: "
+        f"waiting {parts['wait_ms']:.2f}, experts {parts['experts_ms']:.2f}, the rest {parts['rest_ms']:.2f}",
+        "",
+        f"{'arena MiB':>10}{'fade':>8}{'hit rate':>10}{'MB/token':>10}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['arena_bytes'] / (1 << 20):>10.0f}{row['fade']:>8g}{row['decode_hit_rate']:>10.1%}"
+            f"{row['decode_read_bytes_per_token'] / 1e6:>10.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _read_nothing(key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
+    pass

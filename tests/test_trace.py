@@ -1,0 +1,83 @@
+"""A trace tells what happened, and a replay of it what would have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import bundle_cli, run_cli
+
+from dymoe_runtime.bundle import Bundle
+
+TOKENS = 30
+
+
+def traced(bundle: Path, path: Path, *args: object) -> dict:
+    """The run's own figures."""
+    tail = ("--max-tokens", TOKENS, "--ignore-eos", "--json", "--trace", path, *args)
+    outcome = run_cli(bundle, "--prompt", "def __init__(self, name):", *tail)
+    assert outcome.code == 0, outcome.err
+    return outcome.json
+
+
+def half(bundle: Path) -> int:
+    return Bundle.open(bundle).expert_bytes() // 2
+
+
+def test_a_trace_has_every_layer_of_every_pass(shipped_path: Path, tmp_path: Path) -> None:
+    result = traced(shipped_path, tmp_path / "trace.jsonl", "--tiers", 4, "--arena", half(shipped_path))
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    spec = Bundle.open(shipped_path).spec
+    layers = [line for line in lines if "layer" in line]
+    passes = [line for line in lines if "layer" not in line]
+    assert len(passes) == TOKENS  # the prompt, and a token less than there are, for the last is not run
+    assert [line["layer"] for line in layers] == list(spec.moe_layers) * TOKENS
+    assert all(len(line["wants"]) == spec.top_k == len(line["gates"]) for line in layers if line["tokens"] == 1)
+    assert all(tier == 4 for line in layers for _, tier in line["wants"])
+    assert sum(line["read_bytes"] for line in layers) == result["read_bytes"]
+    assert sum(line["hits"] for line in layers) / sum(len(line["wants"]) for line in layers) == result["hit_rate"]
+    for line in passes:
+        own = [layer for layer in layers if layer["pass"] == line["pass"]]
+        assert 0 <= sum(layer["wait_s"] for layer in own) <= sum(layer["seconds"] for layer in own) <= line["seconds"]
+
+
+def test_what_is_at_hand_is_traced_too(shipped_path: Path, tmp_path: Path) -> None:
+    traced(shipped_path, tmp_path / "trace.jsonl", "--arena", 1 << 30)
+    layers = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines() if "layer" in line]
+    spec = Bundle.open(shipped_path).spec
+    assert all(len(line["wants"]) == spec.top_k for line in layers if line["tokens"] == 1)
+
+
+@pytest.mark.parametrize("setting", [("--tiers", 4), ("--point", 3)])
+@pytest.mark.parametrize("share", [3, 5, 9])
+def test_a_replay_fares_as_the_store_did(shipped_path: Path, tmp_path: Path, setting: tuple, share: int) -> None:
+    arena = Bundle.open(shipped_path).expert_bytes() * share // 10
+    path = tmp_path / "trace.jsonl"
+    result = traced(shipped_path, path, *setting, "--arena", arena, "--no-look-ahead")
+    outcome = bundle_cli("replay", shipped_path, path, "--arena", arena, "--json")
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.json["replayed"]
+    requests = sum(len(json.loads(line)["wants"]) for line in path.read_text().splitlines() if "layer" in line)
+    assert row["hits"] == round(result["hit_rate"] * requests)
+    assert row["read_bytes"] == result["read_bytes"]
+
+
+def test_a_replay_tries_memory_and_ways_to_forget(shipped_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    outcome = bundle_cli("replay", shipped_path, path, "--arena", "3MiB", "6MiB", "--fade", 1, 1.01, 2, "--json")
+    rows = outcome.json["replayed"]
+    assert [(row["arena_bytes"], row["fade"]) for row in rows] == [
+        (size << 20, fade) for size in (3, 6) for fade in (1, 1.01, 2)
+    ]
+    assert min(row["decode_hit_rate"] for row in rows[3:]) > max(row["decode_hit_rate"] for row in rows[:3])
+    assert outcome.json["traced"]["tokens"] == TOKENS - 1
+    assert "hit rate" in bundle_cli("replay", shipped_path, path).out
+
+
+def test_what_is_no_trace_is_refused(shipped_path: Path, tmp_path: Path) -> None:
+    for text in ("", "not json", "[1]", '{"pass": 1}'):
+        (tmp_path / "trace.jsonl").write_text(text)
+        outcome = bundle_cli("replay", shipped_path, tmp_path / "trace.jsonl")
+        assert outcome.code == 1 and "--trace" in outcome.err and outcome.err.count("\n") == 1
