@@ -96,5 +96,5 @@ def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
         scores += tokens * context if spec.sliding_window else 0
         scores += 8 * WEIGHTS_AT_ONCE
     else:
-        scores = spec.num_heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens)
+        scores = spec.num_heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens) + spec.num_kv_heads * tokens
     return 4 * (tokens * rows + scores + 3 * spec.vocab_size)

@@ -71,7 +71,8 @@ def verify_command(bundle: Path, as_json: bool) -> None:
 @one_sentence
 def replay_command(bundle: Path, trace: Path, arenas: Sequence[int], fades: Sequence[float], as_json: bool) -> None:
     """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
-    opened, lines = Bundle.open(bundle), read_trace(trace)
+    opened = Bundle.open(bundle)
+    lines = read_trace(trace, opened)
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
     settings = [(size, fade) for size in sizes for fade in fades or (GROWTH,)]
     rows = []

@@ -126,8 +126,12 @@ def _check_modes(o: dict[str, Any]) -> None:
     chosen += ["tiers"] if o["tiers"] != "auto" else []
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join('--' + name for name in chosen)} exclude each other")
-    if o["tpot"] is not None and (o["eval_files"] or o["probing"] or o["no_dynamic"]):
-        raise click.UsageError("--tpot goes with neither --eval, --probe nor --no-dynamic")
+    if o["tpot"] is not None and (o["eval_files"] or o["probing"]):
+        raise click.UsageError("--tpot goes with neither --eval nor --probe")
+    if (o["tpot"] is not None or o["quality"] is not None) and (o["no_dynamic"] or o["no_depth"]):
+        raise click.UsageError("--tpot and --quality choose measured points, which --no-dynamic and --no-depth are not")
+    if o["trace"] is not None and (o["eval_files"] or o["probing"]):
+        raise click.UsageError("--trace goes with neither --eval nor --probe")
     if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
         raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
     if o["point"] not in (None, "auto") and not _is_bits(o["point"]):

@@ -100,6 +100,7 @@ class StoredExperts:
         self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        entered = time.perf_counter()
         if len(routing.gates) == 1 and routing.token_weights is None:
             experts = routing.experts[0].tolist()
             tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
@@ -115,7 +116,9 @@ class StoredExperts:
         wants = [Want(ExpertKey(layer, expert), max(run.tier for run in runs)) for expert, runs in work.runs.items()]
         delivery = self.store.begin(wants)
         if (look_ahead := self._look_ahead_from(layer)) is not None:
-            self.store.look_ahead(look_ahead.wants(layer + 1, routing, self.rule), wants, self._idle_s(layer, work))
+            self.store.look_ahead(
+                look_ahead.wants(layer + 1, routing, self.rule), wants, self._idle_s(layer, work, entered)
+            )
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = torch.empty(len(work.tokens), h.shape[1])
         for batch in delivery:
@@ -124,12 +127,12 @@ class StoredExperts:
         self._left = (layer if len(work.rows) == 1 else -1, time.perf_counter())
         return kernels.combine(y, work.rows, routing.gates)
 
-    def _idle_s(self, layer: int, work: Work) -> float | None:
+    def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""
         if self.cost is None or len(work.rows) > 1:
             return None
         if self._left[0] == layer - 1:
-            self._between_s += LATELY * (time.perf_counter() - self._left[1] - self._between_s)
+            self._between_s += LATELY * (entered - self._left[1] - self._between_s)
         return self._between_s + self.cost.layer((run.tier, 1) for runs in work.runs.values() for run in runs)
 
     def _look_ahead_from(self, layer: int) -> LookAhead | None:

@@ -104,6 +104,7 @@ class Model:
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
         self._trial = Trial()  # of looking ahead
+        stream = None if options.trace is None else options.trace.open("w", encoding="utf-8")
         dense = BundleDense(bundle)
         self.reader = RecordReader(bundle)
         self.store = ExpertStore(
@@ -119,8 +120,8 @@ class Model:
         step = _step(bundle.spec, dense)
         self.decoder = Decoder(bundle.spec, dense, self.experts, step)
         self._tracer: Tracer | None = None
-        if options.trace is not None:
-            self._tracer = Tracer(options.trace.open("w", encoding="utf-8"), self.store)
+        if stream is not None:
+            self._tracer = Tracer(stream, self.store)
             self.decoder.experts = self._tracer.around(self.experts)
         if options.look_ahead:
             if not self.store.roomy and kernels.isa() != "torch":
@@ -178,7 +179,7 @@ class Model:
 
     def reset(self, position: int = 0) -> None:
         """Forget the tokens from `position` on."""
-        self._cache.length = min(position, self._cache.length)
+        self._cache.length = max(0, min(position, self._cache.length))
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
@@ -332,7 +333,7 @@ def _predictors(bundle: Bundle) -> dict[int, torch.Tensor]:
     """The look-ahead predictors [experts, H + 1] by layer; opening the bundle has checked the file."""
     shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
     path = bundle.path / LOOK_AHEAD
-    predictors = {int(layer): tensor for layer, tensor in load(path.read_bytes()).items()}
+    predictors = {int(layer): tensor.float() for layer, tensor in load(path.read_bytes()).items()}
     if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
         raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
     return predictors

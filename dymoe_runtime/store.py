@@ -56,7 +56,7 @@ class StoreStats:
     look_ahead_hits: int = 0  # look-ahead reads that were used
     look_ahead_waste: int = 0  # look-ahead reads that were evicted or overtaken unused
     evictions: int = 0
-    wait_s: float = 0.0  # for demanded reads
+    wait_s: float = 0.0  # for the reads of demanded experts
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,7 +109,7 @@ class ExpertStore:
             layout.segment_spans
         )
         self._entries: dict[ExpertKey, _Entry] = {}
-        self._in_use: set[ExpertKey] = set()  # those delivered last that nothing pins
+        self._lent: list[_Entry] = []  # pinned until the next are asked for
         self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
         self._held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
@@ -151,9 +151,12 @@ class ExpertStore:
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Starts reading what is missing and yields the wanted experts as they come, each once.
 
-        Those in memory come first, together. Segments stay in place until the next are asked for.
-        The first reads are under way on return.
+        Those in memory come first, together as far as they can be held at once. Segments stay in place until the
+        next are asked for, here or by another `begin`. The first reads are under way on return.
         """
+        for entry in self._lent:
+            self._unpin(entry)
+        self._lent = []
         if self.observer is not None:
             self.observer(wants)
         delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
@@ -184,10 +187,10 @@ class ExpertStore:
         """Start reading experts that may be wanted soon, best guess first.
 
         Displaces only segments that are used less than the guesses, and none of `needed_now`.
-        With `idle_s`, how long the disk would idle, no more than about fits.
+        With `idle_s`, the time until they are wanted, no more than fits at the speed that one read has.
         """
         self._cancel_guesses()
-        keep = {want.key for want in (*wants, *needed_now)} | self._in_use
+        keep = {want.key for want in (*wants, *needed_now)}
         before, rate = self.stats.look_ahead_bytes, self._reads.bytes_per_s
         most = None if idle_s is None or rate is None else idle_s * rate
         for want in wants:
@@ -207,16 +210,16 @@ class ExpertStore:
         return True
 
     def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Yields once when it is noted that `wants`, which are resident, are in use, then all of them."""
+        """Yields once when `wants`, which are resident, are pinned till the next `begin`, then all of them."""
         self.stats.requests += len(wants)
         self.stats.hits += len(wants)
         if not self._roomy:
-            self._in_use = {want.key for want in wants}
             for key, tier in wants:
-                uses, entry = self._uses[key], self._entries[key]
-                uses[: self._segments_of[tier]] += self._weight
-                if entry.pins == 0:
-                    self._cost[key] = uses[len(entry.slots) - 1]
+                entry = self._entries[key]
+                self._uses[key][: self._segments_of[tier]] += self._weight
+                entry.pins += 1
+                self._refresh(entry)
+                self._lent.append(entry)
         yield []
         yield [self._delivered(want) for want in wants]
 
@@ -243,7 +246,6 @@ class ExpertStore:
         window = max(WINDOW, self._arena.chunks // len(self.layout.ladder))
         coming = self._in_turn(wants, window)
         wanted = {want.key for want in wants}
-        self._in_use = set()
         held: dict[Want, _Entry] = {}
         started = False
         try:

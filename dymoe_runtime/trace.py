@@ -38,6 +38,7 @@ class Tracer:
         def traced(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
             stats = self._store.stats
             hits, read_bytes, wait_s = stats.hits, stats.read_bytes, stats.wait_s
+            self._note(())
             started = time.perf_counter()
             y = experts(layer, h, routing)
             line: dict[str, Any] = {"pass": self._pass, "tokens": len(h), "layer": layer}
@@ -66,17 +67,27 @@ class Tracer:
         self._stream.write(json.dumps(line) + "\n")
 
 
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The lines of a trace; DymoeError where it is not one."""
+def read_trace(path: Path, bundle: Bundle) -> list[dict[str, Any]]:
+    """The lines of a trace of `bundle`; DymoeError where it is not one."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise DymoeError(f"{path}: not a trace ({error}); make one with dymoe-run --trace") from error
-    if not all(isinstance(line, dict) and {"pass", "tokens", "seconds"} <= set(line) for line in lines):
-        raise DymoeError(f"{path}: not a trace; make one with dymoe-run --trace")
-    if not lines:
-        raise DymoeError(f"{path}: is empty; make a trace with dymoe-run --trace")
+        sound = all(_fits(line, bundle) for line in lines)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DymoeError(f"{path}: not a trace ({error!r}); make one with dymoe-run --trace") from error
+    if not lines or not sound:
+        raise DymoeError(f"{path}: not a trace of this bundle; make one with dymoe-run --trace")
     return lines
+
+
+def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
+    counts = [line["pass"], line["tokens"]]
+    if "layer" in line:
+        counts += [line["hits"], line["read_bytes"]]
+        known = line["layer"] in bundle.manifest.layers and line["wait_s"] >= 0
+        experts, ladder = range(bundle.spec.num_experts), bundle.manifest.ladder
+        if not known or not all(expert in experts and tier in ladder for expert, tier in line["wants"]):
+            return False
+    return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
 
 
 def split(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -96,7 +107,8 @@ def replay(
 ) -> dict[str, Any]:
     """How a store of `arena_bytes` that lets uses fade by `fade` a token would have fared, without look-ahead.
 
-    It is the store itself with a reader that reads nothing, so it does what it would have done.
+    It is the store itself with a reader that reads nothing, so it does what it would have done; but where more
+    experts of a layer are wanted than can be held at once, what leaves depends on how fast reads are.
     """
     spec = bundle.spec
     arena = max(arena_bytes, least_arena_bytes(bundle.layout))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 
-# Tokens of a try, and for how many tries the faster way is kept.
+# Tokens of each way in a try, and how often as many the faster way is kept.
 TOKENS = 12
 KEPT = 24
 
 
 class Trial:
-    """Says token by token whether to do something: with it, without it, then for long what was faster.
+    """Says token by token whether to do something: by turns with and without it, then for long what was faster.
 
-    What is tried must not change results. A try counts by its median, for single tokens are disturbed.
+    What is tried must not change results. Turns are of one token, for a cache that fills makes later tokens
+    faster; medians decide, for single tokens are disturbed.
     """
 
     def __init__(self, tokens: int = TOKENS, kept: int = KEPT) -> None:
@@ -25,14 +26,10 @@ class Trial:
         """A token has taken so long, done as `on` said."""
         if self._left:
             self._left -= 1
-            if not self._left:
-                self._times = {True: [], False: []}
             return
         self._times[self.on].append(seconds)
-        if len(self._times[self.on]) < self._tokens:
-            return
-        if len(self._times[not self.on]) < self._tokens:
-            self.on = not self.on
-            return
-        self.on = statistics.median(self._times[True]) < statistics.median(self._times[False])
-        self._left = self._kept * self._tokens
+        self.on = not self.on
+        if all(len(times) == self._tokens for times in self._times.values()):
+            self.on = statistics.median(self._times[True]) < statistics.median(self._times[False])
+            self._times = {True: [], False: []}
+            self._left = self._kept * self._tokens

@@ -115,12 +115,16 @@ def test_a_prompt_does_not_depend_on_threads(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-def test_what_is_not_finite_spoils_only_those_who_see_it(isa: str) -> None:
+def test_a_key_that_is_not_finite_spoils_only_those_who_see_it(isa: str) -> None:
+    """A value may spoil its neighbours too."""
     t = Tokens(4, 2, 64, 100)
     t.k[0, 40, 3] = float("nan")
     got, _ = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[0], 0)
     assert got[:2, 40:].isnan().all()
     assert got[:2, :40].isfinite().all() and got[2:].isfinite().all()
+    t.k[0, 40, 3], t.v[0, 40, 3] = 0.0, float("nan")
+    got, _ = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], 0)
+    assert got[:2, 40:, 3].isnan().all() and got[2:].isfinite().all()
 
 
 @pytest.mark.parametrize("isa", COMPILED)

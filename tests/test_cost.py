@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_cli
 
-from dymoe_runtime import cost
+from dymoe_runtime import cost, probe
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.model import Model, RunOptions
@@ -72,16 +72,23 @@ def test_a_model_that_does_not_fit_knows_its_costs_before_it_reads(shipped_path:
             model.prefill([1, 2, 3])
 
 
-def test_a_time_per_token_picks_the_best_point_that_makes_it(shipped_path: Path) -> None:
-    """Anything is fast enough for ten seconds, and nothing for a nanosecond."""
+def test_a_time_per_token_picks_the_best_point_that_makes_it(
+    shipped_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a point takes as many milliseconds as it has bits."""
+    monkeypatch.setattr(probe, "predict", lambda model, point, *_: {"tpot_ms": point.bits_mean})
     tail = ("--prompt", "def", "--max-tokens", 3, "--ignore-eos", "--json")
     policy = Bundle.open(shipped_path).policy
     best = min(policy.points, key=lambda point: point.kl).name
     assert run_cli(shipped_path, "--tpot", "10s", *tail).json["point"] == best
-    assert run_cli(shipped_path, "--tpot", "0.000001ms", *tail).json["point"] != best
+    smallest = min(policy.points, key=lambda point: (point.bits_mean, point.kl)).name
+    assert run_cli(shipped_path, "--tpot", "1ms", *tail).json["point"] == smallest
+    middle = policy.point(run_cli(shipped_path, "--tpot", "3.1ms", *tail).json["point"])
+    assert middle.kl == min(point.kl for point in policy.points if point.bits_mean <= 3.1)
     for wrong in ("fast", "0ms", "-1ms", "100"):
         assert run_cli(shipped_path, "--tpot", wrong, *tail).code == 2
-    assert run_cli(shipped_path, "--tpot", "1s", "--point", 3, *tail).code == 2
+    for clash in (("--point", 3), ("--no-depth",), ("--no-dynamic",), ("--quality", 1)):
+        assert run_cli(shipped_path, "--tpot", "1s", *clash, *tail).code == 2
 
 
 def test_a_quality_picks_the_smallest_point_that_has_it(shipped_path: Path) -> None:
@@ -93,3 +100,16 @@ def test_a_quality_picks_the_smallest_point_that_has_it(shipped_path: Path) -> N
     assert chosen.kl <= 0.01 and not [p for p in policy.points if p.kl <= 0.01 and p.bits_mean < chosen.bits_mean - 0.1]
     outcome = run_cli(shipped_path, "--quality", 1e-9, *tail)
     assert outcome.code == 1 and "allow as much" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_look_ahead_rests_where_the_trial_says_so(shipped_path: Path) -> None:
+    bundle = Bundle.open(shipped_path)
+    options = RunOptions(arena_bytes=bundle.expert_bytes() // 2, context=64, tier=4)
+    for on in (True, False):
+        with Model(bundle, options) as model:
+            model.prefill([1, 2, 3])
+            model.reset_stats()
+            model._trial.on, model._trial._left = on, 1000
+            for token in range(20, 50):
+                model.decode(token)
+            assert (model.store.stats.look_ahead_reads > 0) == on

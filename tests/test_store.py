@@ -383,6 +383,28 @@ def test_what_is_there_comes_before_what_is_read(make: Make) -> None:
     assert {wanted for batch in delivery for wanted, _ in batch} == {want(1), want(3)}
 
 
+@pytest.mark.parametrize("name", ["real", "four tiers"])
+def test_what_is_lent_stays_in_place_while_others_are_read_ahead(make: Make, name: str) -> None:
+    """Even where that would be the room for them; the views are those taken before."""
+    layout, lent = LAYOUTS[name], 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        arena = least_arena_bytes(layout) + seed % 5 * chunk_bytes(layout.segment_spans)
+        store, reader = make(layout=layout, shape=(3, 16), arena_bytes=arena)
+        for _ in range(40):
+            fetch(store, reader, *random_wants(rng, layout, 3)[:WINDOW])
+            there = [Want(e.key, layout.ladder[len(e.slots) - 1]) for e in store._entries.values() if e.read is None]
+            for batch in store.begin(rng.sample(there, min(2, len(there)))):
+                views = [(wanted, at(wanted.tier)) for wanted, at in batch]
+                look_ahead(store, reader, *[want(e, rng.choice(layout.ladder), rng.randrange(3)) for e in range(6)])
+                for wanted, segments in views:
+                    for number, segment in enumerate(segments):
+                        assert torch.equal(segment, reader.content(wanted.key, number))
+                lent += len(views)
+            store.tick()
+    assert lent > 1000
+
+
 def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
     store, reader = make(arena_bytes=1 << 20)
     guesses = [want(expert) for expert in range(8)]

@@ -43,10 +43,13 @@ def test_a_trace_has_every_layer_of_every_pass(shipped_path: Path, tmp_path: Pat
 
 
 def test_what_is_at_hand_is_traced_too(shipped_path: Path, tmp_path: Path) -> None:
-    traced(shipped_path, tmp_path / "trace.jsonl", "--arena", 1 << 30)
-    layers = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines() if "layer" in line]
-    spec = Bundle.open(shipped_path).spec
-    assert all(len(line["wants"]) == spec.top_k for line in layers if line["tokens"] == 1)
+    """As where it has to be read."""
+    wants = []
+    for arena in (1 << 30, half(shipped_path)):
+        traced(shipped_path, tmp_path / "trace.jsonl", "--tiers", 4, "--arena", arena)
+        lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+        wants.append([sorted(line["wants"]) for line in lines if "layer" in line])
+    assert wants[0] == wants[1]
 
 
 @pytest.mark.parametrize("setting", [("--tiers", 4), ("--point", 3)])
@@ -76,8 +79,33 @@ def test_a_replay_tries_memory_and_ways_to_forget(shipped_path: Path, tmp_path: 
     assert "hit rate" in bundle_cli("replay", shipped_path, path).out
 
 
+def test_what_cannot_be_traced_is_refused(shipped_path: Path, tmp_path: Path) -> None:
+    assert run_cli(shipped_path, "--probe", "--trace", tmp_path / "trace.jsonl").code == 2
+    outcome = run_cli(shipped_path, "--prompt", "a", "--trace", tmp_path / "missing" / "trace.jsonl")
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+
+
 def test_what_is_no_trace_is_refused(shipped_path: Path, tmp_path: Path) -> None:
-    for text in ("", "not json", "[1]", '{"pass": 1}'):
+    layer = {
+        "pass": 0,
+        "tokens": 1,
+        "layer": 0,
+        "wants": [[1, 4]],
+        "hits": 0,
+        "read_bytes": 0,
+        "wait_s": 0,
+        "seconds": 1,
+    }
+    wrong = [
+        {"wants": [[9999, 4]]},
+        {"wants": [[1, 7]]},
+        {"wants": [[-1, 4]]},
+        {"wants": 3},
+        {"layer": 99},
+        {"hits": None},
+    ]
+    texts = ["", "not json", "[1]", '{"pass": 1}', json.dumps({"pass": 0, "tokens": 1, "layer": 0, "seconds": 1})]
+    for text in texts + [json.dumps(layer | change) for change in wrong]:
         (tmp_path / "trace.jsonl").write_text(text)
         outcome = bundle_cli("replay", shipped_path, tmp_path / "trace.jsonl")
         assert outcome.code == 1 and "--trace" in outcome.err and outcome.err.count("\n") == 1

@@ -76,7 +76,7 @@ using CacheTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int>;
 LayerCache cache_from(const CacheTuple& tuple, int64_t positions) {
   const auto [keys, values, capacity, bits] = tuple;
   if (bits != 8 && bits != 16 && bits != 32) reject("a cache keeps 8, 16 or 32 bits");
-  if (positions < 0 || positions > capacity)
+  if (positions < 1 || positions > capacity)
     reject("position " + std::to_string(positions - 1) + " is not below " + std::to_string(capacity));
   return {reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity, bits};
 }

@@ -358,6 +358,7 @@ struct TileState {
   }
 };
 
+/// A value that is not finite spoils all rows of the tile, whether they look there or not: nothing times NaN is NaN.
 void attend_tile(const PromptTile& tile, float* scratch) {
   TileState state(tile, scratch);
   for (int64_t key = state.first_key(); key < state.past_last_key(); key += kTileKeys) state.take(key);
