@@ -82,6 +82,7 @@ PROBE_CONTEXT = 512
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT…", help="End before this text.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--latency", is_flag=True, help="Run an expert that matters less with what is in memory of it.")
 @click.option("--no-look-ahead", is_flag=True, help="Do not read the next layer's experts early.")
 @click.option("--no-dynamic", is_flag=True, help="One tier for all experts, the nearest to the point's bits.")
 @click.option("--no-depth", is_flag=True, help="The same thresholds in all layers.")
@@ -130,6 +131,8 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--tpot goes with neither --eval nor --probe")
     if (o["tpot"] is not None or o["quality"] is not None) and (o["no_dynamic"] or o["no_depth"]):
         raise click.UsageError("--tpot and --quality choose measured points, which --no-dynamic and --no-depth are not")
+    if o["latency"] and o["eval_files"]:
+        raise click.UsageError("--latency depends on what is in memory, which --eval must not")
     if o["trace"] is not None and (o["eval_files"] or o["probing"]):
         raise click.UsageError("--trace goes with neither --eval nor --probe")
     if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
@@ -158,6 +161,7 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         threads=o["threads"],
         pin_threads=o["pin_threads"],
         trace=o["trace"],
+        latency=o["latency"],
         look_ahead=not o["no_look_ahead"],
         dynamic=not o["no_dynamic"],
         depth=not o["no_depth"],

@@ -92,6 +92,7 @@ class StoredExperts:
         self.rule = rule
         self.stats = TierStats()
         self._activation = activation
+        self.latency = False  # decoding, run what is there of an expert below the highest tier rather than wait
         self.look_ahead = look_ahead
         self.looks_ahead = True  # whether it is used just now
         self.cost: CostModel | None = None  # to read no further ahead than there is time for
@@ -104,6 +105,8 @@ class StoredExperts:
         if len(routing.gates) == 1 and routing.token_weights is None:
             experts = routing.experts[0].tolist()
             tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
+            if self.latency:
+                tiers = self._at_once(layer, experts, tiers)
             self.stats.add_each(tiers)
             ready = self._at_hand(layer, experts, tiers)
             if ready is not None:
@@ -126,6 +129,14 @@ class StoredExperts:
             kernels.moe(jobs, h, work.tokens, y, self._activation)
         self._left = (layer if len(work.rows) == 1 else -1, time.perf_counter())
         return kernels.combine(y, work.rows, routing.gates)
+
+    def _at_once(self, layer: int, experts: Sequence[int], tiers: Sequence[int]) -> list[int]:
+        """The tiers to run now: what is there of an expert of less than the highest, all of one of the highest."""
+        highest, wants = self.rule.ladder[-1], self._wants
+        return [
+            tier if tier in (0, highest) else self.store.tier_at_hand(wants(layer, expert, tier)) or tier
+            for expert, tier in zip(experts, tiers, strict=True)
+        ]
 
     def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""

@@ -58,6 +58,7 @@ class RunOptions:
     threads: int | None = None
     pin_threads: bool = False
     trace: Path | None = None  # where to write what every layer does
+    latency: bool = False  # let what is in memory lower the tier of experts that matter less
     look_ahead: bool = True
     dynamic: bool = True
     depth: bool = True
@@ -117,6 +118,7 @@ class Model:
             partial(kernels.prepare, bundle.layout),
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
+        self.experts.latency = options.latency
         step = _step(bundle.spec, dense)
         self.decoder = Decoder(bundle.spec, dense, self.experts, step)
         self._tracer: Tracer | None = None

@@ -179,6 +179,15 @@ class ExpertStore:
             self.observer(wants)
         return found
 
+    def tier_at_hand(self, want: Want) -> int:
+        """The highest tier up to the wanted that can run without waiting; 0 if there is none."""
+        entry = self._entries.get(want.key)
+        if entry is None:
+            return 0
+        reading = entry.read is not None and not (entry.read.done.is_set() and entry.read.error is None)
+        there = entry.read.first if entry.read is not None and reading else len(entry.slots)
+        return max((t for t in self.layout.ladder if t <= want.tier and self._segments_of[t] <= there), default=0)
+
     def holds(self, layer: int, tier: int) -> bool:
         """Whether every expert of `layer` is in memory up to `tier`, or on its way."""
         return bool(self._held[layer, self._segments_of[tier] - 1] == self._cost.shape[1])

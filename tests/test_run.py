@@ -80,6 +80,14 @@ def test_the_cache_takes_the_bits_that_it_is_given(shipped_path: Path) -> None:
     assert run_cli(shipped_path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
 
 
+def test_latency_reads_less_by_running_what_is_there(shipped_path: Path) -> None:
+    small = ("--point", 3, "--arena", "3MB", "--no-look-ahead")
+    plain, quick = answer(shipped_path, *small, tokens=60), answer(shipped_path, *small, "--latency", tokens=60)
+    assert quick["read_bytes"] < plain["read_bytes"] and quick["bits_mean"] < plain["bits_mean"]
+    assert quick["tier_shares"]["4"] == pytest.approx(plain["tier_shares"]["4"], abs=0.1)
+    assert run_cli(shipped_path, "--eval", __file__, "--latency").code == 2
+
+
 def test_chat_answers_by_the_template(shipped_path: Path) -> None:
     outcome = run_cli(shipped_path, "--chat", "--prompt", "Hello", "--max-tokens", 5, "--json")
     assert outcome.code == 0 and outcome.json["prompt_tokens"] >= 5

@@ -405,6 +405,19 @@ def test_what_is_lent_stays_in_place_while_others_are_read_ahead(make: Make, nam
     assert lent > 1000
 
 
+def test_the_tier_at_hand_is_what_need_not_be_waited_for(make: Make) -> None:
+    store, reader = make(arena_bytes=1 << 20)
+    assert store.tier_at_hand(want(1)) == 0
+    fetch(store, reader, want(1, 2), want(2, 3))
+    assert [store.tier_at_hand(want(e, tier)) for e, tier in ((1, 4), (2, 4), (2, 2))] == [2, 3, 2]
+    reader.hold(key(1))
+    delivery = store.begin([want(1, 4)])
+    assert store.tier_at_hand(want(1)) == 2
+    reader.release(key(1))
+    receive(reader, delivery)
+    assert store.tier_at_hand(want(1)) == 4
+
+
 def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
     store, reader = make(arena_bytes=1 << 20)
     guesses = [want(expert) for expert in range(8)]
