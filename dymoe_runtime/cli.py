@@ -31,6 +31,7 @@ from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.model import Model, RunOptions, check_ids
 from dymoe_runtime.probe import format_probe, probe
 from dymoe_runtime.sampling import SamplingParams
+from dymoe_runtime.store import GROWTH
 from dymoe_runtime.text import Tokenizer
 
 CHAT_CONTEXT = 4096
@@ -63,6 +64,7 @@ PROBE_CONTEXT = 512
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Decoded tokens of --bench.")
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
 @click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
+@click.option("--fade", type=click.FloatRange(1, 100), default=GROWTH, hidden=True, help="To compare: 1 LFU, 2 LRU.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of context to make room for.")
 @click.option(
     "--kv-bits", type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Of the KV cache."
@@ -161,6 +163,7 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         threads=o["threads"],
         pin_threads=o["pin_threads"],
         trace=o["trace"],
+        fade=o["fade"],
         latency=o["latency"],
         look_ahead=not o["no_look_ahead"],
         dynamic=not o["no_dynamic"],

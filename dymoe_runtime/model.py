@@ -32,7 +32,7 @@ from dymoe_runtime.policy import OperatingPoint, TierRule
 from dymoe_runtime.probe import ladder_of_points
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.store import ExpertStore
+from dymoe_runtime.store import GROWTH, ExpertStore
 from dymoe_runtime.trace import Tracer
 from dymoe_runtime.trial import Trial
 
@@ -58,6 +58,7 @@ class RunOptions:
     threads: int | None = None
     pin_threads: bool = False
     trace: Path | None = None  # where to write what every layer does
+    fade: float = GROWTH  # of uses in the store, by a token
     latency: bool = False  # let what is in memory lower the tier of experts that matter less
     look_ahead: bool = True
     dynamic: bool = True
@@ -116,6 +117,7 @@ class Model:
             prior(bundle),
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
+            options.fade,
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.experts.latency = options.latency
