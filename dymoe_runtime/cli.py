@@ -29,7 +29,7 @@ from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_refe
 from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.model import Model, RunOptions, check_ids
-from dymoe_runtime.probe import format_probe, probe
+from dymoe_runtime.probe import format_probe, hold_pace, probe
 from dymoe_runtime.sampling import SamplingParams
 from dymoe_runtime.store import GROWTH
 from dymoe_runtime.text import Tokenizer
@@ -158,7 +158,6 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         kv_bits=int(o["kv_bits"]),
         point=o["point"],
         quality=o["quality"],
-        tpot_s=o["tpot"],
         tier=None if o["tiers"] == "auto" else int(o["tiers"]),
         threads=o["threads"],
         pin_threads=o["pin_threads"],
@@ -169,6 +168,17 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         dynamic=not o["no_dynamic"],
         depth=not o["no_depth"],
     )
+
+
+def _load(bundle: Bundle, o: dict[str, Any], context: int) -> Model:
+    model = Model(bundle, _run_options(o, context))
+    try:
+        if o["tpot"] is not None:
+            hold_pace(model, o["tpot"])
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 def _sampling(o: dict[str, Any]) -> SamplingParams:
@@ -185,7 +195,7 @@ def _answer(bundle: Bundle, o: dict[str, Any]) -> None:
     else:
         ids = tokenizer.encode(prompt)
     params = _sampling(o)
-    with Model(bundle, _run_options(o, len(ids) + o["max_tokens"])) as model:
+    with _load(bundle, o, len(ids) + o["max_tokens"]) as model:
         text, finish, timing = _stream(_generate(model, tokenizer, ids, params, o))
         statistics = model.statistics() | timing
     if o["stats"]:
@@ -202,7 +212,7 @@ def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
     params = _sampling(o)
     seen: list[int] = []
     statistics: dict[str, Any] = {}
-    with Model(bundle, _run_options(o, CHAT_CONTEXT)) as model:
+    with _load(bundle, o, CHAT_CONTEXT) as model:
         for line in _turns():
             messages.append({"role": "user", "content": line})
             ids = tokenizer.encode(tokenizer.chat(messages), add_special_tokens=False)
@@ -292,7 +302,7 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
         )
     g = torch.Generator().manual_seed(o["seed"])
     ids, others = (torch.randint(bundle.spec.vocab_size, (count,), generator=g).tolist() for _ in range(2))
-    with Model(bundle, _run_options(o, count)) as model:
+    with _load(bundle, o, count) as model:
         if o["warm_up"]:
             model.prefill(others[: o["prompt_tokens"]])
             model.reset()

@@ -29,7 +29,6 @@ from dymoe_runtime.experts import LookAhead, StoredExperts
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.pace import Pace
 from dymoe_runtime.policy import OperatingPoint, TierRule
-from dymoe_runtime.probe import ladder_of_points
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import GROWTH, ExpertStore
@@ -53,7 +52,6 @@ class RunOptions:
     kv_bits: int = 16
     point: str | None = None  # None: the policy's default; auto; or mean bits
     quality: float | None = None  # the smallest point with at most this KL
-    tpot_s: float | None = None  # the best point that takes at most so long per token, found and held
     tier: int | None = None  # every expert at this tier
     threads: int | None = None
     pin_threads: bool = False
@@ -140,9 +138,7 @@ class Model:
 
             self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
         self._pace: Pace | None = None
-        self._paced: list[OperatingPoint] = []
-        if options.tpot_s is not None:
-            self._find_pace(options.tpot_s)
+        self._paced: tuple[OperatingPoint, ...] = ()
         self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
 
     def __enter__(self) -> Model:
@@ -169,12 +165,9 @@ class Model:
             self.bundle.layout, self.spec.top_k, experts, self.store.scratch(), self.spec.activation, counts
         )
 
-    def _find_pace(self, target_s: float) -> None:
-        """Start with the best point that should be fast enough, else with the fastest."""
-        points = ladder_of_points(self)
-        self._paced = [point for point, _ in points]
-        start = max((i for i, (_, seconds) in enumerate(points) if seconds <= target_s), default=0)
-        self._pace = Pace(len(points), start, target_s)
+    def hold_pace(self, points: Sequence[OperatingPoint], start: int, target_s: float) -> None:
+        """Run one of `points`, by rising time, as the clock of decoded tokens says; first that with index `start`."""
+        self._paced, self._pace = tuple(points), Pace(len(points), start, target_s)
         self._run_point(self._paced[start])
 
     def _run_point(self, point: OperatingPoint) -> None:

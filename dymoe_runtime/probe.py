@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.device import format_size
 from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.model import Model
 from dymoe_runtime.policy import OperatingPoint
 from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
 from dymoe_runtime.spec import ExpertKey
-
-if TYPE_CHECKING:
-    from dymoe_runtime.model import Model
 
 # Reads of the disk's probe.
 READS = 48
@@ -75,6 +73,16 @@ def ladder_of_points(model: Model) -> list[tuple[OperatingPoint, float]]:
         if not best or kl < best[-1][0].kl:
             best.append((point, seconds))
     return best
+
+
+def hold_pace(model: Model, target_s: float) -> None:
+    """Start with the best point that should take at most `target_s` per token, else the fastest; then the clock says.
+
+    `model` must not have run yet.
+    """
+    points = ladder_of_points(model)
+    start = max((i for i, (_, seconds) in enumerate(points) if seconds <= target_s), default=0)
+    model.hold_pace([point for point, _ in points], start, target_s)
 
 
 def disk_bytes_per_s(model: Model, count: int) -> float:
