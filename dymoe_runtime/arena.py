@@ -81,6 +81,16 @@ class Arena:
             chunk.size_class = -1
             self._free.append(slot.chunk)
 
+    def give_back(self) -> bool:
+        """Give the memory of a free chunk back to the system, for good; whether there was one."""
+        if not self._free and not self._compact():
+            return False
+        chunk = self._free.pop()
+        self.chunks -= 1
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._memory.madvise(mmap.MADV_DONTNEED, chunk * self.chunk_bytes, self.chunk_bytes)
+        return True
+
     def _take(self, number: int, size_class: int) -> Slot:
         chunk = self._chunks[number]
         index = next(i for i in range(self._per_chunk[size_class]) if i not in chunk.slots)

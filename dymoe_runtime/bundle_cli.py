@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import click
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.eviction import GROWTH
 from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.model import prior
-from dymoe_runtime.store import GROWTH
 from dymoe_runtime.trace import format_replay, read_trace, replay, split
+from dymoe_runtime.warm_up import POLICIES
 
 
 @click.group()
@@ -67,18 +68,21 @@ def verify_command(bundle: Path, as_json: bool) -> None:
 @click.option(
     "--fade", "fades", type=click.FloatRange(1, 100), multiple=True, metavar="X…", help="1: LFU; 2: LRU, nearly."
 )
+@click.option("--policy", "policies", type=click.Choice(POLICIES), multiple=True, help="What leaves memory first.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @one_sentence
-def replay_command(bundle: Path, trace: Path, arenas: Sequence[int], fades: Sequence[float], as_json: bool) -> None:
+def replay_command(
+    bundle: Path, trace: Path, arenas: Sequence[int], fades: Sequence[float], policies: Sequence[str], as_json: bool
+) -> None:
     """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
     opened = Bundle.open(bundle)
     lines = read_trace(trace, opened)
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
-    settings = [(size, fade) for size in sizes for fade in fades or (GROWTH,)]
+    settings = list(itertools.product(sizes, policies or POLICIES[:1], fades or (GROWTH,)))
     rows = []
     with progress_bar("replay", len(settings)) as advance:
-        for size, fade in settings:
-            rows.append(replay(opened, lines, size, fade, prior(opened)))
+        for size, policy, fade in settings:
+            rows.append(replay(opened, lines, size, fade, policy))
             advance()
     if as_json:
         print_json({"traced": split(lines), "replayed": rows})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from dymoe_runtime.console import (
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_reference
+from dymoe_runtime.eviction import GROWTH
 from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.model import Model, RunOptions, check_ids
 from dymoe_runtime.probe import format_probe, hold_pace, probe
 from dymoe_runtime.sampling import SamplingParams
-from dymoe_runtime.store import GROWTH
 from dymoe_runtime.text import Tokenizer
+from dymoe_runtime.warm_up import POLICIES
 
 CHAT_CONTEXT = 4096
 PROBE_CONTEXT = 512
@@ -65,6 +67,10 @@ PROBE_CONTEXT = 512
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
 @click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
 @click.option("--fade", type=click.FloatRange(1, 100), default=GROWTH, hidden=True, help="To compare: 1 LFU, 2 LRU.")
+@click.option("--eviction", type=click.Choice(POLICIES), default=POLICIES[0], hidden=True, help="To compare.")
+@click.option("--no-overlap", is_flag=True, hidden=True, help="To compare: compute no expert before all are read.")
+@click.option("--warm-set", type=click.Path(path_type=Path), help="Keep in this file which experts to read first.")
+@click.option("--no-preload", is_flag=True, help="Do not read likely experts before they are asked for.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of context to make room for.")
 @click.option(
     "--kv-bits", type=click.Choice(["8", "16", "32"]), default="16", show_default=True, help="Of the KV cache."
@@ -89,6 +95,11 @@ PROBE_CONTEXT = 512
 @click.option("--no-dynamic", is_flag=True, help="One tier for all experts, the nearest to the point's bits.")
 @click.option("--no-depth", is_flag=True, help="The same thresholds in all layers.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write what every layer of every token does, as JSONL.")
+@click.option(
+    "--decisions",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Choose the tiers that this trace of the same prompt has.",
+)
 @click.option("--stats", is_flag=True, help="Print what the run cost to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @click.version_option(package_name="dymoe")
@@ -137,6 +148,12 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--latency depends on what is in memory, which --eval must not")
     if o["trace"] is not None and (o["eval_files"] or o["probing"]):
         raise click.UsageError("--trace goes with neither --eval nor --probe")
+    if o["decisions"] is not None and (o["latency"] or o["tpot"] is not None or o["eval_files"] or o["probing"]):
+        raise click.UsageError("--decisions goes with neither --latency, --tpot, --eval nor --probe")
+    if o["decisions"] is not None and o["decisions"] == o["trace"]:
+        raise click.UsageError("--decisions and --trace name the same file")
+    if o["warm_set"] is not None and (o["eval_files"] or o["probing"]):
+        raise click.UsageError("--warm-set goes with neither --eval nor --probe")
     if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
         raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
     if o["point"] not in (None, "auto") and not _is_bits(o["point"]):
@@ -162,7 +179,11 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
         threads=o["threads"],
         pin_threads=o["pin_threads"],
         trace=o["trace"],
+        decisions=o["decisions"],
         fade=o["fade"],
+        eviction=o["eviction"],
+        overlap=not o["no_overlap"],
+        warm_set=o["warm_set"],
         latency=o["latency"],
         look_ahead=not o["no_look_ahead"],
         dynamic=not o["no_dynamic"],
@@ -171,10 +192,13 @@ def _run_options(o: dict[str, Any], context: int) -> RunOptions:
 
 
 def _load(bundle: Bundle, o: dict[str, Any], context: int) -> Model:
-    model = Model(bundle, _run_options(o, context))
+    options = _run_options(o, context)
+    model = Model(bundle, replace(options, preload=not o["no_preload"] and o["tpot"] is None))
     try:
         if o["tpot"] is not None:
             hold_pace(model, o["tpot"])
+            if not o["no_preload"]:
+                model.preload()
     except BaseException:
         model.close()
         raise
@@ -198,6 +222,7 @@ def _answer(bundle: Bundle, o: dict[str, Any]) -> None:
     with _load(bundle, o, len(ids) + o["max_tokens"]) as model:
         text, finish, timing = _stream(_generate(model, tokenizer, ids, params, o))
         statistics = model.statistics() | timing
+        model.remember()
     if o["stats"]:
         click.echo(format_statistics(statistics), err=True)
     if o["as_json"]:
@@ -223,6 +248,7 @@ def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
             statistics = model.statistics() | timing
             if o["stats"]:
                 click.echo(format_statistics(statistics), err=True)
+        model.remember()
     if o["as_json"]:
         print_json({"messages": messages, **statistics})
 
@@ -318,6 +344,7 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
             "tpot_s": model.stats.decode.seconds / o["new_tokens"],
             "decode_read_bytes_per_token": (model.store.stats.read_bytes - read) / o["new_tokens"],
         }
+        model.remember()
     if o["as_json"]:
         print_json(statistics)
     else:

@@ -92,6 +92,7 @@ class StoredExperts:
         self.rule = rule
         self.stats = TierStats()
         self._activation = activation
+        self.decided: Callable[[int, Sequence[int]], list[int]] | None = None  # in place of the rule for single tokens
         self.latency = False  # decoding, run what is there of an expert below the highest tier rather than wait
         self.look_ahead = look_ahead
         self.looks_ahead = True  # whether it is used just now
@@ -104,20 +105,23 @@ class StoredExperts:
         entered = time.perf_counter()
         if len(routing.gates) == 1 and routing.token_weights is None:
             experts = routing.experts[0].tolist()
-            tiers = self.rule.choose_for_token(layer, experts, routing.gates[0].tolist())
-            if self.latency:
-                tiers = self._at_once(layer, experts, tiers)
+            tiers, lacking = self._tiers_of_token(layer, experts, routing.gates[0].tolist())
             self.stats.add_each(tiers)
             ready = self._at_hand(layer, experts, tiers)
             if ready is not None:
+                self.store.promote(lacking)
                 return kernels.moe_token(ready, h, routing.gates, self._activation)
             work = plan_token(experts, tiers)
         else:
             chosen = self.rule.choose(layer, routing)
             self.stats.add(chosen)
-            work = plan_tokens(routing.experts, chosen)
-        wants = [Want(ExpertKey(layer, expert), max(run.tier for run in runs)) for expert, runs in work.runs.items()]
+            work, lacking = plan_tokens(routing.experts, chosen), []
+        wants = [
+            Want(ExpertKey(layer, expert), max(run.tier for run in runs), sum(run.rows for run in runs))
+            for expert, runs in work.runs.items()
+        ]
         delivery = self.store.begin(wants)
+        self.store.promote(lacking, wants)
         if (look_ahead := self._look_ahead_from(layer)) is not None:
             self.store.look_ahead(
                 look_ahead.wants(layer + 1, routing, self.rule), wants, self._idle_s(layer, work, entered)
@@ -130,13 +134,24 @@ class StoredExperts:
         self._left = (layer if len(work.rows) == 1 else -1, time.perf_counter())
         return kernels.combine(y, work.rows, routing.gates)
 
-    def _at_once(self, layer: int, experts: Sequence[int], tiers: Sequence[int]) -> list[int]:
-        """The tiers to run now: what is there of an expert of less than the highest, all of one of the highest."""
+    def _tiers_of_token(
+        self, layer: int, experts: Sequence[int], gates: Sequence[float]
+    ) -> tuple[list[int], list[Want]]:
+        """The tiers to run now, and what they would be if it were in memory.
+
+        With `latency` what is there of an expert of less than the highest tier, all of one of the highest.
+        """
+        if self.decided is not None:
+            return self.decided(layer, experts), []
+        tiers = self.rule.choose_for_token(layer, experts, gates)
+        if not self.latency:
+            return tiers, []
         highest, wants = self.rule.ladder[-1], self._wants
-        return [
-            tier if tier in (0, highest) else self.store.tier_at_hand(wants(layer, expert, tier)) or tier
-            for expert, tier in zip(experts, tiers, strict=True)
+        chosen = [wants(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True)]
+        now = [
+            want.tier if want.tier in (0, highest) else self.store.tier_at_hand(want) or want.tier for want in chosen
         ]
+        return now, [want for want, tier in zip(chosen, now, strict=True) if tier < want.tier]
 
     def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import load
 
@@ -25,19 +24,30 @@ from dymoe_runtime.device import (
     return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.eviction import GROWTH
 from dymoe_runtime.experts import LookAhead, StoredExperts
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.pace import Pace
 from dymoe_runtime.policy import OperatingPoint, TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.store import GROWTH, ExpertStore
-from dymoe_runtime.trace import Tracer
+from dymoe_runtime.store import ExpertStore
+from dymoe_runtime.trace import Decisions, Tracer, read_trace
 from dymoe_runtime.trial import Trial
+from dymoe_runtime.warm_up import (
+    POLICIES,
+    expected_uses,
+    make_eviction,
+    preload_order,
+    read_warm_set,
+    write_warm_set,
+)
 
 if TYPE_CHECKING:
     from dymoe_runtime.step import DecodeStep
 
+# What a uniform setting is called, before its bits.
+TIER = "tier "
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
 
@@ -56,7 +66,12 @@ class RunOptions:
     threads: int | None = None
     pin_threads: bool = False
     trace: Path | None = None  # where to write what every layer does
+    decisions: Path | None = None  # a trace whose tiers to choose again
     fade: float = GROWTH  # of uses in the store, by a token
+    eviction: str = POLICIES[0]
+    overlap: bool = True  # compute experts while others are read
+    preload: bool = False  # start to read likely experts before anything else is loaded
+    warm_set: Path | None = None  # uses of the last session, read at the start and replaced at the end
     latency: bool = False  # let what is in memory lower the tier of experts that matter less
     look_ahead: bool = True
     dynamic: bool = True
@@ -104,30 +119,52 @@ class Model:
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
         self._trial = Trial()  # of looking ahead
+        self._decisions: Decisions | None = None
+        if options.decisions is not None:
+            self._decisions = Decisions(read_trace(options.decisions, bundle), str(options.decisions))
         stream = None if options.trace is None else options.trace.open("w", encoding="utf-8")
-        dense = BundleDense(bundle)
         self.reader = RecordReader(bundle)
+        self._warm_set = options.warm_set
+        known = None if options.warm_set is None else read_warm_set(options.warm_set, bundle)
+        self._expected = expected_uses(bundle) if known is None else known
+        self._eviction = make_eviction(bundle, options.fade, options.eviction, self._expected)
         self.store = ExpertStore(
             bundle.layout,
             (bundle.spec.num_layers, bundle.spec.num_experts),
             self.reader,
             options.arena_bytes or self.budget.arena,
-            prior(bundle),
+            self._eviction,
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
-            options.fade,
+            options.overlap,
         )
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.experts.latency = options.latency
+        if self._decisions is not None:
+            self.experts.decided = self._decisions.tiers
+        if options.look_ahead and not self.store.roomy and kernels.isa() != "torch":
+            self.experts.cost = self.measure_cost(counts=(1,))
+        self._tracer = None if stream is None else Tracer(stream, self.store)
+        try:
+            self._load(options)
+        except BaseException:
+            self.close()
+            raise
+        self._pace: Pace | None = None
+        self._paced: tuple[OperatingPoint, ...] = ()
+        self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
+
+    def _load(self, options: RunOptions) -> None:
+        """Everything but the experts, and these meanwhile."""
+        bundle = self.bundle
+        if options.preload:
+            self.preload()
+        dense = BundleDense(bundle)
         step = _step(bundle.spec, dense)
         self.decoder = Decoder(bundle.spec, dense, self.experts, step)
-        self._tracer: Tracer | None = None
-        if stream is not None:
-            self._tracer = Tracer(stream, self.store)
+        if self._tracer is not None:
             self.decoder.experts = self._tracer.around(self.experts)
         if options.look_ahead:
-            if not self.store.roomy and kernels.isa() != "torch":
-                self.experts.cost = self.measure_cost(counts=(1,))
             predictors = _predictors(bundle)
             if step is not None:
                 for layer, predictor in predictors.items():
@@ -137,9 +174,6 @@ class Model:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
 
             self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
-        self._pace: Pace | None = None
-        self._paced: tuple[OperatingPoint, ...] = ()
-        self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
 
     def __enter__(self) -> Model:
         return self
@@ -148,10 +182,15 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        self.store.close()
-        self.reader.close()
+        if self.store.close():
+            self.reader.close()
         if self._tracer is not None:
             self._tracer.close()
+
+    def remember(self) -> None:
+        """Write the warm set, if there is to be one."""
+        if self._warm_set is not None:
+            write_warm_set(self._warm_set, self._eviction.rates())
 
     @property
     def position(self) -> int:
@@ -174,6 +213,21 @@ class Model:
         self.point, self.rule = point.name, TierRule.of(point, self.bundle.policy)
         self.experts.rule = self.rule
 
+    def _begin_pass(self, tokens: int) -> None:
+        if self._decisions is None:
+            return
+        name = self._decisions.begin(tokens)
+        if name != self.point:
+            point = next((point for point in self.bundle.policy.points if point.name == name), None)
+            if point is None or self.point.startswith(TIER):
+                raise DymoeError(f"--decisions: the trace was made at {name}, this is {self.point}; give the same")
+            self._run_point(point)
+
+    def preload(self) -> None:
+        """Start to read the experts that will be used most, as many as fit; once nothing is measured any more."""
+        bits = next((p.bits_mean for p in self.bundle.policy.points if p.name == self.point), max(self.rule.highest))
+        self.store.preload(preload_order(self.bundle, self._expected, bits, self.store.arena_bytes))
+
     def reset(self, position: int = 0) -> None:
         """Forget the tokens from `position` on."""
         self._cache.length = max(0, min(position, self._cache.length))
@@ -188,10 +242,11 @@ class Model:
         x = torch.empty(0)
         for start in range(0, len(ids), CHUNK):
             chunk, begun = torch.tensor(ids[start : start + CHUNK]), time.perf_counter()
+            self._begin_pass(len(chunk))
             x = self.decoder.forward(chunk, self._cache, weigh_tokens=self.rule.weighs_tokens)
-            self.store.tick()
+            self.store.tick(len(chunk))
             if self._tracer is not None:
-                self._tracer.passed(len(chunk), time.perf_counter() - begun)
+                self._tracer.passed(len(chunk), time.perf_counter() - begun, self.point)
         logits = self.decoder.logits(x[-1:])[0]
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
@@ -211,13 +266,14 @@ class Model:
         # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
         torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
         self.experts.looks_ahead = self._trial.on
+        self._begin_pass(1)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]
         seconds = time.perf_counter() - started
         self._trial.took(seconds)
         if self._tracer is not None:
-            self._tracer.passed(1, seconds)
+            self._tracer.passed(1, seconds, self.point)
         if self._pace is not None and self._pace.took(seconds):
             self._run_point(self._paced[self._pace.index])
         self.stats.decode.tokens += 1
@@ -285,7 +341,7 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
     if options.tier is not None:
         if options.tier not in ladder:
             raise DymoeError(f"--tiers {options.tier}: the bundle has tiers {', '.join(map(str, ladder))}")
-        return f"tier {options.tier}", TierRule.uniform(options.tier, ladder, layers)
+        return f"{TIER}{options.tier}", TierRule.uniform(options.tier, ladder, layers)
     if options.quality is not None:
         point = policy.smallest_within(options.quality)
     elif options.point is None:
@@ -296,7 +352,7 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
         point = policy.nearest(float(options.point))
     if not options.dynamic:
         tier = min(ladder, key=lambda t: abs(t - point.bits_mean))
-        return f"tier {tier}", TierRule.uniform(tier, ladder, layers)
+        return f"{TIER}{tier}", TierRule.uniform(tier, ladder, layers)
     rule = TierRule.of(point, policy)
     return point.name, rule if options.depth else rule.without_depth()
 
@@ -315,15 +371,6 @@ def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     from dymoe_runtime.step import DecodeStep  # needs the compiled kernels to be there
 
     return DecodeStep.make(spec, dense, kernels.isa())
-
-
-def prior(bundle: Bundle) -> np.ndarray:
-    """Expected uses of each expert per token, [layers, experts]."""
-    prior = np.zeros((bundle.spec.num_layers, bundle.spec.num_experts))
-    for layer in bundle.policy.layers:
-        if layer.frequency:
-            prior[layer.layer] = layer.frequency
-    return prior
 
 
 def _predictors(bundle: Bundle) -> dict[int, torch.Tensor]:

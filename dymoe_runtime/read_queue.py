@@ -1,4 +1,4 @@
-"""Threads that fill buffers from a bundle, demanded ones before guessed ones."""
+"""Threads that fill buffers from a bundle, the most urgent first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 
@@ -19,8 +20,19 @@ IN_FLIGHT = 2
 # What the newest read counts in how fast reads are.
 LATELY = 0.1
 
+# How long closing waits for a read that does not end; its thread is left behind then, and ends with the process.
+PATIENCE_S = 5.0
+
 # (key, first segment, buffers): fills the buffers with consecutive segments of an expert.
 Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
+
+
+class Urgency(IntEnum):
+    """What a read is for; lower goes first."""
+
+    DEMAND = 0  # somebody waits for it
+    GUESS = 1  # look-ahead: perhaps for the next layer
+    BACKGROUND = 2  # some time
 
 
 @dataclass(eq=False)
@@ -30,19 +42,22 @@ class Read:
     key: ExpertKey
     first: int
     buffers: list[torch.Tensor]
-    guess: bool = False
+    urgency: Urgency = Urgency.DEMAND
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(len(buffer) for buffer in self.buffers)
+
 
 class ReadQueue:
-    """Threads that take demanded reads first and look-ahead reads otherwise."""
+    """Threads that take the most urgent reads first, among these the oldest."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._wake = threading.Condition()
-        self._demands: deque[Read] = deque()
-        self._guesses: deque[Read] = deque()
+        self._waiting: dict[Urgency, deque[Read]] = {urgency: deque() for urgency in Urgency}
         self._finished: deque[Read] = deque()
         self._closed = False
         self.bytes_per_s: float | None = None  # of one read, lately; None before the first
@@ -52,37 +67,43 @@ class ReadQueue:
 
     def submit(self, read: Read) -> None:
         with self._wake:
-            (self._guesses if read.guess else self._demands).append(read)
+            self._waiting[read.urgency].append(read)
             self._wake.notify()
 
     def hurry(self, read: Read) -> None:
-        """A look-ahead read is demanded now."""
+        """The read is demanded now."""
+        if read.urgency is Urgency.DEMAND:
+            return
         with self._wake:
-            if read in self._guesses:
-                self._guesses.remove(read)
-                self._demands.append(read)
+            if read in self._waiting[read.urgency]:
+                self._waiting[read.urgency].remove(read)
+                read.urgency = Urgency.DEMAND
+                self._waiting[read.urgency].append(read)
 
-    def cancel_guesses(self) -> list[Read]:
-        """Take back look-ahead reads that no thread has started."""
+    def take_back(self, urgency: Urgency, most: int | None = None) -> list[Read]:
+        """Reads that no thread has started, the newest first; at most so many."""
         with self._wake:
-            cancelled = list(self._guesses)
-            self._guesses.clear()
-            return cancelled
+            waiting = self._waiting[urgency]
+            return [waiting.pop() for _ in range(len(waiting) if most is None else min(most, len(waiting)))]
 
     def finished(self) -> Iterator[Read]:
         """Reads that have ended since the last call."""
         while self._finished:
             yield self._finished.popleft()
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """End the threads; False where one still reads after some patience."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
+        until = time.monotonic() + PATIENCE_S
         for thread in self._threads:
-            thread.join()
-        for read in (*self._demands, *self._guesses):
-            read.error = DymoeError("the expert store was closed while an expert was read")
-            read.done.set()
+            thread.join(max(0.0, until - time.monotonic()))
+        for waiting in self._waiting.values():
+            for read in waiting:
+                read.error = DymoeError("the expert store was closed while an expert was read")
+                read.done.set()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (read := self._next()) is not None:
@@ -96,14 +117,14 @@ class ReadQueue:
             self._finished.append(read)
 
     def _clock(self, read: Read, seconds: float) -> None:
-        rate = sum(len(buffer) for buffer in read.buffers) / max(seconds, 1e-9)
+        rate = read.nbytes / max(seconds, 1e-9)
         known = self.bytes_per_s
         self.bytes_per_s = rate if known is None else known + LATELY * (rate - known)
 
     def _next(self) -> Read | None:
         with self._wake:
-            while not (self._demands or self._guesses or self._closed):
+            while not (any(self._waiting.values()) or self._closed):
                 self._wake.wait()
             if self._closed:
                 return None
-            return (self._demands or self._guesses).popleft()
+            return next(waiting for waiting in self._waiting.values() if waiting).popleft()

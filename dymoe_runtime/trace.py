@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
@@ -16,13 +15,15 @@ from dymoe_runtime.decoder import Experts, Routing
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want, least_arena_bytes
+from dymoe_runtime.warm_up import make_eviction
 
 
 class Tracer:
     """Writes one JSON object a line: of each layer, then of the pass as a whole.
 
-    A layer has `pass`, `tokens`, `layer`, `wants` ([expert, tier] each), `gates` of a single token, `hits`,
-    `read_bytes` (look-ahead's too), `wait_s` and `seconds` of the routed experts; a pass `pass`, `tokens`, `seconds`.
+    A layer has `pass`, `tokens`, `layer`, `wants` ([expert, tier, tokens that use it] each), `gates` of a single
+    token, `hits`, `read_bytes` (look-ahead's too), `wait_s` and `seconds` of the routed experts; a pass `pass`,
+    `tokens`, `seconds` and `point`.
     """
 
     def __init__(self, stream: IO[str], store: ExpertStore) -> None:
@@ -42,7 +43,7 @@ class Tracer:
             started = time.perf_counter()
             y = experts(layer, h, routing)
             line: dict[str, Any] = {"pass": self._pass, "tokens": len(h), "layer": layer}
-            line["wants"] = [[key.expert, tier] for key, tier in self._wants]
+            line["wants"] = [[key.expert, tier, tokens] for key, tier, tokens in self._wants]
             if len(h) == 1:
                 line["gates"] = [round(gate, 6) for gate in routing.gates[0].tolist()]
             line |= {"hits": stats.hits - hits, "read_bytes": stats.read_bytes - read_bytes}
@@ -52,9 +53,9 @@ class Tracer:
 
         return traced
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, point: str) -> None:
         """All layers are done."""
-        self._write({"pass": self._pass, "tokens": tokens, "seconds": seconds})
+        self._write({"pass": self._pass, "tokens": tokens, "seconds": seconds, "point": point})
         self._pass += 1
 
     def close(self) -> None:
@@ -85,8 +86,11 @@ def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
         counts += [line["hits"], line["read_bytes"]]
         known = line["layer"] in bundle.manifest.layers and line["wait_s"] >= 0
         experts, ladder = range(bundle.spec.num_experts), bundle.manifest.ladder
-        if not known or not all(expert in experts and tier in ladder for expert, tier in line["wants"]):
+        if not known or not all(expert in experts and tier in ladder for expert, tier, _ in line["wants"]):
             return False
+        counts += [tokens for _, _, tokens in line["wants"]]
+    elif not isinstance(line["point"], str):
+        return False
     return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
 
 
@@ -102,25 +106,59 @@ def split(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"tokens": len(passes), "total_ms": total, "wait_ms": wait, "experts_ms": experts, "rest_ms": rest}
 
 
+class Decisions:
+    """The tiers that a traced run chose, for a run of the same prompt to choose them again."""
+
+    def __init__(self, lines: Sequence[Mapping[str, Any]], where: str) -> None:
+        self._where = where
+        self._passes = [line for line in lines if "layer" not in line]
+        self._tiers = {
+            (line["pass"], line["layer"]): {expert: tier for expert, tier, _ in line["wants"]}
+            for line in lines
+            if "layer" in line and line["tokens"] == 1
+        }
+        self._next = 0
+
+    def begin(self, tokens: int) -> str:
+        """The point that the coming pass of so many tokens ran at; DymoeError where the trace has no such pass."""
+        if self._next == len(self._passes) or self._passes[self._next]["tokens"] != tokens:
+            raise self._foreign()
+        self._next += 1
+        return str(self._passes[self._next - 1]["point"])
+
+    def tiers(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Of the experts of the token that is decoded; 0 is skipped."""
+        chosen = self._tiers[self._passes[self._next - 1]["pass"], layer]
+        if not chosen.keys() <= set(experts):
+            raise self._foreign()
+        return [chosen.get(expert, 0) for expert in experts]
+
+    def _foreign(self) -> DymoeError:
+        return DymoeError(
+            f"{self._where}: the trace is not of this prompt and these options (pass {self._next}); trace them anew"
+        )
+
+
 def replay(
-    bundle: Bundle, lines: Sequence[Mapping[str, Any]], arena_bytes: int, fade: float, prior: np.ndarray | None
+    bundle: Bundle, lines: Sequence[Mapping[str, Any]], arena_bytes: int, fade: float, policy: str
 ) -> dict[str, Any]:
-    """How a store of `arena_bytes` that lets uses fade by `fade` a token would have fared, without look-ahead.
+    """How a store of `arena_bytes` with one of `POLICIES` would have fared, without look-ahead and preloading.
 
     It is the store itself with a reader that reads nothing, so it does what it would have done; but where more
     experts of a layer are wanted than can be held at once, what leaves depends on how fast reads are.
     """
     spec = bundle.spec
     arena = max(arena_bytes, least_arena_bytes(bundle.layout))
-    store = ExpertStore(bundle.layout, (spec.num_layers, spec.num_experts), _read_nothing, arena, prior, growth=fade)
+    eviction = make_eviction(bundle, fade, policy)
+    store = ExpertStore(bundle.layout, (spec.num_layers, spec.num_experts), _read_nothing, arena, eviction)
     decoded, before = 0, (0, 0, 0)
     try:
         for line in lines:
             if "layer" in line:
-                for _ in store.begin([Want(ExpertKey(line["layer"], expert), tier) for expert, tier in line["wants"]]):
+                for _ in store.begin([Want(ExpertKey(line["layer"], e), tier, n) for e, tier, n in line["wants"]]):
                     pass
                 continue
-            store.tick()
+            store.tick(line["tokens"])
             if line["tokens"] == 1:
                 decoded += 1
             elif not decoded:
@@ -134,6 +172,7 @@ def replay(
     return {
         "arena_bytes": arena,
         "fade": fade,
+        "policy": policy,
         "hits": store.stats.hits,
         "read_bytes": store.stats.read_bytes,
         "decode_hit_rate": hits / requests if requests else 0.0,
@@ -146,12 +185,12 @@ def format_replay(parts: Mapping[str, float], rows: Sequence[Mapping[str, Any]])
         f"traced      {parts['tokens']:.0f} tokens decoded, {parts['total_ms']:.2f} ms each: "
         f"waiting {parts['wait_ms']:.2f}, experts {parts['experts_ms']:.2f}, the rest {parts['rest_ms']:.2f}",
         "",
-        f"{'arena MiB':>10}{'fade':>8}{'hit rate':>10}{'MB/token':>10}",
+        f"{'arena MiB':>10}{'policy':>11}{'fade':>8}{'hit rate':>10}{'MB/token':>10}",
     ]
     for row in rows:
         lines.append(
-            f"{row['arena_bytes'] / (1 << 20):>10.0f}{row['fade']:>8g}{row['decode_hit_rate']:>10.1%}"
-            f"{row['decode_read_bytes_per_token'] / 1e6:>10.1f}"
+            f"{row['arena_bytes'] / (1 << 20):>10.0f}{row['policy']:>11}{row['fade']:>8g}"
+            f"{row['decode_hit_rate']:>10.1%}{row['decode_read_bytes_per_token'] / 1e6:>10.1f}"
         )
     return "\n".join(lines)
 

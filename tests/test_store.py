@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dymoe_runtime import store as store_module
+from dymoe_runtime import eviction as eviction_module
 from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import IN_FLIGHT, WINDOW, Delivered, ExpertStore, Want, full_arena_bytes, least_arena_bytes
 from dymoe_runtime.tiers import RecordLayout, make_layout
@@ -111,7 +112,13 @@ def make(no_hang: None) -> Iterator[Make]:
     ) -> tuple[ExpertStore, FakeReader]:
         layout = layout or flat_layout()
         reader = FakeReader(layout)
-        store = ExpertStore(layout, shape, reader, arena_bytes or SPAN * segments, prior)
+        store = ExpertStore(
+            layout,
+            shape,
+            reader,
+            arena_bytes or SPAN * segments,
+            Eviction(shape, len(layout.ladder), prior=prior),
+        )
         made.append((store, reader))
         return store, reader
 
@@ -182,11 +189,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def look_ahead(store: ExpertStore, reader: FakeReader, *wants: Want) -> None:
     """Look ahead, and wait until all of it has arrived."""
     store.look_ahead(wants)
-    wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
+    wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
 
 
 def slots_overlap(store: ExpertStore) -> bool:
-    slots = [slot for entry in store._entries.values() for slot in entry.slots]
+    slots = [slot for entry in store._memory.entries.values() for slot in entry.slots]
     spans = sorted((s.memory.data_ptr(), s.memory.data_ptr() + len(s.memory)) for s in slots)
     return any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
 
@@ -393,7 +400,9 @@ def test_what_is_lent_stays_in_place_while_others_are_read_ahead(make: Make, nam
         store, reader = make(layout=layout, shape=(3, 16), arena_bytes=arena)
         for _ in range(40):
             fetch(store, reader, *random_wants(rng, layout, 3)[:WINDOW])
-            there = [Want(e.key, layout.ladder[len(e.slots) - 1]) for e in store._entries.values() if e.read is None]
+            there = [
+                Want(e.key, layout.ladder[len(e.slots) - 1]) for e in store._memory.entries.values() if e.read is None
+            ]
             for batch in store.begin(rng.sample(there, min(2, len(there)))):
                 views = [(wanted, at(wanted.tier)) for wanted, at in batch]
                 look_ahead(store, reader, *[want(e, rng.choice(layout.ladder), rng.randrange(3)) for e in range(6)])
@@ -423,13 +432,13 @@ def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
     guesses = [want(expert) for expert in range(8)]
     look_ahead(store, reader, want(9))
     size = store.stats.look_ahead_bytes
-    store._reads.bytes_per_s = 10.0 * size  # a tenth of a second for each
-    for idle_s, reads in ((0.0, 0), (0.05, 1), (0.25, 3), (None, 4)):
+    store._memory.reads.bytes_per_s = 10.0 * size  # a tenth of a second for each
+    for idle_s, reads in ((0.0, 0), (0.025, 1), (0.125, 3), (None, 4)):
         before = store.stats.look_ahead_reads
         store.look_ahead(guesses, (), idle_s)
         assert store.stats.look_ahead_reads - before == reads
-        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
-        store._reads.bytes_per_s = 10.0 * size  # what was read has changed it
+        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
+        store._memory.reads.bytes_per_s = 10.0 * size  # what was read has changed it
 
 
 def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
@@ -442,7 +451,7 @@ def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
         one, two = store.at_hand([want(1, tier), want(2, tier)]) or ()
         check(reader, want(1, tier), lambda _: one)  # noqa: B023
         check(reader, want(2, tier), lambda _: two)  # noqa: B023
-    assert store.stats.hits == before + 6 and not any(entry.pins for entry in store._entries.values())
+    assert store.stats.hits == before + 6 and not any(entry.pins for entry in store._memory.entries.values())
     small, reader = make(segments=30)
     fetch(small, reader, want(1))
     assert small.at_hand([want(1)]) is None
@@ -451,7 +460,7 @@ def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
 def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
     store, reader = make(segments=9)
     asked = []
-    store._prepare = lambda tier, segments: asked.append(tier) or segments
+    store._memory._prepare = lambda tier, segments: asked.append(tier) or segments
     for _ in range(2):
         fetch(store, reader, want(1, 4), want(2, 2))
     assert asked == [4, 2]
@@ -487,7 +496,7 @@ def test_as_many_reads_as_agreed_are_in_flight(make: Make) -> None:
 class PlainStore:
     """What the store must read, one expert at a time, for segments of one size: least used last segment goes first."""
 
-    def __init__(self, segments: int, growth: float = store_module.GROWTH) -> None:
+    def __init__(self, segments: int, growth: float = eviction_module.GROWTH) -> None:
         self.free, self.growth, self.weight = segments, growth, 1.0
         self.resident: dict[ExpertKey, int] = {}
         self.uses: dict[tuple[ExpertKey, int], float] = {}
@@ -565,14 +574,14 @@ def test_uses_fade_as_tokens_pass(make: Make) -> None:
 def test_counts_are_rescaled_before_they_overflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     logs = []
     for limit in (1e30, 1.5):
-        monkeypatch.setattr(store_module, "RESCALE_AT", limit)
+        monkeypatch.setattr(eviction_module, "RESCALE_AT", limit)
         store, reader = make(segments=9)
         rng = random.Random(0)
         for _ in range(200):
             fetch(store, reader, want(rng.randrange(8), rng.choice((2, 3, 4))))
             store.tick()
         logs.append(reader.calls)
-        assert store._weight <= limit
+        assert store._eviction._weight <= limit
     assert logs[0] == logs[1]
 
 
@@ -696,45 +705,138 @@ def test_look_ahead_evicts_nothing_that_is_needed_now(make: Make) -> None:
     fetch(store, reader, *(want(e, 2) for e in range(9)))
     for _ in range(4):
         fetch(store, reader, want(15, 4))
-    needed = [k for k, entry in store._entries.items() if entry.slots]
+    needed = [k for k, entry in store._memory.entries.items() if entry.slots]
     store.look_ahead([want(14, 4), want(9, 2)], [Want(k, 2) for k in needed])
     assert fetch(store, reader, *(Want(k, 2) for k in needed)) == []
 
 
 @pytest.mark.parametrize("needed", [True, False])
-def test_look_ahead_displaces_what_is_used_less_unless_it_is_needed_now(make: Make, needed: bool) -> None:
+def test_look_ahead_displaces_what_is_used_least_unless_it_is_needed_now(make: Make, needed: bool) -> None:
     store, reader = make(segments=9)
-    for _ in range(3):
-        fetch(store, reader, want(15, 2))
     for _ in range(4):
-        for expert in (0, 1, 2, 4, 5, 6, 7, 8):
+        for expert in range(1, 9):
             fetch(store, reader, want(expert, 2))
-    fetch(store, reader, want(3, 2))  # in place of 15, which was used more than 3 ever was, but less than all others
-    now = [want(3, 2)] if needed else []
-    store.look_ahead([want(15, 2)], now)
-    wait_until(lambda: needed or reader.calls[-1].expert == key(15))
-    assert (fetch(store, reader, want(3, 2)) == []) == needed
-    assert store.stats.look_ahead_reads == (not needed)
+    fetch(store, reader, want(0, 2))
+    now = [want(0, 2)] if needed else []
+    store.look_ahead([want(15, 2)], now)  # never used, but soon
+    wait_until(lambda: reader.calls[-1].expert == key(15))
+    assert (fetch(store, reader, want(0, 2)) == []) == needed
+    assert store.stats.look_ahead_reads == 1
 
 
-def test_look_ahead_displaces_nothing_that_is_used_as_much(make: Make) -> None:
+def test_what_is_read_in_the_background_displaces_nothing_that_is_used_as_much(make: Make) -> None:
     store, reader = make(segments=9)
     for expert in range(10):
         fetch(store, reader, want(expert, 2))
-    store.look_ahead([want(0, 2)])  # it had to go for the last, and was used once like all others
-    assert store.stats.look_ahead_reads == 0
+    store.preload([want(0, 2)])  # it had to go for the last, and was used once like all others
+    assert store.stats.background_bytes == 0
     assert fetch(store, reader, *(want(e, 2) for e in range(1, 10))) == []
     assert store.stats.evictions == 1
 
 
 def test_a_guess_that_does_not_fit_whole_takes_no_memory(make: Make) -> None:
     store, reader = make(segments=10)
-    for expert in range(8):
-        fetch(store, reader, want(expert, 2))
-    store.look_ahead([want(15, 4)])
+    now = [want(expert, 2) for expert in range(8)]
+    fetch(store, reader, *now)
+    store.look_ahead([want(15, 4)], now)
     assert store.resident_bytes() == 8 * SPAN
     assert fetch(store, reader, want(8, 2), want(9, 2)) != []
     assert store.stats.evictions == 0
+
+
+# What is read before anybody wants it
+
+
+def test_what_is_preloaded_is_a_hit(make: Make) -> None:
+    store, reader = make(segments=30)
+    store.preload([want(1), want(2, 2)])
+    assert fetch(store, reader, want(1), want(2, 2)) == [(key(1), 0, 3), (key(2), 0, 1)]
+    assert fetch(store, reader, want(1), want(2, 2)) == []
+    assert (store.stats.hits, store.stats.background_bytes) == (4, 4 * SPAN)
+
+
+def test_preloading_goes_as_far_as_there_is_room_and_in_order(make: Make) -> None:
+    store, reader = make(segments=9)
+    store.preload([want(expert) for expert in range(9)])
+    wait_until(lambda: len(reader.calls) == 3)
+    wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
+    assert {call.expert for call in reader.calls} == {key(0), key(1), key(2)}
+    assert store.resident_bytes() == 9 * SPAN and store.stats.evictions == 0
+
+
+def test_demands_and_look_ahead_go_before_what_is_preloaded_and_take_its_room(make: Make) -> None:
+    store, reader = make(segments=18)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(6)])
+    reader.wait_for(key(0), key(1))
+    delivery = store.begin([want(9)])  # in place of 5, which nobody has begun to read
+    store.look_ahead([want(10)], [want(9)])  # in place of 4
+    reader.release()
+    receive(reader, delivery)
+    wait_until(lambda: len(reader.calls) == 6)
+    assert [call.expert for call in reader.calls[2:4]] == [key(9), key(10)]
+    assert {call.expert for call in reader.calls} == {key(e) for e in (0, 1, 2, 3, 9, 10)}
+    assert store.stats.evictions == 0 and store.stats.background_bytes == 4 * 3 * SPAN
+
+
+def test_what_is_being_preloaded_is_hurried_where_it_is_demanded(make: Make) -> None:
+    store, reader = make(segments=30)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(8)])
+    reader.wait_for(key(0), key(1))
+    delivery = store.begin([want(7)])
+    reader.release()
+    receive(reader, delivery)
+    wait_until(lambda: len(reader.calls) >= 4)
+    assert key(7) in {call.expert for call in reader.calls[2:4]} and store.stats.hits == 1
+
+
+def test_a_promotion_reads_only_refinement_planes_and_only_in_place_of_what_is_used_less(make: Make) -> None:
+    store, reader = make(segments=9)
+    fetch(store, reader, want(1, 2), want(2, 3))
+    store.promote([want(1, 4), want(2, 4)])
+    wait_until(lambda: len(reader.calls) == 4)
+    assert {tuple(call) for call in reader.calls[2:]} == {(key(1), 1, 2), (key(2), 2, 1)}
+    wait_until(lambda: store.tier_at_hand(want(1)) == store.tier_at_hand(want(2)) == 4)
+    for _ in range(3):
+        fetch(store, reader, want(3, 4))
+    store.promote([want(4, 4)])  # wanted once, the others as often or more
+    assert store.resident_bytes() == 9 * SPAN and store.tier_at_hand(want(1)) == 4
+    for _ in range(4):
+        store.promote([want(4, 4)])
+    wait_until(lambda: store.tier_at_hand(want(4)) > 0)
+
+
+# Memory that is given back
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_store_that_shrinks_keeps_what_is_used_most_and_right(make: Make, name: str) -> None:
+    layout = LAYOUTS[name]
+    store, reader = make(layout=layout, arena_bytes=full_arena_bytes(layout, 32))
+    for expert in range(16):
+        for _ in range(1 + (expert < 3)):
+            fetch(store, reader, want(expert, layout.ladder[-1]))
+    before = store.arena_bytes
+    store.shrink(before // 2)
+    assert store.arena_bytes <= max(before // 2, least_arena_bytes(layout)) and not store.roomy
+    assert fetch(store, reader, *(want(e, layout.ladder[-1]) for e in range(3))) == []
+    for expert in range(16):  # what has left is read again, and right
+        fetch(store, reader, want(expert, layout.ladder[-1]))
+    store.shrink(0)
+    assert store.arena_bytes == least_arena_bytes(layout)
+    fetch(store, reader, *(want(e, layout.ladder[-1]) for e in range(16)))
+
+
+def test_a_store_shrinks_while_it_reads(make: Make) -> None:
+    store, reader = make(segments=30)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(8)])
+    reader.wait_for(key(0), key(1))
+    threading.Timer(0.05, reader.release).start()
+    store.shrink(0)
+    assert store.arena_bytes == least_arena_bytes(flat_layout())
+    fetch(store, reader, *(want(e) for e in range(10)))
 
 
 def test_demanded_reads_overtake_look_ahead(make: Make) -> None:
@@ -790,13 +892,13 @@ def test_a_demand_takes_back_queued_look_ahead_before_it_evicts_what_is_needed_n
     delivery = store.begin(now)
     store.look_ahead([want(e, 2, layer=1) for e in range(6, 12)], now)  # four of these are only queued
     reader.wait_for(key(6, 1), key(7, 1))
-    before = [store._entries[key(e)] for e in range(6)]
+    before = [store._memory.entries[key(e)] for e in range(6)]
     for wanted, at in one_by_one(delivery):
         check(reader, wanted, at)
         if wanted == now[4]:  # by now all have been demanded
             reader.release()
     assert [c.expert for c in reader.calls if c.expert.layer == 0] == [*(key(e) for e in range(6)), key(9)]
-    assert [store._entries.get(key(e)) for e in range(6)] == before
+    assert [store._memory.entries.get(key(e)) for e in range(6)] == before
 
 
 # Errors
@@ -868,7 +970,7 @@ def test_a_failed_look_ahead_is_silent_where_it_is_not_demanded(make: Make) -> N
     look_ahead(store, reader, *(want(e, 4) for e in range(3)))
     store.look_ahead([])
     fetch(store, reader, *(want(e, 4) for e in range(3, 10)))
-    assert set(store._entries) <= {key(e) for e in range(3, 10)}
+    assert set(store._memory.entries) <= {key(e) for e in range(3, 10)}
 
 
 def test_a_failed_look_ahead_is_raised_where_it_is_demanded(make: Make) -> None:
@@ -900,7 +1002,7 @@ def test_an_error_in_begin_lets_go_of_what_it_had_pinned(make: Make) -> None:
         with pytest.raises(DymoeError):
             fetch(store, reader, want(good, 4), want(bad, 4))
     fetch(store, reader, *(want(e, 4, layer=1) for e in range(3)))
-    assert not any(entry.pins for entry in store._entries.values())
+    assert not any(entry.pins for entry in store._memory.entries.values())
 
 
 def test_an_arena_full_of_experts_in_use_is_an_error_and_passes(make: Make) -> None:
@@ -932,13 +1034,13 @@ def test_content_is_right_while_reads_fail_at_random(make: Make, arena: str) -> 
     assert 20 < failures < 100
     store.look_ahead([])
     for expert in range(16):
-        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
+        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
         reader.failing.clear()
         try:
             fetch(store, reader, want(expert))
         except DymoeError:  # of a look-ahead while reads still failed
             fetch(store, reader, want(expert))
-    assert not any(entry.pins for entry in store._entries.values())
+    assert not any(entry.pins for entry in store._memory.entries.values())
 
 
 # Ends
@@ -951,16 +1053,16 @@ def test_closing_a_delivery_early_lets_go_of_what_it_held(make: Make) -> None:
         delivery = store.begin([want(e, 4, layer) for e in range(3)])
         for _ in range(2):
             check(reader, *next(delivery)[0])
-        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._entries.values()))
+        wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
         delivery.close()
 
-    assert not any(entry.pins for entry in store._entries.values())
+    assert not any(entry.pins for entry in store._memory.entries.values())
 
 
 def test_closing_a_delivery_before_its_first_expert_lets_go_of_what_it_held(make: Make) -> None:
     store, reader = make(segments=9)
     store.begin([want(e, 4) for e in range(3)]).close()
-    assert not any(entry.pins for entry in store._entries.values())
+    assert not any(entry.pins for entry in store._memory.entries.values())
     fetch(store, reader, *(want(e, 4, layer=1) for e in range(3)))
 
 

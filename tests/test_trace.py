@@ -26,7 +26,8 @@ def half(bundle: Path) -> int:
 
 
 def test_a_trace_has_every_layer_of_every_pass(shipped_path: Path, tmp_path: Path) -> None:
-    result = traced(shipped_path, tmp_path / "trace.jsonl", "--tiers", 4, "--arena", half(shipped_path))
+    tail = ("--tiers", 4, "--arena", half(shipped_path), "--no-preload")
+    result = traced(shipped_path, tmp_path / "trace.jsonl", *tail)
     lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     spec = Bundle.open(shipped_path).spec
     layers = [line for line in lines if "layer" in line]
@@ -34,7 +35,7 @@ def test_a_trace_has_every_layer_of_every_pass(shipped_path: Path, tmp_path: Pat
     assert len(passes) == TOKENS  # the prompt, and a token less than there are, for the last is not run
     assert [line["layer"] for line in layers] == list(spec.moe_layers) * TOKENS
     assert all(len(line["wants"]) == spec.top_k == len(line["gates"]) for line in layers if line["tokens"] == 1)
-    assert all(tier == 4 for line in layers for _, tier in line["wants"])
+    assert all(tier == 4 for line in layers for _, tier, _ in line["wants"])
     assert sum(line["read_bytes"] for line in layers) == result["read_bytes"]
     assert sum(line["hits"] for line in layers) / sum(len(line["wants"]) for line in layers) == result["hit_rate"]
     for line in passes:
@@ -57,7 +58,7 @@ def test_what_is_at_hand_is_traced_too(shipped_path: Path, tmp_path: Path) -> No
 def test_a_replay_fares_as_the_store_did(shipped_path: Path, tmp_path: Path, setting: tuple, share: int) -> None:
     arena = Bundle.open(shipped_path).expert_bytes() * share // 10
     path = tmp_path / "trace.jsonl"
-    result = traced(shipped_path, path, *setting, "--arena", arena, "--no-look-ahead")
+    result = traced(shipped_path, path, *setting, "--arena", arena, "--no-look-ahead", "--no-preload")
     outcome = bundle_cli("replay", shipped_path, path, "--arena", arena, "--json")
     assert outcome.code == 0, outcome.err
     (row,) = outcome.json["replayed"]
@@ -90,16 +91,17 @@ def test_what_is_no_trace_is_refused(shipped_path: Path, tmp_path: Path) -> None
         "pass": 0,
         "tokens": 1,
         "layer": 0,
-        "wants": [[1, 4]],
+        "wants": [[1, 4, 1]],
         "hits": 0,
         "read_bytes": 0,
         "wait_s": 0,
         "seconds": 1,
     }
     wrong = [
-        {"wants": [[9999, 4]]},
-        {"wants": [[1, 7]]},
-        {"wants": [[-1, 4]]},
+        {"wants": [[9999, 4, 1]]},
+        {"wants": [[1, 7, 1]]},
+        {"wants": [[-1, 4, 1]]},
+        {"wants": [[1, 4, -1]]},
         {"wants": 3},
         {"layer": 99},
         {"hits": None},

@@ -1,0 +1,299 @@
+"""What of which expert is in memory: slots of the arena, reads on their way, and room made by eviction.
+
+Only the caller's thread changes the books; reader threads fill buffers and nothing else. What leaves is always the
+last segment that an expert has: refinement planes are used no more often than the base plane below them, so they
+go first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dymoe_runtime.arena import Arena, Slot
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.eviction import Eviction
+from dymoe_runtime.read_queue import Read, Reader, ReadQueue, Urgency
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import RecordLayout
+
+# (tier, segments) -> what is delivered of the leading segments of an expert.
+Prepare = Callable[[int, list[torch.Tensor]], Any]
+
+
+@dataclass
+class StoreStats:
+    """Counts since the start or the last `reset`."""
+
+    requests: int = 0  # experts asked for
+    hits: int = 0  # of these, those that needed no read of their own
+    read_bytes: int = 0  # all reads
+    look_ahead_reads: int = 0
+    look_ahead_bytes: int = 0
+    look_ahead_hits: int = 0  # look-ahead reads that were used
+    look_ahead_waste: int = 0  # look-ahead reads that were evicted or overtaken unused
+    background_bytes: int = 0  # read before anybody wanted it, but not for the next layer
+    evictions: int = 0
+    wait_s: float = 0.0  # for the reads of demanded experts
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(eq=False)
+class Entry:
+    """An expert with at least one segment in memory or on its way."""
+
+    key: ExpertKey
+    slots: list[Slot] = field(default_factory=list)
+    pins: int = 0
+    read: Read | None = None
+    guessed: int | None = None  # first of the segments that look-ahead read and nobody has used yet
+    prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while all segments stay where they are
+
+
+class Residency:
+    """The books of an arena. `moved` is called where something prepared has become invalid."""
+
+    def __init__(
+        self,
+        layout: RecordLayout,
+        shape: tuple[int, int],
+        arena_bytes: int,
+        reader: Reader,
+        eviction: Eviction,
+        prepare: Prepare,
+        moved: Callable[[], None],
+    ) -> None:
+        self.stats = StoreStats()
+        self.arena = Arena(layout.segment_spans, arena_bytes, self._forget_prepared)
+        self.eviction = eviction
+        self.reads = ReadQueue(reader)
+        self.entries: dict[ExpertKey, Entry] = {}
+        self.held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
+        self._layout = layout
+        self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
+        self._prepare = prepare
+        self._moved = moved
+
+    def entry(self, key: ExpertKey) -> Entry:
+        return self.entries.setdefault(key, Entry(key))
+
+    def nbytes(self) -> int:
+        """Of all segments that are in memory or on their way."""
+        return sum(len(slot.memory) for entry in self.entries.values() for slot in entry.slots)
+
+    def prepared(self, entry: Entry, tier: int) -> Any:
+        """What `prepare` made of the expert at `tier`, all segments of which are there."""
+        found = entry.prepared.get(tier)
+        if found is None:
+            needed = self._segments_of[tier]
+            assert len(entry.slots) >= needed and (entry.read is None or entry.read.first >= needed), entry.key
+            segments = [slot.memory for slot in entry.slots[:needed]]
+            found = entry.prepared[tier] = self._prepare(tier, segments)
+        return found
+
+    def pin(self, entry: Entry) -> None:
+        entry.pins += 1
+        self.refresh(entry)
+
+    def unpin(self, entry: Entry) -> None:
+        entry.pins -= 1
+        self.refresh(entry)
+
+    def refresh(self, entry: Entry) -> None:
+        """Bring the eviction cost and the movability of an entry up to date."""
+        if entry.read is not None and entry.pins == 0 and entry.read.done.is_set():
+            if entry.read.error is not None:
+                self.undo(entry.read)
+                return
+            entry.read = None
+        free = entry.pins == 0 and entry.read is None
+        for slot in entry.slots:
+            slot.movable = free
+        if free and entry.slots:
+            self.eviction.offer(entry.key, len(entry.slots) - 1)
+        else:
+            self.eviction.hold(entry.key)
+        if not entry.slots and entry.pins == 0:
+            self.entries.pop(entry.key, None)
+
+    def demand(self, entry: Entry, segments: int, spared: Collection[ExpertKey]) -> None:
+        """Read what a pinned entry lacks of its first `segments`; what is `spared` leaves last."""
+        self._read(entry, self._rooms(range(len(entry.slots), segments), lambda c: self._room(c, entry.key, spared)))
+
+    def volunteer(self, entry: Entry, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> bool:
+        """Read what an entry lacks though nobody waits for it, where there is room; `keep` stays in any case.
+
+        A guess, which is for now, may displace anything else; what is read in the background only what is worth less.
+        """
+        try:
+            wanted = range(len(entry.slots), segments)
+            slots = self._rooms(wanted, lambda c: self._room_if_easy(c, entry.key, urgency, keep))
+        except _NoRoom:
+            self.refresh(entry)
+            return False
+        self._read(entry, slots, urgency)
+        self.refresh(entry)
+        return True
+
+    def finish(self, entry: Entry) -> None:
+        """Wait for the entry's read; on an error give its memory back and raise it."""
+        read = entry.read
+        if read is None:
+            return
+        self.reads.hurry(read)
+        started = time.perf_counter()
+        read.done.wait()
+        self.stats.wait_s += time.perf_counter() - started
+        entry.read = None
+        if read.error is not None:
+            self._drop(entry, read.first)
+            raise read.error
+
+    def take_back(self, urgency: Urgency, most: int | None = None) -> bool:
+        """Take back reads of that urgency that have not started; whether there were any."""
+        cancelled = self.reads.take_back(urgency, most)
+        for read in cancelled:
+            self.undo(read)
+        return bool(cancelled)
+
+    def undo(self, read: Read) -> None:
+        """Forget a read that was never started, or that failed while nobody waited for it."""
+        entry = self.entries[read.key]
+        entry.read = None
+        self._drop(entry, read.first)
+        if read.error is None:
+            self._count(read, -1)
+        if entry.guessed is not None and entry.guessed >= read.first:
+            entry.guessed = None
+        self.refresh(entry)
+
+    def shrink(self, arena_bytes: int) -> None:
+        """Give memory back until the arena has at most `arena_bytes`, as far as what is pinned allows."""
+        self._moved()
+        while self.arena.chunks * self.arena.chunk_bytes > arena_bytes:
+            self._settle()
+            if self.arena.give_back():
+                continue
+            if self.take_back(Urgency.BACKGROUND) or self.take_back(Urgency.GUESS):
+                continue
+            victim = self._cheapest((), None)
+            if victim is not None:
+                self._evict(victim)
+            elif not self._wait_for_unpinned():
+                return
+
+    def _forget_prepared(self, slot: Slot) -> None:
+        """It has moved."""
+        self._moved()
+        slot.owner.prepared.clear()
+
+    def _rooms(self, size_classes: Iterable[int], room: Callable[[int], Slot]) -> list[Slot]:
+        """A slot of each class; all or, with the error, none."""
+        slots: list[Slot] = []
+        try:
+            for size_class in size_classes:
+                slots.append(room(size_class))
+        except BaseException:
+            for slot in slots:
+                self.arena.free(slot)
+            raise
+        return slots
+
+    def _room(self, size_class: int, key: ExpertKey, spared: Collection[ExpertKey]) -> Slot:
+        """A slot for a demanded segment, evicting what is cheapest; what is spared goes last."""
+        while True:
+            self._settle()
+            slot = self.arena.allocate(size_class)
+            if slot is not None:
+                return slot
+            if self.take_back(Urgency.BACKGROUND, 1):
+                continue
+            victim = self._cheapest(spared, key.layer)
+            if victim is None and self.take_back(Urgency.GUESS):
+                continue
+            victim = victim or self._cheapest((), key.layer)
+            if victim is not None:
+                self._evict(victim)
+            elif not self._wait_for_unpinned():
+                raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
+
+    def _room_if_easy(self, size_class: int, key: ExpertKey, urgency: Urgency, keep: Collection[ExpertKey]) -> Slot:
+        """A slot without waiting, by evicting what `volunteer` may displace; else _NoRoom."""
+        while True:
+            slot = self.arena.allocate(size_class)
+            if slot is not None:
+                return slot
+            if urgency is Urgency.GUESS and self.take_back(Urgency.BACKGROUND, 1):
+                continue
+            victim = self._cheapest(keep, key.layer)
+            if victim is None:
+                raise _NoRoom
+            dear = self.eviction.cost(victim.key) >= self.eviction.worth(key, size_class)
+            if dear and urgency is not Urgency.GUESS:
+                raise _NoRoom
+            self._evict(victim)
+
+    def _cheapest(self, spared: Collection[ExpertKey], layer: int | None) -> Entry | None:
+        key = self.eviction.cheapest(spared, layer)
+        return None if key is None else self.entries[key]
+
+    def _read(self, entry: Entry, slots: list[Slot], urgency: Urgency = Urgency.DEMAND) -> None:
+        for slot in slots:
+            slot.owner = entry
+        read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], urgency)
+        entry.slots += slots
+        self.held[entry.key.layer, read.first : read.first + len(slots)] += 1
+        entry.read = read
+        if urgency is Urgency.GUESS:
+            entry.guessed = read.first
+        self._count(read, 1)
+        self.reads.submit(read)
+
+    def _count(self, read: Read, sign: int) -> None:
+        self.stats.read_bytes += sign * read.nbytes
+        if read.urgency is Urgency.GUESS:
+            self.stats.look_ahead_reads += sign
+            self.stats.look_ahead_bytes += sign * read.nbytes
+        elif read.urgency is Urgency.BACKGROUND:
+            self.stats.background_bytes += sign * read.nbytes
+
+    def _drop(self, entry: Entry, first: int) -> None:
+        """Give back the segments of an entry from `first` on."""
+        for slot in entry.slots[first:]:
+            self.arena.free(slot)
+        entry.prepared.clear()
+        self.held[entry.key.layer, first : len(entry.slots)] -= 1
+        del entry.slots[first:]
+
+    def _evict(self, entry: Entry) -> None:
+        self._drop(entry, len(entry.slots) - 1)
+        if entry.guessed is not None and entry.guessed <= len(entry.slots):
+            entry.guessed = None
+            self.stats.look_ahead_waste += 1
+        self.stats.evictions += 1
+        self.refresh(entry)
+
+    def _settle(self) -> None:
+        """Reads that have arrived for nobody in particular may be evicted like anything else."""
+        for read in self.reads.finished():
+            entry = self.entries.get(read.key)
+            if entry is not None and entry.read is read:
+                self.refresh(entry)
+
+    def _wait_for_unpinned(self) -> bool:
+        """Wait for a read that nobody holds, so that it can be evicted; whether there was one."""
+        under_way = next((e.read for e in self.entries.values() if e.read is not None and e.pins == 0), None)
+        if under_way is not None:
+            under_way.done.wait()
+        return under_way is not None
+
+
+class _NoRoom(Exception):
+    """There is none without waiting or evicting what must stay."""
