@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dymoe_compile.charts import STYLE, Axis, Point, Series, element, finite, heatmap, number, plot, text
+from dymoe_runtime.charts import Axis, Point, Series, element, finite, heatmap, number, page, plot, text
 
 Json = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 def render(findings: Json) -> str:
     """The page for a parsed compile.json; sections of which nothing was measured are left out."""
-    name = text((findings.get("model") or {}).get("name") or "Compiled model")
+    name = str((findings.get("model") or {}).get("name") or "Compiled model")
     layers = findings.get("layers") or []
     parts = (
         summary(findings),
@@ -43,10 +43,7 @@ def render(findings: Json) -> str:
         outliers(layers),
         section("Provenance", definitions(flat(findings.get("provenance") or {}))),
     )
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    style = element("style", STYLE)
-    body = element("body", element("h1", name), *parts)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head>{body}</html>\n'
+    return page(name, *parts)
 
 
 def summary(findings: Json) -> str:

@@ -61,10 +61,10 @@ class Arena:
         self._partial: list[set[int]] = [set() for _ in self.sizes]  # chunks of the class with room
         self._moved = moved
 
-    def allocate(self, size_class: int) -> Slot | None:
-        """A slot, or None where something must be freed first."""
+    def allocate(self, size_class: int, compact: bool = True) -> Slot | None:
+        """A slot, or None where something must be freed first; without `compact`, or moved."""
         if not self._partial[size_class]:
-            if not self._free and not self._compact():
+            if not self._free and not (compact and self._compact()):
                 return None
             chunk = self._free.pop()
             self._chunks[chunk].size_class = size_class

@@ -13,7 +13,7 @@ from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, pr
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import GROWTH
 from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.trace import format_replay, read_trace, replay, split
+from dymoe_runtime.trace import format_replay, plot_split, read_trace, replay, split
 from dymoe_runtime.warm_up import POLICIES
 
 
@@ -69,14 +69,23 @@ def verify_command(bundle: Path, as_json: bool) -> None:
     "--fade", "fades", type=click.FloatRange(1, 100), multiple=True, metavar="X…", help="1: LFU; 2: LRU, nearly."
 )
 @click.option("--policy", "policies", type=click.Choice(POLICIES), multiple=True, help="What leaves memory first.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write where each token's time went, as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @one_sentence
 def replay_command(
-    bundle: Path, trace: Path, arenas: Sequence[int], fades: Sequence[float], policies: Sequence[str], as_json: bool
+    bundle: Path,
+    trace: Path,
+    arenas: Sequence[int],
+    fades: Sequence[float],
+    policies: Sequence[str],
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
     opened = Bundle.open(bundle)
     lines = read_trace(trace, opened)
+    if plot is not None:
+        plot.write_text(plot_split(lines, trace.name), encoding="utf-8")
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
     settings = list(itertools.product(sizes, policies or POLICIES[:1], fades or (GROWTH,)))
     rows = []

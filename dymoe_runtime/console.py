@@ -9,7 +9,9 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ import tqdm
 from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 MOST_THREADS = 1024
 MOST_SEED = (1 << 63) - 1
 
@@ -78,15 +80,39 @@ class Duration(click.ParamType):
         return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as orderly as an interrupt does."""
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """SIGTERM raises Terminated in the main thread."""
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
     """Turn what a user can mend into one sentence on stderr and its exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _termination_raised():
+                command(*args, **kwargs)
         except DymoeError as error:
             fail(str(error), error.exit_code)
+        except Terminated:
+            fail("terminated", TERMINATED)
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED)
         except BrokenPipeError:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, quantized_bits
+from dymoe_runtime.device import lock_in_memory
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.tensorfile import read_header, read_tensor
 from dymoe_runtime.tiers import RecordLayout
@@ -39,6 +40,12 @@ class BundleDense:
                     self._layouts[name] = dense_layout(shape, bits)
         finally:
             os.close(fd)
+
+    def lock(self) -> int:
+        """Keep the weights from being swapped out, as far as the system allows it; the bytes that are kept."""
+        return sum(
+            tensor.nbytes for tensor in self._tensors.values() if lock_in_memory(tensor.data_ptr(), tensor.nbytes)
+        )
 
     def replaced(self, records: Mapping[str, tuple[RecordLayout, torch.Tensor]]) -> BundleDense:
         """The same weights but for those of `records`, name -> (dense_layout, record)."""

@@ -110,8 +110,12 @@ def format_size(nbytes: float) -> str:
 
 def memory_limit() -> int:
     """Bytes that this process may use: its cgroup's limit or what is available, less a margin."""
-    limits = [available_memory(), *cgroup_limits()]
-    return int(min(limits) * (1 - MARGIN))
+    return min(int(available_memory() * (1 - MARGIN)), imposed_limit())
+
+
+def imposed_limit() -> int:
+    """Bytes that the cgroups of this process let it use just now, less a margin; sys.maxsize where there are none."""
+    return int(min(cgroup_limits(), default=sys.maxsize) * (1 - MARGIN))
 
 
 def available_memory() -> int:
@@ -166,6 +170,14 @@ def return_large_blocks() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def lock_in_memory(address: int, nbytes: int) -> bool:
+    """Keep so many bytes from being swapped out; False where the system does not allow it."""
+    try:
+        return ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def default_threads() -> int:

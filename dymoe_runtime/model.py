@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
     default_threads,
+    format_size,
+    imposed_limit,
     peak_resident_bytes,
     return_large_blocks,
 )
@@ -46,6 +48,8 @@ from dymoe_runtime.warm_up import (
 if TYPE_CHECKING:
     from dymoe_runtime.step import DecodeStep
 
+# How often to see whether the memory limit has been lowered.
+LOOK_S = 0.5
 # What a uniform setting is called, before its bits.
 TIER = "tier "
 # A rank is worth reading ahead if the guess was right so often.
@@ -118,6 +122,7 @@ class Model:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
+        self._limit_heeded = time.monotonic() if options.arena_bytes is None else None
         self._trial = Trial()  # of looking ahead
         self._decisions: Decisions | None = None
         if options.decisions is not None:
@@ -160,6 +165,7 @@ class Model:
         if options.preload:
             self.preload()
         dense = BundleDense(bundle)
+        self._locked_bytes = dense.lock()
         step = _step(bundle.spec, dense)
         self.decoder = Decoder(bundle.spec, dense, self.experts, step)
         if self._tracer is not None:
@@ -213,7 +219,24 @@ class Model:
         self.point, self.rule = point.name, TierRule.of(point, self.bundle.policy)
         self.experts.rule = self.rule
 
+    def _heed_limit(self) -> None:
+        """Give memory back where the limit has been lowered; DymoeError where too little would be left."""
+        if self._limit_heeded is None or time.monotonic() < self._limit_heeded + LOOK_S:
+            return
+        self._limit_heeded = time.monotonic()
+        memory = imposed_limit()
+        if memory >= self.budget.memory:
+            return
+        self.budget = replace(self.budget, memory=memory)
+        if memory < self.budget.floor:
+            raise DymoeError(
+                f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
+                f"is {format_size(self.budget.floor)}; raise it again or give a smaller --context"
+            )
+        self.store.shrink(self.budget.arena)
+
     def _begin_pass(self, tokens: int) -> None:
+        self._heed_limit()
         if self._decisions is None:
             return
         name = self._decisions.begin(tokens)
@@ -319,6 +342,7 @@ class Model:
             "wait_s": store.wait_s,
             "arena_bytes": self.store.arena_bytes,
             "resident_bytes": self.store.resident_bytes(),
+            "locked_bytes": self._locked_bytes,
             "floor_bytes": self.budget.floor,
             "memory_bytes": self.budget.memory,
             "peak_rss_bytes": peak_resident_bytes(),

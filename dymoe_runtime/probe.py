@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -123,21 +124,34 @@ def predict(
 ) -> dict[str, Any]:
     """What a decoded token of `point` should take, if the arena keeps the experts that are used most.
 
-    Reading runs under computing as far as it can: the longer of the two counts.
+    What is missing is read while the layer's other experts are computed; look-ahead, which hides more, is not counted.
     """
     spec, layout = model.spec, model.bundle.layout
     layers = len(spec.moe_layers)
     used = cost.layer(_mix(point.bits_mean, layout.ladder, spec.top_k)) * layers
-    missed = point.bytes_per_token * (1 - expected_hits(model, point))
-    read_s = missed / disk_bytes_per_s
+    missed = 1 - expected_hits(model, point)
+    read_s = point.bytes_per_token * missed / disk_bytes_per_s
+    each = layers * spec.top_k
+    wait_s = layers * waiting_seconds(spec.top_k, missed, point.bytes_per_token / each / disk_bytes_per_s, used / each)
     return {
         "name": point.name,
         "kl": point.kl,
         "compute_ms": 1e3 * (dense_s + used),
-        "read_bytes_per_token": missed,
+        "read_bytes_per_token": point.bytes_per_token * missed,
         "read_ms": 1e3 * read_s,
-        "tpot_ms": 1e3 * max(dense_s + used, read_s),
+        "tpot_ms": 1e3 * (dense_s + used + wait_s),
     }
+
+
+def waiting_seconds(experts: int, missed: float, read_s: float, compute_s: float) -> float:
+    """Expected wait of a layer for experts that are each missing with that probability, while the others compute."""
+    return sum(
+        math.comb(experts, n)
+        * missed**n
+        * (1 - missed) ** (experts - n)
+        * max(0.0, n * read_s - (experts - n) * compute_s)
+        for n in range(1, experts + 1)
+    )
 
 
 def _mix(bits: float, ladder: tuple[int, ...], top_k: int) -> list[tuple[int, int]]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tensorfile import read_into
 from dymoe_runtime.tiers import PAGE
 
 
@@ -38,7 +38,7 @@ class RecordReader:
     def __call__(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
         path, offset = self._bundle.record_span(key)
         views = [memoryview(buffer.numpy()) for buffer in buffers]
-        self._read(path, offset + sum(self._spans[:first]), views)
+        read_into(self._files[path], path, offset + sum(self._spans[:first]), *views)
         for segment, view in enumerate(views, first):
             if not self._checked[key.layer, key.expert, segment]:
                 self._bundle.check_segment(key, segment, view)
@@ -48,29 +48,6 @@ class RecordReader:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
-
-    def _read(self, path: Path, offset: int, views: list[memoryview]) -> None:
-        wanted = sum(len(view) for view in views)
-        done = 0
-        while done < wanted:
-            try:
-                count = os.preadv(self._files[path], _skip(views, done), offset + done)
-            except OSError as error:
-                raise DymoeError(f"{path}: read error at offset {offset + done}: {error.strerror}") from error
-            if count == 0:
-                raise DymoeError(
-                    f"{path}: ends at offset {offset + done}, {wanted - done} bytes are missing; copy the bundle again"
-                )
-            done += count
-
-
-def _skip(views: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of `views` after their first `done` bytes."""
-    rest = []
-    for view in views:
-        rest.append(view[min(done, len(view)) :])
-        done -= min(done, len(view))
-    return [view for view in rest if len(view)]
 
 
 def _direct_works(path: Path) -> bool:

@@ -125,7 +125,7 @@ class Residency:
 
     def demand(self, entry: Entry, segments: int, spared: Collection[ExpertKey]) -> None:
         """Read what a pinned entry lacks of its first `segments`; what is `spared` leaves last."""
-        self._read(entry, self._rooms(range(len(entry.slots), segments), lambda c: self._room(c, entry.key, spared)))
+        self._read(entry, self._rooms(entry, segments, lambda: self._make_room(entry.key, spared), self._wait_for_room))
 
     def volunteer(self, entry: Entry, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> bool:
         """Read what an entry lacks though nobody waits for it, where there is room; `keep` stays in any case.
@@ -133,8 +133,9 @@ class Residency:
         A guess, which is for now, may displace anything else; what is read in the background only what is worth less.
         """
         try:
-            wanted = range(len(entry.slots), segments)
-            slots = self._rooms(wanted, lambda c: self._room_if_easy(c, entry.key, urgency, keep))
+            slots = self._rooms(
+                entry, segments, lambda: self._make_easy_room(entry.key, segments, urgency, keep), self._give_up
+            )
         except _NoRoom:
             self.refresh(entry)
             return False
@@ -156,12 +157,12 @@ class Residency:
             self._drop(entry, read.first)
             raise read.error
 
-    def take_back(self, urgency: Urgency, most: int | None = None) -> bool:
-        """Take back reads of that urgency that have not started; whether there were any."""
+    def take_back(self, urgency: Urgency, most: int | None = None) -> int:
+        """Take back reads of that urgency that have not started; their bytes."""
         cancelled = self.reads.take_back(urgency, most)
         for read in cancelled:
             self.undo(read)
-        return bool(cancelled)
+        return sum(read.nbytes for read in cancelled)
 
     def undo(self, read: Read) -> None:
         """Forget a read that was never started, or that failed while nobody waited for it."""
@@ -194,51 +195,68 @@ class Residency:
         self._moved()
         slot.owner.prepared.clear()
 
-    def _rooms(self, size_classes: Iterable[int], room: Callable[[int], Slot]) -> list[Slot]:
-        """A slot of each class; all or, with the error, none."""
-        slots: list[Slot] = []
-        try:
-            for size_class in size_classes:
-                slots.append(room(size_class))
-        except BaseException:
-            for slot in slots:
-                self.arena.free(slot)
-            raise
-        return slots
+    def _rooms(self, entry: Entry, segments: int, make_room: Callable[[], int], wait: Callable[[], None]) -> list[Slot]:
+        """Slots for what the entry lacks of its first segments; all or, with the error, none.
 
-    def _room(self, size_class: int, key: ExpertKey, spared: Collection[ExpertKey]) -> Slot:
-        """A slot for a demanded segment, evicting what is cheapest; what is spared goes last."""
+        `make_room` evicts something and says of how many bytes, 0 where it cannot; then `wait` may help, or raises.
+        What leaves is mostly of the right sizes. Only where enough has left and does not fit, others are moved.
+        """
+        wanted = range(len(entry.slots), segments)
+        lacking = sum(self._layout.segment_spans[size_class] for size_class in wanted)
         while True:
             self._settle()
-            slot = self.arena.allocate(size_class)
-            if slot is not None:
-                return slot
-            if self.take_back(Urgency.BACKGROUND, 1):
-                continue
-            victim = self._cheapest(spared, key.layer)
-            if victim is None and self.take_back(Urgency.GUESS):
-                continue
-            victim = victim or self._cheapest((), key.layer)
-            if victim is not None:
-                self._evict(victim)
-            elif not self._wait_for_unpinned():
-                raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
+            slots = self._allocate(wanted, compact=lacking <= 0)
+            if slots is not None:
+                return slots
+            freed = make_room()
+            lacking -= freed
+            if not freed:
+                slots = self._allocate(wanted, compact=True)
+                if slots is not None:
+                    return slots
+                wait()
 
-    def _room_if_easy(self, size_class: int, key: ExpertKey, urgency: Urgency, keep: Collection[ExpertKey]) -> Slot:
-        """A slot without waiting, by evicting what `volunteer` may displace; else _NoRoom."""
-        while True:
-            slot = self.arena.allocate(size_class)
-            if slot is not None:
-                return slot
-            if urgency is Urgency.GUESS and self.take_back(Urgency.BACKGROUND, 1):
-                continue
-            victim = self._cheapest(keep, key.layer)
-            if victim is None:
-                raise _NoRoom
-            dear = self.eviction.cost(victim.key) >= self.eviction.worth(key, size_class)
-            if dear and urgency is not Urgency.GUESS:
-                raise _NoRoom
-            self._evict(victim)
+    def _allocate(self, size_classes: Iterable[int], compact: bool) -> list[Slot] | None:
+        """A slot of each class, or none at all."""
+        slots: list[Slot] = []
+        for size_class in size_classes:
+            slot = self.arena.allocate(size_class, compact)
+            if slot is None:
+                for taken in slots:
+                    self.arena.free(taken)
+                return None
+            slots.append(slot)
+        return slots
+
+    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey]) -> int:
+        """Bytes freed for what is demanded; what is spared goes last."""
+        if freed := self.take_back(Urgency.BACKGROUND, 1):
+            return freed
+        victim = self._cheapest(spared, key.layer)
+        if victim is None:
+            if freed := self.take_back(Urgency.GUESS):
+                return freed
+            victim = self._cheapest((), key.layer)
+        return 0 if victim is None else self._evict(victim)
+
+    def _wait_for_room(self) -> None:
+        if not self._wait_for_unpinned():
+            raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
+
+    def _make_easy_room(self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> int:
+        """Bytes freed of what `volunteer` may displace."""
+        if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1)):
+            return freed
+        victim = self._cheapest(keep, key.layer)
+        if victim is None:
+            return 0
+        if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) >= self.eviction.worth(key, segments - 1):
+            return 0
+        return self._evict(victim)
+
+    @staticmethod
+    def _give_up() -> None:
+        raise _NoRoom
 
     def _cheapest(self, spared: Collection[ExpertKey], layer: int | None) -> Entry | None:
         key = self.eviction.cheapest(spared, layer)
@@ -272,13 +290,16 @@ class Residency:
         self.held[entry.key.layer, first : len(entry.slots)] -= 1
         del entry.slots[first:]
 
-    def _evict(self, entry: Entry) -> None:
+    def _evict(self, entry: Entry) -> int:
+        """Its last segment; the bytes."""
+        freed = len(entry.slots[-1].memory)
         self._drop(entry, len(entry.slots) - 1)
         if entry.guessed is not None and entry.guessed <= len(entry.slots):
             entry.guessed = None
             self.stats.look_ahead_waste += 1
         self.stats.evictions += 1
         self.refresh(entry)
+        return freed
 
     def _settle(self) -> None:
         """Reads that have arrived for nobody in particular may be evicted like anything else."""

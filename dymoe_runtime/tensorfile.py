@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
+# Linux reads little more than 2 GB in a call.
+MOST_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,33 @@ def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | N
     return tensor
 
 
-def read_into(fd: int, path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` from `offset`; DymoeError naming file and offset on a read error or a short file."""
-    done = 0
-    while done < len(buffer):
+def read_into(fd: int, path: Path, offset: int, *buffers: memoryview) -> None:
+    """Fill `buffers`, one after another, from `offset`; DymoeError naming file and offset where that fails."""
+    wanted, done = sum(len(buffer) for buffer in buffers), 0
+    while done < wanted:
         try:
-            count = os.preadv(fd, [buffer[done : done + (1 << 30)]], offset + done)
+            count = os.preadv(fd, _rest(buffers, done), offset + done)
         except OSError as error:
-            raise DymoeError(f"{path}: read error at offset {offset + done}: {error.strerror}") from error
-        if count == 0:
-            raise DymoeError(f"{path}: ends at offset {offset + done}, {len(buffer) - done} bytes are missing")
+            raise DymoeError(
+                f"{path}: read error at offset {offset + done} ({error.strerror}); check the disk, or use another copy"
+            ) from error
         done += count
+        # A file may end anywhere, and past its end an unaligned direct read is an error of its own.
+        if done < wanted and (count == 0 or os.fstat(fd).st_size <= offset + done):
+            raise DymoeError(
+                f"{path}: ends at offset {offset + done}, {wanted - done} bytes are missing; copy the file again"
+            )
+
+
+def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of `buffers` after their first `done` bytes, as far as one call reads."""
+    rest = []
+    for buffer in buffers:
+        rest.append(buffer[min(done, len(buffer)) :][:MOST_AT_ONCE])
+        done -= min(done, len(buffer))
+        if len(rest[-1]) == MOST_AT_ONCE:
+            break
+    return [buffer for buffer in rest if len(buffer)]
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], align: int = 8) -> bytes:

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.charts import Axis, Point, Series, element, page, plot, text
 from dymoe_runtime.decoder import Experts, Routing
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
@@ -94,16 +95,46 @@ def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
     return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
 
 
+def parts_of_tokens(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
+    """Of each decoded token the milliseconds of waiting for reads, of experts otherwise, and of the rest."""
+    decoded = [line for line in lines if line["tokens"] == 1]
+    totals = {line["pass"]: line["seconds"] for line in decoded if "layer" not in line}
+    wait, inside = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, 0.0)
+    for line in decoded:
+        if "layer" in line and line["pass"] in totals:
+            wait[line["pass"]] += line["wait_s"]
+            inside[line["pass"]] += line["seconds"]
+    return [(1e3 * wait[n], 1e3 * (inside[n] - wait[n]), 1e3 * (totals[n] - inside[n])) for n in totals]
+
+
 def split(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean milliseconds of a decoded token: all, waiting for reads, the experts otherwise, and the rest."""
-    decoded = [line for line in lines if line["tokens"] == 1]
-    passes = [line["seconds"] for line in decoded if "layer" not in line]
-    layers = [line for line in decoded if "layer" in line]
-    count = max(len(passes), 1)
-    total, wait = 1e3 * sum(passes) / count, 1e3 * sum(line["wait_s"] for line in layers) / count
-    experts = 1e3 * sum(line["seconds"] for line in layers) / count - wait
-    rest = total - wait - experts
-    return {"tokens": len(passes), "total_ms": total, "wait_ms": wait, "experts_ms": experts, "rest_ms": rest}
+    parts = parts_of_tokens(lines)
+    wait, experts, rest = (sum(column) / len(parts) for column in zip(*parts, strict=True)) if parts else (0.0,) * 3
+    total = wait + experts + rest
+    return {"tokens": len(parts), "total_ms": total, "wait_ms": wait, "experts_ms": experts, "rest_ms": rest}
+
+
+def plot_split(lines: Sequence[Mapping[str, Any]], name: str) -> str:
+    """An HTML page: where the time of each decoded token went, one part on top of the other."""
+    parts = parts_of_tokens(lines)
+    heights = [(rest, rest + experts, rest + experts + wait) for wait, experts, rest in parts]
+    names = ("all but experts", "with experts in memory", "with waiting for reads")
+    series = [
+        Series(
+            label,
+            slot,
+            [Point(n, height[slot], f"token {n}: {height[slot]:.2f} ms") for n, height in enumerate(heights)],
+        )
+        for slot, label in enumerate(names)
+    ]
+    figure = plot(
+        "Time per token", series, Axis("token", whole=True), Axis("ms"), "Each line lies above the one before."
+    )
+    mean = split(lines)
+    caption = f"{mean['tokens']:.0f} tokens, mean {mean['total_ms']:.2f} ms: waiting {mean['wait_ms']:.2f}, "
+    caption += f"experts {mean['experts_ms']:.2f}, the rest {mean['rest_ms']:.2f}"
+    return page(name, figure, element("p", text(caption)))
 
 
 class Decisions:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dymoe_compile.charts import linear_ticks, log_ticks, number
 from dymoe_compile.report import MIB, render
+from dymoe_runtime.charts import linear_ticks, log_ticks, number
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 HOSTILE = "</title><script>alert(\"1\")</script><img src=x onerror='y'>&amp;"

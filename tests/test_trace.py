@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import bundle_cli, run_cli
+from conftest import assert_one_sentence, bundle_cli, run_cli
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.trace import parts_of_tokens
+from dymoe_runtime.warm_up import POLICIES
 
 TOKENS = 30
 
@@ -78,6 +80,69 @@ def test_a_replay_tries_memory_and_ways_to_forget(shipped_path: Path, tmp_path: 
     assert min(row["decode_hit_rate"] for row in rows[3:]) > max(row["decode_hit_rate"] for row in rows[:3])
     assert outcome.json["traced"]["tokens"] == TOKENS - 1
     assert "hit rate" in bundle_cli("replay", shipped_path, path).out
+
+
+def test_a_replay_tries_policies(shipped_path: Path, tmp_path: Path) -> None:
+    """They differ where memory is short, and not at all where nothing has to leave."""
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    policies = [word for policy in POLICIES for word in ("--policy", policy)]
+    rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "1GiB", *policies, "--json").json["replayed"]
+    assert [row["policy"] for row in rows] == [*POLICIES, *POLICIES]
+    assert len({row["read_bytes"] for row in rows[:3]}) > 1
+    assert len({(row["hits"], row["read_bytes"]) for row in rows[3:]}) == 1
+    assert bundle_cli("replay", shipped_path, path, "--policy", "random").code == 2
+
+
+def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_path: Path) -> None:
+    path, page = tmp_path / "trace.jsonl", tmp_path / "plot.html"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    outcome = bundle_cli("replay", shipped_path, path, "--plot", page, "--json")
+    assert page.read_text().count("token ") >= 3 * (TOKENS - 1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    parts = parts_of_tokens(lines)
+    total = sum(line["seconds"] for line in lines if "layer" not in line and line["tokens"] == 1)
+    assert sum(map(sum, parts)) == pytest.approx(1e3 * total)
+    assert outcome.json["traced"]["total_ms"] == pytest.approx(1e3 * total / len(parts))
+    assert min(map(min, parts)) >= 0
+    assert bundle_cli("replay", shipped_path, path, "--plot", tmp_path / "no" / "plot.html").code == 1
+
+
+def test_decisions_of_a_trace_are_taken_again(shipped_path: Path, tmp_path: Path) -> None:
+    """What --latency decided by what was in memory, now with other memory, in another order and bit for bit."""
+    path, again = tmp_path / "trace.jsonl", tmp_path / "again.jsonl"
+    setting = ("--point", 3)
+    first = traced(shipped_path, path, *setting, "--latency", "--arena", half(shipped_path) // 2)
+    plain = traced(shipped_path, again, *setting)
+    assert tiers_of(path) != tiers_of(again)
+    for arena in (half(shipped_path), 1 << 30):
+        replayed = traced(shipped_path, again, *setting, "--decisions", path, "--arena", arena)
+        assert tiers_of(path) == tiers_of(again)
+        assert (replayed["text"], replayed["bits_mean"]) == (first["text"], first["bits_mean"])
+    assert plain["bits_mean"] > first["bits_mean"]
+
+
+def tiers_of(trace: Path) -> list[list[tuple[int, int]]]:
+    """Experts and tiers of each layer of each pass."""
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    return [sorted((expert, tier) for expert, tier, _ in line["wants"]) for line in lines if "layer" in line]
+
+
+def test_decisions_of_another_run_are_refused(shipped_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--point", 3)
+    tail = ("--decisions", path, "--ignore-eos", "--max-tokens")
+    prompt = ("--prompt", "def __init__(self, name):")
+    refused = [
+        (*prompt, "--point", 3, *tail, TOKENS + 1),  # more tokens than there are
+        ("--prompt", "something else, which is a little longer than that", "--point", 3, *tail, 4),
+        ("--prompt", "def __init__(self, mane):", "--point", 3, *tail, 9),
+        (*prompt, "--tiers", 4, *tail, 4),
+    ]
+    for args in refused:
+        assert_one_sentence(run_cli(shipped_path, *args), "trace")
+    wrong = [("--latency",), ("--tpot", "100ms"), ("--trace", path)]
+    assert all(run_cli(shipped_path, *prompt, *tail, 4, *args).code == 2 for args in wrong)
 
 
 def test_what_cannot_be_traced_is_refused(shipped_path: Path, tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ class Scale:
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
 
+def page(name: str, *parts: str) -> str:
+    """A whole HTML page of parts, which are markup; `name` is its title and is escaped."""
+    title = text(name)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = element("body", element("h1", title), *parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{element("style", STYLE)}</head>{body}</html>\n'
+
+
 def finite(value: object) -> float | None:
     """A number that can be shown or drawn, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -1,0 +1,154 @@
+"""What goes wrong while a bundle runs: a clear outcome each, in bounded time, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, assert_one_sentence, run_cli
+
+from dymoe_runtime import model as model_module
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.read_queue import PATIENCE_S
+
+PROMPT = "The river flows through the town of"
+# Reads of experts after which something happens: in the prompt, and among the tokens after it.
+EARLY, LATE = 5, 330
+
+
+def short_of_memory(bundle: Path, *args: object) -> Outcome:
+    """An answer for which experts are read all the time."""
+    arena = Bundle.open(bundle).expert_bytes() // 3
+    return run_cli(bundle, "--prompt", PROMPT, "--max-tokens", 48, "--ignore-eos", "--arena", arena, *args)
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
+
+
+def after_reads(count: int, action: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do `action(fd)` before each read of experts from the one with that number on."""
+    real, done = os.preadv, [0]
+    lock = threading.Lock()
+
+    def preadv(fd: int, *args: object) -> int:
+        if threading.current_thread() in readers():
+            with lock:
+                done[0] += 1
+                if done[0] >= count:
+                    action(fd)
+        return real(fd, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("count", [EARLY, LATE])
+def test_a_read_error_is_named_and_ends_the_run(
+    count: int, shipped_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    whole = short_of_memory(shipped_path)
+    after_reads(count, fail, monkeypatch)
+    outcome = short_of_memory(shipped_path)
+    assert_one_sentence(outcome, "experts-", "read error at offset", "Input/output error")
+    assert len(outcome.out) < len(whole.out) and whole.out.startswith(outcome.out.rstrip("\n"))
+    assert not readers()
+
+
+@pytest.mark.parametrize("count", [EARLY, LATE])
+@pytest.mark.parametrize("left", [0, 4096, 5000])
+def test_a_file_that_is_cut_while_it_is_read_is_named(
+    left: int, count: int, shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(shipped_path, tmp_path / "cut.dymoe"))
+    whole = short_of_memory(copy)
+
+    def cut(fd: int) -> None:
+        for path in copy.glob("experts-*"):
+            os.truncate(path, left)
+
+    after_reads(count, cut, monkeypatch)
+    outcome = short_of_memory(copy)
+    assert_one_sentence(outcome, "experts-", "ends at offset", "missing")
+    assert whole.out.startswith(outcome.out.rstrip("\n"))
+    assert not readers()
+
+
+# A run whose expert reads stall: for how long, and after how many of them.
+STALLED = """
+import itertools, os, sys, threading, time
+real, reads = os.preadv, itertools.count(1)
+def preadv(*args):
+    number = next(reads) if threading.current_thread().name.startswith("reader-") else 0
+    if number == {count}:
+        print("stalled", file=sys.stderr, flush=True)
+    if number >= {count}:
+        time.sleep({seconds})
+    return real(*args)
+os.preadv = preadv
+from dymoe_runtime.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("count", "seconds"), [(EARLY, 0.2), (LATE, 0.2), (LATE, 3600)])
+def test_a_run_can_be_ended_in_mid_read(number: signal.Signals, count: int, seconds: float, shipped_path: Path) -> None:
+    script = STALLED.format(count=count, seconds=seconds)
+    arena = Bundle.open(shipped_path).expert_bytes() // 3
+    command = [sys.executable, "-c", script, shipped_path, "--prompt", PROMPT, "--arena", arena, "--ignore-eos"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([str(arg) for arg in command], **pipes) as process:  # type: ignore[call-overload]
+        try:
+            assert process.stderr.readline() == "stalled\n"
+            time.sleep(0.1)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=PATIENCE_S + 20)
+        finally:
+            process.kill()
+    word, code = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}[number]
+    assert (process.returncode, err.splitlines()[-1].split()[-1]) == (code, word) and "Traceback" not in err
+
+
+def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [[], []]
+    monkeypatch.setattr(model_module, "LOOK_S", 0.0)
+    for lowered, decoded in zip((False, True), tokens, strict=True):
+        with Model(shipped, RunOptions(tier=4, context=256)) as model:
+            logits = model.prefill(list(range(40)))
+            before = model.store.arena_bytes
+            for number in range(24):
+                if lowered and number == 8:
+                    limit = model.budget.floor + shipped.expert_bytes() // 4
+                    monkeypatch.setattr(model_module, "imposed_limit", lambda: limit)  # noqa: B023
+                decoded.append(int(logits.argmax()))
+                logits = model.decode(decoded[-1])
+            assert (model.store.arena_bytes < before // 2) == lowered
+            assert model.store.resident_bytes() <= model.store.arena_bytes
+            if lowered:
+                monkeypatch.setattr(model_module, "imposed_limit", lambda: 1 << 20)
+                with pytest.raises(Exception, match=r"limit has been lowered to 1\.0 MiB"):
+                    model.decode(1)
+    assert tokens[0] == tokens[1]
+    assert not readers()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_threads(damaged: Path) -> None:
+    data = bytearray((damaged / "dense.safetensors").read_bytes())
+    data[-1] ^= 1
+    (damaged / "dense.safetensors").write_bytes(data)
+    outcome = run_cli(damaged, "--prompt", "a")
+    assert outcome.code == 1
+    assert not readers()

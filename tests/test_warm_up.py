@@ -1,0 +1,117 @@
+"""What is expected before anything was used decides what is read first and what may leave."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import assert_one_sentence, run_cli
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.warm_up import (
+    expected_uses,
+    loss_without,
+    make_eviction,
+    preload_order,
+    read_warm_set,
+    shares_of_segments,
+)
+
+PROMPT = ("--prompt", "The river flows through the town of", "--max-tokens", 24, "--ignore-eos", "--json")
+
+
+def test_what_is_used_most_is_read_first_as_far_as_it_fits(shipped: Bundle) -> None:
+    uses, tier = expected_uses(shipped), shipped.layout.ladder[-1]
+    record = sum(shipped.layout.segment_spans)
+    wants = preload_order(shipped, uses, tier, 20 * record)
+    assert 17 <= len(wants) <= 19 and [want.key for want in wants] == sorted(want.key for want in wants)
+    assert sum(want.tier < tier for want in wants) <= 1  # the last that fits
+    inside = {want.key for want in wants}
+    left = [uses[key] for key in np.ndindex(*uses.shape) if ExpertKey(*key) not in inside]
+    assert min(uses[key] for key in inside) >= max(left)
+    everything = preload_order(shipped, uses, tier, 1 << 40)
+    assert len(everything) == (uses > 0).sum()
+
+
+def test_refinement_planes_are_read_as_far_as_the_point_uses_them(shipped: Bundle) -> None:
+    uses, (low, *_, high) = expected_uses(shipped), shipped.layout.ladder
+    assert {want.tier for want in preload_order(shipped, uses, low, 1 << 40)} == {low}
+    assert {want.tier for want in preload_order(shipped, uses, high, 1 << 40)} == {high}
+    some = preload_order(shipped, uses, low + 0.5, shipped.expert_bytes() // 2)
+    by_tier = {tier: [uses[want.key] for want in some if want.tier == tier] for tier in (low, low + 1)}
+    assert min(by_tier[low + 1]) > max(by_tier[low])
+
+
+@pytest.mark.parametrize(
+    ("bits", "shares"), [(2, [1, 0, 0]), (2.25, [1, 0.25, 0]), (3, [1, 1, 0]), (3.5, [1, 1, 0.5]), (4, [1, 1, 1])]
+)
+def test_shares_of_segments(bits: float, shares: list[float]) -> None:
+    assert shares_of_segments((2, 3, 4), bits) == shares
+
+
+def test_losses_are_larger_where_layers_hurt_more_and_reads_are_small(shipped: Bundle) -> None:
+    loss, spans = loss_without(shipped), shipped.layout.segment_spans
+    assert loss.shape == (*expected_uses(shipped).shape, len(spans)) and (loss > 0).all()
+    assert (loss[:, :, 0] >= loss[:, :, 1]).all()  # without its base plane an expert is nothing
+    hurt = [layer.sensitivity[str(shipped.layout.ladder[0])] for layer in shipped.policy.layers]
+    assert loss[:, 0, 0].argmax() == int(np.argmax(hurt))
+
+
+def test_a_model_that_preloads_finds_its_experts(shipped: Bundle) -> None:
+    answers, hits = [], []
+    for preload in (False, True):
+        options = RunOptions(
+            tier=4, context=128, arena_bytes=shipped.expert_bytes() // 2, preload=preload, look_ahead=False
+        )
+        with Model(shipped, options) as model:
+            deadline = time.monotonic() + 10
+            while preload and any(e.read and not e.read.done.is_set() for e in model.store._memory.entries.values()):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            answers.append(model.prefill(list(range(3))))
+            assert (model.store.stats.background_bytes > 0) == preload
+            hits.append(model.store.stats.hits / model.store.stats.requests)
+    assert answers[0].equal(answers[1])
+    assert hits[1] > hits[0] + 0.2
+
+
+def test_a_warm_set_holds_what_was_used(shipped: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "warm.json"
+    arena = ("--arena", shipped.expert_bytes() // 3)
+    first = run_cli(shipped.path, *PROMPT, *arena, "--warm-set", path).json
+    uses = read_warm_set(path, shipped)
+    assert uses is not None and uses.max() <= 1 and not np.array_equal(uses, expected_uses(shipped))
+    second = run_cli(shipped.path, *PROMPT, *arena, "--warm-set", path).json
+    assert second["text"] == first["text"] and second["read_bytes"] != first["read_bytes"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"uses": 3}', '{"uses": [[1, 2]]}', '{"uses": "a"}'])
+def test_what_is_no_warm_set_is_refused(text: str, shipped_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "warm.json").write_text(text)
+    outcome = run_cli(shipped_path, *PROMPT, "--warm-set", tmp_path / "warm.json")
+    assert_one_sentence(outcome, "warm.json", "delete it")
+    assert (tmp_path / "warm.json").read_text() == text
+
+
+def test_a_warm_set_of_numbers_that_are_none_is_refused(shipped: Bundle, tmp_path: Path) -> None:
+    uses = expected_uses(shipped)
+    uses[0, 0] = np.nan
+    (tmp_path / "warm.json").write_text(json.dumps({"uses": uses.tolist()}))
+    assert_one_sentence(run_cli(shipped.path, *PROMPT, "--warm-set", tmp_path / "warm.json"), "delete it")
+
+
+def test_a_policy_by_layer_lets_each_layer_have_its_share(shipped: Bundle) -> None:
+    for policy, layer in (("global", 1), ("per-layer", 0)):
+        eviction = make_eviction(shipped, policy=policy)
+        for expert in range(4):
+            for place, tokens in ((0, 9), (1, 1)):
+                eviction.use(ExpertKey(place, expert), 1, 10_000 * tokens)
+                eviction.offer(ExpertKey(place, expert), 0)
+        victim = eviction.cheapest((), 0)
+        assert victim is not None and victim.layer == layer
