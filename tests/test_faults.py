@@ -88,7 +88,8 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(
 
 # A run whose expert reads stall: for how long, and after how many of them.
 STALLED = """
-import itertools, os, sys, threading, time
+import itertools, os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
 real, reads = os.preadv, itertools.count(1)
 def preadv(*args):
     number = next(reads) if threading.current_thread().name.startswith("reader-") else 0
