@@ -98,7 +98,7 @@ def _termination_raised() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:

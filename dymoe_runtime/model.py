@@ -122,6 +122,7 @@ class Model:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
+        self._limit = imposed_limit()
         self._limit_heeded = time.monotonic() if options.arena_bytes is None else None
         self._trial = Trial()  # of looking ahead
         self._decisions: Decisions | None = None
@@ -194,8 +195,8 @@ class Model:
             self._tracer.close()
 
     def remember(self) -> None:
-        """Write the warm set, if there is to be one."""
-        if self._warm_set is not None:
+        """Write the warm set, if there is to be one and what is used was counted: not where everything fits."""
+        if self._warm_set is not None and not self.store.roomy:
             write_warm_set(self._warm_set, self._eviction.rates())
 
     @property
@@ -224,8 +225,9 @@ class Model:
         if self._limit_heeded is None or time.monotonic() < self._limit_heeded + LOOK_S:
             return
         self._limit_heeded = time.monotonic()
-        memory = imposed_limit()
-        if memory >= self.budget.memory:
+        memory, before = imposed_limit(), self._limit
+        self._limit = memory
+        if memory >= min(before, self.budget.memory):
             return
         self.budget = replace(self.budget, memory=memory)
         if memory < self.budget.floor:

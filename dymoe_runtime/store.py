@@ -175,11 +175,13 @@ class ExpertStore:
     def preload(self, wants: Sequence[Want]) -> None:
         """Read these in the background, in their order, as far as there is room for them."""
         for want in wants:
-            if not self._volunteer(want, Urgency.BACKGROUND, set()):
+            if not self._volunteer(want, Urgency.BACKGROUND, {want.key}):
                 break
 
     def promote(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
         """Read in the background what `wants` lacked just now, in place of what is used less."""
+        if not wants:
+            return
         keep = {want.key for want in (*wants, *needed_now)}
         for want in wants:
             there = len(self._memory.entry(want.key).slots)

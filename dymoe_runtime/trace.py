@@ -159,8 +159,8 @@ class Decisions:
 
     def tiers(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Of the experts of the token that is decoded; 0 is skipped."""
-        chosen = self._tiers[self._passes[self._next - 1]["pass"], layer]
-        if not chosen.keys() <= set(experts):
+        chosen = self._tiers.get((self._passes[self._next - 1]["pass"], layer))
+        if chosen is None or not chosen.keys() <= set(experts):
             raise self._foreign()
         return [chosen.get(expert, 0) for expert in experts]
 

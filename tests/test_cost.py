@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def test_expected_hits_rise_with_memory(shipped_path: Path) -> None:
         with Model(bundle, RunOptions(arena_bytes=arena, context=16, look_ahead=False)) as model:
             shares.append(expected_hits(model, point))
     assert 0 < shares[0] < shares[1] < shares[2] <= 1
+
+
+@pytest.mark.parametrize(("missed", "read_s"), [(0.0, 1.0), (1.0, 0.5), (0.3, 0.2), (0.3, 3.0)])
+def test_waiting_is_the_mean_over_what_may_be_missing(missed: float, read_s: float) -> None:
+    expected = 0.0
+    for there in itertools.product((False, True), repeat=4):
+        chance = math.prod((1 - missed) if found else missed for found in there)
+        expected += chance * max(0.0, (4 - sum(there)) * read_s - sum(there) * 0.4)
+    assert probe.waiting_seconds(4, missed, read_s, 0.4) == pytest.approx(expected)
 
 
 def test_a_model_that_does_not_fit_knows_its_costs_before_it_reads(shipped_path: Path) -> None:

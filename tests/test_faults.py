@@ -132,6 +132,7 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
             before = model.store.arena_bytes
             for number in range(24):
                 if lowered and number == 8:
+                    assert model.store.arena_bytes == before
                     limit = model.budget.floor + shipped.expert_bytes() // 4
                     monkeypatch.setattr(model_module, "imposed_limit", lambda: limit)  # noqa: B023
                 decoded.append(int(logits.argmax()))
@@ -144,6 +145,18 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
                     model.decode(1)
     assert tokens[0] == tokens[1]
     assert not readers()
+
+
+def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
+    shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for more memory than the limit leaves without its margin gets it."""
+    monkeypatch.setattr(model_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(model_module, "imposed_limit", lambda: 1 << 20)
+    with Model(shipped, RunOptions(tier=4, context=256, memory_bytes=4 << 30)) as model:
+        before = model.store.arena_bytes
+        model.prefill([1, 2, 3])
+        assert model.store.arena_bytes == before
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_threads(damaged: Path) -> None:

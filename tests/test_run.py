@@ -181,6 +181,15 @@ def test_every_budget_gives_the_same_tokens(shipped: Bundle, prompt: str) -> Non
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [("--no-overlap",), ("--no-preload",), ("--eviction", "per-layer"), ("--eviction", "by-cost"), ("--threads", 1)],
+)
+def test_how_experts_come_does_not_change_the_text(args: tuple, shipped: Bundle) -> None:
+    arena = ("--arena", shipped.expert_bytes() // 3)
+    assert answer(shipped.path, *arena, *args)["text"] == answer(shipped.path)["text"]
+
+
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
     least = least_arena_bytes(shipped.layout)
     arenas = [least + int(shipped.expert_bytes() * share) for share in (0.0, 0.2, 0.5, 1.1)]

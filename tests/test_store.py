@@ -750,12 +750,13 @@ def test_a_guess_that_does_not_fit_whole_takes_no_memory(make: Make) -> None:
 def test_what_is_preloaded_is_a_hit(make: Make) -> None:
     store, reader = make(segments=30)
     store.preload([want(1), want(2, 2)])
-    assert fetch(store, reader, want(1), want(2, 2)) == [(key(1), 0, 3), (key(2), 0, 1)]
+    fetch(store, reader, want(1), want(2, 2))
+    assert set(reader.calls) == {(key(1), 0, 3), (key(2), 0, 1)} and len(reader.calls) == 2
     assert fetch(store, reader, want(1), want(2, 2)) == []
     assert (store.stats.hits, store.stats.background_bytes) == (4, 4 * SPAN)
 
 
-def test_preloading_goes_as_far_as_there_is_room_and_in_order(make: Make) -> None:
+def test_preloading_takes_the_first_as_far_as_there_is_room(make: Make) -> None:
     store, reader = make(segments=9)
     store.preload([want(expert) for expert in range(9)])
     wait_until(lambda: len(reader.calls) == 3)
@@ -774,7 +775,7 @@ def test_demands_and_look_ahead_go_before_what_is_preloaded_and_take_its_room(ma
     reader.release()
     receive(reader, delivery)
     wait_until(lambda: len(reader.calls) == 6)
-    assert [call.expert for call in reader.calls[2:4]] == [key(9), key(10)]
+    assert {call.expert for call in reader.calls[2:4]} == {key(9), key(10)}
     assert {call.expert for call in reader.calls} == {key(e) for e in (0, 1, 2, 3, 9, 10)}
     assert store.stats.evictions == 0 and store.stats.background_bytes == 4 * 3 * SPAN
 

@@ -141,6 +141,9 @@ def test_decisions_of_another_run_are_refused(shipped_path: Path, tmp_path: Path
     ]
     for args in refused:
         assert_one_sentence(run_cli(shipped_path, *args), "trace")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"pass": 3,' not in line or '"layer": 1,' not in line))
+    assert_one_sentence(run_cli(shipped_path, *prompt, "--point", 3, *tail, 9), "trace")
     wrong = [("--latency",), ("--tpot", "100ms"), ("--trace", path)]
     assert all(run_cli(shipped_path, *prompt, *tail, 4, *args).code == 2 for args in wrong)
 

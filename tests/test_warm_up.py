@@ -89,6 +89,9 @@ def test_a_warm_set_holds_what_was_used(shipped: Bundle, tmp_path: Path) -> None
     second = run_cli(shipped.path, *PROMPT, *arena, "--warm-set", path).json
     assert second["text"] == first["text"] and second["read_bytes"] != first["read_bytes"]
     assert not list(tmp_path.glob("*.partial"))
+    kept = path.read_bytes()
+    assert run_cli(shipped.path, *PROMPT, "--warm-set", path).code == 0  # all fits: nothing is learnt, nothing lost
+    assert path.read_bytes() == kept
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"uses": 3}', '{"uses": [[1, 2]]}', '{"uses": "a"}'])

@@ -2,7 +2,7 @@
 
     python benchmarks/streaming/ablation.py BUNDLE --limit-mb 1964 982
 
-The first row is what published expert streamers do: one precision, what was used last stays (LRU), no look-ahead.
+The first rows are what published expert streamers do: one precision, what was used last stays (LRU), no look-ahead.
 Each round runs every row once, with an empty page cache, in a cgroup of the limit, after a prompt to warm up.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from limited import run
 
 ROWS = {
-    "4 bits, LRU": ["--tiers", "4", "--fade", "2", "--no-look-ahead"],
+    "4 bits, LRU": ["--tiers", "4", "--fade", "2", "--no-look-ahead", "--no-overlap"],
+    "+ overlap": ["--tiers", "4", "--fade", "2", "--no-look-ahead"],
     "+ LFU that fades": ["--tiers", "4", "--no-look-ahead"],
     "+ look-ahead": ["--tiers", "4"],
     "+ mixed precision": ["--point", "3"],
