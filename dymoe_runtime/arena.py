@@ -58,6 +58,7 @@ class Arena:
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]
+        self._given_back: list[int] = []
         self._partial: list[set[int]] = [set() for _ in self.sizes]  # chunks of the class with room
         self._moved = moved
 
@@ -82,13 +83,22 @@ class Arena:
             self._free.append(slot.chunk)
 
     def give_back(self) -> bool:
-        """Give the memory of a free chunk back to the system, for good; whether there was one."""
+        """Give the memory of a free chunk back to the system; whether there was one."""
         if not self._free and not self._compact():
             return False
         chunk = self._free.pop()
+        self._given_back.append(chunk)
         self.chunks -= 1
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self._memory.madvise(mmap.MADV_DONTNEED, chunk * self.chunk_bytes, self.chunk_bytes)
+        return True
+
+    def take_again(self) -> bool:
+        """Have a chunk again that was given back; whether there was one."""
+        if not self._given_back:
+            return False
+        self._free.append(self._given_back.pop())
+        self.chunks += 1
         return True
 
     def _take(self, number: int, size_class: int) -> Slot:

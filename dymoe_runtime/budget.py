@@ -15,7 +15,7 @@ from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import full_arena_bytes, least_arena_bytes
 
-# Prompt tokens per pass. Fixed, because the tiers of a chunk depend on what is in it.
+# Prompt tokens whose tiers are chosen together. Fixed, because their tiers depend on which they are.
 CHUNK = 256
 # What Python, torch and the allocator may still take after loading.
 RESERVE_BYTES = 32 << 20
@@ -34,6 +34,7 @@ class Budget:
     workspace: int  # activations of a prompt chunk, and the reserve
     least_arena: int
     full_arena: int
+    chunk: int  # activations of each prompt chunk that a pass has beyond one
 
     @property
     def floor(self) -> int:
@@ -67,7 +68,27 @@ def plan_budget(
         workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
+        chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
     )
+
+
+def pass_tokens(left: int, used: int, arena: int, budget: Budget) -> int:
+    """How many of the `left` tokens of a prompt to run in the next pass, so that the prompt reads the fewest bytes.
+
+    A pass of one or more chunks reads the experts that a prompt uses, of `used` bytes, but for what is in memory. Each
+    chunk beyond one takes memory from an `arena` of so many bytes, which is read again after it.
+    """
+    if kernels.isa() == "torch":  # whose results depend a little on how many rows it is given
+        return min(left, CHUNK)
+    if left % CHUNK == 1 and left > 1:
+        left -= 1  # a token that is alone is computed differently, and so it always is
+
+    def read(chunks: int) -> int:
+        lent = (chunks - 1) * budget.chunk
+        return -(-left // (chunks * CHUNK)) * max(0, used - (arena - lent)) + lent
+
+    most = 1 + max(0, arena - budget.least_arena) // budget.chunk
+    return min(left, CHUNK * min(range(1, min(most, -(-left // CHUNK)) + 1), key=read))
 
 
 def check_budget(budget: Budget) -> None:

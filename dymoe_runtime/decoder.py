@@ -6,7 +6,7 @@ runs the original's experts between them, one after another. Both run the same m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,19 @@ class Routing:
     gates: torch.Tensor  # float32 [T, k]
     residual: torch.Tensor  # [T, H], the residual stream that the next layer's router can be asked with
     token_weights: torch.Tensor | None = None  # [T], mean 1: importance in a prompt; None if tiers ignore it
+    group: int | None = None  # so many tokens of a prompt have their tiers chosen together; None: all
+
+    @staticmethod
+    def joined(parts: Sequence[Routing], group: int) -> Routing:
+        """Of groups of so many tokens, the last of which may be smaller."""
+        weights = [part.token_weights for part in parts if part.token_weights is not None]
+        return Routing(
+            torch.cat([part.experts for part in parts]),
+            torch.cat([part.gates for part in parts]),
+            torch.cat([part.residual for part in parts]),
+            torch.cat(weights) if weights else None,
+            group,
+        )
 
 
 class Dense(Protocol):
@@ -66,14 +79,21 @@ class Decoder:
         self._rotary = Rotary(spec.rope, spec.head_dim)
         self._activation = ACTIVATIONS[spec.activation]
 
-    def forward(self, ids: torch.Tensor, cache: KVCache | None = None, weigh_tokens: bool = False) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, cache: KVCache | None = None, weigh_tokens: bool = False, group: int | None = None
+    ) -> torch.Tensor:
         """Hidden states [T, H] after all layers of tokens `ids` [T], which continue `cache` if given.
 
-        With `weigh_tokens` the tokens are one prompt chunk and experts see prefill importance.
+        With `weigh_tokens` the tokens are one prompt chunk and experts see prefill importance. With `group` they
+        are chunks of so many, one after another, whose experts are asked for all chunks together: for the results
+        of as many calls, what is read for them once.
         """
         x = self.dense.embed(ids)
         if self._step is not None and cache is not None and len(ids) == 1 and not weigh_tokens:
             x = self._decode(self._step, x, cache)
+        elif cache is not None and group is not None and len(ids) > group:
+            for layer in range(self.spec.num_layers):
+                x = self._layer_of_groups(layer, x, cache, weigh_tokens, group)
         else:
             for layer in range(self.spec.num_layers):
                 x, weights = self.attend(layer, x, cache, weigh_tokens)
@@ -91,6 +111,20 @@ class Decoder:
                 h, routing = step.route(layer, x)
                 x = x + self.experts(layer, h, routing)
         return x
+
+    def _layer_of_groups(
+        self, layer: int, x: torch.Tensor, cache: KVCache, weigh_tokens: bool, group: int
+    ) -> torch.Tensor:
+        start, parts = cache.length, []
+        for rows in x.split(group):
+            parts.append(self.attend(layer, rows, cache, weigh_tokens))
+            cache.length += len(rows)
+        cache.length = start
+        if layer in self.spec.dense_layers:
+            return torch.cat([self.feed_forward(layer, rows) for rows, _ in parts])
+        asked = [self._ask(layer, rows, weights) for rows, weights in parts]
+        routing = Routing.joined([routing for _, routing in asked], group)
+        return routing.residual + self.experts(layer, torch.cat([h for h, _ in asked]), routing)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] -> float32 [T, vocab]."""
@@ -113,11 +147,15 @@ class Decoder:
 
     def feed_forward(self, layer: int, x: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
         """Residual stream after the experts (or the dense MLP) of `layer`."""
-        h = self.norm(f"layers.{layer}.mlp_norm", x)
         if layer in self.spec.dense_layers:
-            return x + self._dense_mlp(layer, h)
+            return x + self._dense_mlp(layer, self.norm(f"layers.{layer}.mlp_norm", x))
+        return x + self.experts(layer, *self._ask(layer, x, token_weights))
+
+    def _ask(self, layer: int, x: torch.Tensor, token_weights: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
+        """Normalized x [T, H], and which experts it needs."""
+        h = self.norm(f"layers.{layer}.mlp_norm", x)
         experts, gates = self.route(layer, h)
-        return x + self.experts(layer, h, Routing(experts, gates, x, token_weights))
+        return h, Routing(experts, gates, x, token_weights)
 
     def route(self, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts int64 [T, k] and their gates float32 [T, k], by falling gate."""

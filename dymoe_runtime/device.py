@@ -172,6 +172,12 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
+def return_freed_memory() -> None:
+    """Have glibc give what is freed and kept for later back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def lock_in_memory(address: int, nbytes: int) -> bool:
     """Keep so many bytes from being swapped out; False where the system does not allow it."""
     try:

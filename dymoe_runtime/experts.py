@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class LookAhead:
             tiers = rule.choose_for_token(layer, chosen, mass)
             likely = list(zip(chosen, tiers, mass, strict=True))[:ranks]
             return [Want(ExpertKey(layer, e), tier) for e, tier, gate in likely if tier and gate > 0]
-        guessed = Routing(experts, gates, routing.residual, routing.token_weights)
+        guessed = replace(routing, experts=experts, gates=gates)
         of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
         experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
         sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load
 
 from dymoe_runtime import cost, kernels
-from dymoe_runtime.budget import CHUNK, Budget, check_budget, plan_budget
+from dymoe_runtime.budget import CHUNK, Budget, check_budget, pass_tokens, plan_budget
 from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
@@ -23,6 +23,7 @@ from dymoe_runtime.device import (
     format_size,
     imposed_limit,
     peak_resident_bytes,
+    return_freed_memory,
     return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
@@ -122,6 +123,8 @@ class Model:
             check_budget(self.budget)
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
+        self._arena_bytes = options.arena_bytes or self.budget.arena
+        self._lent_bytes = 0  # of these, by the arena to the pass of a long prompt
         self._limit = imposed_limit()
         self._limit_heeded = time.monotonic() if options.arena_bytes is None else None
         self._trial = Trial()  # of looking ahead
@@ -138,7 +141,7 @@ class Model:
             bundle.layout,
             (bundle.spec.num_layers, bundle.spec.num_experts),
             self.reader,
-            options.arena_bytes or self.budget.arena,
+            self._arena_bytes,
             self._eviction,
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
@@ -235,10 +238,26 @@ class Model:
                 f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
                 f"is {format_size(self.budget.floor)}; raise it again or give a smaller --context"
             )
-        self.store.shrink(self.budget.arena)
+        self._arena_bytes, self._lent_bytes = self.budget.arena, 0
+        self.store.resize(self._arena_bytes)
 
-    def _begin_pass(self, tokens: int) -> None:
-        self._heed_limit()
+    def _make_room_for_pass(self, left: int) -> int:
+        """How many of the `left` tokens of a prompt to run next; the arena lends memory for more than a chunk."""
+        tokens = pass_tokens(left, self._prompt_bytes(), self._arena_bytes, self.budget)
+        lent = (-(-tokens // CHUNK) - 1) * self.budget.chunk
+        if lent != self._lent_bytes:
+            return_freed_memory()
+            self.store.resize(self._arena_bytes - lent)
+            self._lent_bytes = lent
+        return tokens
+
+    def _prompt_bytes(self) -> int:
+        """Of the experts that a long prompt uses, about all at the highest tier that it may choose."""
+        layout, experts = self.bundle.layout, self.spec.num_experts
+        tiers = [self.rule.highest[layer] for layer in self.spec.moe_layers]
+        return experts * sum(sum(layout.segment_spans[: layout.segments_of(tier)]) for tier in tiers)
+
+    def _follow_decisions(self, tokens: int) -> None:
         if self._decisions is None:
             return
         name = self._decisions.begin(tokens)
@@ -265,14 +284,19 @@ class Model:
         torch.set_num_threads(self._threads)
         self.experts.looks_ahead = True
         x = torch.empty(0)
-        for start in range(0, len(ids), CHUNK):
-            chunk, begun = torch.tensor(ids[start : start + CHUNK]), time.perf_counter()
-            self._begin_pass(len(chunk))
-            x = self.decoder.forward(chunk, self._cache, weigh_tokens=self.rule.weighs_tokens)
-            self.store.tick(len(chunk))
+        left = list(ids)
+        while left:
+            self._heed_limit()
+            tokens = self._make_room_for_pass(len(left))
+            part, left, begun = torch.tensor(left[:tokens]), left[tokens:], time.perf_counter()
+            self._follow_decisions(tokens)
+            x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)
+            self.store.tick(tokens)
             if self._tracer is not None:
-                self._tracer.passed(len(chunk), time.perf_counter() - begun, self.point)
+                self._tracer.passed(tokens, time.perf_counter() - begun, self.point)
         logits = self.decoder.logits(x[-1:])[0]
+        del x
+        self._make_room_for_pass(1)
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
         return logits
@@ -291,7 +315,8 @@ class Model:
         # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
         torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
         self.experts.looks_ahead = self._trial.on
-        self._begin_pass(1)
+        self._heed_limit()
+        self._follow_decisions(1)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]

@@ -187,21 +187,30 @@ class TierRule:
         return [high if e in self.pinned[layer] else tier for e, tier in zip(experts, tiers, strict=True)]
 
     def _choose_for_chunk(self, layer: int, routing: Routing) -> torch.Tensor:
-        importance = chunk_importance(routing)
+        assert routing.token_weights is not None
+        parts = (routing.experts, routing.gates, routing.token_weights)
+        groups = zip(*(part.split(routing.group or len(part)) for part in parts), strict=True)
+        return torch.cat([self._choose_for_group(layer, *group) for group in groups])
+
+    def _choose_for_group(
+        self, layer: int, experts: torch.Tensor, gates: torch.Tensor, token_weights: torch.Tensor
+    ) -> torch.Tensor:
+        importance = chunk_importance(experts, gates, token_weights)
         active = importance > 0
         tiers = torch.zeros_like(importance, dtype=torch.int64)
         tiers[active] = tiers_by_mass(importance[active][None], self.prefill[layer], self.ladder)[0]
-        return tiers[routing.experts]
+        return tiers[experts]
 
 
-def chunk_importance(routing: Routing) -> torch.Tensor:
-    """Sum over the tokens of a chunk of gate times token weight, float32 [experts]; more than 0 if active."""
-    assert routing.token_weights is not None
-    size = int(routing.experts.max()) + 1
-    importance = torch.zeros(size)
-    weighted = routing.gates * routing.token_weights[:, None]
+def chunk_importance(experts: torch.Tensor, gates: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens of a chunk of gate times token weight, float32 [experts]; more than 0 if active.
+
+    experts int64 [T, k], gates [T, k], token_weights [T].
+    """
+    importance = torch.zeros(int(experts.max()) + 1)
+    weighted = gates * token_weights[:, None]
     # An expert whose tokens weigh nothing is still active.
-    importance.index_add_(0, routing.experts.reshape(-1), weighted.reshape(-1).clamp_min(1e-12))
+    importance.index_add_(0, experts.reshape(-1), weighted.reshape(-1).clamp_min(1e-12))
     return importance
 
 

@@ -175,14 +175,17 @@ class Residency:
             entry.guessed = None
         self.refresh(entry)
 
-    def shrink(self, arena_bytes: int) -> None:
-        """Give memory back until the arena has at most `arena_bytes`, as far as what is pinned allows."""
+    def resize(self, arena_bytes: int) -> None:
+        """Give memory back, or take it again, until the arena has at most `arena_bytes`, as far as pins allow."""
         self._moved()
-        while self.arena.chunks * self.arena.chunk_bytes > arena_bytes:
+        chunks = arena_bytes // self.arena.chunk_bytes
+        while self.arena.chunks < chunks and self.arena.take_again():
+            pass
+        while self.arena.chunks > chunks:
             self._settle()
             if self.arena.give_back():
                 continue
-            if self.take_back(Urgency.BACKGROUND) or self.take_back(Urgency.GUESS):
+            if self.take_back(Urgency.BACKGROUND, 1) or self.take_back(Urgency.GUESS):
                 continue
             victim = self._cheapest((), None)
             if victim is not None:

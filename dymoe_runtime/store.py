@@ -108,11 +108,11 @@ class ExpertStore:
         """Tokens have passed: uses from now on count a little more than earlier ones."""
         self._eviction.tick(tokens)
 
-    def shrink(self, arena_bytes: int) -> None:
-        """Give memory back until the arena has `arena_bytes`, but not less than works."""
+    def resize(self, arena_bytes: int) -> None:
+        """Give memory back, or take it again, until the arena has `arena_bytes`: what works, at most as at first."""
         self._let_go()
-        self._roomy = False
-        self._memory.shrink(max(arena_bytes, least_arena_bytes(self.layout)))
+        self._memory.resize(max(arena_bytes, least_arena_bytes(self.layout)))
+        self._roomy = self.arena_bytes >= self._full_bytes
 
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Starts reading what is missing and yields the wanted experts as they come, each once.

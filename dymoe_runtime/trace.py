@@ -148,13 +148,20 @@ class Decisions:
             for line in lines
             if "layer" in line and line["tokens"] == 1
         }
-        self._next = 0
+        self._next = 0  # pass
+        self._left = 0  # tokens of the pass before that
 
     def begin(self, tokens: int) -> str:
-        """The point that the coming pass of so many tokens ran at; DymoeError where the trace has no such pass."""
-        if self._next == len(self._passes) or self._passes[self._next]["tokens"] != tokens:
-            raise self._foreign()
-        self._next += 1
+        """The point that the coming tokens ran at; DymoeError where the trace has no such passes.
+
+        A prompt may be divided into other passes than it was.
+        """
+        while self._left < tokens:
+            if self._next == len(self._passes):
+                raise self._foreign()
+            self._left += self._passes[self._next]["tokens"]
+            self._next += 1
+        self._left -= tokens
         return str(self._passes[self._next - 1]["point"])
 
     def tiers(self, layer: int, experts: Sequence[int]) -> list[int]:

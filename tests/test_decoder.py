@@ -71,4 +71,7 @@ def test_decoding_equals_prefilling(family: str, changes: dict, tmp_path: Path) 
         cache = KVCache(decoder.spec, 40, bits=32)
         pieces = [ids[:11], ids[11:30], *ids[30:].split(1)]
         stepwise = torch.cat([decoder.logits(decoder.forward(piece, cache)) for piece in pieces])
+        cache = KVCache(decoder.spec, 40, bits=32)
+        grouped = torch.cat([decoder.logits(decoder.forward(piece, cache, group=8)) for piece in ids.split(23)])
     assert (whole - stepwise).abs().max() <= 1e-4
+    assert (whole - grouped).abs().max() <= 1e-4

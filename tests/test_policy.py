@@ -187,7 +187,7 @@ def test_importance_in_a_chunk_sums_gates_times_token_weights() -> None:
     for token in range(20):
         for rank in range(3):
             expected[experts[token, rank]] += (gates[token, rank] * weights[token]).item()
-    got = chunk_importance(Routing(experts, gates, torch.zeros(20, 1), weights))
+    got = chunk_importance(experts, gates, weights)
     assert got.tolist() == pytest.approx(expected, rel=1e-5)
 
 

@@ -7,12 +7,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import EXAMPLES, MODEL, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
+from dymoe_runtime import budget as budget_module
+from dymoe_runtime import model as model_module
+from dymoe_runtime.budget import Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.model import Model, RunOptions
 from dymoe_runtime.store import least_arena_bytes
 
 PROMPT = "The river flows through the town of"
@@ -73,11 +79,19 @@ def test_max_tokens_and_a_full_context_end_with_length(tmp_path: Path, tiny_path
     assert result["finish"] == "length" and result["prompt_tokens"] + result["new_tokens"] <= 40
 
 
-def test_the_cache_takes_the_bits_that_it_is_given(shipped_path: Path) -> None:
-    """The same answer but where two tokens are as likely."""
-    whole, short = answer(shipped_path, "--kv-bits", 32), answer(shipped_path, "--kv-bits", 8)
-    assert short["text"][:40] == whole["text"][:40]
-    assert run_cli(shipped_path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
+def test_the_cache_takes_the_bits_that_it_is_given(shipped: Bundle) -> None:
+    """About the same probabilities, and the fewer bits the less memory."""
+    ids = torch.randint(shipped.spec.vocab_size, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for bits in (32, 16, 8):
+        with Model(shipped, RunOptions(context=256, kv_bits=bits)) as model:
+            logits = torch.stack([model.prefill(ids[:8]), *(model.decode(token) for token in ids[8:])])
+            found.append((logits.log_softmax(-1), model.budget.kv_cache))
+    (whole, most), *others = found
+    for logits, _ in others:
+        assert 0 < float((whole.exp() * (whole - logits)).sum(-1).mean()) < 0.003
+    assert most > others[0][1] > others[1][1]
+    assert run_cli(shipped.path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
 
 
 def test_latency_reads_less_by_running_what_is_there(shipped_path: Path) -> None:
@@ -188,6 +202,40 @@ def test_every_budget_gives_the_same_tokens(shipped: Bundle, prompt: str) -> Non
 def test_how_experts_come_does_not_change_the_text(args: tuple, shipped: Bundle) -> None:
     arena = ("--arena", shipped.expert_bytes() // 3)
     assert answer(shipped.path, *arena, *args)["text"] == answer(shipped.path)["text"]
+
+
+@pytest.mark.parametrize("count", [64, 65, 128, 175, 193, 500])
+@pytest.mark.parametrize("point", ["3", "2.25"])
+def test_how_a_prompt_is_divided_changes_nothing_but_what_is_read(
+    count: int, point: str, shipped: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The less memory the activations of a chunk take, the more of them run together, in memory that is lent."""
+    monkeypatch.setattr(model_module, "CHUNK", 64)
+    monkeypatch.setattr(budget_module, "CHUNK", 64)
+    ids = torch.randint(shipped.spec.vocab_size, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    arena, found = shipped.expert_bytes() // 3, []
+    for chunk in (1 << 40, 1 << 18, 1):
+
+        def plan(*args: object, chunk: int = chunk, **kwargs: object) -> Budget:
+            return replace(plan_budget(*args, **kwargs), chunk=chunk)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(model_module, "plan_budget", plan)
+        trace = tmp_path / f"{chunk}.jsonl"
+        options = RunOptions(context=512, arena_bytes=arena, point=point, look_ahead=False, trace=trace)
+        with Model(shipped, options) as model:
+            before = model.store.arena_bytes
+            logits = [model.prefill(ids), model.decode(ids[0])]
+            read = model.store.stats.read_bytes
+            assert model.store.arena_bytes == before
+        lines = [json.loads(line) for line in trace.read_text().splitlines()]
+        found.append((logits, read, [line["tokens"] for line in lines if "layer" not in line]))
+    for logits, _, _ in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(logits, found[0][0], strict=True))
+    whole = [count - 1, 1] if count % 64 == 1 else [count]
+    assert found[0][2] == [*[64] * (count // 64), *[count % 64] * (count % 64 > 0), 1]
+    assert found[2][2] == [*whole, 1]
+    if whole[0] > 64:
+        assert found[2][1] < 0.8 * found[0][1]
 
 
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:

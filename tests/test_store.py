@@ -25,7 +25,7 @@ from dymoe_runtime.tiers import RecordLayout, make_layout
 # What should come at once has not come.
 TIMEOUT_S = 2.0
 # A test has hung.
-HANG_S = 3.0
+HANG_S = 20.0
 SPAN = 256
 
 
@@ -819,12 +819,12 @@ def test_a_store_that_shrinks_keeps_what_is_used_most_and_right(make: Make, name
         for _ in range(1 + (expert < 3)):
             fetch(store, reader, want(expert, layout.ladder[-1]))
     before = store.arena_bytes
-    store.shrink(before // 2)
+    store.resize(before // 2)
     assert store.arena_bytes <= max(before // 2, least_arena_bytes(layout)) and not store.roomy
     assert fetch(store, reader, *(want(e, layout.ladder[-1]) for e in range(3))) == []
     for expert in range(16):  # what has left is read again, and right
         fetch(store, reader, want(expert, layout.ladder[-1]))
-    store.shrink(0)
+    store.resize(0)
     assert store.arena_bytes == least_arena_bytes(layout)
     fetch(store, reader, *(want(e, layout.ladder[-1]) for e in range(16)))
 
@@ -835,7 +835,7 @@ def test_a_store_shrinks_while_it_reads(make: Make) -> None:
     store.preload([want(expert) for expert in range(8)])
     reader.wait_for(key(0), key(1))
     threading.Timer(0.05, reader.release).start()
-    store.shrink(0)
+    store.resize(0)
     assert store.arena_bytes == least_arena_bytes(flat_layout())
     fetch(store, reader, *(want(e) for e in range(10)))
 

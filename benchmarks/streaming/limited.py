@@ -1,9 +1,9 @@
-"""A command inside a memory limit that the kernel enforces, its page cache included.
+"""A command inside limits that the kernel enforces: of memory, its page cache included, and of the disk's speed.
 
-The limit is a cgroup below this process's own: version 1, or 2 where its memory controller is delegated.
+A limit is a cgroup below this process's own: version 1, or 2 where the controller is delegated.
 Needs the right to make one, mostly root.
 
-    python benchmarks/streaming/limited.py --limit-mb 1964 -- dymoe-run BUNDLE --bench
+    python benchmarks/streaming/limited.py --limit-mb 1964 --disk-mb-s 200 -- dymoe-run BUNDLE --bench
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ def run(
     cold: bool = True,
     timeout_s: float = 600,
     env: Mapping[str, str] | None = None,
+    disk_bytes_per_s: int = 0,
 ) -> Outcome:
-    """Run `command` with at most `limit_bytes` of memory (0: no limit), with an empty page cache if `cold`."""
+    """Run `command` with at most `limit_bytes` of memory (0: no limit), with an empty page cache if `cold`.
+
+    With `disk_bytes_per_s` it reads no faster from the disk of the current directory.
+    """
     if cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
-    with _cgroup(limit_bytes) as group:
-        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"' if group else 'exec "$@"'
+    with memory_limit(limit_bytes) as group, disk_limit(disk_bytes_per_s) as slow:
+        enter = "".join(f"echo $$ > {place}/cgroup.procs && " for place in (group, slow) if place) + 'exec "$@"'
         disk, started = _disk_bytes(), time.perf_counter()
         process = subprocess.Popen(
             ["sh", "-c", enter, "sh", *map(str, command)],
@@ -67,17 +71,47 @@ def run(
 
 
 @contextmanager
-def _cgroup(limit_bytes: int) -> Iterator[Path | None]:
+def memory_limit(limit_bytes: int) -> Iterator[Path | None]:
+    """A cgroup whose processes have so much memory together; None for 0."""
     if not limit_bytes:
         yield None
         return
-    version, parent = _own_cgroup()
+    version, parent = _own_cgroup("memory")
+    with _cgroup(parent) as group:
+        set_memory_limit(group, limit_bytes)
+        if version == 2:
+            (group / "memory.swap.max").write_text("0")
+        yield group
+
+
+def set_memory_limit(group: Path, limit_bytes: int) -> None:
+    """Of a cgroup that `memory_limit` made; OSError where it is not to be had, with version 1 if more is in use."""
+    names = ("memory.limit_in_bytes", "memory.max")
+    next(group / name for name in names if (group / name).exists()).write_text(str(limit_bytes))
+
+
+@contextmanager
+def disk_limit(bytes_per_s: int, path: Path = Path(".")) -> Iterator[Path | None]:
+    """A cgroup whose processes read so much from the disk that holds `path`; None for 0."""
+    if not bytes_per_s:
+        yield None
+        return
+    version, parent = _own_cgroup("blkio")
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with _cgroup(parent) as group:
+        if version == 1:
+            (group / "blkio.throttle.read_bps_device").write_text(f"{number} {bytes_per_s}")
+        else:
+            (group / "io.max").write_text(f"{number} rbps={bytes_per_s}")
+        yield group
+
+
+@contextmanager
+def _cgroup(parent: Path) -> Iterator[Path]:
     group = parent / f"limited-{os.getpid()}"
     group.mkdir()
     try:
-        (group / ("memory.limit_in_bytes" if version == 1 else "memory.max")).write_text(str(limit_bytes))
-        if version == 2:
-            (group / "memory.swap.max").write_text("0")
         yield group
     finally:
         for _ in range(50):  # until its last process is gone
@@ -87,18 +121,19 @@ def _cgroup(limit_bytes: int) -> Iterator[Path | None]:
             time.sleep(0.1)
 
 
-def _own_cgroup() -> tuple[int, Path]:
-    """The version, and the cgroup of this process that counts memory."""
+def _own_cgroup(controller: str) -> tuple[int, Path]:
+    """The version, and the cgroup of this process that has the controller, by its name in version 1."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    in_two = {"blkio": "io"}.get(controller, controller)
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for _, place, kind, options, *_ in mounts:
             here = Path(place) / path.strip("/")
-            if kind == "cgroup" and "memory" in controllers.split(",") and "memory" in options.split(","):
+            if kind == "cgroup" and controller in controllers.split(",") and controller in options.split(","):
                 return 1, here
-            if kind == "cgroup2" and not controllers and "memory" in (here / "cgroup.controllers").read_text().split():
+            if kind == "cgroup2" and not controllers and in_two in (here / "cgroup.controllers").read_text().split():
                 return 2, here
-    raise SystemExit("no memory controller of cgroups that this process may use")
+    raise SystemExit(f"no {controller} controller of cgroups that this process may use")
 
 
 def _accounts(group: Path) -> tuple[int, int]:
@@ -126,11 +161,13 @@ def _disk_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-mb", type=float, default=0, help="10^6 bytes")
+    parser.add_argument("--disk-mb-s", type=float, default=0, help="10^6 bytes per second")
     parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    outcome = run(command, int(args.limit_mb * 1e6), not args.warm)
+    disk = int(args.disk_mb_s * 1e6)
+    outcome = run(command, int(args.limit_mb * 1e6), not args.warm, disk_bytes_per_s=disk)
     print(outcome.out, end="")
     print(outcome.err, end="", file=sys.stderr)
     print(json.dumps({k: v for k, v in asdict(outcome).items() if k not in ("out", "err")}), file=sys.stderr)
