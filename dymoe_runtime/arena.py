@@ -89,8 +89,12 @@ class Arena:
         chunk = self._free.pop()
         self._given_back.append(chunk)
         self.chunks -= 1
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            self._memory.madvise(mmap.MADV_DONTNEED, chunk * self.chunk_bytes, self.chunk_bytes)
+        # Whole pages only: the system would round the end up, into the next chunk.
+        first = -(-chunk * self.chunk_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (chunk + 1) * self.chunk_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < end:
+            with contextlib.suppress(AttributeError, OSError):
+                self._memory.madvise(mmap.MADV_DONTNEED, first, end - first)
         return True
 
     def take_again(self) -> bool:

@@ -128,8 +128,11 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--eval, --bench, --probe and --chat exclude each other")
     if o["prompt"] is not None and o["prompt_file"] is not None:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
-    if o["prompt"] is not None and (o["bench"] or o["probing"] or o["eval_files"]):
-        raise click.UsageError("--prompt goes with neither --bench, --probe nor --eval")
+    for name in ("prompt", "prompt_file"):
+        if o[name] is not None and (o["bench"] or o["probing"] or o["eval_files"]):
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with neither --bench, --probe nor --eval")
+    if o["system"] is not None and not o["chat"]:
+        raise click.UsageError("--system goes with --chat")
     if len(set(o["eval_files"])) < len(o["eval_files"]):
         raise click.UsageError("--eval names a file twice")
     if o["warm_up"] and not o["bench"]:
@@ -144,8 +147,10 @@ def _check_modes(o: dict[str, Any]) -> None:
         raise click.UsageError("--tpot goes with neither --eval nor --probe")
     if (o["tpot"] is not None or o["quality"] is not None) and (o["no_dynamic"] or o["no_depth"]):
         raise click.UsageError("--tpot and --quality choose measured points, which --no-dynamic and --no-depth are not")
-    if o["latency"] and o["eval_files"]:
-        raise click.UsageError("--latency depends on what is in memory, which --eval must not")
+    if o["latency"] and (o["eval_files"] or o["probing"]):
+        raise click.UsageError("--latency depends on what is in memory, which --eval and --probe must not")
+    if o["no_preload"] and (o["eval_files"] or o["probing"]):
+        raise click.UsageError("--no-preload goes with neither --eval nor --probe, which never do")
     if o["trace"] is not None and (o["eval_files"] or o["probing"]):
         raise click.UsageError("--trace goes with neither --eval nor --probe")
     if o["decisions"] is not None and (o["latency"] or o["tpot"] is not None or o["eval_files"] or o["probing"]):

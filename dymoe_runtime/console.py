@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -22,6 +23,7 @@ from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
 
 INTERRUPTED, TERMINATED = 130, 143
+OUT_OF_MEMORY = "out of memory; give a smaller --memory or a smaller --context"
 MOST_THREADS = 1024
 MOST_SEED = (1 << 63) - 1
 
@@ -120,10 +122,16 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                fail(OUT_OF_MEMORY, 1)
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}; check the path and its permissions", 1)
         except MemoryError:
-            fail("out of memory; give a smaller --memory or a smaller --context", 1)
+            fail(OUT_OF_MEMORY, 1)
+        except RuntimeError as error:  # torch's
+            if "can't allocate memory" not in str(error):
+                raise
+            fail(OUT_OF_MEMORY, 1)
 
     return wrapped
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ MARGIN = 0.03
 AUTO = "auto"
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def format_size(nbytes: float) -> str:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may use: its cgroup's limit or what is available, less a margin."""
-    return min(int(available_memory() * (1 - MARGIN)), imposed_limit())
+    """Bytes that this process may use: its cgroup's limit or what is available, less a margin and what others hold."""
+    room = [int(limit * (1 - MARGIN)) - _held_by_others(group) for group, limit in _limited_cgroups()]
+    return max(0, min([int(available_memory() * (1 - MARGIN)), *room]))
 
 
 def imposed_limit() -> int:
@@ -128,23 +130,38 @@ def available_memory() -> int:
 
 def cgroup_limits() -> Iterator[int]:
     """Limits of the cgroups that this process is in, versions 1 and 2, up to the root."""
+    return (limit for _, limit in _limited_cgroups())
+
+
+def _limited_cgroups() -> Iterator[tuple[Path, int]]:
+    """Each cgroup of this process that has a limit, and the limit."""
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            yield from _limits(_CGROUP / "memory", path, "memory.limit_in_bytes")
+            yield from _limits(_CGROUP / "memory", path, ("memory.limit_in_bytes",))
         elif controllers == "":
-            yield from _limits(_CGROUP, path, "memory.max")
+            # Who exceeds the first is killed, the second is slowed down till it hardly moves.
+            yield from _limits(_CGROUP, path, ("memory.max", "memory.high"))
 
 
-def _limits(root: Path, path: str, file: str) -> Iterator[int]:
+def _limits(root: Path, path: str, files: Sequence[str]) -> Iterator[tuple[Path, int]]:
     folder = root / path.strip("/")
     # Inside a container the path may be the host's, and only the root is visible.
     for place in (folder, *folder.parents):
-        text = "".join(_lines(place / file))
-        if text.isdigit():
-            yield int(text)
+        for file in files:
+            text = "".join(_lines(place / file))
+            if text.isdigit():
+                yield place, int(text)
         if place == root:
             break
+
+
+def _held_by_others(group: Path) -> int:
+    """Memory in use by the cgroup's other processes that the kernel cannot take back; an estimate."""
+    names = ("total_rss", "total_shmem") if (group / "memory.limit_in_bytes").exists() else ("anon", "shmem")
+    counts = dict(line.split() for line in _lines(group / "memory.stat"))
+    own = next((int(line.split()[1]) << 10 for line in _lines(_STATUS) if line.startswith("RssAnon:")), 0)
+    return max(0, sum(int(counts.get(name, 0)) for name in names) - own)
 
 
 def resident_bytes() -> int:
@@ -155,7 +172,7 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """Largest resident set so far, by the kernel."""
-    for line in _lines(Path("/proc/self/status")):
+    for line in _lines(_STATUS):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     import resource

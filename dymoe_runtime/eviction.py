@@ -17,8 +17,8 @@ RESCALE_AT = 1e30
 class Eviction:
     """Counts of use that survive eviction, and the cheapest segment among those that may leave.
 
-    `shape` is (layers, experts per layer). `prior` [layers, experts], if given, says how often each expert is
-    expected, so that an early eviction is not blind. `worth` [layers, experts, segments], if given,
+    `shape` is (layers, experts per layer). `prior` [layers, experts], if given, says how often a token is expected to
+    use each expert, which counts as `prior_tokens` would, so that an early eviction is not blind. `worth` [layers, experts, segments], if given,
     multiplies uses: what it costs to do without the segment. With `per_layer` what comes for a layer displaces
     what is of that layer, once it has its share of memory.
     """
@@ -29,12 +29,14 @@ class Eviction:
         segments: int,
         growth: float = GROWTH,
         prior: np.ndarray | None = None,
+        prior_tokens: float = 0.0,
         worth: np.ndarray | None = None,
         per_layer: bool = False,
     ) -> None:
         self._uses = np.zeros((*shape, segments))
         if prior is not None:
-            self._uses += prior[:, :, None]
+            self._uses += prior_tokens * prior[:, :, None]
+        self._tokens = prior_tokens  # weighed as uses are
         self._growth = growth
         self._worth = worth
         self._per_layer = per_layer
@@ -43,20 +45,22 @@ class Eviction:
 
     def tick(self, tokens: int = 1) -> None:
         """Tokens have passed: uses from now on count a little more than earlier ones."""
-        self._weight *= self._growth**tokens
-        if self._weight > RESCALE_AT:
-            self._uses /= self._weight
-            self._cost /= self._weight
-            self._weight = 1.0
+        self._tokens += self._weight * tokens
+        for _ in range(tokens):
+            self._weight *= self._growth
+            if self._weight > RESCALE_AT:
+                self._uses /= self._weight
+                self._cost /= self._weight
+                self._tokens /= self._weight
+                self._weight = 1.0
 
     def use(self, key: ExpertKey, segments: int, tokens: int = 1, first: int = 0) -> None:
         """So many tokens use the segments of an expert from `first` up to `segments`."""
         self._uses[key][first:segments] += self._weight * tokens
 
     def rates(self) -> np.ndarray:
-        """About how often a token uses each expert, of late: [layers, experts], at most 1."""
-        uses = self._uses[:, :, 0] / self._weight
-        return uses / max(float(uses.max()), 1.0)
+        """How often a token uses each expert, of late: [layers, experts], at most 1."""
+        return np.minimum(self._uses[:, :, 0] / max(self._tokens, 1e-9), 1.0)
 
     def hold(self, key: ExpertKey) -> None:
         """The expert has no segment that may leave."""

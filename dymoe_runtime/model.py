@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.device import (
+    cgroup_limits,
     default_threads,
     format_size,
     imposed_limit,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 LOOK_S = 0.5
 # What a uniform setting is called, before its bits.
 TIER = "tier "
+# What is added to the name of a point whose thresholds are the same in all layers.
+NO_DEPTH = " without depth"
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
 
@@ -121,6 +125,13 @@ class Model:
         )
         if options.arena_bytes is None:
             check_budget(self.budget)
+        if options.memory_bytes is not None and options.memory_bytes > (
+            most := min(cgroup_limits(), default=sys.maxsize)
+        ):
+            raise DymoeError(
+                f"--memory {format_size(options.memory_bytes)} is more than the {format_size(most)} that this process "
+                "may have by its cgroup; give less, or raise the limit"
+            )
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
         self._arena_bytes = options.arena_bytes or self.budget.arena
@@ -154,14 +165,14 @@ class Model:
         if options.look_ahead and not self.store.roomy and kernels.isa() != "torch":
             self.experts.cost = self.measure_cost(counts=(1,))
         self._tracer = None if stream is None else Tracer(stream, self.store)
+        self._pace: Pace | None = None
+        self._paced: tuple[OperatingPoint, ...] = ()
         try:
             self._load(options)
+            self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
         except BaseException:
             self.close()
             raise
-        self._pace: Pace | None = None
-        self._paced: tuple[OperatingPoint, ...] = ()
-        self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
 
     def _load(self, options: RunOptions) -> None:
         """Everything but the experts, and these meanwhile."""
@@ -257,13 +268,14 @@ class Model:
         tiers = [self.rule.highest[layer] for layer in self.spec.moe_layers]
         return experts * sum(sum(layout.segment_spans[: layout.segments_of(tier)]) for tier in tiers)
 
-    def _follow_decisions(self, tokens: int) -> None:
+    def _follow_decisions(self, tokens: int, prompt: bool) -> None:
         if self._decisions is None:
             return
-        name = self._decisions.begin(tokens)
+        name = self._decisions.begin(tokens, prompt)
         if name != self.point:
-            point = next((point for point in self.bundle.policy.points if point.name == name), None)
-            if point is None or self.point.startswith(TIER):
+            points = {point.name: point for point in self.bundle.policy.points}
+            point = points.get(name)
+            if point is None or self.point not in points:
                 raise DymoeError(f"--decisions: the trace was made at {name}, this is {self.point}; give the same")
             self._run_point(point)
 
@@ -289,11 +301,11 @@ class Model:
             self._heed_limit()
             tokens = self._make_room_for_pass(len(left))
             part, left, begun = torch.tensor(left[:tokens]), left[tokens:], time.perf_counter()
-            self._follow_decisions(tokens)
+            self._follow_decisions(tokens, prompt=True)
             x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)
             self.store.tick(tokens)
             if self._tracer is not None:
-                self._tracer.passed(tokens, time.perf_counter() - begun, self.point)
+                self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
         logits = self.decoder.logits(x[-1:])[0]
         del x
         self._make_room_for_pass(1)
@@ -316,14 +328,14 @@ class Model:
         torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
         self.experts.looks_ahead = self._trial.on
         self._heed_limit()
-        self._follow_decisions(1)
+        self._follow_decisions(1, prompt=False)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]
         seconds = time.perf_counter() - started
         self._trial.took(seconds)
         if self._tracer is not None:
-            self._tracer.passed(1, seconds, self.point)
+            self._tracer.passed(1, seconds, self.point, prompt=False)
         if self._pace is not None and self._pace.took(seconds):
             self._run_point(self._paced[self._pace.index])
         self.stats.decode.tokens += 1
@@ -342,6 +354,8 @@ class Model:
     def reset_stats(self) -> None:
         self.stats = RunStats()
         self.store.reset_stats()
+        if self._tracer is not None:
+            self._tracer.stats_were_reset()
         self.experts.stats.used.clear()
 
     def statistics(self) -> dict[str, Any]:
@@ -405,7 +419,7 @@ def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[st
         tier = min(ladder, key=lambda t: abs(t - point.bits_mean))
         return f"{TIER}{tier}", TierRule.uniform(tier, ladder, layers)
     rule = TierRule.of(point, policy)
-    return point.name, rule if options.depth else rule.without_depth()
+    return (point.name, rule) if options.depth else (f"{point.name}{NO_DEPTH}", rule.without_depth())
 
 
 def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:

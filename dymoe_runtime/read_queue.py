@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -43,8 +43,12 @@ class Read:
     first: int
     buffers: list[torch.Tensor]
     urgency: Urgency = Urgency.DEMAND
+    purpose: Urgency = field(init=False)  # the urgency that it had at first
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.purpose = self.urgency
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +62,7 @@ class ReadQueue:
         self._reader = reader
         self._wake = threading.Condition()
         self._waiting: dict[Urgency, deque[Read]] = {urgency: deque() for urgency in Urgency}
+        self._started: deque[Read] = deque()
         self._finished: deque[Read] = deque()
         self._closed = False
         self.bytes_per_s: float | None = None  # of one read, lately; None before the first
@@ -67,24 +72,33 @@ class ReadQueue:
 
     def submit(self, read: Read) -> None:
         with self._wake:
+            assert not self._closed
             self._waiting[read.urgency].append(read)
             self._wake.notify()
 
-    def hurry(self, read: Read) -> None:
-        """The read is demanded now."""
-        if read.urgency is Urgency.DEMAND:
+    def hurry(self, read: Read, urgency: Urgency = Urgency.DEMAND) -> None:
+        """The read is that urgent now."""
+        if read.urgency <= urgency:
             return
         with self._wake:
             if read in self._waiting[read.urgency]:
                 self._waiting[read.urgency].remove(read)
-                read.urgency = Urgency.DEMAND
+                read.urgency = urgency
                 self._waiting[read.urgency].append(read)
 
-    def take_back(self, urgency: Urgency, most: int | None = None) -> list[Read]:
-        """Reads that no thread has started, the newest first; at most so many."""
+    def take_back(self, urgency: Urgency, most: int | None = None, spared: Collection[ExpertKey] = ()) -> list[Read]:
+        """Reads that no thread has started, the newest first; at most so many, and none of what is spared."""
         with self._wake:
             waiting = self._waiting[urgency]
-            return [waiting.pop() for _ in range(len(waiting) if most is None else min(most, len(waiting)))]
+            taken = [read for read in reversed(waiting) if read.key not in spared][:most]
+            for read in taken:
+                waiting.remove(read)
+            return taken
+
+    def started(self) -> Iterator[Read]:
+        """Reads that a thread has taken since the last call."""
+        while self._started:
+            yield self._started.popleft()
 
     def finished(self) -> Iterator[Read]:
         """Reads that have ended since the last call."""
@@ -127,4 +141,6 @@ class ReadQueue:
                 self._wake.wait()
             if self._closed:
                 return None
-            return next(waiting for waiting in self._waiting.values() if waiting).popleft()
+            read = next(waiting for waiting in self._waiting.values() if waiting).popleft()
+            self._started.append(read)
+            return read

@@ -36,7 +36,7 @@ class StoreStats:
     look_ahead_reads: int = 0
     look_ahead_bytes: int = 0
     look_ahead_hits: int = 0  # look-ahead reads that were used
-    look_ahead_waste: int = 0  # look-ahead reads that were evicted or overtaken unused
+    look_ahead_waste: int = 0  # look-ahead reads that were evicted unused
     background_bytes: int = 0  # read before anybody wanted it, but not for the next layer
     evictions: int = 0
     wait_s: float = 0.0  # for the reads of demanded experts
@@ -53,7 +53,7 @@ class Entry:
     slots: list[Slot] = field(default_factory=list)
     pins: int = 0
     read: Read | None = None
-    guessed: int | None = None  # first of the segments that look-ahead read and nobody has used yet
+    guessed: list[int] = field(default_factory=list)  # first segment of each look-ahead read that nobody has used yet
     prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while all segments stay where they are
 
 
@@ -70,7 +70,8 @@ class Residency:
         prepare: Prepare,
         moved: Callable[[], None],
     ) -> None:
-        self.stats = StoreStats()
+        self.asked_bytes = 0  # of reads that were submitted
+        self._stats = StoreStats()
         self.arena = Arena(layout.segment_spans, arena_bytes, self._forget_prepared)
         self.eviction = eviction
         self.reads = ReadQueue(reader)
@@ -80,6 +81,26 @@ class Residency:
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self._prepare = prepare
         self._moved = moved
+
+    @property
+    def stats(self) -> StoreStats:
+        """Reads count from when a thread has started them."""
+        for read in self.reads.started():
+            self._stats.read_bytes += read.nbytes
+            if read.purpose is Urgency.GUESS:
+                self._stats.look_ahead_reads += 1
+                self._stats.look_ahead_bytes += read.nbytes
+            elif read.purpose is Urgency.BACKGROUND:
+                self._stats.background_bytes += read.nbytes
+        return self._stats
+
+    def reset_stats(self) -> None:
+        self.take_back(Urgency.GUESS)
+        for entry in self.entries.values():
+            entry.guessed.clear()
+        for _ in self.reads.started():  # they count for what was before
+            pass
+        self._stats = StoreStats()
 
     def entry(self, key: ExpertKey) -> Entry:
         return self.entries.setdefault(key, Entry(key))
@@ -148,18 +169,21 @@ class Residency:
         read = entry.read
         if read is None:
             return
-        self.reads.hurry(read)
-        started = time.perf_counter()
-        read.done.wait()
-        self.stats.wait_s += time.perf_counter() - started
+        self._wait(read)
         entry.read = None
         if read.error is not None:
             self._drop(entry, read.first)
             raise read.error
 
-    def take_back(self, urgency: Urgency, most: int | None = None) -> int:
-        """Take back reads of that urgency that have not started; their bytes."""
-        cancelled = self.reads.take_back(urgency, most)
+    def _wait(self, read: Read) -> None:
+        self.reads.hurry(read)
+        started = time.perf_counter()
+        read.done.wait()
+        self._stats.wait_s += time.perf_counter() - started
+
+    def take_back(self, urgency: Urgency, most: int | None = None, spared: Collection[ExpertKey] = ()) -> int:
+        """Take back reads of that urgency that have not started, but none of what is spared; their bytes."""
+        cancelled = self.reads.take_back(urgency, most, spared)
         for read in cancelled:
             self.undo(read)
         return sum(read.nbytes for read in cancelled)
@@ -169,10 +193,7 @@ class Residency:
         entry = self.entries[read.key]
         entry.read = None
         self._drop(entry, read.first)
-        if read.error is None:
-            self._count(read, -1)
-        if entry.guessed is not None and entry.guessed >= read.first:
-            entry.guessed = None
+        entry.guessed = [first for first in entry.guessed if first < read.first]
         self.refresh(entry)
 
     def resize(self, arena_bytes: int) -> None:
@@ -182,7 +203,7 @@ class Residency:
         while self.arena.chunks < chunks and self.arena.take_again():
             pass
         while self.arena.chunks > chunks:
-            self._settle()
+            self.settle()
             if self.arena.give_back():
                 continue
             if self.take_back(Urgency.BACKGROUND, 1) or self.take_back(Urgency.GUESS):
@@ -207,7 +228,7 @@ class Residency:
         wanted = range(len(entry.slots), segments)
         lacking = sum(self._layout.segment_spans[size_class] for size_class in wanted)
         while True:
-            self._settle()
+            self.settle()
             slots = self._allocate(wanted, compact=lacking <= 0)
             if slots is not None:
                 return slots
@@ -233,7 +254,7 @@ class Residency:
 
     def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey]) -> int:
         """Bytes freed for what is demanded; what is spared goes last."""
-        if freed := self.take_back(Urgency.BACKGROUND, 1):
+        if freed := self.take_back(Urgency.BACKGROUND, 1, spared):
             return freed
         victim = self._cheapest(spared, key.layer)
         if victim is None:
@@ -248,7 +269,7 @@ class Residency:
 
     def _make_easy_room(self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> int:
         """Bytes freed of what `volunteer` may displace."""
-        if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1)):
+        if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1, keep)):
             return freed
         victim = self._cheapest(keep, key.layer)
         if victim is None:
@@ -273,17 +294,9 @@ class Residency:
         self.held[entry.key.layer, read.first : read.first + len(slots)] += 1
         entry.read = read
         if urgency is Urgency.GUESS:
-            entry.guessed = read.first
-        self._count(read, 1)
+            entry.guessed.append(read.first)
+        self.asked_bytes += read.nbytes
         self.reads.submit(read)
-
-    def _count(self, read: Read, sign: int) -> None:
-        self.stats.read_bytes += sign * read.nbytes
-        if read.urgency is Urgency.GUESS:
-            self.stats.look_ahead_reads += sign
-            self.stats.look_ahead_bytes += sign * read.nbytes
-        elif read.urgency is Urgency.BACKGROUND:
-            self.stats.background_bytes += sign * read.nbytes
 
     def _drop(self, entry: Entry, first: int) -> None:
         """Give back the segments of an entry from `first` on."""
@@ -297,14 +310,14 @@ class Residency:
         """Its last segment; the bytes."""
         freed = len(entry.slots[-1].memory)
         self._drop(entry, len(entry.slots) - 1)
-        if entry.guessed is not None and entry.guessed <= len(entry.slots):
-            entry.guessed = None
-            self.stats.look_ahead_waste += 1
-        self.stats.evictions += 1
+        left = [first for first in entry.guessed if first < len(entry.slots)]
+        self._stats.look_ahead_waste += len(entry.guessed) - len(left)
+        entry.guessed = left
+        self._stats.evictions += 1
         self.refresh(entry)
         return freed
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Reads that have arrived for nobody in particular may be evicted like anything else."""
         for read in self.reads.finished():
             entry = self.entries.get(read.key)
@@ -315,7 +328,7 @@ class Residency:
         """Wait for a read that nobody holds, so that it can be evicted; whether there was one."""
         under_way = next((e.read for e in self.entries.values() if e.read is not None and e.pins == 0), None)
         if under_way is not None:
-            under_way.done.wait()
+            self._wait(under_way)
         return under_way is not None
 
 

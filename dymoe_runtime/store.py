@@ -5,6 +5,7 @@ Demanded reads go before look-ahead reads, and these before what is read in the 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ from dymoe_runtime.tiers import RecordLayout
 WINDOW = IN_FLIGHT + 1
 # Look-ahead reads what fits into the idle time this many times over: what is read too late is still read earlier.
 IDLE_TIMES = 2
+# Tokens whose uses are remembered where nothing has to leave memory.
+RECENT_TOKENS = 256
 
 
 class Want(NamedTuple):
@@ -74,6 +77,8 @@ class ExpertStore:
         self._lent: list[Entry] = []  # pinned until the next are asked for
         self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
+        # Where all fit, uses are only counted should that end.
+        self._recent: deque[Sequence[Want]] = deque(maxlen=RECENT_TOKENS * shape[0])
 
     def close(self) -> bool:
         """End the reading threads; False where one still reads after some patience, and its file must stay open."""
@@ -84,8 +89,7 @@ class ExpertStore:
         return self._memory.stats
 
     def reset_stats(self) -> None:
-        self._memory.take_back(Urgency.GUESS)
-        self._memory.stats = StoreStats()
+        self._memory.reset_stats()
 
     @property
     def roomy(self) -> bool:
@@ -111,6 +115,11 @@ class ExpertStore:
     def resize(self, arena_bytes: int) -> None:
         """Give memory back, or take it again, until the arena has `arena_bytes`: what works, at most as at first."""
         self._let_go()
+        for key, tier, tokens in itertools.chain.from_iterable(self._recent):
+            self._eviction.use(key, self._segments_of[tier], tokens)
+        self._recent.clear()
+        for entry in list(self._memory.entries.values()):
+            self._memory.refresh(entry)
         self._memory.resize(max(arena_bytes, least_arena_bytes(self.layout)))
         self._roomy = self.arena_bytes >= self._full_bytes
 
@@ -137,11 +146,17 @@ class ExpertStore:
                 return None
             found = [self._memory.prepared(self._memory.entries[want.key], want.tier) for want in wants]
             self._staying.update(zip(wants, found, strict=True))
-        self.stats.requests += len(wants)
-        self.stats.hits += len(wants)
+        self._count_hits(wants)
         if self.observer is not None:
             self.observer(wants)
         return found
+
+    def _count_hits(self, wants: Sequence[Want]) -> None:
+        stats = self.stats
+        stats.requests += len(wants)
+        stats.hits += len(wants)
+        if self._roomy:
+            self._recent.append(wants)
 
     def tier_at_hand(self, want: Want) -> int:
         """The highest tier up to the wanted that can run without waiting; 0 if there is none."""
@@ -164,10 +179,10 @@ class ExpertStore:
         """
         self._memory.take_back(Urgency.GUESS)
         keep = {want.key for want in (*wants, *needed_now)}
-        before, rate = self.stats.look_ahead_bytes, self._memory.reads.bytes_per_s
+        before, rate = self._memory.asked_bytes, self._memory.reads.bytes_per_s
         most = None if idle_s is None or rate is None else IDLE_TIMES * idle_s * rate
         for want in wants:
-            if most is not None and self.stats.look_ahead_bytes - before >= most:
+            if most is not None and self._memory.asked_bytes - before >= most:
                 break
             if not self._volunteer(want, Urgency.GUESS, keep):
                 break
@@ -190,9 +205,13 @@ class ExpertStore:
 
     def _volunteer(self, want: Want, urgency: Urgency, keep: set[ExpertKey]) -> bool:
         """Whether `want` is there or on its way now."""
+        self._memory.settle()
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]
-        if entry.read is not None or len(entry.slots) >= segments:
+        if entry.read is not None:
+            self._memory.reads.hurry(entry.read, urgency)
+            return True
+        if len(entry.slots) >= segments:
             return True
         return self._memory.volunteer(entry, segments, urgency, keep)
 
@@ -208,17 +227,18 @@ class ExpertStore:
     def _resident(self, wants: Sequence[Want]) -> bool:
         """Whether none of `wants` has anything to wait for, nor anything new to count."""
         for want in wants:
-            entry = self._memory.entries.get(want.key)
-            if entry is None or entry.read is not None or entry.guessed is not None:
+            entry, segments = self._memory.entries.get(want.key), self._segments_of[want.tier]
+            if entry is None or not segments or len(entry.slots) < segments:
                 return False
-            if len(entry.slots) < self._segments_of[want.tier]:
+            if entry.read is not None and entry.read.first < segments:
+                return False
+            if entry.guessed and entry.guessed[0] < segments:
                 return False
         return True
 
     def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when `wants`, which are resident, are pinned till the next `begin`, then all of them."""
-        self.stats.requests += len(wants)
-        self.stats.hits += len(wants)
+        self._count_hits(wants)
         if not self._roomy:
             for key, tier, tokens in wants:
                 entry = self._memory.entries[key]
@@ -249,13 +269,13 @@ class ExpertStore:
                     yield []
                     continue
                 if not self._overlap:
-                    for entry in held.values():
-                        self._memory.finish(entry)
-                ready = [want for want, entry in held.items() if self._usable(entry, want.tier)]
+                    for want, entry in held.items():
+                        self._finish(want, entry, wanted)
+                ready = [want for want, entry in held.items() if self._usable(want, entry, wanted)]
                 if not ready:
                     # All that is held is on its way, and reads end about in this order.
                     ready = [next(iter(held))]
-                    self._memory.finish(held[ready[0]])
+                    self._finish(ready[0], held[ready[0]], wanted)
                 yield [self._delivered(want) for want in ready]
                 for want in ready:
                     self._memory.unpin(held.pop(want))
@@ -271,16 +291,28 @@ class ExpertStore:
         first = max(1, window - IN_FLIGHT)
         return deque([*there[:first], *missing[:IN_FLIGHT], *there[first:], *missing[IN_FLIGHT:]])
 
-    def _usable(self, entry: Entry, tier: int) -> bool:
-        """Whether all segments of `tier` are there; raises what kept them from coming."""
-        read = entry.read
-        if read is not None and read.first < self._segments_of[tier] and read.done.is_set():
+    def _usable(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> bool:
+        """Whether all segments of its tier are there; raises what kept them from coming."""
+        segments = self._segments_of[want.tier]
+        if entry.read is not None and entry.read.first < segments and entry.read.done.is_set():
             self._memory.finish(entry)
-            read = None
-        return read is None or read.first >= self._segments_of[tier]
+        self._read_rest(want, entry, wanted)
+        return len(entry.slots) >= segments and (entry.read is None or entry.read.first >= segments)
+
+    def _finish(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> None:
+        """Wait until all segments of its tier are there."""
+        while not self._usable(want, entry, wanted):
+            self._memory.finish(entry)
+
+    def _read_rest(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> None:
+        """Start to read what an entry lacks, unless it is being read: then after that."""
+        segments = self._segments_of[want.tier]
+        if entry.read is None and len(entry.slots) < segments:
+            self._memory.demand(entry, segments, wanted)
 
     def _demand(self, want: Want, wanted: set[ExpertKey]) -> Entry:
         """Pin the entry of `want`, reading what it lacks."""
+        self._memory.settle()  # a read that failed while nobody wanted it is done again
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]
         self._eviction.use(want.key, segments, want.tokens)
@@ -290,14 +322,11 @@ class ExpertStore:
         try:
             if entry.read is not None and entry.read.first < segments:
                 self._memory.reads.hurry(entry.read)
-            if entry.guessed is not None and entry.guessed < segments:
-                entry.guessed = None
-                self.stats.look_ahead_hits += 1
-            missing = segments - len(entry.slots)
-            self.stats.hits += missing <= 0
-            if missing > 0:
-                self._memory.finish(entry)
-                self._memory.demand(entry, segments, wanted)
+            left = [first for first in entry.guessed if first >= segments]
+            self.stats.look_ahead_hits += len(entry.guessed) - len(left)
+            entry.guessed = left
+            self.stats.hits += len(entry.slots) >= segments
+            self._read_rest(want, entry, wanted)
         except BaseException:
             self._memory.unpin(entry)
             raise

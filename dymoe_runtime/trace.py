@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.charts import Axis, Point, Series, element, page, plot, text
 from dymoe_runtime.decoder import Experts, Routing
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.residency import StoreStats
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want, least_arena_bytes
 from dymoe_runtime.warm_up import make_eviction
@@ -23,8 +26,9 @@ class Tracer:
     """Writes one JSON object a line: of each layer, then of the pass as a whole.
 
     A layer has `pass`, `tokens`, `layer`, `wants` ([expert, tier, tokens that use it] each), `gates` of a single
-    token, `hits`, `read_bytes` (look-ahead's too), `wait_s` and `seconds` of the routed experts; a pass `pass`,
-    `tokens`, `seconds` and `point`.
+    token, `hits`, `wait_s` and `seconds` of the routed experts, and what reads have begun since the line before,
+    `read_bytes`, of these for look-ahead `look_ahead_bytes`; a pass has `pass`, `tokens`, `seconds`, `point` and
+    `prompt`, whether it is of one.
     """
 
     def __init__(self, stream: IO[str], store: ExpertStore) -> None:
@@ -32,31 +36,37 @@ class Tracer:
         self._store = store
         self._pass = 0
         self._wants: Sequence[Want] = ()
+        self._before = replace(store.stats)
         store.observer = self._note
 
     def around(self, experts: Experts) -> Experts:
         """The same experts, traced."""
 
         def traced(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-            stats = self._store.stats
-            hits, read_bytes, wait_s = stats.hits, stats.read_bytes, stats.wait_s
             self._note(())
             started = time.perf_counter()
             y = experts(layer, h, routing)
+            seconds = time.perf_counter() - started
+            before, now = self._before, replace(self._store.stats)
             line: dict[str, Any] = {"pass": self._pass, "tokens": len(h), "layer": layer}
             line["wants"] = [[key.expert, tier, tokens] for key, tier, tokens in self._wants]
             if len(h) == 1:
                 line["gates"] = [round(gate, 6) for gate in routing.gates[0].tolist()]
-            line |= {"hits": stats.hits - hits, "read_bytes": stats.read_bytes - read_bytes}
-            line |= {"wait_s": stats.wait_s - wait_s, "seconds": time.perf_counter() - started}
-            self._write(line)
+            for name in ("hits", "read_bytes", "look_ahead_bytes", "wait_s"):
+                line[name] = getattr(now, name) - getattr(before, name)
+            self._before = now
+            self._write(line | {"seconds": seconds})
             return y
 
         return traced
 
-    def passed(self, tokens: int, seconds: float, point: str) -> None:
+    def stats_were_reset(self) -> None:
+        self._before = StoreStats()
+
+    def passed(self, tokens: int, seconds: float, point: str, prompt: bool) -> None:
         """All layers are done."""
-        self._write({"pass": self._pass, "tokens": tokens, "seconds": seconds, "point": point})
+        line = {"pass": self._pass, "tokens": tokens, "seconds": seconds, "point": point, "prompt": prompt}
+        self._write(line)
         self._pass += 1
 
     def close(self) -> None:
@@ -84,23 +94,22 @@ def read_trace(path: Path, bundle: Bundle) -> list[dict[str, Any]]:
 def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
     counts = [line["pass"], line["tokens"]]
     if "layer" in line:
-        counts += [line["hits"], line["read_bytes"]]
+        counts += [line["hits"], line["read_bytes"], line["look_ahead_bytes"]]
         known = line["layer"] in bundle.manifest.layers and line["wait_s"] >= 0
         experts, ladder = range(bundle.spec.num_experts), bundle.manifest.ladder
         if not known or not all(expert in experts and tier in ladder for expert, tier, _ in line["wants"]):
             return False
         counts += [tokens for _, _, tokens in line["wants"]]
-    elif not isinstance(line["point"], str):
+    elif not isinstance(line["point"], str) or not isinstance(line["prompt"], bool):
         return False
     return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
 
 
 def parts_of_tokens(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
     """Of each decoded token the milliseconds of waiting for reads, of experts otherwise, and of the rest."""
-    decoded = [line for line in lines if line["tokens"] == 1]
-    totals = {line["pass"]: line["seconds"] for line in decoded if "layer" not in line}
+    totals = {line["pass"]: line["seconds"] for line in lines if "layer" not in line and not line["prompt"]}
     wait, inside = dict.fromkeys(totals, 0.0), dict.fromkeys(totals, 0.0)
-    for line in decoded:
+    for line in lines:
         if "layer" in line and line["pass"] in totals:
             wait[line["pass"]] += line["wait_s"]
             inside[line["pass"]] += line["seconds"]
@@ -151,13 +160,13 @@ class Decisions:
         self._next = 0  # pass
         self._left = 0  # tokens of the pass before that
 
-    def begin(self, tokens: int) -> str:
+    def begin(self, tokens: int, prompt: bool) -> str:
         """The point that the coming tokens ran at; DymoeError where the trace has no such passes.
 
         A prompt may be divided into other passes than it was.
         """
         while self._left < tokens:
-            if self._next == len(self._passes):
+            if self._next == len(self._passes) or self._passes[self._next]["prompt"] != prompt:
                 raise self._foreign()
             self._left += self._passes[self._next]["tokens"]
             self._next += 1
@@ -183,13 +192,14 @@ def replay(
     """How a store of `arena_bytes` with one of `POLICIES` would have fared, without look-ahead and preloading.
 
     It is the store itself with a reader that reads nothing, so it does what it would have done; but where more
-    experts of a layer are wanted than can be held at once, what leaves depends on how fast reads are.
+    experts of a layer are wanted than can be held at once, what leaves depends on how fast reads are, and no
+    memory is lent to long prompts.
     """
     spec = bundle.spec
     arena = max(arena_bytes, least_arena_bytes(bundle.layout))
     eviction = make_eviction(bundle, fade, policy)
     store = ExpertStore(bundle.layout, (spec.num_layers, spec.num_experts), _read_nothing, arena, eviction)
-    decoded, before = 0, (0, 0, 0)
+    decoded, before = [], np.zeros(3)
     try:
         for line in lines:
             if "layer" in line:
@@ -197,24 +207,22 @@ def replay(
                     pass
                 continue
             store.tick(line["tokens"])
-            if line["tokens"] == 1:
-                decoded += 1
-            elif not decoded:
-                before = (store.stats.requests, store.stats.hits, store.stats.read_bytes)
+            stats = store.stats
+            now = np.array([stats.requests, stats.hits, stats.read_bytes], float)
+            if not line["prompt"]:
+                decoded.append(now - before)
+            before = now
     finally:
         store.close()
-    requests, hits, read_bytes = (
-        now - then
-        for now, then in zip((store.stats.requests, store.stats.hits, store.stats.read_bytes), before, strict=True)
-    )
+    requests, hits, read_bytes = np.sum(decoded, axis=0) if decoded else np.zeros(3)
     return {
         "arena_bytes": arena,
         "fade": fade,
         "policy": policy,
         "hits": store.stats.hits,
         "read_bytes": store.stats.read_bytes,
-        "decode_hit_rate": hits / requests if requests else 0.0,
-        "decode_read_bytes_per_token": read_bytes / decoded if decoded else 0.0,
+        "decode_hit_rate": float(hits / max(requests, 1)),
+        "decode_read_bytes_per_token": float(read_bytes / max(len(decoded), 1)),
     }
 
 

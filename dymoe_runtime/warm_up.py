@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def make_eviction(
 ) -> Eviction:
     """One of POLICIES for a bundle, starting from `uses` per token, else from what calibration saw."""
     shape, segments = (bundle.spec.num_layers, bundle.spec.num_experts), len(bundle.layout.ladder)
-    prior = PRIOR_TOKENS * (expected_uses(bundle) if uses is None else uses)
+    prior = expected_uses(bundle) if uses is None else uses
     worth = loss_without(bundle) if policy == "by-cost" else None
-    return Eviction(shape, segments, growth, prior, worth, per_layer=policy == "per-layer")
+    return Eviction(shape, segments, growth, prior, PRIOR_TOKENS, worth, per_layer=policy == "per-layer")
 
 
 def loss_without(bundle: Bundle) -> np.ndarray:
@@ -88,7 +89,9 @@ def shares_of_segments(ladder: Sequence[int], bits_mean: float) -> list[float]:
 
 
 def read_warm_set(path: Path, bundle: Bundle) -> np.ndarray | None:
-    """Uses per token in the last session, [layers, experts]; None if there is no such file."""
+    """Uses per token in the last session, [layers, experts]; None if there is no such file yet, but can be."""
+    if not os.access(path.parent, os.W_OK):
+        raise DymoeError(f"{path}: a warm set cannot be written there; give --warm-set a folder that can be written to")
     remedy = "delete it, and the next run makes a new one"
     try:
         text = path.read_bytes()

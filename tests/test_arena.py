@@ -198,3 +198,25 @@ def test_an_arena_smaller_than_a_chunk_has_no_slots() -> None:
     assert arena.chunks == 0
     assert arena.allocate(0) is None
     assert arena.allocate(1) is None
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_is_given_back_takes_nothing_of_its_neighbours(sizes: Sequence[int]) -> None:
+    """The system gives back whole pages, and chunks need not end with one."""
+    watched = Watched(sizes, 24 * chunk_bytes(sizes))
+    while watched.allocate(0):
+        pass
+    before = watched.arena.chunks
+    rng = random.Random(0)
+    for _ in range(8):
+        chunk = rng.choice(sorted({slot.chunk for slot in watched.slots()}))
+        for slot in [slot for slot in watched.slots() if slot.chunk == chunk]:
+            watched.free(slot)
+        assert watched.arena.give_back()
+        watched.check()
+    assert watched.arena.chunks == before - 8
+    assert watched.allocate(0) is None
+    while watched.arena.take_again():
+        assert watched.allocate(0) is not None
+        watched.check()
+    assert watched.arena.chunks == before

@@ -239,7 +239,7 @@ CASES: dict[str, tuple[str, dict[str, str], list[int]]] = {
         {"user.slice/app.scope/memory.max": "700\n", "user.slice/memory.max": "500\n"},
         [700, 500],
     ),
-    "v2, the root": ("0::/\n", {"memory.max": "300\n", "memory.high": "1\n"}, [300]),
+    "v2, the root": ("0::/\n", {"memory.max": "300\n", "memory.high": "200\n"}, [300, 200]),
     "v2, no limit": ("0::/a\n", {"a/memory.max": "max\n", "memory.max": "max\n"}, []),
     "v2, the parent alone limits": ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "9\n"}, [9]),
     "v2, a path of the host": ("0::/kubepods/pod1/c\n", {"memory.max": "400\n"}, [400]),
@@ -286,6 +286,23 @@ def test_the_smallest_limit_counts_less_a_margin(
     set_machine(monkeypatch, tmp_path, "0::/a\n", limits, f"MemAvailable: {available} kB\n")
     held = 2 * os.sysconf("SC_PAGE_SIZE") if expected == 1 << 30 else 0
     assert memory_limit() == int((expected + held) * (1 - MARGIN))
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "stat"),
+    [
+        ("a", "memory.max", "anon 600000000\nfile 90000000\nshmem 50000000\n"),
+        ("memory/a", "memory.limit_in_bytes", "rss 1\ntotal_rss 600000000\ntotal_cache 9\ntotal_shmem 50000000\n"),
+    ],
+)
+def test_what_others_of_the_cgroup_hold_is_not_to_be_had(
+    folder: str, limit: str, stat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    membership = "4:memory:/a\n" if folder != "a" else "0::/a\n"
+    set_machine(monkeypatch, tmp_path, membership, {f"{folder}/{limit}": "900000000", f"{folder}/memory.stat": stat})
+    own = {line.split(":")[0]: line for line in Path("/proc/self/status").read_text().splitlines()}
+    anonymous = int(own["RssAnon"].split()[1]) << 10
+    assert memory_limit() == pytest.approx(900_000_000 * (1 - MARGIN) - max(0, 650_000_000 - anonymous), abs=5e6)
 
 
 def test_available_memory_includes_what_this_process_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,10 +96,10 @@ def test_the_cache_takes_the_bits_that_it_is_given(shipped: Bundle) -> None:
     assert run_cli(shipped.path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
 
 
-def test_latency_reads_less_by_running_what_is_there(shipped_path: Path) -> None:
+def test_latency_runs_what_is_there(shipped_path: Path) -> None:
     small = ("--point", 3, "--arena", "3MB", "--no-look-ahead")
     plain, quick = answer(shipped_path, *small, tokens=60), answer(shipped_path, *small, "--latency", tokens=60)
-    assert quick["read_bytes"] < plain["read_bytes"] and quick["bits_mean"] < plain["bits_mean"]
+    assert quick["bits_mean"] < plain["bits_mean"] and quick["hit_rate"] > plain["hit_rate"]
     assert quick["tier_shares"]["4"] == pytest.approx(plain["tier_shares"]["4"], abs=0.1)
     assert run_cli(shipped_path, "--eval", __file__, "--latency").code == 2
 
@@ -248,6 +250,49 @@ def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
 def test_too_small_a_budget_names_the_least_that_works(shipped_path: Path) -> None:
     outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, "--memory", "10MiB")
     assert_one_sentence(outcome, "10.0 MiB", "least that works", "--memory")
+
+
+def test_more_than_the_cgroup_allows_is_refused(shipped_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "cgroup_limits", lambda: iter([3 << 30, 2 << 30]))
+    outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, "--memory", "2049MiB")
+    assert_one_sentence(outcome, "2.0 GiB", "cgroup", "--memory")
+    assert answer(shipped_path, "--memory", "2GiB", tokens=4)["memory_bytes"] == 2 << 30
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+def test_memory_that_is_not_to_be_had_is_one_sentence(
+    error: Exception, shipped_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(model_module, "KVCache", fail)
+    monkeypatch.setattr(budget_module, "check_budget", fail)
+    before = threading.active_count()
+    assert_one_sentence(run_cli(shipped_path, "--prompt", PROMPT), "out of memory", "--memory")
+    assert threading.active_count() == before
+
+
+def test_torch_out_of_memory_is_one_sentence(shipped_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(model_module, "KVCache", allocate)
+    assert_one_sentence(run_cli(shipped_path, "--prompt", PROMPT), "out of memory", "--memory")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--bench", "--prompt-file", "x.txt"),
+        ("--probe", "--prompt-file", "x.txt"),
+        ("--prompt", "a", "--system", "b"),
+        ("--probe", "--latency"),
+        ("--probe", "--no-preload"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(args: tuple, tiny_path: Path) -> None:
+    assert run_cli(tiny_path, *args).code == 2
 
 
 # --- what is refused ---

@@ -117,7 +117,7 @@ def make(no_hang: None) -> Iterator[Make]:
             shape,
             reader,
             arena_bytes or SPAN * segments,
-            Eviction(shape, len(layout.ladder), prior=prior),
+            Eviction(shape, len(layout.ladder), prior=prior, prior_tokens=1.0),
         )
         made.append((store, reader))
         return store, reader
@@ -436,8 +436,8 @@ def test_look_ahead_reads_what_there_is_time_for(make: Make) -> None:
     for idle_s, reads in ((0.0, 0), (0.025, 1), (0.125, 3), (None, 4)):
         before = store.stats.look_ahead_reads
         store.look_ahead(guesses, (), idle_s)
-        assert store.stats.look_ahead_reads - before == reads
         wait_until(lambda: all(e.read is None or e.read.done.is_set() for e in store._memory.entries.values()))
+        assert store.stats.look_ahead_reads - before == reads
         store._memory.reads.bytes_per_s = 10.0 * size  # what was read has changed it
 
 
@@ -808,6 +808,62 @@ def test_a_promotion_reads_only_refinement_planes_and_only_in_place_of_what_is_u
     wait_until(lambda: store.tier_at_hand(want(4)) > 0)
 
 
+def test_what_is_read_at_too_low_a_tier_holds_up_no_other(make: Make) -> None:
+    store, reader = make(segments=30)
+    fetch(store, reader, want(5))
+    reader.hold(key(1))
+    store.look_ahead([want(1, 2)])
+    reader.wait_for(key(1))
+    delivery = store.begin([want(1, 4), want(2), want(5)])
+    reader.wait_for(key(2))
+    batches = one_by_one(delivery)
+    assert {next(batches).want for _ in range(2)} == {want(2), want(5)}
+    reader.release()
+    wanted, at = next(batches)
+    check(reader, wanted, at)
+    assert wanted == want(1, 4) and not list(batches)
+
+
+def test_a_background_read_that_is_wanted_now_is_not_taken_back_for_room(make: Make) -> None:
+    store, reader = make(segments=18)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(6)])
+    reader.wait_for(key(0), key(1))
+    threading.Timer(0.05, reader.release).start()
+    fetch(store, reader, want(9), want(5), want(4))
+    assert store.stats.hits == 2
+
+
+def test_look_ahead_hurries_what_is_read_in_the_background(make: Make) -> None:
+    store, reader = make(segments=30)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(6)])
+    reader.wait_for(key(0), key(1))
+    store.look_ahead([want(5)])
+    reader.release()
+    wait_until(lambda: len(reader.calls) == 6)
+    assert key(5) in {call.expert for call in reader.calls[2:4]}
+
+
+def test_a_read_that_failed_while_nobody_wanted_it_is_done_again(make: Make) -> None:
+    store, reader = make(segments=30)
+    reader.failing[key(1)] = DymoeError("once")
+    look_ahead(store, reader, want(1))
+    reader.failing.clear()
+    assert fetch(store, reader, want(1)) == [(key(1), 0, 3)]
+
+
+def test_planes_above_those_wanted_change_nothing(make: Make) -> None:
+    store, reader = make(segments=96)  # room for all
+    fetch(store, reader, want(1, 2))
+    look_ahead(store, reader, want(1, 4))
+    assert store.at_hand([want(1, 2)]) is not None and store.stats.look_ahead_hits == 0
+    look_ahead(store, reader, want(2, 2))
+    look_ahead(store, reader, want(2, 4))
+    fetch(store, reader, want(2, 3))
+    assert (store.stats.look_ahead_reads, store.stats.look_ahead_hits) == (3, 2)
+
+
 # Memory that is given back
 
 
@@ -827,6 +883,23 @@ def test_a_store_that_shrinks_keeps_what_is_used_most_and_right(make: Make, name
     store.resize(0)
     assert store.arena_bytes == least_arena_bytes(layout)
     fetch(store, reader, *(want(e, layout.ladder[-1]) for e in range(16)))
+
+
+def test_what_was_used_most_stays_where_all_did_fit_before(make: Make) -> None:
+    """Uses are not counted while nothing has to leave, but remembered."""
+    store, reader = make(arena_bytes=full_arena_bytes(flat_layout(), 32))
+    everything = [want(expert, 4, layer) for layer in range(2) for expert in range(16)]
+    for wanted in everything:
+        fetch(store, reader, wanted)
+    hot = everything[2::4]
+    for _ in range(3):
+        assert store.at_hand(hot[:4]) and fetch(store, reader, *hot[4:]) == []
+    before = store.arena_bytes
+    store.resize(before // 3)
+    assert fetch(store, reader, *hot) == []
+    store.resize(before)
+    assert store.roomy and store.arena_bytes == before
+    fetch(store, reader, *everything)
 
 
 def test_a_store_shrinks_while_it_reads(make: Make) -> None:
@@ -1139,3 +1212,35 @@ def test_counts_never_fall_below_zero(make: Make) -> None:
     store.reset_stats()
     store.look_ahead([])
     assert min(store.stats.to_json().values()) >= 0
+
+
+def test_what_is_queued_counts_once_it_is_read(make: Make) -> None:
+    """Not what is taken back, nor what was read before a reset."""
+    store, reader = make(segments=12)
+    reader.hold(key(0), key(1))
+    store.preload([want(expert) for expert in range(4)])
+    reader.wait_for(key(0), key(1))
+    assert store.stats.read_bytes == store.stats.background_bytes == 6 * SPAN
+    store.reset_stats()
+    threading.Timer(0.05, reader.release).start()
+    fetch(store, reader, want(2), want(7), want(8))
+    assert store.stats.read_bytes == 9 * SPAN and store.stats.background_bytes == 3 * SPAN
+    assert len(reader.calls) == 5 and min(store.stats.to_json().values()) >= 0
+
+
+def test_guesses_before_a_reset_are_none_after_it(make: Make) -> None:
+    store, reader = make(segments=30)
+    look_ahead(store, reader, want(1))
+    store.reset_stats()
+    fetch(store, reader, want(1))
+    assert (store.stats.look_ahead_reads, store.stats.look_ahead_hits) == (0, 0)
+
+
+def test_waiting_for_room_is_waiting(make: Make) -> None:
+    store, reader = make(segments=9)
+    reader.hold(key(0), key(1))
+    store.look_ahead([want(0), want(1), want(2)])
+    reader.wait_for(key(0), key(1))
+    threading.Timer(0.1, reader.release).start()
+    fetch(store, reader, want(5), want(6), want(7))
+    assert store.stats.wait_s >= 0.09

@@ -11,6 +11,7 @@ import pytest
 from conftest import assert_one_sentence, run_cli
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.model import Model, RunOptions
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.warm_up import (
@@ -118,3 +119,21 @@ def test_a_policy_by_layer_lets_each_layer_have_its_share(shipped: Bundle) -> No
                 eviction.offer(ExpertKey(place, expert), 0)
         victim = eviction.cheapest((), 0)
         assert victim is not None and victim.layer == layer
+
+
+def test_a_warm_set_that_cannot_be_written_is_refused_at_once(shipped_path: Path, tmp_path: Path) -> None:
+    outcome = run_cli(shipped_path, *PROMPT, "--warm-set", tmp_path / "none" / "warm.json")
+    assert_one_sentence(outcome, "warm.json", "--warm-set")
+    assert not outcome.out
+
+
+def test_rates_are_uses_per_token() -> None:
+    eviction = Eviction((1, 4), 1, prior=np.full((1, 4), 0.5), prior_tokens=20)
+    for token in range(400):
+        eviction.use(ExpertKey(0, 0), 1)
+        if token % 10 == 0:
+            eviction.use(ExpertKey(0, 1), 1)
+        eviction.tick()
+    assert eviction.rates()[0] == pytest.approx([1.0, 0.1, 0.0, 0.0], abs=0.03)
+    eviction.tick(100_000)
+    assert np.isfinite(eviction.rates()).all()
