@@ -18,9 +18,9 @@ class Eviction:
     """Counts of use that survive eviction, and the cheapest segment among those that may leave.
 
     `shape` is (layers, experts per layer). `prior` [layers, experts], if given, says how often a token is expected to
-    use each expert, which counts as `prior_tokens` would, so that an early eviction is not blind. `worth` [layers, experts, segments], if given,
-    multiplies uses: what it costs to do without the segment. With `per_layer` what comes for a layer displaces
-    what is of that layer, once it has its share of memory.
+    use each expert, so that an early eviction is not blind; it counts as `prior_tokens` tokens would. `worth` [layers,
+    experts, segments], if given, multiplies uses: what it costs to do without the segment. With `per_layer` what comes
+    for a layer displaces what is of that layer, once it has its share of memory.
     """
 
     def __init__(
