@@ -19,6 +19,8 @@ from dymoe_runtime.store import full_arena_bytes, least_arena_bytes
 CHUNK = 256
 # What Python, torch and the allocator may still take after loading.
 RESERVE_BYTES = 32 << 20
+# What Python and its libraries hold varies by so much from run to run, with what of their files is in the page cache.
+SPREAD_BYTES = 8 << 20
 # What a run holds before it loads anything, where it cannot be measured: Python and torch.
 PROCESS_BYTES = 280 << 20
 
@@ -94,8 +96,7 @@ def pass_tokens(left: int, used: int, arena: int, budget: Budget) -> int:
 def check_budget(budget: Budget) -> None:
     """DymoeError that names the least that works if the memory is too little."""
     if budget.memory < budget.floor:
-        # Said with some room, because what Python holds varies a little from run to run.
-        least = math.ceil(budget.floor * 1.01 / (1 << 20))
+        least = (budget.floor + SPREAD_BYTES) >> 20
         raise DymoeError(
             f"memory budget of {format_size(budget.memory)} is too small for this bundle: "
             f"the least that works is --memory {least}MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -10,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import limited
 import pytest
 from conftest import Outcome, assert_one_sentence, run_cli
 
 from dymoe_runtime import model as model_module
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.device import MARGIN
 from dymoe_runtime.model import Model, RunOptions
 from dymoe_runtime.read_queue import PATIENCE_S
+from dymoe_runtime.store import least_arena_bytes
 
 PROMPT = "The river flows through the town of"
 # Reads of experts after which something happens: in the prompt, and among the tokens after it.
@@ -157,6 +162,83 @@ def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
         before = model.store.arena_bytes
         model.prefill([1, 2, 3])
         assert model.store.arena_bytes == before
+
+
+# A run that looks at its limit often, and takes its time.
+SLOWLY = """
+import sys, time
+from dymoe_runtime import model
+model.LOOK_S, decode = 0.02, model.Model.decode
+def slowly(self, token_id):
+    time.sleep(0.005)
+    return decode(self, token_id)
+model.Model.decode = slowly
+from dymoe_runtime.__main__ import run
+run()
+"""
+
+
+@contextmanager
+def inside(limit: AbstractContextManager[Path | None], *args: object) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """The SLOWLY run in a cgroup of the kernel's, once it has begun to answer; skips where there is none to be had."""
+    try:
+        group = limit.__enter__()
+    except (OSError, SystemExit) as error:
+        pytest.skip(f"no cgroup may be made here: {error}")
+    assert group is not None
+    command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", sys.executable, "-u", "-c", SLOWLY]
+    command += [str(arg) for arg in ("--prompt", PROMPT, "--ignore-eos", "--json", *args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.read(1)
+        yield process, group
+    finally:
+        process.kill()
+        process.wait()
+        limit.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("spare", [6 << 20, -(20 << 20)])
+def test_a_limit_of_the_kernel_that_is_lowered_is_heeded(spare: int, shipped: Bundle) -> None:
+    """Version 1 lets nobody lower it below what is in use; with version 2 memory.high does."""
+    options = (shipped.path, "--tiers", 4, "--max-tokens", 400)
+    with inside(limited.memory_limit(1 << 30), *options) as (process, _):
+        whole = json.loads(process.communicate(timeout=60)[0].splitlines()[-1])
+    with inside(limited.memory_limit(1 << 30), *options) as (process, group):
+        lowered = int((whole["floor_bytes"] + spare) / (1 - MARGIN))
+        try:
+            limited.set_memory_limit(group, lowered)
+        except OSError as error:
+            pytest.skip(f"the kernel does not lower it: {error}")
+        out, err = (text.decode() for text in process.communicate(timeout=60))
+    if spare < 0:
+        assert process.returncode == 1 and "has been lowered" in err and len(err.splitlines()) == 1, err
+        return
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["text"] == whole["text"]
+    assert least_arena_bytes(shipped.layout) <= result["arena_bytes"] < whole["arena_bytes"]
+
+
+def test_a_slow_disk_slows_down_and_changes_nothing_else(shipped: Bundle) -> None:
+    options = (shipped.path, "--tiers", 4, "--max-tokens", 24, "--arena", shipped.expert_bytes() // 3)
+    whole = run_cli(*options, "--prompt", PROMPT, "--ignore-eos", "--json").json
+    rate = whole["read_bytes"]  # all of it in a second
+    started = time.monotonic()
+    with inside(limited.disk_limit(rate, shipped.path), *options) as (process, _):
+        out, err = (text.decode() for text in process.communicate(timeout=60))
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["text"] == whole["text"] and result["wait_s"] > whole["wait_s"]
+    assert time.monotonic() - started > 0.5 * result["read_bytes"] / rate
+
+
+def test_an_interrupt_ends_a_run_on_a_slow_disk(shipped: Bundle) -> None:
+    options = (shipped.path, "--tiers", 4, "--max-tokens", 400, "--arena", shipped.expert_bytes() // 3)
+    with inside(limited.disk_limit(4 << 20, shipped.path), *options) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE_S + 20)
+    assert process.returncode == 143 and b"Traceback" not in err
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_threads(damaged: Path) -> None:

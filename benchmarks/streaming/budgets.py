@@ -1,0 +1,103 @@
+"""Speed, reads and peak memory from the least that works to all of the model, and that every budget gives one text.
+
+    python benchmarks/streaming/budgets.py BUNDLE --shares 0 0.1 0.25 0.5 0.75 1
+
+A budget is the least that works and a share of the experts above it; each run is in a cgroup of it (what the runtime
+leaves as a margin added), with an empty page cache, in interleaved rounds. Exits with 1 where the kernel killed, the
+peak of the process exceeds the budget, a budget is slower than a smaller one by more than 5%, or texts differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from limited import Outcome, run
+
+# What the runtime leaves free of a cgroup's limit.
+MARGIN = 0.03
+WORSE = 0.05
+PROMPT = "The river flows through the town of"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.1, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--options", default="--tiers 4", help="for dymoe-run")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    dymoe = [Path(sys.executable).with_name("dymoe-run"), args.bundle, *args.options.split()]
+    bench = [*dymoe, "--bench", "--warm-up", "--json", "--threads", str(args.threads)]
+    bench += ["--prompt-tokens", str(args.prompt), "--new-tokens", str(args.new_tokens)]
+    floor = least_memory([*bench, "--memory", "1MiB"])
+    experts = sum(path.stat().st_size for path in args.bundle.glob("experts-*"))
+    budgets = [floor + int(share * experts) for share in sorted(args.shares)]
+    found: dict[int, list[tuple[Outcome, dict[str, Any]]]] = defaultdict(list)
+    texts = defaultdict(set)
+    for number in range(args.rounds):
+        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+        for budget in budgets:
+            limit = math.ceil(budget / (1 - MARGIN))
+            found[budget].append(result(run(bench, limit)))
+            answer = [*dymoe, "--prompt", PROMPT, "--max-tokens", "32", "--ignore-eos", "--json"]
+            flags = ([], ["--no-look-ahead"], ["--threads", "1"])[number % 3]
+            texts[budget].add(result(run([*answer, *flags], limit))[1]["text"])
+    sys.exit(report(found, texts))
+
+
+def report(found: dict[int, list[tuple[Outcome, dict[str, Any]]]], texts: dict[int, set[str]]) -> bool:
+    """Print the table; whether something is wrong."""
+    wrong = False
+    names = ("budget MB", "peak MB", "arena MB", "hit rate", "MB/token", f"{'tokens/s':>24}", "prompt/s")
+    print("".join(f"{name:>10}" for name in names))
+    best = 0.0
+    for budget, runs in found.items():
+        rates = sorted(result["tokens_per_s"] for _, result in runs)
+        rate, (_, last) = statistics.median(rates), runs[-1]
+        peak = max(result["peak_rss_bytes"] for _, result in runs)
+        notes = [
+            *(["killed"] if any(outcome.oom_kills for outcome, _ in runs) else []),
+            *(["peak above the budget"] if peak > budget else []),
+            *([f"{1 - rate / best:.0%} slower than with less memory"] if rate < (1 - WORSE) * best else []),
+        ]
+        best = max(best, rate)
+        wrong |= bool(notes)
+        prompt = statistics.median(result["prompt_tokens_per_s"] for _, result in runs)
+        print(
+            f"{budget / 1e6:>10.0f}{peak / 1e6:>10.0f}{last['arena_bytes'] / 1e6:>10.0f}{last['hit_rate']:>10.1%}"
+            f"{last['decode_read_bytes_per_token'] / 1e6:>10.1f}"
+            f"{f'{rate:.1f} ({rates[0]:.1f}-{rates[-1]:.1f})':>24}{prompt:>10.0f}  {', '.join(notes)}"
+        )
+    same = len(set().union(*texts.values())) == 1
+    print(f"one text at every budget, with and without look-ahead, with 1 thread and 2: {'yes' if same else 'NO'}")
+    return wrong or not same
+
+
+def least_memory(command: list[str | Path]) -> int:
+    """Bytes that the error for too small a budget names."""
+    refused = run(command)
+    named = re.search(r"--memory (\d+)MiB", refused.err)
+    if named is None:
+        raise SystemExit(refused.err)
+    return int(named[1]) << 20
+
+
+def result(outcome: Outcome) -> tuple[Outcome, dict[str, Any]]:
+    if outcome.code:
+        raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
+    return outcome, json.loads(outcome.out.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

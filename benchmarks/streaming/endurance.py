@@ -1,0 +1,104 @@
+"""Many minutes of prompts and answers in one process inside a memory limit: does anything grow, or fade?
+
+    python benchmarks/streaming/endurance.py BUNDLE --limit-mb 982 --minutes 30
+
+Prompts of random length and random tokens, 64 tokens after each. A line a minute: resident memory, hit rate,
+milliseconds a token and bytes read. Exits with 1 where memory grows by more than 1% after the first minutes, or the
+last third of the time is more than 10% slower, or hits 2 points less, than the third before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from limited import run
+
+NEW_TOKENS = 64
+PROMPTS = (16, 512)
+# Before these minutes buffers still grow to the longest prompt.
+SETTLED = 3
+
+
+@dataclass
+class Minute:
+    resident: int
+    hit_rate: float
+    tpot_ms: float
+    read_mb: float
+    threads: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--limit-mb", type=float, required=True, help="10^6 bytes, whole process")
+    parser.add_argument("--minutes", type=int, default=30)
+    parser.add_argument("--point", default="3")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.minutes < 2 * SETTLED:
+        parser.error(f"--minutes {args.minutes}: expected at least {2 * SETTLED}")
+    if args.inside:
+        sys.exit(generate(args))
+    command = [sys.executable, "-u", __file__, *sys.argv[1:], "--inside"]
+    outcome = run(command, int(args.limit_mb * 1e6), timeout_s=60 * args.minutes + 300)
+    print(outcome.out, end="")
+    print(f"peak by the kernel {outcome.peak_bytes / 1e6:.0f} MB, {outcome.oom_kills} kills")
+    sys.exit(f"exit code {outcome.code}: {outcome.err[-800:]}" if outcome.code else 0)
+
+
+def generate(args: argparse.Namespace) -> bool:
+    """Whether something grew or faded."""
+    from dymoe_runtime.bundle import Bundle
+    from dymoe_runtime.device import resident_bytes
+    from dymoe_runtime.model import Model, RunOptions
+
+    bundle, rng = Bundle.open(args.bundle), random.Random(0)
+    context = min(PROMPTS[1] + NEW_TOKENS, bundle.spec.max_context)
+    longest = context - NEW_TOKENS
+    options = RunOptions(context=context, point=args.point, threads=args.threads, preload=True)
+    minutes: list[Minute] = []
+    print(f"{'minute':>6}{'resident MB':>13}{'hit rate':>10}{'ms/token':>10}{'MB read':>9}{'threads':>9}")
+    with Model(bundle, options) as model:
+        for number in range(args.minutes):
+            until, times = time.monotonic() + 60, []
+            model.reset_stats()
+            while time.monotonic() < until:
+                model.reset()
+                model.prefill([rng.randrange(bundle.spec.vocab_size) for _ in range(rng.randint(PROMPTS[0], longest))])
+                for _ in range(NEW_TOKENS):
+                    started = time.perf_counter()
+                    model.decode(rng.randrange(bundle.spec.vocab_size))
+                    times.append(time.perf_counter() - started)
+            stats, tpot = model.store.stats, 1e3 * statistics.mean(times)
+            hit_rate = stats.hits / stats.requests
+            now = Minute(resident_bytes(), hit_rate, tpot, stats.read_bytes / 1e6, threading.active_count())
+            minutes.append(now)
+            print(
+                f"{number + 1:>6}{now.resident / 1e6:>13.1f}{now.hit_rate:>10.1%}{now.tpot_ms:>10.1f}"
+                f"{now.read_mb:>9.0f}{now.threads:>9}"
+            )
+    return faded(minutes)
+
+
+def faded(minutes: list[Minute]) -> bool:
+    third = len(minutes) // 3
+    last, before = minutes[-third:], minutes[-2 * third : -third]
+    settled = minutes[min(SETTLED, len(minutes) - 1) :]
+    grown = max(m.resident for m in settled) / settled[0].resident - 1
+    slower = statistics.median(m.tpot_ms for m in last) / statistics.median(m.tpot_ms for m in before) - 1
+    fewer = statistics.median(m.hit_rate for m in before) - statistics.median(m.hit_rate for m in last)
+    print(f"memory grew by {grown:.2%}, tokens take {slower:+.1%}, hits fell by {fewer:.2%} of all")
+    return grown > 0.01 or slower > 0.1 or fewer > 0.02
+
+
+if __name__ == "__main__":
+    main()
