@@ -16,7 +16,8 @@ from dymoe_runtime.bundle import MANIFEST, Bundle
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.device import memory_limit
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ModelSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from dymoe_runtime import kernels
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.look_ahead import LookAhead
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.read_queue import LATELY
 from dymoe_runtime.spec import ExpertKey
@@ -21,9 +22,6 @@ from dymoe_runtime.store import ExpertStore, Want
 
 # More than the highest tier.
 TIERS = 16
-
-# (layer, residual) -> (experts, gates) that the layer's router would choose.
-Guess = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -49,37 +47,6 @@ class TierStats:
     def shares(self) -> dict[str, float]:
         total = sum(self.used.values())
         return {str(tier): self.used[tier] / total for tier in sorted(self.used)}
-
-
-@dataclass(frozen=True)
-class LookAhead:
-    """Reads the next layer's likely experts while this one computes.
-
-    `ranks[layer]` is how many guesses per token were worth reading when the policy was measured.
-    """
-
-    guess: Guess
-    ranks: dict[int, int]
-    width: int  # experts per layer, however many tokens there are
-
-    def wants(self, layer: int, routing: Routing, rule: TierRule) -> list[Want]:
-        """Experts of `layer` to read ahead, likeliest first."""
-        ranks = self.ranks.get(layer, 0)
-        if not ranks:
-            return []
-        experts, gates = self.guess(layer, routing.residual)
-        if len(gates) == 1 and routing.token_weights is None:
-            chosen, mass = experts[0].tolist(), gates[0].tolist()
-            tiers = rule.choose_for_token(layer, chosen, mass)
-            likely = list(zip(chosen, tiers, mass, strict=True))[:ranks]
-            return [Want(ExpertKey(layer, e), tier) for e, tier, gate in likely if tier and gate > 0]
-        guessed = replace(routing, experts=experts, gates=gates)
-        of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
-        experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
-        sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)
-        highest = torch.zeros(len(sums), dtype=torch.int64).scatter_reduce_(0, experts, of_pairs, "amax")
-        most = sums.argsort(descending=True)[: self.width].tolist()
-        return [Want(ExpertKey(layer, e), int(highest[e])) for e in most if sums[e] > 0 and highest[e] > 0]
 
 
 class StoredExperts:

@@ -7,15 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load
 
 from dymoe_runtime import cost, kernels
-from dymoe_runtime.budget import CHUNK, Budget, check_budget, pass_tokens, plan_budget
-from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
+from dymoe_runtime.budget import CHUNK, check_budget, pass_tokens, plan_budget
+from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.dense import BundleDense
@@ -29,9 +27,10 @@ from dymoe_runtime.device import (
     return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH
-from dymoe_runtime.experts import LookAhead, StoredExperts
+from dymoe_runtime.experts import StoredExperts
 from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.look_ahead import LookAhead, ranks_worth_reading, read_predictors
+from dymoe_runtime.options import RunOptions, choose_rule
 from dymoe_runtime.pace import Pace
 from dymoe_runtime.policy import OperatingPoint, TierRule
 from dymoe_runtime.reader import RecordReader
@@ -40,7 +39,6 @@ from dymoe_runtime.store import ExpertStore
 from dymoe_runtime.trace import Decisions, Tracer, read_trace
 from dymoe_runtime.trial import Trial
 from dymoe_runtime.warm_up import (
-    POLICIES,
     expected_uses,
     make_eviction,
     preload_order,
@@ -53,38 +51,6 @@ if TYPE_CHECKING:
 
 # How often to see whether the memory limit has been lowered.
 LOOK_S = 0.5
-# What a uniform setting is called, before its bits.
-TIER = "tier "
-# What is added to the name of a point whose thresholds are the same in all layers.
-NO_DEPTH = " without depth"
-# A rank is worth reading ahead if the guess was right so often.
-LEAST_RECALL = 0.5
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a bundle; None means the measured or detected default."""
-
-    memory_bytes: int | None = None
-    arena_bytes: int | None = None  # for tests: the expert arena alone, whatever the process uses
-    context: int | None = None
-    kv_bits: int = 16
-    point: str | None = None  # None: the policy's default; auto; or mean bits
-    quality: float | None = None  # the smallest point with at most this KL
-    tier: int | None = None  # every expert at this tier
-    threads: int | None = None
-    pin_threads: bool = False
-    trace: Path | None = None  # where to write what every layer does
-    decisions: Path | None = None  # a trace whose tiers to choose again
-    fade: float = GROWTH  # of uses in the store, by a token
-    eviction: str = POLICIES[0]
-    overlap: bool = True  # compute experts while others are read
-    preload: bool = False  # start to read likely experts before anything else is loaded
-    warm_set: Path | None = None  # uses of the last session, read at the start and replaced at the end
-    latency: bool = False  # let what is in memory lower the tier of experts that matter less
-    look_ahead: bool = True
-    dynamic: bool = True
-    depth: bool = True
 
 
 @dataclass
@@ -186,7 +152,7 @@ class Model:
         if self._tracer is not None:
             self.decoder.experts = self._tracer.around(self.experts)
         if options.look_ahead:
-            predictors = _predictors(bundle)
+            predictors = read_predictors(bundle)
             if step is not None:
                 for layer, predictor in predictors.items():
                     step.correct(layer, predictor)
@@ -194,7 +160,7 @@ class Model:
             def guess(layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
 
-            self.experts.look_ahead = LookAhead(guess, _ranks(bundle), 2 * bundle.spec.top_k)
+            self.experts.look_ahead = LookAhead(guess, ranks_worth_reading(bundle), 2 * bundle.spec.top_k)
 
     def __enter__(self) -> Model:
         return self
@@ -400,35 +366,6 @@ def check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
         )
 
 
-def choose_rule(bundle: Bundle, options: RunOptions, budget: Budget) -> tuple[str, TierRule]:
-    """The name of what was asked for, and its rule; DymoeError if the bundle does not have it."""
-    policy, ladder, layers = bundle.policy, bundle.manifest.ladder, bundle.spec.num_layers
-    if options.tier is not None:
-        if options.tier not in ladder:
-            raise DymoeError(f"--tiers {options.tier}: the bundle has tiers {', '.join(map(str, ladder))}")
-        return f"{TIER}{options.tier}", TierRule.uniform(options.tier, ladder, layers)
-    if options.quality is not None:
-        point = policy.smallest_within(options.quality)
-    elif options.point is None:
-        point = policy.point(policy.default_point)
-    elif options.point == "auto":
-        point = policy.best_within(_affordable_bytes_per_token(bundle, options.arena_bytes or budget.arena))
-    else:
-        point = policy.nearest(float(options.point))
-    if not options.dynamic:
-        tier = min(ladder, key=lambda t: abs(t - point.bits_mean))
-        return f"{TIER}{tier}", TierRule.uniform(tier, ladder, layers)
-    rule = TierRule.of(point, policy)
-    return (point.name, rule) if options.depth else (f"{point.name}{NO_DEPTH}", rule.without_depth())
-
-
-def _affordable_bytes_per_token(bundle: Bundle, arena: int) -> float:
-    """Bytes per token of the point at which all experts, at that point's mean size, would just fill the arena."""
-    share = arena / max(bundle.expert_bytes(), 1)
-    whole = max(point.bytes_per_token for point in bundle.policy.points)
-    return whole * min(1.0, share)
-
-
 def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     """The compiled step, where there are compiled kernels."""
     if kernels.isa() == "torch":
@@ -436,21 +373,3 @@ def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     from dymoe_runtime.step import DecodeStep  # needs the compiled kernels to be there
 
     return DecodeStep.make(spec, dense, kernels.isa())
-
-
-def _predictors(bundle: Bundle) -> dict[int, torch.Tensor]:
-    """The look-ahead predictors [experts, H + 1] by layer; opening the bundle has checked the file."""
-    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
-    path = bundle.path / LOOK_AHEAD
-    predictors = {int(layer): tensor.float() for layer, tensor in load(path.read_bytes()).items()}
-    if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
-        raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
-    return predictors
-
-
-def _ranks(bundle: Bundle) -> dict[int, int]:
-    """How many ranks of each layer's guess are worth reading, from the measured recall."""
-    return {
-        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall[: bundle.spec.top_k])
-        for layer in bundle.policy.layers
-    }

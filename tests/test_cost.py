@@ -13,7 +13,8 @@ from conftest import run_cli
 from dymoe_runtime import cost, probe
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.cost import CostModel
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 from dymoe_runtime.probe import expected_hits
 from dymoe_runtime.tiers import make_layout
 

@@ -22,7 +22,8 @@ from conftest import Outcome, assert_one_sentence, run_cli
 from dymoe_runtime import model as model_module
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 from dymoe_runtime.read_queue import PATIENCE_S
 from dymoe_runtime.store import least_arena_bytes
 

@@ -20,7 +20,8 @@ from dymoe_runtime import budget as budget_module
 from dymoe_runtime import model as model_module
 from dymoe_runtime.budget import Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 from dymoe_runtime.store import least_arena_bytes
 
 PROMPT = "The river flows through the town of"

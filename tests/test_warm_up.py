@@ -12,7 +12,8 @@ from conftest import assert_one_sentence, run_cli
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.eviction import Eviction
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.warm_up import (
     expected_uses,

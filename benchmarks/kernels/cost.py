@@ -24,7 +24,8 @@ from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
 from dymoe_runtime.cost import COUNTS, SWEEP_BYTES, CostModel, measure
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 
 assert dymoe_runtime.__version__
 

@@ -21,7 +21,8 @@ from in_memory import load
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
-from dymoe_runtime.model import Model, RunOptions
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
 
 assert dymoe_runtime.__version__
 

@@ -59,7 +59,8 @@ def generate(args: argparse.Namespace) -> bool:
     """Whether something grew or faded."""
     from dymoe_runtime.bundle import Bundle
     from dymoe_runtime.device import resident_bytes
-    from dymoe_runtime.model import Model, RunOptions
+    from dymoe_runtime.model import Model
+    from dymoe_runtime.options import RunOptions
 
     bundle, rng = Bundle.open(args.bundle), random.Random(0)
     context = min(PROMPTS[1] + NEW_TOKENS, bundle.spec.max_context)

@@ -1,0 +1,70 @@
+"""Which experts of the next layer to read while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors.torch import load
+
+from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
+from dymoe_runtime.decoder import Routing
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.policy import TierRule
+from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.store import Want
+
+# (layer, residual) -> (experts, gates) that the layer's router would choose.
+Guess = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# A rank is worth reading ahead if the guess was right so often.
+LEAST_RECALL = 0.5
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """Reads the next layer's likely experts while this one computes.
+
+    `ranks[layer]` is how many guesses per token were worth reading when the policy was measured.
+    """
+
+    guess: Guess
+    ranks: dict[int, int]
+    width: int  # experts per layer, however many tokens there are
+
+    def wants(self, layer: int, routing: Routing, rule: TierRule) -> list[Want]:
+        """Experts of `layer` to read ahead, likeliest first."""
+        ranks = self.ranks.get(layer, 0)
+        if not ranks:
+            return []
+        experts, gates = self.guess(layer, routing.residual)
+        if len(gates) == 1 and routing.token_weights is None:
+            chosen, mass = experts[0].tolist(), gates[0].tolist()
+            tiers = rule.choose_for_token(layer, chosen, mass)
+            likely = list(zip(chosen, tiers, mass, strict=True))[:ranks]
+            return [Want(ExpertKey(layer, e), tier) for e, tier, gate in likely if tier and gate > 0]
+        guessed = replace(routing, experts=experts, gates=gates)
+        of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
+        experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
+        sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)
+        highest = torch.zeros(len(sums), dtype=torch.int64).scatter_reduce_(0, experts, of_pairs, "amax")
+        most = sums.argsort(descending=True)[: self.width].tolist()
+        return [Want(ExpertKey(layer, e), int(highest[e])) for e in most if sums[e] > 0 and highest[e] > 0]
+
+
+def read_predictors(bundle: Bundle) -> dict[int, torch.Tensor]:
+    """The look-ahead predictors [experts, H + 1] by layer; opening the bundle has checked the file."""
+    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
+    path = bundle.path / LOOK_AHEAD
+    predictors = {int(layer): tensor.float() for layer, tensor in load(path.read_bytes()).items()}
+    if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
+        raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
+    return predictors
+
+
+def ranks_worth_reading(bundle: Bundle) -> dict[int, int]:
+    """How many ranks of each layer's guess are worth reading, from the measured recall."""
+    return {
+        layer.layer: sum(recall >= LEAST_RECALL for recall in layer.look_ahead_recall[: bundle.spec.top_k])
+        for layer in bundle.policy.layers
+    }
