@@ -52,7 +52,7 @@ class Read:
 
     @property
     def nbytes(self) -> int:
-        return sum(len(buffer) for buffer in self.buffers)
+        return sum(buffer.numel() for buffer in self.buffers)
 
 
 class ReadQueue:

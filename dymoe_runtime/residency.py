@@ -107,7 +107,7 @@ class Residency:
 
     def nbytes(self) -> int:
         """Of all segments that are in memory or on their way."""
-        return sum(len(slot.memory) for entry in self.entries.values() for slot in entry.slots)
+        return sum(slot.memory.numel() for entry in self.entries.values() for slot in entry.slots)
 
     def prepared(self, entry: Entry, tier: int) -> Any:
         """What `prepare` made of the expert at `tier`, all segments of which are there."""
@@ -308,7 +308,7 @@ class Residency:
 
     def _evict(self, entry: Entry) -> int:
         """Its last segment; the bytes."""
-        freed = len(entry.slots[-1].memory)
+        freed = entry.slots[-1].memory.numel()
         self._drop(entry, len(entry.slots) - 1)
         left = [first for first in entry.guessed if first < len(entry.slots)]
         self._stats.look_ahead_waste += len(entry.guessed) - len(left)
