@@ -284,12 +284,16 @@ class ExpertStore:
                 self._memory.unpin(entry)
 
     def _in_turn(self, wants: Sequence[Want], window: int) -> deque[Want]:
-        """Those in memory, to be held while the first of the others are read; then the rest."""
+        """Those in memory, to be held while the first of the others are read; then the rest, of two reads last."""
         there = [want for want in wants if self._resident([want])]
         known = set(there)
-        missing = [want for want in wants if want not in known]
+        missing = sorted((want for want in wants if want not in known), key=self._is_read_at_less)
         first = max(1, window - IN_FLIGHT)
         return deque([*there[:first], *missing[:IN_FLIGHT], *there[first:], *missing[IN_FLIGHT:]])
+
+    def _is_read_at_less(self, want: Want) -> bool:
+        entry = self._memory.entries.get(want.key)
+        return entry is not None and entry.read is not None and len(entry.slots) < self._segments_of[want.tier]
 
     def _usable(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> bool:
         """Whether all segments of its tier are there; raises what kept them from coming."""
