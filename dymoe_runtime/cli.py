@@ -91,7 +91,7 @@ PROBE_CONTEXT = 512
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT…", help="End before this text.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
-@click.option("--latency", is_flag=True, help="Run an expert that matters less with what is in memory of it.")
+@click.option("--latency", is_flag=True, help="Do not wait for all bits of an expert that matters less.")
 @click.option("--no-look-ahead", is_flag=True, help="Do not read the next layer's experts early.")
 @click.option("--no-dynamic", is_flag=True, help="One tier for all experts, the nearest to the point's bits.")
 @click.option("--no-depth", is_flag=True, help="The same thresholds in all layers.")

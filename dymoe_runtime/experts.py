@@ -60,7 +60,7 @@ class StoredExperts:
         self.stats = TierStats()
         self._activation = activation
         self.decided: Callable[[int, Sequence[int]], list[int]] | None = None  # in place of the rule for single tokens
-        self.latency = False  # decoding, run what is there of an expert below the highest tier rather than wait
+        self.latency = False  # decoding, do not wait for more of an expert below the highest tier than it must have
         self.look_ahead = look_ahead
         self.looks_ahead = True  # whether it is used just now
         self.cost: CostModel | None = None  # to read no further ahead than there is time for
@@ -106,7 +106,8 @@ class StoredExperts:
     ) -> tuple[list[int], list[Want]]:
         """The tiers to run now, and what they would be if it were in memory.
 
-        With `latency` what is there of an expert of less than the highest tier, all of one of the highest.
+        With `latency` what is there of an expert of less than the highest tier, of one that is not there at all the
+        lowest, and all of one of the highest.
         """
         if self.decided is not None:
             return self.decided(layer, experts), []
@@ -115,9 +116,8 @@ class StoredExperts:
             return tiers, []
         highest, wants = self.rule.ladder[-1], self._wants
         chosen = [wants(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True)]
-        now = [
-            want.tier if want.tier in (0, highest) else self.store.tier_at_hand(want) or want.tier for want in chosen
-        ]
+        lowest = self.rule.ladder[0]
+        now = [want.tier if want.tier in (0, highest) else self.store.tier_at_hand(want) or lowest for want in chosen]
         return now, [want for want, tier in zip(chosen, now, strict=True) if tier < want.tier]
 
     def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:

@@ -22,6 +22,10 @@ from dymoe_runtime.read_queue import Read, Reader, ReadQueue, Urgency
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout
 
+# What is read in the background takes the place of what is worth less by this factor; at 1 reads cost more than they
+# bring.
+WORTH_A_READ = 2
+
 # (tier, segments) -> what is delivered of the leading segments of an expert.
 Prepare = Callable[[int, list[torch.Tensor]], Any]
 
@@ -151,7 +155,8 @@ class Residency:
     def volunteer(self, entry: Entry, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> bool:
         """Read what an entry lacks though nobody waits for it, where there is room; `keep` stays in any case.
 
-        A guess, which is for now, may displace anything else; what is read in the background only what is worth less.
+        A guess, which is for now, may displace anything else; what is read in the background only what is worth much
+        less.
         """
         try:
             slots = self._rooms(
@@ -274,7 +279,8 @@ class Residency:
         victim = self._cheapest(keep, key.layer)
         if victim is None:
             return 0
-        if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) >= self.eviction.worth(key, segments - 1):
+        worth = self.eviction.worth(key, segments - 1)
+        if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) * WORTH_A_READ >= worth:
             return 0
         return self._evict(victim)
 

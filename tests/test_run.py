@@ -101,6 +101,7 @@ def test_latency_runs_what_is_there(shipped_path: Path) -> None:
     small = ("--point", 3, "--arena", "3MB", "--no-look-ahead")
     plain, quick = answer(shipped_path, *small, tokens=60), answer(shipped_path, *small, "--latency", tokens=60)
     assert quick["bits_mean"] < plain["bits_mean"] and quick["hit_rate"] > plain["hit_rate"]
+    assert quick["tier_shares"]["2"] > plain["tier_shares"]["2"] + 0.02  # also of what is not there at all
     assert quick["tier_shares"]["4"] == pytest.approx(plain["tier_shares"]["4"], abs=0.1)
     assert run_cli(shipped_path, "--eval", __file__, "--latency").code == 2
 
