@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -90,7 +91,7 @@ class ReadQueue:
         """Reads that no thread has started, the newest first; at most so many, and none of what is spared."""
         with self._wake:
             waiting = self._waiting[urgency]
-            taken = [read for read in reversed(waiting) if read.key not in spared][:most]
+            taken = list(itertools.islice((read for read in reversed(waiting) if read.key not in spared), most))
             for read in taken:
                 waiting.remove(read)
             return taken
