@@ -224,14 +224,12 @@ def test_a_limit_of_the_kernel_that_is_lowered_is_heeded(spare: int, shipped: Bu
 def test_a_slow_disk_slows_down_and_changes_nothing_else(shipped: Bundle) -> None:
     options = (shipped.path, "--tiers", 4, "--max-tokens", 24, "--arena", shipped.expert_bytes() // 3)
     whole = run_cli(*options, "--prompt", PROMPT, "--ignore-eos", "--json").json
-    rate = whole["read_bytes"]  # all of it in a second
-    started = time.monotonic()
-    with inside(limited.disk_limit(rate, shipped.path), *options) as (process, _):
+    with inside(limited.disk_limit(whole["read_bytes"] // 4, shipped.path), *options) as (process, _):
         out, err = (text.decode() for text in process.communicate(timeout=60))
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert result["text"] == whole["text"] and result["wait_s"] > whole["wait_s"]
-    assert time.monotonic() - started > 0.5 * result["read_bytes"] / rate
+    assert result["text"] == whole["text"]
+    assert result["wait_s"] > max(1.0, whole["wait_s"])  # of four seconds of reading
 
 
 def test_an_interrupt_ends_a_run_on_a_slow_disk(shipped: Bundle) -> None:

@@ -40,7 +40,9 @@ def main() -> None:
     dymoe = [Path(sys.executable).with_name("dymoe-run"), args.bundle, *args.options.split()]
     bench = [*dymoe, "--bench", "--warm-up", "--json", "--threads", str(args.threads)]
     bench += ["--prompt-tokens", str(args.prompt), "--new-tokens", str(args.new_tokens)]
-    floor = least_memory([*bench, "--memory", "1MiB"])
+    answer = [*dymoe, "--prompt", PROMPT, "--max-tokens", "32", "--ignore-eos", "--json"]
+    # A prompt needs the tokenizer too.
+    floor = max(least_memory([*command, "--memory", "1MiB"]) for command in (bench, answer))
     experts = sum(path.stat().st_size for path in args.bundle.glob("experts-*"))
     budgets = [floor + int(share * experts) for share in sorted(args.shares)]
     found: dict[int, list[tuple[Outcome, dict[str, Any]]]] = defaultdict(list)
@@ -50,7 +52,6 @@ def main() -> None:
         for budget in budgets:
             limit = math.ceil(budget / (1 - MARGIN))
             found[budget].append(result(run(bench, limit)))
-            answer = [*dymoe, "--prompt", PROMPT, "--max-tokens", "32", "--ignore-eos", "--json"]
             flags = ([], ["--no-look-ahead"], ["--threads", "1"])[number % 3]
             texts[budget].add(result(run([*answer, *flags], limit))[1]["text"])
     sys.exit(report(found, texts))
