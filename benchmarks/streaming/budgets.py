@@ -49,10 +49,10 @@ def main() -> None:
     texts = defaultdict(set)
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-        for budget in budgets:
+        for place, budget in enumerate(budgets):
             limit = math.ceil(budget / (1 - MARGIN))
             found[budget].append(result(run(bench, limit)))
-            flags = ([], ["--no-look-ahead"], ["--threads", "1"])[number % 3]
+            flags = ([], ["--no-look-ahead"], ["--threads", "1"])[(number + place) % 3]
             texts[budget].add(result(run([*answer, *flags], limit))[1]["text"])
     sys.exit(report(found, texts))
 
