@@ -56,9 +56,6 @@ class Arena:
         with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
-        self._views: dict[
-            tuple[int, int, int], torch.Tensor
-        ] = {}  # kept: making one takes as long as finding its place
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]
         self._given_back: list[int] = []
@@ -118,13 +115,9 @@ class Arena:
         return slot
 
     def _view(self, chunk: int, index: int, size_class: int) -> torch.Tensor:
-        place = (chunk, index, size_class)
-        view = self._views.get(place)
-        if view is None:
-            size = self.sizes[size_class]
-            start = chunk * self.chunk_bytes + index * size
-            view = self._views[place] = self.memory[start : start + size]
-        return view
+        size = self.sizes[size_class]
+        start = chunk * self.chunk_bytes + index * size
+        return self.memory[start : start + size]
 
     def _compact(self) -> bool:
         """Empty one half-empty chunk into others of its class; whether a chunk became free."""

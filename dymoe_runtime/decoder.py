@@ -116,10 +116,12 @@ class Decoder:
         self, layer: int, x: torch.Tensor, cache: KVCache, weigh_tokens: bool, group: int
     ) -> torch.Tensor:
         start, parts = cache.length, []
-        for rows in x.split(group):
-            parts.append(self.attend(layer, rows, cache, weigh_tokens))
-            cache.length += len(rows)
-        cache.length = start
+        try:
+            for rows in x.split(group):
+                parts.append(self.attend(layer, rows, cache, weigh_tokens))
+                cache.length += len(rows)
+        finally:
+            cache.length = start
         if layer in self.spec.dense_layers:
             return torch.cat([self.feed_forward(layer, rows) for rows, _ in parts])
         asked = [self._ask(layer, rows, weights) for rows, weights in parts]

@@ -116,9 +116,12 @@ class StoredExperts:
             return tiers, []
         highest, wants = self.rule.ladder[-1], self._wants
         chosen = [wants(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True)]
-        lowest = self.rule.ladder[0]
-        now = [want.tier if want.tier in (0, highest) else self.store.tier_at_hand(want) or lowest for want in chosen]
+        now = [want.tier if want.tier in (0, highest) else self._least_waiting(want) for want in chosen]
         return now, [want for want, tier in zip(chosen, now, strict=True) if tier < want.tier]
+
+    def _least_waiting(self, want: Want) -> int:
+        """The tier to run without waiting; else with the read that is under way, else with the smallest."""
+        return self.store.tier_at_hand(want) or self.store.tier_on_its_way(want) or self.rule.ladder[0]
 
     def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""

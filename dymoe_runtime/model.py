@@ -22,6 +22,7 @@ from dymoe_runtime.device import (
     default_threads,
     format_size,
     imposed_limit,
+    memory_limit,
     peak_resident_bytes,
     return_freed_memory,
     return_large_blocks,
@@ -205,9 +206,9 @@ class Model:
         if self._limit_heeded is None or time.monotonic() < self._limit_heeded + LOOK_S:
             return
         self._limit_heeded = time.monotonic()
-        memory, before = imposed_limit(), self._limit
-        self._limit = memory
-        if memory >= min(before, self.budget.memory):
+        limit, before = imposed_limit(), self._limit
+        self._limit = limit
+        if limit >= before or (memory := memory_limit()) >= self.budget.memory:
             return
         self.budget = replace(self.budget, memory=memory)
         if memory < self.budget.floor:
@@ -268,12 +269,11 @@ class Model:
             tokens = self._make_room_for_pass(len(left))
             part, left, begun = torch.tensor(left[:tokens]), left[tokens:], time.perf_counter()
             self._follow_decisions(tokens, prompt=True)
-            x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)
+            x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)[-1:].clone()
             self.store.tick(tokens)
             if self._tracer is not None:
                 self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
-        logits = self.decoder.logits(x[-1:])[0]
-        del x
+        logits = self.decoder.logits(x)[0]
         self._make_room_for_pass(1)
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started

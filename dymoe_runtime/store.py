@@ -165,7 +165,16 @@ class ExpertStore:
             return 0
         reading = entry.read is not None and not (entry.read.done.is_set() and entry.read.error is None)
         there = entry.read.first if entry.read is not None and reading else len(entry.slots)
-        return max((t for t in self.layout.ladder if t <= want.tier and self._segments_of[t] <= there), default=0)
+        return self._tier_of(there, want.tier)
+
+    def tier_on_its_way(self, want: Want) -> int:
+        """The same, once the read of the expert that is under way has ended."""
+        entry = self._memory.entries.get(want.key)
+        return 0 if entry is None else self._tier_of(len(entry.slots), want.tier)
+
+    def _tier_of(self, segments: int, most: int) -> int:
+        """The highest tier up to `most` that so many segments make; 0 if they make none."""
+        return max((t for t in self.layout.ladder if t <= most and self._segments_of[t] <= segments), default=0)
 
     def holds(self, layer: int, tier: int) -> bool:
         """Whether every expert of `layer` is in memory up to `tier`, or on its way."""

@@ -86,8 +86,8 @@ def memory_limit(limit_bytes: int) -> Iterator[Path | None]:
 
 def set_memory_limit(group: Path, limit_bytes: int) -> None:
     """Of a cgroup that `memory_limit` made; OSError where it is not to be had, with version 1 if more is in use."""
-    names = ("memory.limit_in_bytes", "memory.max")
-    next(group / name for name in names if (group / name).exists()).write_text(str(limit_bytes))
+    one = group / "memory.limit_in_bytes"
+    (one if one.exists() else group / "memory.max").write_text(str(limit_bytes))
 
 
 @contextmanager
