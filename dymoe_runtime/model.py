@@ -260,7 +260,7 @@ class Model:
         """Append a prompt in chunks; logits of its last token, float32 [vocab]."""
         self._check(ids)
         started = time.perf_counter()
-        torch.set_num_threads(self._threads)
+        self._divide_threads()
         self.experts.looks_ahead = True
         x = torch.empty(0)
         left = list(ids)
@@ -290,8 +290,7 @@ class Model:
         """Append one token; logits of the next, float32 [vocab]."""
         self._check([token_id])
         started = time.perf_counter()
-        # What torch does for one token is too little to share; its idle threads would spin beside the kernels'.
-        torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
+        self._divide_threads()
         self.experts.looks_ahead = self._trial.on
         self._heed_limit()
         self._follow_decisions(1, prompt=False)
@@ -307,6 +306,10 @@ class Model:
         self.stats.decode.tokens += 1
         self.stats.decode.seconds += seconds
         return logits
+
+    def _divide_threads(self) -> None:
+        """Torch gets one, beside the kernels': it has little to do, and its products depend on how many there are."""
+        torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
 
     def _check(self, ids: Sequence[int]) -> None:
         """DymoeError where `ids` do not fit the context or the vocabulary."""

@@ -244,6 +244,17 @@ def test_how_a_prompt_is_divided_changes_nothing_but_what_is_read(
         assert found[2][1] < 0.8 * found[0][1]
 
 
+@pytest.mark.skipif(kernels.isa() == "torch", reason="the reference is torch")
+def test_torch_has_one_thread_for_its_products_depend_on_how_many(shipped: Bundle) -> None:
+    """Of large routers on AVX2 they did, and the text with them."""
+    with Model(shipped, RunOptions(context=64, threads=2)) as model:
+        for run in (lambda: model.prefill([1, 2, 3]), lambda: model.decode(4)):
+            torch.set_num_threads(2)
+            run()
+            assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+
+
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
     least = least_arena_bytes(shipped.layout)
     arenas = [least + int(shipped.expert_bytes() * share) for share in (0.0, 0.2, 0.5, 1.1)]
