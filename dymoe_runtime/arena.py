@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dymoe_runtime.device import map_memory
+
 # A chunk may waste this share of itself on sizes that do not divide it.
 WASTE = 0.06
 
@@ -50,11 +52,7 @@ class Arena:
         self.chunk_bytes = chunk_bytes(sizes)
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
-        # Private: what is shared counts as cache, and has no large pages.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, max(self.chunks, 1) * self.chunk_bytes, flags=private)
-        with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = map_memory(max(self.chunks, 1) * self.chunk_bytes)
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]

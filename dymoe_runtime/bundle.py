@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,11 @@ from dymoe_runtime.policy import Policy
 from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
 from dymoe_runtime.tensorfile import read_header, read_into
 from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
+
+try:  # four times as fast as zlib's, which would take a fifth of the time to a first answer
+    from isal.isal_zlib import crc32
+except ImportError:  # a machine for which it is not built
+    from zlib import crc32
 
 VERSION = 3
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
@@ -136,7 +140,7 @@ class Bundle:
 
     def check_segment(self, key: ExpertKey, segment: int, data: np.ndarray | memoryview) -> None:
         """DymoeError unless `data` has the checksum that the manifest gives."""
-        if zlib.crc32(data) != self.manifest.layers[key.layer].crc32[key.expert][segment]:
+        if crc32(data) != self.manifest.layers[key.layer].crc32[key.expert][segment]:
             tier = self.layout.ladder[segment]
             path, offset = self.record_span(key)
             raise DymoeError(
@@ -226,8 +230,8 @@ def layer_file(index: int) -> str:
     return f"experts-{index:05d}.safetensors"
 
 
-def check_dense(path: Path, name: str, data: np.ndarray, crc32: int) -> None:
-    if zlib.crc32(memoryview(data)) != crc32:
+def check_dense(path: Path, name: str, data: np.ndarray, checksum: int) -> None:
+    if crc32(memoryview(data)) != checksum:
         raise DymoeError(f"{path}: tensor {name}: checksum mismatch; {DAMAGED}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import sys
@@ -193,6 +194,15 @@ def return_freed_memory() -> None:
     """Have glibc give what is freed and kept for later back to the system."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_memory(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone, zeros, in large pages where the system has them; `nbytes` more than 0."""
+    # What is shared counts as cache, and has no large pages.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def lock_in_memory(address: int, nbytes: int) -> bool:

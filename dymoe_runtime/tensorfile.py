@@ -73,8 +73,10 @@ def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     return TensorInfo(entry["dtype"], shape, data_start + begin, end - begin)
 
 
-def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None) -> torch.Tensor:
-    """The tensor `name`, or slice `index` of its first dimension."""
+def read_tensor(
+    fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The tensor `name`, or slice `index` of its first dimension; `into` uint8 [bytes], if that is given."""
     if info.dtype not in DTYPES:
         raise DymoeError(
             f"{path}: tensor {name} is {info.dtype}, supported are {', '.join(DTYPES)}; convert the checkpoint to BF16"
@@ -83,7 +85,7 @@ def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | N
     if index is not None:
         shape = shape[1:]
         start += index * info.nbytes // info.shape[0]
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
     if tensor.numel():
         read_into(fd, path, start, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
     return tensor
