@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,9 +300,12 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
         if len(ids) < 2:
             raise DymoeError(f"{name}: a single token has nothing to score; give longer text to --eval")
     length = min(o["context"] or bundle.spec.max_context, bundle.spec.max_context)
-    reference = None if o["reference"] is None else open_reference(o["reference"], bundle.spec)
     whole_table = o["tiers"] == "auto" and o["point"] is o["quality"] is None and not o["no_dynamic"]
-    with Model(bundle, run_options(o, length), window=min(length, max(map(len, texts.values())))) as model:
+    with ExitStack() as stack:
+        path: Path | None = o["reference"]
+        reference = None if path is None else stack.enter_context(open_reference(path, bundle.spec))
+        window = min(length, max(map(len, texts.values())))
+        model = stack.enter_context(Model(bundle, run_options(o, length), window))
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:
             result = evaluate(model, job, whole_table, advance)

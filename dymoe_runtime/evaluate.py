@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -181,20 +182,22 @@ class DecoderReference:
         return self._decoder.forward(ids)
 
 
-def open_reference(path: Path, spec: ModelSpec) -> Reference:
+@contextmanager
+def open_reference(path: Path, spec: ModelSpec) -> Iterator[Reference]:
     """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`."""
-    if (path / MANIFEST).exists():
-        bundle = Bundle.open(path)
-        model = Model(bundle, RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit()))
-        decoder = model.decoder
-    else:
-        decoder = _open_checkpoint(path)
-    if decoder.spec.vocab_size != spec.vocab_size:
-        raise DymoeError(
-            f"{path}: its vocabulary has {decoder.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
-            "give the model that the bundle was compiled from"
-        )
-    return DecoderReference(decoder)
+    with ExitStack() as stack:
+        if (path / MANIFEST).exists():
+            bundle = Bundle.open(path)
+            options = RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit())
+            decoder = stack.enter_context(Model(bundle, options)).decoder
+        else:
+            decoder = _open_checkpoint(path)
+        if decoder.spec.vocab_size != spec.vocab_size:
+            raise DymoeError(
+                f"{path}: its vocabulary has {decoder.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
+                "give the model that the bundle was compiled from"
+            )
+        yield DecoderReference(decoder)
 
 
 def _open_checkpoint(path: Path) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import time
@@ -70,6 +71,8 @@ class ReadQueue:
         self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
         for thread in self._threads:
             thread.start()
+        # Python kills daemon threads as it ends, and some of what they call does not survive that.
+        atexit.register(self.close)
 
     def submit(self, read: Read) -> None:
         with self._wake:
@@ -108,6 +111,7 @@ class ReadQueue:
 
     def close(self) -> bool:
         """End the threads; False where one still reads after some patience."""
+        atexit.unregister(self.close)
         with self._wake:
             self._closed = True
             self._wake.notify_all()

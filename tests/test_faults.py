@@ -257,3 +257,34 @@ def test_a_model_that_cannot_be_loaded_leaves_no_threads(damaged: Path) -> None:
     outcome = run_cli(damaged, "--prompt", "a")
     assert outcome.code == 1
     assert not readers()
+
+
+def test_a_bundle_compared_with_itself_hardly_differs_and_leaves_no_threads(shipped_path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT)
+    outcome = run_cli(shipped_path, "--eval", text, "--reference", shipped_path, "--tiers", 4, "--json")
+    assert outcome.code == 0, outcome.err
+    assert abs(outcome.json["files"][0]["kl"]) < 0.005  # of the KV cache, which the reference has none of
+    assert not readers()
+
+
+UNCLOSED = """
+import time
+from dymoe_runtime.read_queue import Read, ReadQueue
+
+def read(*args):
+    begun.append(args)
+    time.sleep(0.5)
+    print("ended")
+
+begun = []
+queue = ReadQueue(read)
+queue.submit(Read(None, 0, []))
+while not begun:
+    time.sleep(0.01)
+"""
+
+
+def test_a_program_that_leaves_a_model_open_ends_after_its_reads() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=PATIENCE_S + 20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")

@@ -262,6 +262,7 @@ std::vector<std::string> isa_names() {
 
 NB_MODULE(_native, m) {
   using namespace dymoe;
+  nb::set_leak_warnings(false);  // for who ends a program without closing a model
   nb::class_<Expert>(m, "Expert");
   nb::class_<Plan>(m, "Plan")
       .def_static("make", &make_plan, "matrices"_a)
