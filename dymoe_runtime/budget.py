@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dymoe_runtime import kernels
 from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
 from dymoe_runtime.bundle import DENSE, LOOK_AHEAD, Bundle
-from dymoe_runtime.device import format_size, memory_limit, resident_bytes
+from dymoe_runtime.device import format_size, memory_limit, release_code, resident_bytes
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE
 from dymoe_runtime.kv_cache import KVCache
@@ -17,12 +17,12 @@ from dymoe_runtime.store import full_arena_bytes, least_arena_bytes
 
 # Prompt tokens whose tiers are chosen together. Fixed, because their tiers depend on which they are.
 CHUNK = 256
-# What Python, torch and the allocator may still take after loading.
-RESERVE_BYTES = 32 << 20
+# What Python, torch and the allocator may still take after loading, with the code of theirs that is needed again.
+RESERVE_BYTES = 48 << 20
 # What Python and its libraries hold varies by so much from run to run, with what of their files is in the page cache.
 SPREAD_BYTES = 8 << 20
-# What a run holds before it loads anything, where it cannot be measured: Python and torch.
-PROCESS_BYTES = 280 << 20
+# What a run needs before it loads anything, where it cannot be measured: Python and torch.
+PROCESS_BYTES = 200 << 20
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,53 @@ class Budget:
     """How the process's memory is divided, in bytes."""
 
     memory: int
-    fixed: int  # resident before anything is loaded
+    begun: int  # resident before anything is loaded
+    fixed: int  # of these, what is needed on
     dense: int
     kv_cache: int
     workspace: int  # activations of a prompt chunk, and the reserve
     least_arena: int
     full_arena: int
     chunk: int  # activations of each prompt chunk that a pass has beyond one
+    spare: int = 0  # of the workspace, what the arena has but while a prompt runs
 
     @property
     def floor(self) -> int:
-        """The least memory that works, rounded up to MiB."""
-        need = self.fixed + self.dense + self.kv_cache + self.workspace + self.least_arena
-        return math.ceil(need / (1 << 20)) << 20
+        """The least memory that works, in whole MiB."""
+        return max(self.need, _whole(self.begun))
+
+    @property
+    def need(self) -> int:
+        """The same, of a process that has begun."""
+        return _whole(self._others + self.least_arena)
 
     @property
     def arena(self) -> int:
-        return min(self.memory - self.floor + self.least_arena, self.full_arena)
+        return min(self._room, self.full_arena)
+
+    @property
+    def _others(self) -> int:
+        """All but the arena, while a prompt runs."""
+        return self.fixed + self.dense + self.kv_cache + self.workspace
+
+    @property
+    def _room(self) -> int:
+        """For the arena, but while a prompt runs."""
+        return self.memory - self._others + self.spare
+
+    def lent(self, tokens: int) -> int:
+        """Of the arena, what it lends to a pass of so many tokens of a prompt."""
+        chunks = -(-tokens // CHUNK)
+        need = self.spare * min(tokens, CHUNK) // CHUNK + (chunks - 1) * self.chunk
+        return max(0, need - (self._room - self.arena))
+
+    def with_arena(self, nbytes: int) -> Budget:
+        """The budget that leaves an arena of so many bytes, of which a prompt of one chunk takes nothing."""
+        return replace(self, memory=nbytes + self._others, spare=0)
+
+
+def _whole(nbytes: int) -> int:
+    return math.ceil(nbytes / (1 << 20)) << 20
 
 
 def plan_budget(
@@ -57,28 +87,35 @@ def plan_budget(
     window: int | None = None,
     kv_bits: int = 16,
 ) -> Budget:
-    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it holds now) are taken.
+    """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it needs now) are taken.
 
     Room is made for a KV cache of `context` tokens, or for passes of `window` tokens that are not continued.
     """
     experts = len(bundle.manifest.layers) * bundle.spec.num_experts
+    workspace = workspace_bytes(bundle.spec, window or context, window or CHUNK)
+    begun = fixed if fixed is not None else resident_bytes()
+    if fixed is None:
+        release_code()
+        fixed = resident_bytes()
     return Budget(
         memory=memory if memory is not None else memory_limit(),
-        fixed=fixed if fixed is not None else resident_bytes(),
+        begun=begun,
+        fixed=fixed,
         dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
         kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
-        workspace=workspace_bytes(bundle.spec, window or context, window or CHUNK) + RESERVE_BYTES,
+        workspace=workspace + RESERVE_BYTES,
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
         chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
+        spare=0 if window else workspace - workspace_bytes(bundle.spec, context, 1),
     )
 
 
-def pass_tokens(left: int, used: int, arena: int, budget: Budget) -> int:
+def pass_tokens(left: int, used: int, budget: Budget) -> int:
     """How many of the `left` tokens of a prompt to run in the next pass, so that the prompt reads the fewest bytes.
 
     A pass of one or more chunks reads the experts that a prompt uses, of `used` bytes, but for what is in memory. Each
-    chunk beyond one takes memory from an `arena` of so many bytes, which is read again after it.
+    chunk takes memory from the arena, which is read again after it.
     """
     if kernels.isa() == "torch":  # whose results depend a little on how many rows it is given
         return min(left, CHUNK)
@@ -86,10 +123,10 @@ def pass_tokens(left: int, used: int, arena: int, budget: Budget) -> int:
         left -= 1  # a token that is alone is computed differently, and so it always is
 
     def read(chunks: int) -> int:
-        lent = (chunks - 1) * budget.chunk
-        return -(-left // (chunks * CHUNK)) * max(0, used - (arena - lent)) + lent
+        lent = budget.lent(chunks * CHUNK)
+        return -(-left // (chunks * CHUNK)) * max(0, used - (budget.arena - lent)) + lent
 
-    most = 1 + max(0, arena - budget.least_arena) // budget.chunk
+    most = 1 + max(0, budget.arena - budget.lent(CHUNK) - budget.least_arena) // budget.chunk
     return min(left, CHUNK * min(range(1, min(most, -(-left // CHUNK)) + 1), key=read))
 
 

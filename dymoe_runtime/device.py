@@ -40,6 +40,8 @@ AUTO = "auto"
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
+# The line that begins a mapping in smaps; the file's inode is 0 where there is none.
+_MAPPED = re.compile(r"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<what>\S+) \S+ \S+ (?P<file>[1-9]\d*)?")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,21 @@ def return_freed_memory() -> None:
     """Have glibc give what is freed and kept for later back to the system."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_code() -> None:
+    """Let go of the pages of libraries' code, of which loading them used more than running does; Linux alone.
+
+    What is needed again comes back from the page cache.
+    """
+    code = None
+    for line in _lines(Path("/proc/self/smaps")):
+        if header := _MAPPED.match(line):
+            code = header if header["what"] == "r-xp" and header["file"] else None
+        elif code is not None and line.startswith("Anonymous:") and line.split()[1] == "0":
+            begin, end = (int(code[name], 16) for name in ("begin", "end"))
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def map_memory(nbytes: int) -> mmap.mmap:

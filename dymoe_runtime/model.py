@@ -101,8 +101,9 @@ class Model:
             )
         self.point, self.rule = choose_rule(bundle, options, self.budget)
         self.stats = RunStats()
-        self._arena_bytes = options.arena_bytes or self.budget.arena
-        self._lent_bytes = 0  # of these, by the arena to the pass of a long prompt
+        if options.arena_bytes is not None:
+            self.budget = self.budget.with_arena(options.arena_bytes)
+        self._lent_bytes = 0  # by the arena to the pass of a prompt
         self._limit = imposed_limit()
         self._limit_heeded = time.monotonic() if options.arena_bytes is None else None
         self._trial = Trial()  # of looking ahead
@@ -119,7 +120,7 @@ class Model:
             bundle.layout,
             (bundle.spec.num_layers, bundle.spec.num_experts),
             self.reader,
-            self._arena_bytes,
+            self.budget.arena,
             self._eviction,
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
@@ -211,23 +212,25 @@ class Model:
         if limit >= before or (memory := memory_limit()) >= self.budget.memory:
             return
         self.budget = replace(self.budget, memory=memory)
-        if memory < self.budget.floor:
+        if memory < self.budget.need:
             raise DymoeError(
                 f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
-                f"is {format_size(self.budget.floor)}; raise it again or give a smaller --context"
+                f"is {format_size(self.budget.need)}; raise it again or give a smaller --context"
             )
-        self._arena_bytes, self._lent_bytes = self.budget.arena, 0
-        self.store.resize(self._arena_bytes)
+        self._lent_bytes = 0
+        self.store.resize(self.budget.arena)
 
     def _make_room_for_pass(self, left: int) -> int:
-        """How many of the `left` tokens of a prompt to run next; the arena lends memory for more than a chunk."""
-        tokens = pass_tokens(left, self._prompt_bytes(), self._arena_bytes, self.budget)
-        lent = (-(-tokens // CHUNK) - 1) * self.budget.chunk
-        if lent != self._lent_bytes:
-            return_freed_memory()
-            self.store.resize(self._arena_bytes - lent)
-            self._lent_bytes = lent
+        """How many of the `left` tokens of a prompt to run next; the arena lends them memory."""
+        tokens = pass_tokens(left, self._prompt_bytes(), self.budget)
+        self._lend(self.budget.lent(tokens))
         return tokens
+
+    def _lend(self, nbytes: int) -> None:
+        if nbytes != self._lent_bytes:
+            return_freed_memory()
+            self.store.resize(self.budget.arena - nbytes)
+            self._lent_bytes = nbytes
 
     def _prompt_bytes(self) -> int:
         """Of the experts that a long prompt uses, about all at the highest tier that it may choose."""
@@ -249,7 +252,8 @@ class Model:
     def preload(self) -> None:
         """Start to read the experts that will be used most, as many as fit; once nothing is measured any more."""
         bits = next((p.bits_mean for p in self.bundle.policy.points if p.name == self.point), max(self.rule.highest))
-        self.store.preload(preload_order(self.bundle, self._expected, bits, self.store.arena_bytes))
+        room = self.budget.arena - self.budget.lent(CHUNK)
+        self.store.preload(preload_order(self.bundle, self._expected, bits, room))
 
     def reset(self, position: int = 0) -> None:
         """Forget the tokens from `position` on."""
@@ -274,7 +278,7 @@ class Model:
             if self._tracer is not None:
                 self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
         logits = self.decoder.logits(x)[0]
-        self._make_room_for_pass(1)
+        self._lend(0)
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
         return logits

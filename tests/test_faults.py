@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import limited
@@ -20,6 +21,7 @@ import pytest
 from conftest import Outcome, assert_one_sentence, run_cli
 
 from dymoe_runtime import model as model_module
+from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
 from dymoe_runtime.model import Model
@@ -132,6 +134,10 @@ def test_a_run_can_be_ended_in_mid_read(number: signal.Signals, count: int, seco
 def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [[], []]
     monkeypatch.setattr(model_module, "LOOK_S", 0.0)
+    # What a prompt takes of the arena is more than half of this small model's.
+    monkeypatch.setattr(
+        model_module, "plan_budget", lambda *args, **kwargs: replace(plan_budget(*args, **kwargs), spare=0)
+    )
     for lowered, decoded in zip((False, True), tokens, strict=True):
         with Model(shipped, RunOptions(tier=4, context=256)) as model:
             logits = model.prefill(list(range(40)))
@@ -139,7 +145,7 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
             for number in range(24):
                 if lowered and number == 8:
                     assert model.store.arena_bytes == before
-                    limit = model.budget.floor + shipped.expert_bytes() // 4
+                    limit = model.budget.need + shipped.expert_bytes() // 4
                     for name in ("imposed_limit", "memory_limit"):
                         monkeypatch.setattr(model_module, name, lambda: limit)  # noqa: B023
                 decoded.append(int(logits.argmax()))
@@ -168,14 +174,15 @@ def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
         assert model.store.arena_bytes == before
 
 
-# A run that says the least memory that it needs, looks at its limit often, and takes its time.
+# A run that says the least memory that it needs, looks at its limit often, takes its time, and lends a prompt nothing.
 SLOWLY = """
-import sys, time
+import dataclasses, sys, time
 from dymoe_runtime import model
-model.LOOK_S, decode = 0.02, model.Model.decode
+model.LOOK_S, decode, plan = 0.02, model.Model.decode, model.plan_budget
+model.plan_budget = lambda *args, **kwargs: dataclasses.replace(plan(*args, **kwargs), spare=0)
 def slowly(self, token_id):
     if not self.stats.decode.tokens:
-        print(self.budget.floor, file=sys.stderr, flush=True)
+        print(self.budget.need, file=sys.stderr, flush=True)
     time.sleep(0.005)
     return decode(self, token_id)
 model.Model.decode = slowly
@@ -234,12 +241,12 @@ def test_a_limit_of_the_kernel_that_is_lowered_is_heeded(spare: int, shipped: Bu
 def test_a_slow_disk_slows_down_and_changes_nothing_else(shipped: Bundle) -> None:
     options = (shipped.path, "--tiers", 4, "--max-tokens", 24, "--arena", shipped.expert_bytes() // 3)
     whole = run_cli(*options, "--prompt", PROMPT, "--ignore-eos", "--json").json
-    with inside(limited.disk_limit(whole["read_bytes"] // 4, shipped.path), *options) as (process, _):
-        out, err = (text.decode() for text in process.communicate(timeout=60))
+    with inside(limited.disk_limit(whole["read_bytes"] // 8, shipped.path), *options) as (process, _):
+        out, err = (text.decode() for text in process.communicate(timeout=90))
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["text"] == whole["text"]
-    assert result["wait_s"] > max(1.0, whole["wait_s"])  # of four seconds of reading
+    assert result["wait_s"] > max(1.0, whole["wait_s"])  # of eight seconds of reading
 
 
 def test_an_interrupt_ends_a_run_on_a_slow_disk(shipped: Bundle) -> None:
