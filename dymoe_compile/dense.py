@@ -71,7 +71,7 @@ def choose_dense_bits(
     progress: Progress,
 ) -> DenseChoice:
     """The bits for a device of `budget`, where `bundle` has MOST_BITS and its experts; windows [n, W]."""
-    if budget.floor - budget.least_arena + budget.full_arena <= budget.memory:
+    if budget.arena >= budget.full_arena:
         return DenseChoice.alike(bundle.spec, MOST_BITS)
     spec, ladder = bundle.spec, bundle.manifest.ladder
     kinds = dense_kinds(spec)
@@ -101,8 +101,7 @@ def worth_of_a_byte(bundle: Bundle, kls: list[float], budget: Budget) -> float:
     `kls` of the uniform tiers; between them the logarithm of KL is linear in bits.
     """
     bits = [bundle.layout.bits_per_weight(tier) for tier in bundle.manifest.ladder]
-    room = max(budget.memory - (budget.floor - budget.least_arena), 0)
-    fitting = min(max(8 * room / bundle.spec.expert_weights, bits[0]), bits[-1])
+    fitting = min(max(8 * budget.arena / bundle.spec.expert_weights, bits[0]), bits[-1])
     for (b0, k0), (b1, k1) in pairwise(zip(bits, kls, strict=True)):
         if fitting <= b1 and 0 < k1 < k0:
             rate = math.log(k0 / k1) / (b1 - b0)

@@ -52,7 +52,7 @@ class Arena:
         self.chunk_bytes = chunk_bytes(sizes)
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
-        self._memory = map_memory(max(self.chunks, 1) * self.chunk_bytes)
+        self._memory = map_memory(self.chunks * self.chunk_bytes)
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]

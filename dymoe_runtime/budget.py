@@ -67,7 +67,7 @@ class Budget:
     def lent(self, tokens: int) -> int:
         """Of the arena, what it lends to a pass of so many tokens of a prompt."""
         chunks = -(-tokens // CHUNK)
-        need = self.spare * min(tokens, CHUNK) // CHUNK + (chunks - 1) * self.chunk
+        need = self.spare * (min(tokens, CHUNK) - 1) // (CHUNK - 1) + (chunks - 1) * self.chunk
         return max(0, need - (self._room - self.arena))
 
     def with_arena(self, nbytes: int) -> Budget:
@@ -107,7 +107,7 @@ def plan_budget(
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
         chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
-        spare=0 if window else workspace - workspace_bytes(bundle.spec, context, 1),
+        spare=0 if window else max(0, workspace - workspace_bytes(bundle.spec, context, 1) - kept_bytes(bundle.spec)),
     )
 
 
@@ -138,6 +138,12 @@ def check_budget(budget: Budget) -> None:
             f"memory budget of {format_size(budget.memory)} is too small for this bundle: "
             f"the least that works is --memory {least}MiB"
         )
+
+
+def kept_bytes(spec: ModelSpec) -> int:
+    """What the compiled kernels keep after a prompt of a chunk: its tokens quantized, and hidden activations."""
+    widest = max(spec.hidden_size, spec.expert_width, spec.dense_width, spec.num_heads * spec.head_dim)
+    return CHUNK * (2 * 4 * spec.expert_width + 2 * widest * 5 // 4)
 
 
 def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:

@@ -303,8 +303,8 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
     whole_table = o["tiers"] == "auto" and o["point"] is o["quality"] is None and not o["no_dynamic"]
     with ExitStack() as stack:
         path: Path | None = o["reference"]
-        reference = None if path is None else stack.enter_context(open_reference(path, bundle.spec))
         window = min(length, max(map(len, texts.values())))
+        reference = None if path is None else stack.enter_context(open_reference(path, bundle.spec, window))
         model = stack.enter_context(Model(bundle, run_options(o, length), window))
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:

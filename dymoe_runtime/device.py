@@ -41,7 +41,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 # The line that begins a mapping in smaps; the file's inode is 0 where there is none.
-_MAPPED = re.compile(r"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<what>\S+) \S+ \S+ (?P<file>[1-9]\d*)?")
+_MAPPED = re.compile(rb"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<what>\S+) \S+ \S+ (?P<file>[1-9]\d*)?")
 
 
 @dataclass(frozen=True)
@@ -201,22 +201,29 @@ def return_freed_memory() -> None:
 def release_code() -> None:
     """Let go of the pages of libraries' code, of which loading them used more than running does; Linux alone.
 
-    What is needed again comes back from the page cache.
+    What is needed again comes back from the page cache. Not while other threads load or unload libraries.
     """
-    code = None
-    for line in _lines(Path("/proc/self/smaps")):
+    try:
+        lines = Path("/proc/self/smaps").read_bytes().split(b"\n")  # paths may be in any encoding
+    except OSError:
+        return
+    code, changed = None, False
+    for line in lines:
         if header := _MAPPED.match(line):
-            code = header if header["what"] == "r-xp" and header["file"] else None
-        elif code is not None and line.startswith("Anonymous:") and line.split()[1] == "0":
+            code = header if header["what"] == b"r-xp" and header["file"] else None
+            changed = False
+        elif code is not None and line.startswith((b"Anonymous:", b"Swap:")):
+            changed = changed or line.split()[1] != b"0"
+        elif code is not None and line.startswith(b"VmFlags:") and not changed:  # the last line of a mapping
             begin, end = (int(code[name], 16) for name in ("begin", "end"))
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def map_memory(nbytes: int) -> mmap.mmap:
-    """Memory of this process alone, zeros, in large pages where the system has them; `nbytes` more than 0."""
+    """Memory of this process alone, zeros, in large pages where the system has them; at least a byte."""
     # What is shared counts as cache, and has no large pages.
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

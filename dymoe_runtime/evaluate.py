@@ -183,13 +183,16 @@ class DecoderReference:
 
 
 @contextmanager
-def open_reference(path: Path, spec: ModelSpec) -> Iterator[Reference]:
-    """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`."""
+def open_reference(path: Path, spec: ModelSpec, window: int) -> Iterator[Reference]:
+    """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`.
+
+    For windows of so many tokens.
+    """
     with ExitStack() as stack:
         if (path / MANIFEST).exists():
             bundle = Bundle.open(path)
             options = RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit())
-            decoder = stack.enter_context(Model(bundle, options)).decoder
+            decoder = stack.enter_context(Model(bundle, options, window)).decoder
         else:
             decoder = _open_checkpoint(path)
         if decoder.spec.vocab_size != spec.vocab_size:

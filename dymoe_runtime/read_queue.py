@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import threading
 import time
 from collections import deque
@@ -71,6 +72,7 @@ class ReadQueue:
         self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
         for thread in self._threads:
             thread.start()
+        self._process = os.getpid()
         # Python kills daemon threads as it ends, and some of what they call does not survive that.
         atexit.register(self.close)
 
@@ -112,6 +114,8 @@ class ReadQueue:
     def close(self) -> bool:
         """End the threads; False where one still reads after some patience."""
         atexit.unregister(self.close)
+        if os.getpid() != self._process:  # forked: the threads are not here, and may have held the lock
+            return True
         with self._wake:
             self._closed = True
             self._wake.notify_all()
