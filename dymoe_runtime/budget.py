@@ -48,21 +48,16 @@ class Budget:
     @property
     def need(self) -> int:
         """The same, of a process that has begun."""
-        return _whole(self._others + self.least_arena)
+        return _whole(self.fixed + self.dense + self.kv_cache + self.workspace + self.least_arena)
 
     @property
     def arena(self) -> int:
         return min(self._room, self.full_arena)
 
     @property
-    def _others(self) -> int:
-        """All but the arena, while a prompt runs."""
-        return self.fixed + self.dense + self.kv_cache + self.workspace
-
-    @property
     def _room(self) -> int:
         """For the arena, but while a prompt runs."""
-        return self.memory - self._others + self.spare
+        return self.memory - self.need + self.least_arena + self.spare
 
     def lent(self, tokens: int) -> int:
         """Of the arena, what it lends to a pass of so many tokens of a prompt."""
@@ -72,7 +67,7 @@ class Budget:
 
     def with_arena(self, nbytes: int) -> Budget:
         """The budget that leaves an arena of so many bytes, of which a prompt of one chunk takes nothing."""
-        return replace(self, memory=nbytes + self._others, spare=0)
+        return replace(self, memory=nbytes + self.need - self.least_arena, spare=0)
 
 
 def _whole(nbytes: int) -> int:

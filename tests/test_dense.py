@@ -12,6 +12,7 @@ from conftest import assert_one_sentence, bundle_cli, compile_cli, run_cli, save
 from test_compile import same_files
 
 from dymoe_compile.checkpoint import Checkpoint
+from dymoe_compile.compile import profile_budget
 from dymoe_compile.dense import (
     FEWER_BITS,
     MOST_BITS,
@@ -34,8 +35,8 @@ BYTES = {"embed": {8: 800, 6: 600, 4: 400}, "attn": {8: 80, 6: 60, 4: 40}}
 
 
 def budget_between(bundle: Bundle, share: float) -> Budget:
-    """A budget with this share of the experts' memory between the least and all."""
-    budget = plan_budget(bundle, bundle.spec.max_context, memory=0, fixed=PROCESS_BYTES)
+    """A budget with this share of the experts' memory between the least and all; what a prompt lends is more here."""
+    budget = replace(plan_budget(bundle, bundle.spec.max_context, memory=0, fixed=PROCESS_BYTES), spare=0)
     return replace(budget, memory=budget.floor + int(share * (budget.full_arena - budget.least_arena)))
 
 
@@ -124,6 +125,7 @@ def test_a_bundle_for_a_small_device_has_measured_bits_and_resumes_to_the_same_b
     assert compile_cli(*args, "-o", large).code == 0
     assert set(Bundle.open(large).manifest.dense_bits.values()) == {MOST_BITS}
     args = (*args, "--profile", small_profile(tmp_path / "small.toml", Bundle.open(large)))
+    monkeypatch.setattr("dymoe_compile.compile.profile_budget", lambda *args: replace(profile_budget(*args), spare=0))
     small, again = tmp_path / "small.dymoe", tmp_path / "again.dymoe"
     assert compile_cli(*args, "-o", small).code == 0
 

@@ -93,16 +93,18 @@ def test_peak_memory_stays_within_the_budget(
 
 
 def test_a_prompt_borrows_what_the_arena_has_only_between_prompts() -> None:
-    tight = Budget(1000, 0, 100, 200, 50, 400, 80, 900, 60, spare=128)
-    assert tight.need == tight.floor == 1 << 20
-    assert tight.arena == 1000 - 750 + 128
-    assert [tight.lent(tokens) for tokens in (1, 3, CHUNK, CHUNK + 1, 3 * CHUNK)] == [0, 1, 128, 188, 248]
-    nearly = replace(tight, memory=1600)  # all fit, but while a prompt runs
-    assert nearly.arena == 900 and [nearly.lent(tokens) for tokens in (2, CHUNK, 2 * CHUNK)] == [0, 50, 110]
-    ample = replace(tight, memory=2000)
-    assert ample.arena == 900 and ample.lent(2 * CHUNK) == 0
-    given = tight.with_arena(300)
-    assert given.arena == 300 and [given.lent(tokens) for tokens in (CHUNK, 2 * CHUNK)] == [0, 60]
+    need, least, spare = 4 << 20, 500_000, 128_000
+    tight = Budget(need + 1000, 0, need - least, 0, 0, 0, least, 900_000, 60_000, spare)
+    assert tight.need == tight.floor == need
+    assert tight.arena == least + spare + 1000
+    assert [tight.lent(tokens) for tokens in (1, 2, CHUNK, 3 * CHUNK)] == [0, spare // 255, spare, spare + 120_000]
+    nearly = replace(tight, memory=need + 350_000)  # all fit, but while a prompt runs
+    assert nearly.arena == 900_000
+    assert [nearly.lent(tokens) for tokens in (2, CHUNK, 2 * CHUNK)] == [0, 50_000, 110_000]
+    ample = replace(tight, memory=2 * need)
+    assert ample.arena == 900_000 and ample.lent(2 * CHUNK) == 0
+    given = tight.with_arena(600_000)
+    assert given.arena == 600_000 and [given.lent(tokens) for tokens in (CHUNK, 2 * CHUNK)] == [0, 60_000]
 
 
 def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
