@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dymoe_runtime import cost, kernels
-from dymoe_runtime.budget import CHUNK, check_budget, pass_tokens, plan_budget
+from dymoe_runtime.budget import CHUNK, Budget, check_budget, plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Decoder
@@ -21,10 +21,7 @@ from dymoe_runtime.device import (
     cgroup_limits,
     default_threads,
     format_size,
-    imposed_limit,
-    memory_limit,
     peak_resident_bytes,
-    return_freed_memory,
     return_large_blocks,
 )
 from dymoe_runtime.errors import DymoeError
@@ -35,6 +32,7 @@ from dymoe_runtime.options import RunOptions, choose_rule
 from dymoe_runtime.pace import Pace
 from dymoe_runtime.policy import OperatingPoint, TierRule
 from dymoe_runtime.reader import RecordReader
+from dymoe_runtime.room import Room
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import ExpertStore
 from dymoe_runtime.trace import Decisions, Tracer, read_trace
@@ -49,9 +47,6 @@ from dymoe_runtime.warm_up import (
 
 if TYPE_CHECKING:
     from dymoe_runtime.step import DecodeStep
-
-# How often to see whether the memory limit has been lowered.
-LOOK_S = 0.5
 
 
 @dataclass
@@ -87,11 +82,9 @@ class Model:
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
-        self.budget = plan_budget(
-            bundle, self.max_context, options.memory_bytes, window=window, kv_bits=options.kv_bits
-        )
+        budget = plan_budget(bundle, self.max_context, options.memory_bytes, window=window, kv_bits=options.kv_bits)
         if options.arena_bytes is None:
-            check_budget(self.budget)
+            check_budget(budget)
         if options.memory_bytes is not None and options.memory_bytes > (
             most := min(cgroup_limits(), default=sys.maxsize)
         ):
@@ -99,13 +92,10 @@ class Model:
                 f"--memory {format_size(options.memory_bytes)} is more than the {format_size(most)} that this process "
                 "may have by its cgroup; give less, or raise the limit"
             )
-        self.point, self.rule = choose_rule(bundle, options, self.budget)
+        self.point, self.rule = choose_rule(bundle, options, budget)
         self.stats = RunStats()
         if options.arena_bytes is not None:
-            self.budget = self.budget.with_arena(options.arena_bytes)
-        self._lent_bytes = 0  # by the arena to the pass of a prompt
-        self._limit = imposed_limit()
-        self._limit_heeded = time.monotonic() if options.arena_bytes is None else None
+            budget = budget.with_arena(options.arena_bytes)
         self._trial = Trial()  # of looking ahead
         self._decisions: Decisions | None = None
         if options.decisions is not None:
@@ -120,12 +110,13 @@ class Model:
             bundle.layout,
             (bundle.spec.num_layers, bundle.spec.num_experts),
             self.reader,
-            self.budget.arena,
+            budget.arena,
             self._eviction,
             len(bundle.manifest.layers) * bundle.spec.num_experts,
             partial(kernels.prepare, bundle.layout),
             options.overlap,
         )
+        self._room = Room(budget, self.store, heeds_limit=options.arena_bytes is None)
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.experts.latency = options.latency
         if self._decisions is not None:
@@ -182,6 +173,11 @@ class Model:
             write_warm_set(self._warm_set, self._eviction.rates())
 
     @property
+    def budget(self) -> Budget:
+        """How the process's memory is divided."""
+        return self._room.budget
+
+    @property
     def position(self) -> int:
         """Tokens in the KV cache."""
         return self._cache.length
@@ -201,36 +197,6 @@ class Model:
     def _run_point(self, point: OperatingPoint) -> None:
         self.point, self.rule = point.name, TierRule.of(point, self.bundle.policy)
         self.experts.rule = self.rule
-
-    def _heed_limit(self) -> None:
-        """Give memory back where the limit has been lowered; DymoeError where too little would be left."""
-        if self._limit_heeded is None or time.monotonic() < self._limit_heeded + LOOK_S:
-            return
-        self._limit_heeded = time.monotonic()
-        limit, before = imposed_limit(), self._limit
-        self._limit = limit
-        if limit >= before or (memory := memory_limit()) >= self.budget.memory:
-            return
-        self.budget = replace(self.budget, memory=memory)
-        if memory < self.budget.need:
-            raise DymoeError(
-                f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
-                f"is {format_size(self.budget.need)}; raise it again or give a smaller --context"
-            )
-        self._lent_bytes = 0
-        self.store.resize(self.budget.arena)
-
-    def _make_room_for_pass(self, left: int) -> int:
-        """How many of the `left` tokens of a prompt to run next; the arena lends them memory."""
-        tokens = pass_tokens(left, self._prompt_bytes(), self.budget)
-        self._lend(self.budget.lent(tokens))
-        return tokens
-
-    def _lend(self, nbytes: int) -> None:
-        if nbytes != self._lent_bytes:
-            return_freed_memory()
-            self.store.resize(self.budget.arena - nbytes)
-            self._lent_bytes = nbytes
 
     def _prompt_bytes(self) -> int:
         """Of the experts that a long prompt uses, about all at the highest tier that it may choose."""
@@ -269,8 +235,8 @@ class Model:
         x = torch.empty(0)
         left = list(ids)
         while left:
-            self._heed_limit()
-            tokens = self._make_room_for_pass(len(left))
+            self._room.heed_limit()
+            tokens = self._room.make_for_pass(len(left), self._prompt_bytes())
             part, left, begun = torch.tensor(left[:tokens]), left[tokens:], time.perf_counter()
             self._follow_decisions(tokens, prompt=True)
             x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)[-1:].clone()
@@ -278,7 +244,7 @@ class Model:
             if self._tracer is not None:
                 self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
         logits = self.decoder.logits(x)[0]
-        self._lend(0)
+        self._room.take_back()
         self.stats.prefill.tokens += len(ids)
         self.stats.prefill.seconds += time.perf_counter() - started
         return logits
@@ -296,7 +262,7 @@ class Model:
         started = time.perf_counter()
         self._divide_threads()
         self.experts.looks_ahead = self._trial.on
-        self._heed_limit()
+        self._room.heed_limit()
         self._follow_decisions(1, prompt=False)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()

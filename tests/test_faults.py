@@ -21,6 +21,7 @@ import pytest
 from conftest import Outcome, assert_one_sentence, run_cli
 
 from dymoe_runtime import model as model_module
+from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
@@ -133,7 +134,7 @@ def test_a_run_can_be_ended_in_mid_read(number: signal.Signals, count: int, seco
 
 def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [[], []]
-    monkeypatch.setattr(model_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(room_module, "LOOK_S", 0.0)
     # What a prompt takes of the arena is more than half of this small model's.
     monkeypatch.setattr(
         model_module, "plan_budget", lambda *args, **kwargs: replace(plan_budget(*args, **kwargs), spare=0)
@@ -147,14 +148,14 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
                     assert model.store.arena_bytes == before
                     limit = model.budget.need + shipped.expert_bytes() // 4
                     for name in ("imposed_limit", "memory_limit"):
-                        monkeypatch.setattr(model_module, name, lambda: limit)  # noqa: B023
+                        monkeypatch.setattr(room_module, name, lambda: limit)  # noqa: B023
                 decoded.append(int(logits.argmax()))
                 logits = model.decode(decoded[-1])
             assert (model.store.arena_bytes < before // 2) == lowered
             assert model.store.resident_bytes() <= model.store.arena_bytes
             if lowered:
                 for name in ("imposed_limit", "memory_limit"):
-                    monkeypatch.setattr(model_module, name, lambda: 1 << 20)
+                    monkeypatch.setattr(room_module, name, lambda: 1 << 20)
                 with pytest.raises(Exception, match=r"limit has been lowered to 1\.0 MiB"):
                     model.decode(1)
     assert tokens[0] == tokens[1]
@@ -165,8 +166,8 @@ def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
     shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asks for more memory than the limit leaves without its margin gets it."""
-    monkeypatch.setattr(model_module, "LOOK_S", 0.0)
-    monkeypatch.setattr(model_module, "imposed_limit", lambda: 1 << 20)
+    monkeypatch.setattr(room_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(room_module, "imposed_limit", lambda: 1 << 20)
     monkeypatch.setattr(model_module, "cgroup_limits", lambda: iter(()))
     with Model(shipped, RunOptions(tier=4, context=256, memory_bytes=4 << 30)) as model:
         before = model.store.arena_bytes
@@ -177,8 +178,8 @@ def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
 # A run that says the least memory that it needs, looks at its limit often, takes its time, and lends a prompt nothing.
 SLOWLY = """
 import dataclasses, sys, time
-from dymoe_runtime import model
-model.LOOK_S, decode, plan = 0.02, model.Model.decode, model.plan_budget
+from dymoe_runtime import model, room
+room.LOOK_S, decode, plan = 0.02, model.Model.decode, model.plan_budget
 model.plan_budget = lambda *args, **kwargs: dataclasses.replace(plan(*args, **kwargs), spare=0)
 def slowly(self, token_id):
     if not self.stats.decode.tokens:
