@@ -79,12 +79,9 @@ with module.Model(Bundle.open(Path(sys.argv[1])), RunOptions(tier=4, context=512
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be set back here")
 @pytest.mark.parametrize("isa", ["", "torch"])
-@pytest.mark.parametrize("share", [0, 0.2])
-def test_peak_memory_stays_within_the_budget(
-    share: float, isa: str, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peak_memory_stays_within_the_budget(isa: str, shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYMOE_ISA", isa)
-    command = [sys.executable, "-c", TIGHT, str(shipped.path), str(int(shipped.expert_bytes() * share))]
+    command = [sys.executable, "-c", TIGHT, str(shipped.path), str(shipped.expert_bytes() // 10)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
