@@ -15,38 +15,48 @@ from typing import Any
 import numpy as np
 import torch
 
-from dymoe_runtime.device import map_memory
+from dymoe_runtime.device import Place, map_memory, memory_at
 
 # A chunk may waste this share of itself on sizes that do not divide it.
 WASTE = 0.06
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Slot:
-    """`size` bytes of the arena. `movable` says whether the arena may move it just now; `owner` is the holder's."""
+    """`size` bytes of the arena; `owner` is the holder's."""
 
     chunk: int
     index: int
     size_class: int
-    memory: torch.Tensor  # uint8 [size]
-    movable: bool = False
+    place: Place  # of `size` bytes
     owner: Any = None
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """uint8 [size]"""
+        return memory_at(self.place)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class _Chunk:
     size_class: int = -1  # -1: free
     slots: dict[int, Slot] = field(default_factory=dict)
+    room: list[int] = field(default_factory=list)  # where there is no slot
 
 
 class Arena:
     """Slots of `sizes[c]` bytes for each class c inside `budget_bytes`.
 
-    `moved(slot)` is called after a slot's memory was moved elsewhere in the arena.
+    `movable(slot)` says whether a slot's memory may be moved elsewhere in the arena just now; `moved(slot)` is called
+    after it was.
     """
 
     def __init__(
-        self, sizes: Sequence[int], budget_bytes: int, moved: Callable[[Slot], None] = lambda slot: None
+        self,
+        sizes: Sequence[int],
+        budget_bytes: int,
+        movable: Callable[[Slot], bool] = lambda slot: True,
+        moved: Callable[[Slot], None] = lambda slot: None,
     ) -> None:
         self.sizes = tuple(sizes)
         self.chunk_bytes = chunk_bytes(sizes)
@@ -54,10 +64,12 @@ class Arena:
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
         self._memory = map_memory(self.chunks * self.chunk_bytes)
         self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
+        self._start = self.memory.data_ptr()
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]
         self._given_back: list[int] = []
         self._partial: list[set[int]] = [set() for _ in self.sizes]  # chunks of the class with room
+        self._movable = movable
         self._moved = moved
 
     def allocate(self, size_class: int, compact: bool = True) -> Slot | None:
@@ -65,14 +77,16 @@ class Arena:
         if not self._partial[size_class]:
             if not self._free and not (compact and self._compact()):
                 return None
-            chunk = self._free.pop()
-            self._chunks[chunk].size_class = size_class
-            self._partial[size_class].add(chunk)
+            number = self._free.pop()
+            chunk = self._chunks[number]
+            chunk.size_class, chunk.room = size_class, list(range(self._per_chunk[size_class]))[::-1]
+            self._partial[size_class].add(number)
         return self._take(min(self._partial[size_class]), size_class)
 
     def free(self, slot: Slot) -> None:
         chunk = self._chunks[slot.chunk]
         del chunk.slots[slot.index]
+        chunk.room.append(slot.index)
         if chunk.slots:
             self._partial[slot.size_class].add(slot.chunk)
         else:
@@ -104,18 +118,13 @@ class Arena:
         return True
 
     def _take(self, number: int, size_class: int) -> Slot:
-        chunk = self._chunks[number]
-        index = next(i for i in range(self._per_chunk[size_class]) if i not in chunk.slots)
-        slot = Slot(number, index, size_class, self._view(number, index, size_class))
+        chunk, size = self._chunks[number], self.sizes[size_class]
+        index = chunk.room.pop()
+        slot = Slot(number, index, size_class, (self._start + number * self.chunk_bytes + index * size, size))
         chunk.slots[index] = slot
-        if len(chunk.slots) == self._per_chunk[size_class]:
+        if not chunk.room:
             self._partial[size_class].discard(number)
         return slot
-
-    def _view(self, chunk: int, index: int, size_class: int) -> torch.Tensor:
-        size = self.sizes[size_class]
-        start = chunk * self.chunk_bytes + index * size
-        return self.memory[start : start + size]
 
     def _compact(self) -> bool:
         """Empty one half-empty chunk into others of its class; whether a chunk became free."""
@@ -123,7 +132,7 @@ class Arena:
             for number in sorted(partial, key=lambda n: len(self._chunks[n].slots)):
                 slots = list(self._chunks[number].slots.values())
                 room = sum(self._per_chunk[size_class] - len(self._chunks[n].slots) for n in partial if n != number)
-                if len(slots) <= room and all(slot.movable for slot in slots):
+                if len(slots) <= room and all(map(self._movable, slots)):
                     self._empty(number, slots)
                     return True
         return False
@@ -135,7 +144,7 @@ class Arena:
             target = self._take(min(self._partial[size_class]), size_class)
             target.memory.copy_(slot.memory)
             self._chunks[target.chunk].slots[target.index] = slot
-            slot.chunk, slot.index, slot.memory = target.chunk, target.index, target.memory
+            slot.chunk, slot.index, slot.place = target.chunk, target.index, target.place
             self._moved(slot)
         self._chunks[number].slots.clear()
         self._chunks[number].size_class = -1

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import strict
 from dymoe_runtime.tiers import check_ladder
@@ -42,6 +44,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 # The line that begins a mapping in smaps; the file's inode is 0 where there is none.
 _MAPPED = re.compile(rb"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<what>\S+) \S+ \S+ (?P<file>[1-9]\d*)?")
+
+
+# Address and bytes of memory.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,12 @@ def map_memory(nbytes: int) -> mmap.mmap:
     with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def memory_at(place: Place) -> torch.Tensor:
+    """uint8 [bytes], which whoever made the memory must keep."""
+    address, nbytes = place
+    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
 
 
 def lock_in_memory(address: int, nbytes: int) -> bool:

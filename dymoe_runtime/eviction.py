@@ -33,15 +33,18 @@ class Eviction:
         worth: np.ndarray | None = None,
         per_layer: bool = False,
     ) -> None:
-        self._uses = np.zeros((*shape, segments))
+        uses = np.zeros((*shape, segments))
         if prior is not None:
-            self._uses += prior_tokens * prior[:, :, None]
+            uses += prior_tokens * prior[:, :, None]
+        # One number after another is counted, for which lists are faster; the cheapest is found among all.
+        self._uses: list[list[list[float]]] = uses.tolist()
         self._tokens = prior_tokens  # weighed as uses are
         self._growth = growth
-        self._worth = worth
+        self._worth = None if worth is None else worth.tolist()
         self._per_layer = per_layer
         self._weight = 1.0
         self._cost = np.full(shape, np.inf)  # of an expert's last segment; inf where it must stay
+        self._keys = [ExpertKey(layer, expert) for layer in range(shape[0]) for expert in range(shape[1])]
 
     def tick(self, tokens: int = 1) -> None:
         """Tokens have passed: uses from now on count a little more than earlier ones."""
@@ -49,31 +52,33 @@ class Eviction:
         for _ in range(tokens):
             self._weight *= self._growth
             if self._weight > RESCALE_AT:
-                self._uses /= self._weight
+                self._uses = (np.asarray(self._uses) / self._weight).tolist()
                 self._cost /= self._weight
                 self._tokens /= self._weight
                 self._weight = 1.0
 
     def use(self, key: ExpertKey, segments: int, tokens: int = 1, first: int = 0) -> None:
         """So many tokens use the segments of an expert from `first` up to `segments`."""
-        self._uses[key][first:segments] += self._weight * tokens
+        uses = self._uses[key.layer][key.expert]
+        for segment in range(first, segments):
+            uses[segment] += self._weight * tokens
 
     def rates(self) -> np.ndarray:
         """How often a token uses each expert, of late: [layers, experts], at most 1."""
-        return np.minimum(self._uses[:, :, 0] / max(self._tokens, 1e-9), 1.0)
+        return np.minimum(np.asarray(self._uses)[:, :, 0] / max(self._tokens, 1e-9), 1.0)
 
     def hold(self, key: ExpertKey) -> None:
         """The expert has no segment that may leave."""
-        self._cost[key] = np.inf
+        self._cost[key.layer, key.expert] = np.inf
 
     def offer(self, key: ExpertKey, segment: int) -> None:
         """This segment, the expert's last, may leave."""
-        self._cost[key] = self.worth(key, segment)
+        self._cost[key.layer, key.expert] = self.worth(key, segment)
 
     def worth(self, key: ExpertKey, segment: int) -> float:
         """What it costs to be without the segment."""
-        uses = float(self._uses[key][segment])
-        return uses if self._worth is None else uses * float(self._worth[key][segment])
+        uses = self._uses[key.layer][key.expert][segment]
+        return uses if self._worth is None else uses * self._worth[key.layer][key.expert][segment]
 
     def cost(self, key: ExpertKey) -> float:
         """Of evicting the expert's last segment; inf where it must stay."""
@@ -81,18 +86,26 @@ class Eviction:
 
     def cheapest(self, spared: Collection[ExpertKey], layer: int | None = None) -> ExpertKey | None:
         """The expert whose last segment should leave for one of `layer`; None where none may."""
-        cost = self._cost
-        if spared:
-            cost = cost.copy()
-            for key in spared:
-                cost[key] = np.inf
-        if self._per_layer and layer is not None:
-            fullest = self._fullest(cost, layer)
-            index = fullest * cost.shape[1] + int(cost[fullest].argmin())
-        else:
-            index = int(cost.argmin())
-        key = ExpertKey(*divmod(index, cost.shape[1]))
-        return key if cost[key] < np.inf else None
+        cost, passed = self._cost, {}
+        try:
+            while True:
+                index = self._least(layer)
+                key = self._keys[index]
+                if cost[key] == np.inf:
+                    return None
+                if key not in spared:
+                    return key
+                passed[key], cost[key] = cost[key], np.inf
+        finally:
+            for key, value in passed.items():
+                cost[key] = value
+
+    def _least(self, layer: int | None) -> int:
+        """Where the least cost is, of those that may leave for one of `layer`."""
+        if not self._per_layer or layer is None:
+            return int(self._cost.argmin())
+        fullest = self._fullest(self._cost, layer)
+        return fullest * self._cost.shape[1] + int(self._cost[fullest].argmin())
 
     @staticmethod
     def _fullest(cost: np.ndarray, layer: int) -> int:

@@ -113,7 +113,7 @@ class Model:
             budget.arena,
             self._eviction,
             len(bundle.manifest.layers) * bundle.spec.num_experts,
-            partial(kernels.prepare, bundle.layout),
+            partial(kernels.prepare_at, bundle.layout),
             options.overlap,
         )
         self._room = Room(budget, self.store, heeds_limit=options.arena_bytes is None)

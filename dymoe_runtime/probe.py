@@ -90,7 +90,8 @@ def disk_bytes_per_s(model: Model, count: int) -> float:
     """Of `count` whole records at random, as many at the same time as the store reads."""
     spec, bundle = model.spec, model.bundle
     spans = bundle.layout.segment_spans
-    places = model.store.scratch()[: IN_FLIGHT * sum(spans)].split(sum(spans))
+    records = model.store.scratch()[: IN_FLIGHT * sum(spans)].split(sum(spans))
+    places = [[(part.data_ptr(), part.numel()) for part in record.split(list(spans))] for record in records]
     generator, layers = np.random.default_rng(0), list(spec.moe_layers)
     keys = [ExpertKey(int(generator.choice(layers)), int(generator.integers(spec.num_experts))) for _ in range(count)]
     queue = ReadQueue(model.reader)
@@ -101,20 +102,20 @@ def disk_bytes_per_s(model: Model, count: int) -> float:
             reads: list[Read] = []
             for index, key in enumerate(keys):
                 if index >= IN_FLIGHT:
-                    _finish(reads[index - IN_FLIGHT])
+                    _finish(queue, reads[index - IN_FLIGHT])
                 # It takes the place of the read that has just ended.
-                reads.append(Read(key, 0, list(places[index % len(places)].split(list(spans)))))
+                reads.append(Read(key, 0, places[index % len(places)]))
                 queue.submit(reads[-1])
             for read in reads[-IN_FLIGHT:]:
-                _finish(read)
+                _finish(queue, read)
             seconds = time.perf_counter() - started
     finally:
         queue.close()
     return count * sum(spans) / seconds
 
 
-def _finish(read: Read) -> None:
-    read.done.wait()
+def _finish(queue: ReadQueue, read: Read) -> None:
+    queue.wait(read)
     if read.error is not None:
         raise read.error
 

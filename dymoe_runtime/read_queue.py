@@ -1,21 +1,24 @@
-"""Threads that fill buffers from a bundle, the most urgent first."""
+"""Reads of experts out of a bundle, the most urgent first. Only one thread may use a queue."""
 
 from __future__ import annotations
 
 import atexit
 import itertools
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from dymoe_runtime.device import Place, memory_at
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.read_threads import read_threads
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tensorfile import check_read
 
 # Reads at the same time; two nearly saturate a disk.
 IN_FLIGHT = 2
@@ -26,8 +29,21 @@ LATELY = 0.1
 # How long closing waits for a read that does not end; its thread is left behind then, and ends with the process.
 PATIENCE_S = 5.0
 
-# (key, first segment, buffers): fills the buffers with consecutive segments of an expert.
-Reader = Callable[[ExpertKey, int, Sequence[torch.Tensor]], None]
+
+class Source(NamedTuple):
+    """Where the bytes of a read are, and what is to be done with its buffers, uint8 [bytes], once they are full.
+
+    The reading thread does it, and it may raise. Without a file, which is fd -1, it fills them.
+    """
+
+    fd: int
+    path: Path
+    offset: int
+    then: Callable[[Sequence[torch.Tensor]], None] | None
+
+
+# (key, first segment, how many) -> where consecutive segments of an expert are.
+Reader = Callable[[ExpertKey, int, int], Source]
 
 
 class Urgency(IntEnum):
@@ -38,118 +54,135 @@ class Urgency(IntEnum):
     BACKGROUND = 2  # some time
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Read:
     """One read of consecutive segments of one expert."""
 
     key: ExpertKey
     first: int
-    buffers: list[torch.Tensor]
+    places: list[Place]
     urgency: Urgency = Urgency.DEMAND
     purpose: Urgency = field(init=False)  # the urgency that it had at first
-    done: threading.Event = field(default_factory=threading.Event)
+    nbytes: int = field(init=False)
+    source: Source = field(init=False)
+    done: bool = False  # once the queue was asked
     error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.purpose = self.urgency
+        self.nbytes = sum(nbytes for _, nbytes in self.places)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.numel() for buffer in self.buffers)
+    def finish(self) -> None:
+        """What the source says is to be done at last, on the reading thread."""
+        assert self.source.then is not None
+        try:
+            self.source.then([memory_at(place) for place in self.places])
+        except Exception as error:  # handed to the caller, who raises it
+            self.error = error
 
 
 class ReadQueue:
-    """Threads that take the most urgent reads first, among these the oldest."""
+    """Of the most urgent reads the oldest is begun first."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._wake = threading.Condition()
-        self._waiting: dict[Urgency, deque[Read]] = {urgency: deque() for urgency in Urgency}
-        self._started: deque[Read] = deque()
-        self._finished: deque[Read] = deque()
+        self._threads = read_threads(IN_FLIGHT)
+        self._tickets: dict[Read, int] = {}  # of reads that are not known to have ended
+        self._reads: dict[int, Read] = {}
+        self._waiting: dict[Urgency, dict[Read, None]] = {urgency: {} for urgency in Urgency}  # some may have begun
+        self._begun: deque[Read] = deque()
+        self._ended: deque[Read] = deque()
         self._closed = False
         self.bytes_per_s: float | None = None  # of one read, lately; None before the first
-        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(IN_FLIGHT)]
-        for thread in self._threads:
-            thread.start()
         self._process = os.getpid()
         # Python kills daemon threads as it ends, and some of what they call does not survive that.
         atexit.register(self.close)
 
     def submit(self, read: Read) -> None:
-        with self._wake:
-            assert not self._closed
-            self._waiting[read.urgency].append(read)
-            self._wake.notify()
+        assert not self._closed
+        fd, _, offset, then = read.source = self._reader(read.key, read.first, len(read.places))
+        ticket = self._threads.submit(fd, offset, read.places, read.urgency, None if then is None else read.finish)
+        self._tickets[read], self._reads[ticket] = ticket, read
+        self._waiting[read.urgency][read] = None
 
     def hurry(self, read: Read, urgency: Urgency = Urgency.DEMAND) -> None:
         """The read is that urgent now."""
-        if read.urgency <= urgency:
+        if read.urgency <= urgency or read not in self._tickets:
             return
-        with self._wake:
-            if read in self._waiting[read.urgency]:
-                self._waiting[read.urgency].remove(read)
-                read.urgency = urgency
-                self._waiting[read.urgency].append(read)
+        if self._threads.hurry(self._tickets[read], read.urgency, urgency):
+            del self._waiting[read.urgency][read]
+            read.urgency = urgency
+            self._waiting[urgency][read] = None
 
     def take_back(self, urgency: Urgency, most: int | None = None, spared: Collection[ExpertKey] = ()) -> list[Read]:
-        """Reads that no thread has started, the newest first; at most so many, and none of what is spared."""
-        with self._wake:
-            waiting = self._waiting[urgency]
-            taken = list(itertools.islice((read for read in reversed(waiting) if read.key not in spared), most))
-            for read in taken:
-                waiting.remove(read)
-            return taken
+        """Reads that no thread has begun, the newest first; at most so many, and none of what is spared."""
+        waiting = self._waiting[urgency]
+        if not waiting:
+            return []
+        others = (read for read in reversed(waiting) if read.key not in spared)
+        taken = list(itertools.islice((r for r in others if self._threads.cancel(self._tickets[r], urgency)), most))
+        for read in taken:
+            self._forget(read)
+        return taken
 
     def started(self) -> Iterator[Read]:
-        """Reads that a thread has taken since the last call."""
-        while self._started:
-            yield self._started.popleft()
+        """Reads that a thread has begun since the last call."""
+        self._look()
+        while self._begun:
+            yield self._begun.popleft()
 
     def finished(self) -> Iterator[Read]:
         """Reads that have ended since the last call."""
-        while self._finished:
-            yield self._finished.popleft()
+        self._look()
+        while self._ended:
+            yield self._ended.popleft()
+
+    def wait(self, read: Read) -> None:
+        """Until the read has ended."""
+        if not read.done:
+            self._threads.wait(self._tickets[read])
+            self._look()
+
+    def pending(self) -> int:
+        """Reads that have not ended."""
+        return self._threads.pending()
 
     def close(self) -> bool:
         """End the threads; False where one still reads after some patience."""
         atexit.unregister(self.close)
         if os.getpid() != self._process:  # forked: the threads are not here, and may have held the lock
             return True
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        until = time.monotonic() + PATIENCE_S
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        for waiting in self._waiting.values():
-            for read in waiting:
-                read.error = DymoeError("the expert store was closed while an expert was read")
-                read.done.set()
-        return not any(thread.is_alive() for thread in self._threads)
+        self._closed = True
+        ended = self._threads.close(PATIENCE_S)
+        self._look()
+        for read in list(self._tickets):
+            read.done, read.error = True, DymoeError("the expert store was closed while an expert was read")
+            self._forget(read)
+        return ended
 
-    def _run(self) -> None:
-        while (read := self._next()) is not None:
-            started = time.perf_counter()
+    def _look(self) -> None:
+        """Take note of what the threads have done."""
+        if not self._reads:
+            return
+        outcomes = self._threads.finished()  # first: all of these have begun
+        self._begun += [self._reads[ticket] for ticket in self._threads.started()]
+        for outcome in outcomes:
+            self._end(self._reads[outcome[0]], *outcome[1:])
+
+    def _end(self, read: Read, error: int, done: int, seconds: float) -> None:
+        read.done = True
+        if read.source.fd >= 0 and read.error is None:
             try:
-                self._reader(read.key, read.first, read.buffers)
-                self._clock(read, time.perf_counter() - started)
-            except Exception as error:  # handed to the caller, who raises it
-                read.error = error
-            read.done.set()
-            self._finished.append(read)
+                check_read(read.source.path, read.source.offset, read.nbytes, error, done)
+            except DymoeError as problem:
+                read.error = problem
+        if read.error is None:
+            rate = read.nbytes / max(seconds, 1e-9)
+            known = self.bytes_per_s
+            self.bytes_per_s = rate if known is None else known + LATELY * (rate - known)
+        self._forget(read)
+        self._ended.append(read)
 
-    def _clock(self, read: Read, seconds: float) -> None:
-        rate = read.nbytes / max(seconds, 1e-9)
-        known = self.bytes_per_s
-        self.bytes_per_s = rate if known is None else known + LATELY * (rate - known)
-
-    def _next(self) -> Read | None:
-        with self._wake:
-            while not (any(self._waiting.values()) or self._closed):
-                self._wake.wait()
-            if self._closed:
-                return None
-            read = next(waiting for waiting in self._waiting.values() if waiting).popleft()
-            self._started.append(read)
-            return read
+    def _forget(self, read: Read) -> None:
+        del self._waiting[read.urgency][read]
+        del self._reads[self._tickets.pop(read)]

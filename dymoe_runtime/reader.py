@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.read_queue import Source
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.tensorfile import read_into
 from dymoe_runtime.tiers import PAGE
 
 
 class RecordReader:
-    """Callable (key, first segment, buffers) that fills page-aligned buffers with consecutive segments.
-
-    A segment is checked against its checksum when it is first read. Safe to call from several threads.
-    """
+    """A `Reader` for page-aligned memory. A segment is checked against its checksum when it is first read."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._spans = bundle.layout.segment_spans
+        self._record_bytes = bundle.layout.record_bytes
+        self._offsets = (0, *itertools.accumulate(bundle.layout.segment_spans))
         files = sorted({bundle.path / entry.file for entry in bundle.manifest.layers.values()})
         self.direct = all(_direct_works(path) for path in files[:1])
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
@@ -32,16 +32,24 @@ class RecordReader:
         if not self.direct:
             for fd in self._files.values():
                 _advise_random(fd)
-        shape = (bundle.spec.num_layers, bundle.spec.num_experts, len(self._spans))
+        self._layers = {
+            layer: (self._files[bundle.path / entry.file], bundle.path / entry.file, entry.data_start)
+            for layer, entry in bundle.manifest.layers.items()
+        }
+        shape = (bundle.spec.num_layers, bundle.spec.num_experts, len(bundle.layout.segment_spans))
         self._checked = np.zeros(shape, bool)
 
-    def __call__(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
-        path, offset = self._bundle.record_span(key)
-        views = [memoryview(buffer.numpy()) for buffer in buffers]
-        read_into(self._files[path], path, offset + sum(self._spans[:first]), *views)
-        for segment, view in enumerate(views, first):
+    def __call__(self, key: ExpertKey, first: int, segments: int) -> Source:
+        fd, path, start = self._layers[key.layer]
+        offset = start + key.expert * self._record_bytes + self._offsets[first]
+        checked = self._checked[key.layer, key.expert, first : first + segments].all()
+        then = None if checked else partial(self._check, key, first)
+        return Source(fd, path, offset, then)
+
+    def _check(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
+        for segment, buffer in enumerate(buffers, first):
             if not self._checked[key.layer, key.expert, segment]:
-                self._bundle.check_segment(key, segment, view)
+                self._bundle.check_segment(key, segment, memoryview(buffer.numpy()))
                 self._checked[key.layer, key.expert, segment] = True
 
     def close(self) -> None:

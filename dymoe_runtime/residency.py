@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from dymoe_runtime.arena import Arena, Slot
+from dymoe_runtime.device import Place
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.read_queue import Read, Reader, ReadQueue, Urgency
@@ -26,8 +27,8 @@ from dymoe_runtime.tiers import RecordLayout
 # bring.
 WORTH_A_READ = 2
 
-# (tier, segments) -> what is delivered of the leading segments of an expert.
-Prepare = Callable[[int, list[torch.Tensor]], Any]
+# (tier, places of the leading segments of an expert) -> what is delivered of it.
+Prepare = Callable[[int, list[Place]], Any]
 
 
 @dataclass
@@ -49,7 +50,7 @@ class StoreStats:
         return asdict(self)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """An expert with at least one segment in memory or on its way."""
 
@@ -59,6 +60,11 @@ class Entry:
     read: Read | None = None
     guessed: list[int] = field(default_factory=list)  # first segment of each look-ahead read that nobody has used yet
     prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while all segments stay where they are
+
+    @property
+    def free(self) -> bool:
+        """Whether its segments may move or leave."""
+        return self.pins == 0 and self.read is None
 
 
 class Residency:
@@ -75,8 +81,8 @@ class Residency:
         moved: Callable[[], None],
     ) -> None:
         self.asked_bytes = 0  # of reads that were submitted
-        self._stats = StoreStats()
-        self.arena = Arena(layout.segment_spans, arena_bytes, self._forget_prepared)
+        self.counts = StoreStats()  # but for what follows from reads: `stats` has all
+        self.arena = Arena(layout.segment_spans, arena_bytes, _movable, self._forget_prepared)
         self.eviction = eviction
         self.reads = ReadQueue(reader)
         self.entries: dict[ExpertKey, Entry] = {}
@@ -90,13 +96,13 @@ class Residency:
     def stats(self) -> StoreStats:
         """Reads count from when a thread has started them."""
         for read in self.reads.started():
-            self._stats.read_bytes += read.nbytes
+            self.counts.read_bytes += read.nbytes
             if read.purpose is Urgency.GUESS:
-                self._stats.look_ahead_reads += 1
-                self._stats.look_ahead_bytes += read.nbytes
+                self.counts.look_ahead_reads += 1
+                self.counts.look_ahead_bytes += read.nbytes
             elif read.purpose is Urgency.BACKGROUND:
-                self._stats.background_bytes += read.nbytes
-        return self._stats
+                self.counts.background_bytes += read.nbytes
+        return self.counts
 
     def reset_stats(self) -> None:
         self.take_back(Urgency.GUESS)
@@ -104,14 +110,14 @@ class Residency:
             entry.guessed.clear()
         for _ in self.reads.started():  # they count for what was before
             pass
-        self._stats = StoreStats()
+        self.counts = StoreStats()
 
     def entry(self, key: ExpertKey) -> Entry:
         return self.entries.setdefault(key, Entry(key))
 
     def nbytes(self) -> int:
         """Of all segments that are in memory or on their way."""
-        return sum(slot.memory.numel() for entry in self.entries.values() for slot in entry.slots)
+        return sum(slot.place[1] for entry in self.entries.values() for slot in entry.slots)
 
     def prepared(self, entry: Entry, tier: int) -> Any:
         """What `prepare` made of the expert at `tier`, all segments of which are there."""
@@ -119,38 +125,37 @@ class Residency:
         if found is None:
             needed = self._segments_of[tier]
             assert len(entry.slots) >= needed and (entry.read is None or entry.read.first >= needed), entry.key
-            segments = [slot.memory for slot in entry.slots[:needed]]
-            found = entry.prepared[tier] = self._prepare(tier, segments)
+            found = entry.prepared[tier] = self._prepare(tier, [slot.place for slot in entry.slots[:needed]])
         return found
 
     def pin(self, entry: Entry) -> None:
         entry.pins += 1
-        self.refresh(entry)
+        self.eviction.hold(entry.key)
 
     def unpin(self, entry: Entry) -> None:
         entry.pins -= 1
-        self.refresh(entry)
+        if not entry.pins:
+            self.refresh(entry)
 
     def refresh(self, entry: Entry) -> None:
-        """Bring the eviction cost and the movability of an entry up to date."""
-        if entry.read is not None and entry.pins == 0 and entry.read.done.is_set():
-            if entry.read.error is not None:
-                self.undo(entry.read)
+        """Bring the eviction cost of an entry up to date."""
+        read = entry.read
+        if read is not None and read.done and not entry.pins:
+            if read.error is not None:
+                self.undo(read)
                 return
             entry.read = None
-        free = entry.pins == 0 and entry.read is None
-        for slot in entry.slots:
-            slot.movable = free
-        if free and entry.slots:
+        if entry.free and entry.slots:
             self.eviction.offer(entry.key, len(entry.slots) - 1)
-        else:
-            self.eviction.hold(entry.key)
-        if not entry.slots and entry.pins == 0:
+            return
+        self.eviction.hold(entry.key)
+        if not entry.slots and not entry.pins:
             self.entries.pop(entry.key, None)
 
     def demand(self, entry: Entry, segments: int, spared: Collection[ExpertKey]) -> None:
         """Read what a pinned entry lacks of its first `segments`; what is `spared` leaves last."""
-        self._read(entry, self._rooms(entry, segments, lambda: self._make_room(entry.key, spared), self._wait_for_room))
+        make_room = partial(self._make_room, entry.key, spared)
+        self._read(entry, self._rooms(entry, segments, make_room, self._wait_for_room))
 
     def volunteer(self, entry: Entry, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> bool:
         """Read what an entry lacks though nobody waits for it, where there is room; `keep` stays in any case.
@@ -159,9 +164,8 @@ class Residency:
         less.
         """
         try:
-            slots = self._rooms(
-                entry, segments, lambda: self._make_easy_room(entry.key, segments, urgency, keep), self._give_up
-            )
+            make_room = partial(self._make_easy_room, entry.key, segments, urgency, keep)
+            slots = self._rooms(entry, segments, make_room, self._give_up)
         except _NoRoom:
             self.refresh(entry)
             return False
@@ -183,8 +187,8 @@ class Residency:
     def _wait(self, read: Read) -> None:
         self.reads.hurry(read)
         started = time.perf_counter()
-        read.done.wait()
-        self._stats.wait_s += time.perf_counter() - started
+        self.reads.wait(read)
+        self.counts.wait_s += time.perf_counter() - started
 
     def take_back(self, urgency: Urgency, most: int | None = None, spared: Collection[ExpertKey] = ()) -> int:
         """Take back reads of that urgency that have not started, but none of what is spared; their bytes."""
@@ -224,10 +228,13 @@ class Residency:
         self._moved()
         slot.owner.prepared.clear()
 
-    def _rooms(self, entry: Entry, segments: int, make_room: Callable[[], int], wait: Callable[[], None]) -> list[Slot]:
+    def _rooms(
+        self, entry: Entry, segments: int, make_room: Callable[[int], int], wait: Callable[[], None]
+    ) -> list[Slot]:
         """Slots for what the entry lacks of its first segments; all or, with the error, none.
 
-        `make_room` evicts something and says of how many bytes, 0 where it cannot; then `wait` may help, or raises.
+        `make_room(lacking)` evicts something and says of how many bytes, 0 where it cannot; then `wait` may help, or
+        raises.
         What leaves is mostly of the right sizes. Only where enough has left and does not fit, others are moved.
         """
         wanted = range(len(entry.slots), segments)
@@ -237,7 +244,7 @@ class Residency:
             slots = self._allocate(wanted, compact=lacking <= 0)
             if slots is not None:
                 return slots
-            freed = make_room()
+            freed = make_room(lacking)
             lacking -= freed
             if not freed:
                 slots = self._allocate(wanted, compact=True)
@@ -257,7 +264,7 @@ class Residency:
             slots.append(slot)
         return slots
 
-    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey]) -> int:
+    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey], lacking: int) -> int:
         """Bytes freed for what is demanded; what is spared goes last."""
         if freed := self.take_back(Urgency.BACKGROUND, 1, spared):
             return freed
@@ -266,13 +273,15 @@ class Residency:
             if freed := self.take_back(Urgency.GUESS):
                 return freed
             victim = self._cheapest((), key.layer)
-        return 0 if victim is None else self._evict(victim)
+        return 0 if victim is None else self._evict(victim, lacking)
 
     def _wait_for_room(self) -> None:
         if not self._wait_for_unpinned():
             raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
 
-    def _make_easy_room(self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> int:
+    def _make_easy_room(
+        self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey], lacking: int
+    ) -> int:
         """Bytes freed of what `volunteer` may displace."""
         if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1, keep)):
             return freed
@@ -282,7 +291,7 @@ class Residency:
         worth = self.eviction.worth(key, segments - 1)
         if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) * WORTH_A_READ >= worth:
             return 0
-        return self._evict(victim)
+        return self._evict(victim, lacking)
 
     @staticmethod
     def _give_up() -> None:
@@ -295,7 +304,7 @@ class Residency:
     def _read(self, entry: Entry, slots: list[Slot], urgency: Urgency = Urgency.DEMAND) -> None:
         for slot in slots:
             slot.owner = entry
-        read = Read(entry.key, len(entry.slots), [slot.memory for slot in slots], urgency)
+        read = Read(entry.key, len(entry.slots), [slot.place for slot in slots], urgency)
         entry.slots += slots
         self.held[entry.key.layer, read.first : read.first + len(slots)] += 1
         entry.read = read
@@ -312,14 +321,18 @@ class Residency:
         self.held[entry.key.layer, first : len(entry.slots)] -= 1
         del entry.slots[first:]
 
-    def _evict(self, entry: Entry) -> int:
-        """Its last segment; the bytes."""
-        freed = entry.slots[-1].memory.numel()
-        self._drop(entry, len(entry.slots) - 1)
-        left = [first for first in entry.guessed if first < len(entry.slots)]
-        self._stats.look_ahead_waste += len(entry.guessed) - len(left)
-        entry.guessed = left
-        self._stats.evictions += 1
+    def _evict(self, entry: Entry, lacking: int = 0) -> int:
+        """Its last segment, and those before that are worth no more while some are `lacking`; the bytes."""
+        cost, left, freed = self.eviction.cost(entry.key), len(entry.slots), 0
+        while left and (not freed or (freed < lacking and self.eviction.worth(entry.key, left - 1) <= cost)):
+            left -= 1
+            freed += self._layout.segment_spans[left]
+        self.counts.evictions += len(entry.slots) - left
+        self._drop(entry, left)
+        if entry.guessed:
+            used = [first for first in entry.guessed if first < left]
+            self.counts.look_ahead_waste += len(entry.guessed) - len(used)
+            entry.guessed = used
         self.refresh(entry)
         return freed
 
@@ -336,6 +349,11 @@ class Residency:
         if under_way is not None:
             self._wait(under_way)
         return under_way is not None
+
+
+def _movable(slot: Slot) -> bool:
+    """Not before it is known what it is for."""
+    return slot.owner is not None and slot.owner.free
 
 
 class _NoRoom(Exception):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dymoe_runtime.arena import chunk_bytes
+from dymoe_runtime.device import memory_at
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.read_queue import IN_FLIGHT, Reader, Urgency
@@ -46,7 +47,7 @@ class ExpertStore:
     """Keeps experts in an arena of `arena_bytes`, reading them with `reader`.
 
     `shape` is (layers, experts per layer); `experts` is how many there are where some layers have
-    none. `eviction` says what leaves, by default what was used least. `prepare(tier, segments)` makes
+    none. `eviction` says what leaves, by default what was used least. `prepare(tier, places)` makes
     what is delivered of the leading segments of an expert; it is asked again only after segments have
     left or moved. Without `overlap` nothing is delivered before all that is held at once has arrived.
     """
@@ -59,7 +60,7 @@ class ExpertStore:
         arena_bytes: int,
         eviction: Eviction | None = None,
         experts: int | None = None,
-        prepare: Prepare = lambda tier, segments: segments,
+        prepare: Prepare = lambda tier, places: list(map(memory_at, places)),
         overlap: bool = True,
     ) -> None:
         least = least_arena_bytes(layout)
@@ -152,18 +153,19 @@ class ExpertStore:
         return found
 
     def _count_hits(self, wants: Sequence[Want]) -> None:
-        stats = self.stats
-        stats.requests += len(wants)
-        stats.hits += len(wants)
+        counts = self._memory.counts
+        counts.requests += len(wants)
+        counts.hits += len(wants)
         if self._roomy:
             self._recent.append(wants)
 
     def tier_at_hand(self, want: Want) -> int:
         """The highest tier up to the wanted that can run without waiting; 0 if there is none."""
+        self._memory.settle()
         entry = self._memory.entries.get(want.key)
         if entry is None:
             return 0
-        reading = entry.read is not None and not (entry.read.done.is_set() and entry.read.error is None)
+        reading = entry.read is not None and not (entry.read.done and entry.read.error is None)
         there = entry.read.first if entry.read is not None and reading else len(entry.slots)
         return self._tier_of(there, want.tier)
 
@@ -277,6 +279,7 @@ class ExpertStore:
                     started = True
                     yield []
                     continue
+                self._memory.settle()
                 if not self._overlap:
                     for want, entry in held.items():
                         self._finish(want, entry, wanted)
@@ -307,7 +310,9 @@ class ExpertStore:
     def _usable(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> bool:
         """Whether all segments of its tier are there; raises what kept them from coming."""
         segments = self._segments_of[want.tier]
-        if entry.read is not None and entry.read.first < segments and entry.read.done.is_set():
+        if entry.read is not None and entry.read.first < segments:
+            if not entry.read.done:
+                return False
             self._memory.finish(entry)
         self._read_rest(want, entry, wanted)
         return len(entry.slots) >= segments and (entry.read is None or entry.read.first >= segments)
@@ -329,16 +334,18 @@ class ExpertStore:
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]
         self._eviction.use(want.key, segments, want.tokens)
-        self.stats.requests += 1
+        counts = self._memory.counts
+        counts.requests += 1
         # From here on it is in use, and room for its own next segments must not cost it these.
         self._memory.pin(entry)
         try:
             if entry.read is not None and entry.read.first < segments:
                 self._memory.reads.hurry(entry.read)
-            left = [first for first in entry.guessed if first >= segments]
-            self.stats.look_ahead_hits += len(entry.guessed) - len(left)
-            entry.guessed = left
-            self.stats.hits += len(entry.slots) >= segments
+            if entry.guessed:
+                left = [first for first in entry.guessed if first >= segments]
+                counts.look_ahead_hits += len(entry.guessed) - len(left)
+                entry.guessed = left
+            counts.hits += len(entry.slots) >= segments
             self._read_rest(want, entry, wanted)
         except BaseException:
             self._memory.unpin(entry)

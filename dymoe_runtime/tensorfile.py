@@ -6,6 +6,7 @@ a JSON header name -> {dtype, shape, data_offsets}, then the data.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -93,20 +94,35 @@ def read_tensor(
 
 def read_into(fd: int, path: Path, offset: int, *buffers: memoryview) -> None:
     """Fill `buffers`, one after another, from `offset`; DymoeError naming file and offset where that fails."""
+    error, done = fill(fd, offset, buffers)
+    check_read(path, offset, sum(len(buffer) for buffer in buffers), error, done)
+
+
+def fill(fd: int, offset: int, buffers: Sequence[memoryview]) -> tuple[int, int]:
+    """Fill `buffers` as far as that goes: the number of the error, or 0, and the bytes that were read."""
     wanted, done = sum(len(buffer) for buffer in buffers), 0
     while done < wanted:
         try:
             count = os.preadv(fd, _rest(buffers, done), offset + done)
         except OSError as error:
-            raise DymoeError(
-                f"{path}: read error at offset {offset + done} ({error.strerror}); check the disk, or use another copy"
-            ) from error
+            return error.errno or errno.EIO, done
         done += count
         # A file may end anywhere, and past its end an unaligned direct read is an error of its own.
         if done < wanted and (count == 0 or os.fstat(fd).st_size <= offset + done):
-            raise DymoeError(
-                f"{path}: ends at offset {offset + done}, {wanted - done} bytes are missing; copy the file again"
-            )
+            break
+    return 0, done
+
+
+def check_read(path: Path, offset: int, wanted: int, error: int, done: int) -> None:
+    """DymoeError naming file and offset where a read of `wanted` bytes from `offset` ended early."""
+    if error:
+        raise DymoeError(
+            f"{path}: read error at offset {offset + done} ({os.strerror(error)}); check the disk, or use another copy"
+        )
+    if done < wanted:
+        raise DymoeError(
+            f"{path}: ends at offset {offset + done}, {wanted - done} bytes are missing; copy the file again"
+        )
 
 
 def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:

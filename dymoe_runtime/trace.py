@@ -16,6 +16,7 @@ from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.charts import Axis, Point, Series, element, page, plot, text
 from dymoe_runtime.decoder import Experts, Routing
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.read_queue import Source
 from dymoe_runtime.residency import StoreStats
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store import ExpertStore, Want, least_arena_bytes
@@ -241,5 +242,5 @@ def format_replay(parts: Mapping[str, float], rows: Sequence[Mapping[str, Any]])
     return "\n".join(lines)
 
 
-def _read_nothing(key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
-    pass
+def _read_nothing(key: ExpertKey, first: int, segments: int) -> Source:
+    return Source(-1, Path(), 0, None)

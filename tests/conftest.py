@@ -7,6 +7,7 @@ import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it
 # isort: split
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,3 +182,12 @@ def tiny_path(tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: p
 def damaged(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may harm."""
     return Path(shutil.copytree(tiny_path, tmp_path / "damaged.dymoe"))
+
+
+def reader_threads() -> set[int]:
+    """Threads that read experts, by numbers; the compiled ones are none of Python's."""
+    found = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("reader-")}
+    tasks = Path("/proc/self/task")
+    if tasks.exists():
+        found |= {int(task.name) for task in tasks.iterdir() if (task / "comm").read_text() == "dymoe-reader\n"}
+    return found

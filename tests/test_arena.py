@@ -29,7 +29,7 @@ class Watched:
 
     def __init__(self, sizes: Sequence[int], budget_bytes: int, seed: int = 0) -> None:
         self.moves: list[Slot] = []
-        self.arena = Arena(sizes, budget_bytes, self.moves.append)
+        self.arena = Arena(sizes, budget_bytes, lambda slot: bool(slot.owner), self.moves.append)
         self.budget_bytes = budget_bytes
         self.live: dict[int, tuple[Slot, torch.Tensor]] = {}
         self.random = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ class Watched:
         if slot is not None:
             content = torch.randint(0, 256, (len(slot.memory),), dtype=torch.uint8, generator=self.random)
             slot.memory.copy_(content)
-            slot.movable = movable
+            slot.owner = movable
             self.live[id(slot)] = (slot, content)
         return slot
 
@@ -120,11 +120,11 @@ def test_slots_that_may_not_move_stay_where_they_are(sizes: tuple[int, ...]) -> 
             watched.free(slot)
         else:
             new = watched.allocate(rng.randrange(len(sizes)), movable=rng.random() < 0.7)
-            if new is not None and not new.movable:
+            if new is not None and not new.owner:
                 fixed[id(new)] = new.memory.data_ptr()
         assert all(watched.live[key][0].memory.data_ptr() == where for key, where in fixed.items())
     watched.check()
-    assert all(slot.movable for slot in watched.moves)
+    assert all(slot.owner for slot in watched.moves)
 
 
 def fragmented(movable: bool) -> Watched:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import limited
 import pytest
-from conftest import Outcome, assert_one_sentence, run_cli
+from conftest import Outcome, assert_one_sentence, reader_threads, run_cli
 
 from dymoe_runtime import model as model_module
+from dymoe_runtime import read_queue
 from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
-from dymoe_runtime.read_queue import PATIENCE_S
+from dymoe_runtime.read_queue import PATIENCE_S, Source
+from dymoe_runtime.read_threads import PythonThreads, ReadThreads, read_threads
+from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.store import least_arena_bytes
 
 PROMPT = "The river flows through the town of"
@@ -41,39 +43,32 @@ def short_of_memory(bundle: Path, *args: object) -> Outcome:
     return run_cli(bundle, "--prompt", PROMPT, "--max-tokens", 48, "--ignore-eos", "--arena", arena, *args)
 
 
-def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
+def after_reads(count: int, action: Callable[[Source], Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from what `action` says instead, from the read of experts with that number on."""
+    real, done = RecordReader.__call__, [0]
+
+    def changed(self: RecordReader, *what: Any) -> Source:
+        done[0] += 1
+        source = real(self, *what)
+        return action(source) if done[0] >= count else source
+
+    monkeypatch.setattr(RecordReader, "__call__", changed)
 
 
-def after_reads(count: int, action: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do `action(fd)` before each read of experts from the one with that number on."""
-    real, done = os.preadv, [0]
-    lock = threading.Lock()
-
-    def preadv(fd: int, *args: object) -> int:
-        if threading.current_thread() in readers():
-            with lock:
-                done[0] += 1
-                if done[0] >= count:
-                    action(fd)
-        return real(fd, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", preadv)
-
-
+@pytest.mark.skipif(not os.access("/proc/self/mem", os.R_OK), reason="there is no file that cannot be read")
+@pytest.mark.parametrize("threads", [read_threads, PythonThreads])
 @pytest.mark.parametrize("count", [EARLY, LATE])
 def test_a_read_error_is_named_and_ends_the_run(
-    count: int, shipped_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, threads: Callable[[int], ReadThreads], shipped_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(fd: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     whole = short_of_memory(shipped_path)
-    after_reads(count, fail, monkeypatch)
-    outcome = short_of_memory(shipped_path)
+    with open("/proc/self/mem", "rb") as unreadable:  # nothing is mapped where it begins
+        after_reads(count, lambda source: source._replace(fd=unreadable.fileno(), offset=0), monkeypatch)
+        monkeypatch.setattr(read_queue, "read_threads", threads)
+        outcome = short_of_memory(shipped_path)
     assert_one_sentence(outcome, "experts-", "read error at offset", "Input/output error")
     assert len(outcome.out) < len(whole.out) and whole.out.startswith(outcome.out.rstrip("\n"))
-    assert not readers()
+    assert not reader_threads()
 
 
 @pytest.mark.parametrize("count", [EARLY, LATE])
@@ -84,30 +79,34 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(
     copy = Path(shutil.copytree(shipped_path, tmp_path / "cut.dymoe"))
     whole = short_of_memory(copy)
 
-    def cut(fd: int) -> None:
+    def cut(source: Source) -> Source:
         for path in copy.glob("experts-*"):
             os.truncate(path, left)
+        return source
 
     after_reads(count, cut, monkeypatch)
     outcome = short_of_memory(copy)
     assert_one_sentence(outcome, "experts-", "ends at offset", "missing")
     assert whole.out.startswith(outcome.out.rstrip("\n"))
-    assert not readers()
+    assert not reader_threads()
 
 
 # A run whose expert reads stall: for how long, and after how many of them.
 STALLED = """
-import itertools, os, signal, sys, threading, time
+import itertools, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
-real, reads = os.preadv, itertools.count(1)
-def preadv(*args):
-    number = next(reads) if threading.current_thread().name.startswith("reader-") else 0
-    if number == {count}:
-        print("stalled", file=sys.stderr, flush=True)
-    if number >= {count}:
+from dymoe_runtime.reader import RecordReader
+real, reads = RecordReader.__call__, itertools.count(1)
+def called(self, *what):
+    source, number = real(self, *what), next(reads)
+    def stall(buffers):
+        if number == {count}:
+            print("stalled", file=sys.stderr, flush=True)
         time.sleep({seconds})
-    return real(*args)
-os.preadv = preadv
+        if source.then:
+            source.then(buffers)
+    return source if number < {count} else source._replace(then=stall)
+RecordReader.__call__ = called
 from dymoe_runtime.__main__ import run
 run()
 """
@@ -159,7 +158,7 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
                 with pytest.raises(Exception, match=r"limit has been lowered to 1\.0 MiB"):
                     model.decode(1)
     assert tokens[0] == tokens[1]
-    assert not readers()
+    assert not reader_threads()
 
 
 def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
@@ -264,7 +263,7 @@ def test_a_model_that_cannot_be_loaded_leaves_no_threads(damaged: Path) -> None:
     (damaged / "dense.safetensors").write_bytes(data)
     outcome = run_cli(damaged, "--prompt", "a")
     assert outcome.code == 1
-    assert not readers()
+    assert not reader_threads()
 
 
 def test_a_bundle_compared_with_itself_hardly_differs_and_leaves_no_threads(shipped_path: Path, tmp_path: Path) -> None:
@@ -273,20 +272,20 @@ def test_a_bundle_compared_with_itself_hardly_differs_and_leaves_no_threads(ship
     outcome = run_cli(shipped_path, "--eval", text, "--reference", shipped_path, "--tiers", 4, "--json")
     assert outcome.code == 0, outcome.err
     assert abs(outcome.json["files"][0]["kl"]) < 0.005  # of the KV cache, which the reference has none of
-    assert not readers()
+    assert not reader_threads()
 
 
 UNCLOSED = """
 import time
-from dymoe_runtime.read_queue import Read, ReadQueue
+from dymoe_runtime.read_queue import Read, ReadQueue, Source
 
-def read(*args):
-    begun.append(args)
+def read(buffers):
+    begun.append(buffers)
     time.sleep(0.5)
     print("ended")
 
 begun = []
-queue = ReadQueue(read)
+queue = ReadQueue(lambda *what: Source(-1, None, 0, read))
 queue.submit(Read(None, 0, []))
 while not begun:
     time.sleep(0.01)

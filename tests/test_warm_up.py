@@ -72,7 +72,7 @@ def test_a_model_that_preloads_finds_its_experts(shipped: Bundle) -> None:
         )
         with Model(shipped, options) as model:
             deadline = time.monotonic() + 10
-            while preload and any(e.read and not e.read.done.is_set() for e in model.store._memory.entries.values()):
+            while preload and model.store._memory.reads.pending():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             answers.append(model.prefill(list(range(3))))

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 
 import torch
 
+from dymoe_runtime.device import Place
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
@@ -42,6 +43,7 @@ class Kernels(Protocol):
     isa: str
 
     def prepare(self, layout: RecordLayout, tier: int, segments: Segments, /) -> Expert: ...
+    def prepare_at(self, layout: RecordLayout, tier: int, places: Sequence[Place], /) -> Expert: ...
     def moe(
         self,
         jobs: Sequence[Job],
@@ -78,6 +80,11 @@ class Kernels(Protocol):
 def prepare(layout: RecordLayout, tier: int, segments: Segments) -> Expert:
     """An expert for `moe`, checked; it holds the segments, which must stay where they are."""
     return _active().prepare(layout, tier, segments)
+
+
+def prepare_at(layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
+    """The same for segments by their places."""
+    return _active().prepare_at(layout, tier, places)
 
 
 def moe(

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
+from dymoe_runtime.device import Place
 from dymoe_runtime.kernels import _native, reference
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
@@ -19,6 +20,7 @@ from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 # Bits up to which codes are found by counting the levels below: kMostFittedBits in kernels.h.
 MOST_FITTED = 5
 
+Reads = _native.Reads
 available_isas = _native.available_isas
 pin_threads = _native.pin_threads
 
@@ -41,6 +43,9 @@ class Native:
 
     def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> Expert:
         return Expert(layout, tier, segments, _plan_of(layout).expert(tier, _segments(segments)))
+
+    def prepare_at(self, layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
+        return Expert(layout, tier, (), _plan_of(layout).expert(tier, places))
 
     def moe(
         self,

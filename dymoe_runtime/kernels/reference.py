@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.attention import attention, received
+from dymoe_runtime.device import Place, memory_at
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache
@@ -30,6 +31,10 @@ set_threads = torch.set_num_threads
 def prepare(layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> Expert:
     _arrays(layout, tier, segments)  # checks them
     return Expert(layout, tier, segments)
+
+
+def prepare_at(layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
+    return prepare(layout, tier, [memory_at(place) for place in places])
 
 
 def moe(

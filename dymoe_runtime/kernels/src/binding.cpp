@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "ops.h"
 #include "pool.h"
+#include "reads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -251,6 +252,53 @@ uint64_t run_read_memory(const VectorTuple& data) {
   return read_memory(reinterpret_cast<const uint8_t*>(address), nbytes);
 }
 
+/// A function of Python's as a thread calls it that has no GIL.
+std::function<void()> callback(nb::object function) {
+  if (function.is_none()) return {};
+  std::shared_ptr<nb::object> held(new nb::object(std::move(function)), [](nb::object* last) {
+    nb::gil_scoped_acquire locked;
+    delete last;
+  });
+  return [held] {
+    nb::gil_scoped_acquire locked;
+    try {
+      (*held)();
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("the end of a read");
+    }
+  };
+}
+
+uint64_t submit_read(Reads& reads, int fd, int64_t offset, const SegmentTuples& tuples, int urgency, nb::object then) {
+  if (urgency < 0 || urgency >= kUrgencies) reject("urgency: expected 0.." + std::to_string(kUrgencies - 1));
+  std::vector<Span> spans;
+  for (const auto& [address, nbytes] : tuples) spans.push_back({reinterpret_cast<uint8_t*>(address), nbytes});
+  return reads.submit(fd, offset, std::move(spans), urgency, callback(std::move(then)));
+}
+
+std::vector<std::tuple<uint64_t, int, int64_t, double>> finished_reads(Reads& reads) {
+  std::vector<std::tuple<uint64_t, int, int64_t, double>> tuples;
+  for (const Outcome& o : reads.finished()) tuples.emplace_back(o.ticket, o.error, o.done, o.seconds);
+  return tuples;
+}
+
+/// Looks for signals now and then, so that waiting for a disk that does not answer can be interrupted.
+void wait_for_read(Reads& reads, uint64_t ticket) {
+  constexpr double kLook = 0.05;
+  while (true) {
+    {
+      nb::gil_scoped_release unlocked;
+      if (reads.wait(ticket, kLook)) return;
+    }
+    if (PyErr_CheckSignals()) throw nb::python_error();
+  }
+}
+
+bool close_reads(Reads& reads, double patience_s) {
+  nb::gil_scoped_release unlocked;
+  return reads.close(patience_s);
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_isas()) names.push_back(kernels->name);
@@ -275,6 +323,16 @@ NB_MODULE(_native, m) {
                   "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
       .def("attend", &run_attend)
       .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
+  nb::class_<Reads>(m, "Reads")
+      .def(nb::init<int>(), "threads"_a)
+      .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none())
+      .def("hurry", &Reads::hurry, "ticket"_a, "now"_a, "urgency"_a)
+      .def("cancel", &Reads::cancel, "ticket"_a, "urgency"_a)
+      .def("started", &Reads::started)
+      .def("finished", &finished_reads)
+      .def("pending", &Reads::pending)
+      .def("wait", &wait_for_read, "ticket"_a)
+      .def("close", &close_reads, "patience_s"_a);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
   m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);

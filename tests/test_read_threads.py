@@ -1,0 +1,187 @@
+"""Threads that read: the compiled ones and Python's do the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dymoe_runtime.device import Place
+from dymoe_runtime.kernels import native
+from dymoe_runtime.read_threads import URGENCIES, Outcome, PythonThreads, ReadThreads
+
+KINDS = {"python": PythonThreads} | ({} if native is None else {"compiled": native.Reads})
+# What should come at once has not come.
+TIMEOUT_S = 5.0
+SIZES = (4096, 8192, 100)
+
+Make = Callable[..., ReadThreads]
+
+
+@pytest.fixture(params=KINDS)
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    made: list[ReadThreads] = []
+
+    def build(count: int = 2) -> ReadThreads:
+        made.append(KINDS[request.param](count))
+        return made[-1]
+
+    yield build
+    for threads in made:
+        threads.close(TIMEOUT_S)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """A file and what is in it."""
+    content = np.random.default_rng(0).integers(0, 256, 50_000, np.uint8)
+    content.tofile(tmp_path / "file")
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    yield fd, content
+    os.close(fd)
+
+
+def places(*buffers: np.ndarray) -> list[Place]:
+    return [(buffer.ctypes.data, buffer.size) for buffer in buffers]
+
+
+def buffers(sizes: tuple[int, ...] = SIZES) -> list[np.ndarray]:
+    return [np.full(size, 0xEE, np.uint8) for size in sizes]
+
+
+class Gate:
+    """Work that goes on once it is let."""
+
+    def __init__(self, threads: ReadThreads, urgency: int = 0) -> None:
+        self.entered, self.let = threading.Event(), threading.Event()
+        self.ticket = threads.submit(-1, 0, [], urgency, self._work)
+
+    def _work(self) -> None:
+        self.entered.set()
+        self.let.wait(10 * TIMEOUT_S)
+
+
+def outcome_of(threads: ReadThreads, ticket: int) -> Outcome:
+    threads.wait(ticket)
+    (outcome,) = (Outcome(*found) for found in threads.finished() if found[0] == ticket)
+    assert outcome.seconds >= 0 and threads.pending() == 0
+    return outcome
+
+
+@pytest.mark.parametrize("offset", [0, 1, 777, 50_000 - sum(SIZES)])
+def test_consecutive_bytes_fill_places_in_their_order(offset: int, make: Make, file: tuple[int, np.ndarray]) -> None:
+    threads, (fd, content), into, full = make(), file, buffers(), []
+    outcome = outcome_of(threads, threads.submit(fd, offset, places(*into), 0, lambda: full.append(into[0][0])))
+    assert (outcome.error, outcome.done) == (0, sum(SIZES))
+    assert np.array_equal(np.concatenate(into), content[offset : offset + sum(SIZES)])
+    assert full == [content[offset]]  # what comes then came after the bytes
+
+
+@pytest.mark.parametrize("missing", [1, sum(SIZES), sum(SIZES) + 5])
+def test_the_end_of_the_file_keeps_what_is_missing(missing: int, make: Make, file: tuple[int, np.ndarray]) -> None:
+    threads, (fd, content), into, called = make(), file, buffers(), []
+    offset = len(content) + missing - sum(SIZES)
+    outcome = outcome_of(threads, threads.submit(fd, offset, places(*into), 0, lambda: called.append(1)))
+    done = max(0, sum(SIZES) - missing)
+    assert (outcome.error, outcome.done, called) == (0, done, [])
+    assert np.array_equal(np.concatenate(into)[:done], content[offset : offset + done])
+
+
+def test_an_error_is_told_by_its_number(make: Make, tmp_path: Path) -> None:
+    threads, called = make(), []
+    fd = os.open(tmp_path, os.O_RDONLY)
+    outcome = outcome_of(threads, threads.submit(fd, 0, places(*buffers()), 0, lambda: called.append(1)))
+    os.close(fd)
+    assert (outcome.error, outcome.done, called) == (errno.EISDIR, 0, [])
+
+
+def test_nothing_at_all_can_be_read(make: Make, file: tuple[int, np.ndarray]) -> None:
+    threads, called = make(), []
+    assert outcome_of(threads, threads.submit(file[0], 0, [], 0, lambda: called.append(1)))[1:3] == (0, 0)
+    assert called == [1]
+
+
+def test_the_most_urgent_goes_first_and_of_these_the_oldest(make: Make) -> None:
+    threads, order = make(1), []
+    gate = Gate(threads)
+    assert gate.entered.wait(TIMEOUT_S)
+    tickets = [threads.submit(-1, 0, [], u, lambda u=u, i=i: order.append((u, i))) for i in range(2) for u in (2, 0, 1)]
+    gate.let.set()
+    for ticket in tickets:
+        threads.wait(ticket)
+    assert order == [(u, i) for u in range(URGENCIES) for i in range(2)]
+    assert [found[0] for found in threads.finished()] == threads.started()
+
+
+def test_only_what_waits_is_hurried_and_taken_back(make: Make) -> None:
+    threads, order = make(1), []
+    gate = Gate(threads, urgency=1)
+    assert gate.entered.wait(TIMEOUT_S)
+    first, second, third, fourth = (threads.submit(-1, 0, [], 2, lambda i=i: order.append(i)) for i in range(1, 5))
+    assert threads.pending() == 5
+    assert threads.hurry(third, 2, 0) and not threads.hurry(third, 2, 0)
+    assert threads.cancel(second, 2) and not threads.cancel(second, 2) and not threads.cancel(third, 2)
+    assert not threads.hurry(gate.ticket, 1, 0) and not threads.cancel(gate.ticket, 1)
+    assert threads.pending() == 4
+    gate.let.set()
+    for ticket in (first, third, fourth):
+        threads.wait(ticket)
+    assert not threads.cancel(first, 2)
+    assert order == [3, 1, 4]
+    assert {found[0] for found in threads.finished()} == {gate.ticket, first, third, fourth}
+    assert threads.finished() == [] and threads.pending() == 0
+
+
+def test_threads_read_beside_each_other_and_beside_python(make: Make) -> None:
+    threads = make(2)
+    gates = [Gate(threads) for _ in range(3)]
+    assert gates[0].entered.wait(TIMEOUT_S) and gates[1].entered.wait(TIMEOUT_S)
+    assert not gates[2].entered.wait(0.05) and threads.pending() == 3
+    gates[1].let.set()
+    threads.wait(gates[1].ticket)  # the others go on meanwhile
+    assert gates[2].entered.wait(TIMEOUT_S)
+    for gate in gates:
+        gate.let.set()
+
+
+def test_closing_leaves_behind_only_what_does_not_end(make: Make) -> None:
+    threads, called = make(2), []
+    gate = Gate(threads)
+    assert gate.entered.wait(TIMEOUT_S)
+    begun = time.monotonic()
+    assert not threads.close(0.1) and time.monotonic() - begun < TIMEOUT_S
+    gate.let.set()
+    other = make(1)
+    last = Gate(other)
+    other.submit(-1, 0, [], 0, lambda: called.append(1))
+    assert last.entered.wait(TIMEOUT_S)
+    threading.Timer(0.05, last.let.set).start()
+    assert other.close(TIMEOUT_S) and other.close(0)
+    assert called == []  # it had not begun
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_ends_without_the_threads(make: Make) -> None:
+    threads = make()
+    gate = Gate(threads)
+    assert gate.entered.wait(TIMEOUT_S)
+    child = os.fork()
+    if not child:
+        del threads
+        with suppress(BaseException):
+            gate.let.set()
+        os._exit(0)
+    deadline = time.monotonic() + TIMEOUT_S
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline, "the forked process hangs"
+        time.sleep(0.01)
+    gate.let.set()
+    threads.wait(gate.ticket)
