@@ -30,6 +30,11 @@ class Routing:
     residual: torch.Tensor  # [T, H], the residual stream that the next layer's router can be asked with
     token_weights: torch.Tensor | None = None  # [T], mean 1: importance in a prompt; None if tiers ignore it
     group: int | None = None  # so many tokens of a prompt have their tiers chosen together; None: all
+    listed: tuple[list[int], list[float]] | None = None  # experts and gates of a single token, where they are known
+
+    def of_token(self) -> tuple[list[int], list[float]]:
+        """Experts and gates of a single token."""
+        return self.listed or (self.experts[0].tolist(), self.gates[0].tolist())
 
     @staticmethod
     def joined(parts: Sequence[Routing], group: int) -> Routing:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from dymoe_runtime.look_ahead import LookAhead
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.read_queue import LATELY
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import ExpertStore, Want
+from dymoe_runtime.store import Delivered, ExpertStore, Want
 
 # More than the highest tier.
 TIERS = 16
@@ -36,8 +36,8 @@ class TierStats:
                 self.used[tier] = self.used.get(tier, 0) + count
 
     def add_each(self, tiers: Sequence[int]) -> None:
-        for tier in tiers:
-            self.used[tier] = self.used.get(tier, 0) + 1
+        for tier in set(tiers):
+            self.used[tier] = self.used.get(tier, 0) + tiers.count(tier)
 
     @property
     def bits_mean(self) -> float:
@@ -69,37 +69,46 @@ class StoredExperts:
         self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
     def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-        entered = time.perf_counter()
         if len(routing.gates) == 1 and routing.token_weights is None:
-            experts = routing.experts[0].tolist()
-            tiers, lacking = self._tiers_of_token(layer, experts, routing.gates[0].tolist())
-            self.stats.add_each(tiers)
-            ready = self._at_hand(layer, experts, tiers)
-            if ready is not None:
-                self.store.promote(lacking)
-                return kernels.moe_token(ready, h, routing.gates, self._activation)
-            work = plan_token(experts, tiers)
-        else:
-            chosen = self.rule.choose(layer, routing)
-            self.stats.add(chosen)
-            work, lacking = plan_tokens(routing.experts, chosen), []
+            return self._run_token(layer, h, routing, time.perf_counter())
+        chosen = self.rule.choose(layer, routing)
+        self.stats.add(chosen)
+        work = plan_tokens(routing.experts, chosen)
         wants = [
             Want(ExpertKey(layer, expert), max(run.tier for run in runs), sum(run.rows for run in runs))
             for expert, runs in work.runs.items()
         ]
         delivery = self.store.begin(wants)
-        self.store.promote(lacking, wants)
-        if (look_ahead := self._look_ahead_from(layer)) is not None:
-            self.store.look_ahead(
-                look_ahead.wants(layer + 1, routing, self.rule), wants, self._idle_s(layer, work, entered)
-            )
+        self._read_ahead(layer, routing, wants, None)
+        self._left = (-1, 0.0)
+        return self._run(delivery, work, h, routing.gates)
+
+    def _run_token(self, layer: int, h: torch.Tensor, routing: Routing, entered: float) -> torch.Tensor:
+        experts, gates = routing.of_token()
+        tiers, lacking = self._tiers_of_token(layer, experts, gates)
+        self.stats.add_each(tiers)
+        wants = [self._wants(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True) if tier]
+        ready = self.store.at_hand(wants) if len(wants) == len(experts) else None
+        delivery = self.store.begin(wants) if ready is None else ()
+        if lacking:
+            self.store.promote(lacking, wants)
+        self._read_ahead(layer, routing, wants, entered)
+        if ready is not None:
+            y = kernels.moe_token(ready, h, routing.gates, self._activation)
+        else:
+            y = self._run(delivery, plan_token(experts, tiers), h, routing.gates)
+        self._left = (layer, time.perf_counter())
+        return y
+
+    def _run(
+        self, delivery: Iterable[list[Delivered]], work: Work, h: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = torch.empty(len(work.tokens), h.shape[1])
         for batch in delivery:
             jobs = [Job(at(run.tier), run.first, run.rows) for want, at in batch for run in work.runs[want.key.expert]]
             kernels.moe(jobs, h, work.tokens, y, self._activation)
-        self._left = (layer if len(work.rows) == 1 else -1, time.perf_counter())
-        return kernels.combine(y, work.rows, routing.gates)
+        return kernels.combine(y, work.rows, gates)
 
     def _tiers_of_token(
         self, layer: int, experts: Sequence[int], gates: Sequence[float]
@@ -123,29 +132,22 @@ class StoredExperts:
         """The tier to run without waiting; else with the read that is under way, else with the smallest."""
         return self.store.tier_at_hand(want) or self.store.tier_on_its_way(want) or self.rule.ladder[0]
 
-    def _idle_s(self, layer: int, work: Work, entered: float) -> float | None:
+    def _idle_s(self, layer: int, wants: Sequence[Want], entered: float) -> float | None:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""
-        if self.cost is None or len(work.rows) > 1:
+        if self.cost is None:
             return None
         if self._left[0] == layer - 1:
             self._between_s += LATELY * (entered - self._left[1] - self._between_s)
-        return self._between_s + self.cost.layer((run.tier, 1) for runs in work.runs.values() for run in runs)
+        return self._between_s + self.cost.layer((want.tier, 1) for want in wants)
 
-    def _look_ahead_from(self, layer: int) -> LookAhead | None:
-        """None where there is nothing of the next layer to read."""
+    def _read_ahead(self, layer: int, routing: Routing, wants: Sequence[Want], entered: float | None) -> None:
+        """Start to read for the next layer, unless there is nothing of it to read; `entered`: of a single token."""
         ahead, coming = self.look_ahead, layer + 1
         if ahead is None or not self.looks_ahead or not ahead.ranks.get(coming):
-            return None
-        if self.store.holds(coming, self.rule.highest[coming]):
-            return None
-        return ahead
-
-    def _at_hand(self, layer: int, experts: Sequence[int], tiers: Sequence[int]) -> list[Any] | None:
-        """The experts of a token, if all are in memory to stay and there is nothing else to do."""
-        if not all(tiers) or self._look_ahead_from(layer) is not None:
-            return None
-        wants = self._wants
-        return self.store.at_hand([wants(layer, e, tier) for e, tier in zip(experts, tiers, strict=True)])
+            return
+        if not self.store.holds(coming, self.rule.highest[coming]):
+            idle_s = None if entered is None else self._idle_s(layer, wants, entered)
+            self.store.look_ahead(ahead.wants(coming, routing, self.rule), wants, idle_s)
 
 
 class Run(NamedTuple):

@@ -156,6 +156,11 @@ class TierRule:
         """The highest tier that an expert of each layer can get."""
         return tuple(self._highest(layer) for layer in range(len(self.decode)))
 
+    @cached_property
+    def _only(self) -> tuple[int | None, ...]:
+        """The tier that all experts of a decoded token get in each layer; None where that depends on their gates."""
+        return tuple(only_tier(thresholds, self.ladder) for thresholds in self.decode)
+
     def _highest(self, layer: int) -> int:
         if self.pinned and self.pinned[layer]:
             return self.ladder[-1]
@@ -180,7 +185,8 @@ class TierRule:
 
     def choose_for_token(self, layer: int, experts: Sequence[int], gates: Sequence[float]) -> list[int]:
         """`choose` for the experts of one token that is decoded."""
-        tiers = tiers_of_token(gates, self.decode[layer], self.ladder)
+        only = self._only[layer]
+        tiers = [only] * len(gates) if only is not None else tiers_of_token(gates, self.decode[layer], self.ladder)
         if not self.pinned or not self.pinned[layer]:
             return tiers
         high = self.ladder[-1]
@@ -236,6 +242,13 @@ def tiers_of_token(gates: Sequence[float], thresholds: Sequence[float], ladder: 
     steps = tuple(zip(reversed(ladder), thresholds, strict=True))
     shares = [(sum_to - gate) / total for sum_to, gate in zip(upto, gates, strict=True)]
     return [next((tier for tier, threshold in steps if share < threshold), 0) for share in shares]
+
+
+def only_tier(thresholds: Sequence[float], ladder: Sequence[int]) -> int | None:
+    """The tier that these thresholds give whatever the gates; None where that depends on them."""
+    if any(NEVER < threshold < 1 for threshold in thresholds):
+        return None
+    return next((tier for tier, threshold in zip(reversed(ladder), thresholds, strict=True) if threshold >= 1), 0)
 
 
 def uniform_thresholds(tier: int, ladder: Sequence[int]) -> Thresholds:

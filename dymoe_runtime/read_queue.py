@@ -5,8 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -90,8 +89,8 @@ class ReadQueue:
         self._tickets: dict[Read, int] = {}  # of reads that are not known to have ended
         self._reads: dict[int, Read] = {}
         self._waiting: dict[Urgency, dict[Read, None]] = {urgency: {} for urgency in Urgency}  # some may have begun
-        self._begun: deque[Read] = deque()
-        self._ended: deque[Read] = deque()
+        self._begun: list[Read] = []
+        self._ended: list[Read] = []
         self._closed = False
         self.bytes_per_s: float | None = None  # of one read, lately; None before the first
         self._process = os.getpid()
@@ -125,17 +124,18 @@ class ReadQueue:
             self._forget(read)
         return taken
 
-    def started(self) -> Iterator[Read]:
+    def started(self) -> Sequence[Read]:
         """Reads that a thread has begun since the last call."""
         self._look()
-        while self._begun:
-            yield self._begun.popleft()
+        self._note_begun()
+        begun, self._begun = self._begun, []
+        return begun
 
-    def finished(self) -> Iterator[Read]:
+    def finished(self) -> Sequence[Read]:
         """Reads that have ended since the last call."""
         self._look()
-        while self._ended:
-            yield self._ended.popleft()
+        ended, self._ended = self._ended, []
+        return ended
 
     def wait(self, read: Read) -> None:
         """Until the read has ended."""
@@ -161,13 +161,15 @@ class ReadQueue:
         return ended
 
     def _look(self) -> None:
-        """Take note of what the threads have done."""
-        if not self._reads:
-            return
-        outcomes = self._threads.finished()  # first: all of these have begun
+        """Take note of what has ended."""
+        outcomes = self._threads.finished() if self._reads else ()
+        if outcomes:
+            self._note_begun()
+            for ticket, error, done, seconds in outcomes:
+                self._end(self._reads[ticket], error, done, seconds)
+
+    def _note_begun(self) -> None:
         self._begun += [self._reads[ticket] for ticket in self._threads.started()]
-        for outcome in outcomes:
-            self._end(self._reads[outcome[0]], *outcome[1:])
 
     def _end(self, read: Read, error: int, done: int, seconds: float) -> None:
         read.done = True

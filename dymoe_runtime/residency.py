@@ -108,8 +108,7 @@ class Residency:
         self.take_back(Urgency.GUESS)
         for entry in self.entries.values():
             entry.guessed.clear()
-        for _ in self.reads.started():  # they count for what was before
-            pass
+        self.reads.started()  # they count for what was before
         self.counts = StoreStats()
 
     def entry(self, key: ExpertKey) -> Entry:

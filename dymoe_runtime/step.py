@@ -21,12 +21,16 @@ class DecodeStep:
     def __init__(self, spec: ModelSpec, dense: StoredDense, isa: str) -> None:
         self._dense = dense  # the layers point into it
         self._rotary = Rotary(spec.rope, spec.head_dim)
+        self._tables: tuple[torch.Tensor, ...] = ()  # of the position that the layers are at
+        self._at, self._rotation = -1, (0, 0)
         self._layers = [decode_layer(isa, spec, dense, layer) for layer in range(spec.num_layers)]
         # Kept, because making them takes as long as a small layer's norm.
         self._x, self._h = torch.empty(1, spec.hidden_size), torch.empty(1, spec.hidden_size)
         self._experts = torch.empty(1, spec.top_k, dtype=torch.int64)
         self._gates = torch.empty(1, spec.top_k)
+        self._to = self._x.data_ptr()
         self._chosen = self._h.data_ptr(), self._experts.data_ptr(), self._gates.data_ptr()
+        self._lists = self._experts.numpy()[0], self._gates.numpy()[0]
         self._guessed = torch.empty(1, spec.top_k, dtype=torch.int64), torch.empty(1, spec.top_k)
         self._guessed_h = torch.empty(1, spec.hidden_size)
         self._guessers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -39,17 +43,18 @@ class DecodeStep:
 
     def attend(self, layer: int, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """The residual stream [1, H] after the attention of `layer`; x [1, H], nothing returned by this."""
-        at, out = cache.length, self._x
-        cosines, sines = self._rotary.table(at, at + 1)
-        self._layers[layer].attend(
-            x.data_ptr(), at, cosines.data_ptr(), sines.data_ptr(), cache.addresses[layer], out.data_ptr()
-        )
-        return out
+        at = cache.length
+        if at != self._at:
+            self._tables = cosines, sines = self._rotary.table(at, at + 1)
+            self._at, self._rotation = at, (cosines.data_ptr(), sines.data_ptr())
+        self._layers[layer].attend(x.data_ptr(), at, *self._rotation, cache.addresses[layer], self._to)
+        return self._x
 
     def route(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """Normalized x [1, H], and the experts of `layer` for it."""
         self._layers[layer].route(x.data_ptr(), *self._chosen)
-        return self._h, Routing(self._experts, self._gates, x)
+        experts, gates = self._lists
+        return self._h, Routing(self._experts, self._gates, x, listed=(experts.tolist(), gates.tolist()))
 
     def correct(self, layer: int, predictor: torch.Tensor) -> None:
         """`guess` of this layer adds what predictor [experts, H + 1] says to its router's logits, from now on."""

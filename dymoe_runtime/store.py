@@ -138,19 +138,29 @@ class ExpertStore:
         return delivery
 
     def at_hand(self, wants: Sequence[Want]) -> list[Any] | None:
-        """What was prepared of all `wants`, if they are in memory and nothing will ever have to leave it."""
-        if not self._roomy:
-            return None
-        found = [self._staying.get(want) for want in wants]
+        """What was prepared of all `wants` if they are in memory, where they stay until the next are asked for."""
+        found = [self._staying.get(want) for want in wants] if self._roomy else [None]
         if None in found:
+            self._let_go()
             if not self._resident(wants):
                 return None
             found = [self._memory.prepared(self._memory.entries[want.key], want.tier) for want in wants]
-            self._staying.update(zip(wants, found, strict=True))
+            if self._roomy:
+                self._staying.update(zip(wants, found, strict=True))
+            else:
+                self._lend(wants)
         self._count_hits(wants)
         if self.observer is not None:
             self.observer(wants)
         return found
+
+    def _lend(self, wants: Sequence[Want]) -> None:
+        """Use what is resident, and keep it in its place."""
+        for key, tier, tokens in wants:
+            entry = self._memory.entries[key]
+            self._eviction.use(key, self._segments_of[tier], tokens)
+            self._memory.pin(entry)
+            self._lent.append(entry)
 
     def _count_hits(self, wants: Sequence[Want]) -> None:
         counts = self._memory.counts
@@ -251,11 +261,7 @@ class ExpertStore:
         """Yields once when `wants`, which are resident, are pinned till the next `begin`, then all of them."""
         self._count_hits(wants)
         if not self._roomy:
-            for key, tier, tokens in wants:
-                entry = self._memory.entries[key]
-                self._eviction.use(key, self._segments_of[tier], tokens)
-                self._memory.pin(entry)
-                self._lent.append(entry)
+            self._lend(wants)
         yield []
         yield [self._delivered(want) for want in wants]
 

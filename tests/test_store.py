@@ -459,9 +459,20 @@ def test_what_will_never_leave_is_at_hand_once_it_is_there(make: Make) -> None:
         check(reader, want(1, tier), lambda _: one)  # noqa: B023
         check(reader, want(2, tier), lambda _: two)  # noqa: B023
     assert store.stats.hits == before + 6 and not any(entry.pins for entry in store._memory.entries.values())
-    small, reader = make(segments=30)
-    fetch(small, reader, want(1))
-    assert small.at_hand([want(1)]) is None
+
+
+def test_what_is_at_hand_stays_until_the_next_are_asked_for(make: Make) -> None:
+    store, reader = make(segments=9)
+    now = [want(1), want(2)]
+    fetch(store, reader, *now)
+    found = store.at_hand(now)
+    assert found is not None and store.stats.hits == 2
+    store.look_ahead([want(e) for e in range(3, 9)])  # there is room for one
+    wait_until(lambda: not store._memory.reads.pending())
+    for wanted, segments in zip(now, found, strict=True):
+        check(reader, wanted, lambda _: segments)  # noqa: B023
+    fetch(store, reader, want(5), want(6), want(7))
+    assert store.at_hand(now) is None
 
 
 def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
