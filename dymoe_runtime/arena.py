@@ -69,12 +69,17 @@ class Arena:
         self._free = list(range(self.chunks))[::-1]
         self._given_back: list[int] = []
         self._partial: list[set[int]] = [set() for _ in self.sizes]  # chunks of the class with room
+        self._spare: list[list[Slot]] = [[] for _ in self.sizes]  # freed, and mostly wanted again at once
         self._movable = movable
         self._moved = moved
 
     def allocate(self, size_class: int, compact: bool = True) -> Slot | None:
         """A slot, or None where something must be freed first; without `compact`, or moved."""
+        if spare := self._spare[size_class]:
+            return spare.pop()
         if not self._partial[size_class]:
+            if not self._free:
+                self._let_go()
             if not self._free and not (compact and self._compact()):
                 return None
             number = self._free.pop()
@@ -84,18 +89,27 @@ class Arena:
         return self._take(min(self._partial[size_class]), size_class)
 
     def free(self, slot: Slot) -> None:
-        chunk = self._chunks[slot.chunk]
-        del chunk.slots[slot.index]
-        chunk.room.append(slot.index)
-        if chunk.slots:
-            self._partial[slot.size_class].add(slot.chunk)
-        else:
-            self._partial[slot.size_class].discard(slot.chunk)
-            chunk.size_class = -1
-            self._free.append(slot.chunk)
+        slot.owner = None
+        self._spare[slot.size_class].append(slot)
+
+    def _let_go(self) -> None:
+        """Make room for slots of any size of what was freed."""
+        for spare in self._spare:
+            for slot in spare:
+                chunk = self._chunks[slot.chunk]
+                del chunk.slots[slot.index]
+                chunk.room.append(slot.index)
+                if chunk.slots:
+                    self._partial[slot.size_class].add(slot.chunk)
+                else:
+                    self._partial[slot.size_class].discard(slot.chunk)
+                    chunk.size_class = -1
+                    self._free.append(slot.chunk)
+            spare.clear()
 
     def give_back(self) -> bool:
         """Give the memory of a free chunk back to the system; whether there was one."""
+        self._let_go()
         if not self._free and not self._compact():
             return False
         chunk = self._free.pop()
