@@ -90,11 +90,12 @@ def disk_bytes_per_s(model: Model, count: int) -> float:
     """Of `count` whole records at random, as many at the same time as the store reads."""
     spec, bundle = model.spec, model.bundle
     spans = bundle.layout.segment_spans
-    records = model.store.scratch()[: IN_FLIGHT * sum(spans)].split(sum(spans))
+    memory = model.store.scratch()
+    records = memory[: IN_FLIGHT * sum(spans)].split(sum(spans))
     places = [[(part.data_ptr(), part.numel()) for part in record.split(list(spans))] for record in records]
     generator, layers = np.random.default_rng(0), list(spec.moe_layers)
     keys = [ExpertKey(int(generator.choice(layers)), int(generator.integers(spec.num_experts))) for _ in range(count)]
-    queue = ReadQueue(model.reader)
+    queue = ReadQueue(model.reader, memory)
     try:
         # The first time round records are checked, which takes longer than a fast disk.
         for _ in range(2):

@@ -81,10 +81,11 @@ class Read:
 
 
 class ReadQueue:
-    """Of the most urgent reads the oldest is begun first."""
+    """Of the most urgent reads the oldest is begun first. All fill places in `memory`."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, memory: object) -> None:
         self._reader = reader
+        self._memory = memory  # lives as long as something may be read into it
         self._threads = read_threads(IN_FLIGHT)
         self._tickets: dict[Read, int] = {}  # of reads that are not known to have ended
         self._reads: dict[int, Read] = {}
@@ -154,7 +155,10 @@ class ReadQueue:
             return True
         self._closed = True
         ended = self._threads.close(PATIENCE_S)
+        if not ended:
+            atexit.register(lambda memory: None, self._memory)
         self._look()
+        self._note_begun()
         for read in list(self._tickets):
             read.done, read.error = True, DymoeError("the expert store was closed while an expert was read")
             self._forget(read)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
@@ -36,21 +35,21 @@ class RecordReader:
             layer: (self._files[bundle.path / entry.file], bundle.path / entry.file, entry.data_start)
             for layer, entry in bundle.manifest.layers.items()
         }
-        shape = (bundle.spec.num_layers, bundle.spec.num_experts, len(bundle.layout.segment_spans))
-        self._checked = np.zeros(shape, bool)
+        # Of each expert a bit for each segment.
+        self._checked = [[0] * bundle.spec.num_experts for _ in range(bundle.spec.num_layers)]
 
     def __call__(self, key: ExpertKey, first: int, segments: int) -> Source:
         fd, path, start = self._layers[key.layer]
         offset = start + key.expert * self._record_bytes + self._offsets[first]
-        checked = self._checked[key.layer, key.expert, first : first + segments].all()
-        then = None if checked else partial(self._check, key, first)
-        return Source(fd, path, offset, then)
+        wanted = (1 << first + segments) - (1 << first)
+        checked = self._checked[key.layer][key.expert] & wanted == wanted
+        return Source(fd, path, offset, None if checked else partial(self._check, key, first))
 
     def _check(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
         for segment, buffer in enumerate(buffers, first):
-            if not self._checked[key.layer, key.expert, segment]:
+            if not self._checked[key.layer][key.expert] >> segment & 1:
                 self._bundle.check_segment(key, segment, memoryview(buffer.numpy()))
-                self._checked[key.layer, key.expert, segment] = True
+                self._checked[key.layer][key.expert] |= 1 << segment
 
     def close(self) -> None:
         for fd in self._files.values():

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from dymoe_runtime.arena import Arena, Slot
 from dymoe_runtime.device import Place
 from dymoe_runtime.errors import DymoeError
@@ -81,12 +79,12 @@ class Residency:
         moved: Callable[[], None],
     ) -> None:
         self.asked_bytes = 0  # of reads that were submitted
-        self.counts = StoreStats()  # but for what follows from reads: `stats` has all
+        self.counts = StoreStats()  # but for reads under way: `stats` has all
         self.arena = Arena(layout.segment_spans, arena_bytes, _movable, self._forget_prepared)
         self.eviction = eviction
-        self.reads = ReadQueue(reader)
+        self.reads = ReadQueue(reader, self.arena.memory)
         self.entries: dict[ExpertKey, Entry] = {}
-        self.held = np.zeros((shape[0], len(layout.ladder)), np.int64)  # experts of each layer with each segment
+        self.held = [[0] * len(layout.ladder) for _ in range(shape[0])]  # experts of each layer with each segment
         self._layout = layout
         self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self._prepare = prepare
@@ -95,6 +93,10 @@ class Residency:
     @property
     def stats(self) -> StoreStats:
         """Reads count from when a thread has started them."""
+        self._count_reads()
+        return self.counts
+
+    def _count_reads(self) -> None:
         for read in self.reads.started():
             self.counts.read_bytes += read.nbytes
             if read.purpose is Urgency.GUESS:
@@ -102,7 +104,6 @@ class Residency:
                 self.counts.look_ahead_bytes += read.nbytes
             elif read.purpose is Urgency.BACKGROUND:
                 self.counts.background_bytes += read.nbytes
-        return self.counts
 
     def reset_stats(self) -> None:
         self.take_back(Urgency.GUESS)
@@ -192,6 +193,8 @@ class Residency:
     def take_back(self, urgency: Urgency, most: int | None = None, spared: Collection[ExpertKey] = ()) -> int:
         """Take back reads of that urgency that have not started, but none of what is spared; their bytes."""
         cancelled = self.reads.take_back(urgency, most, spared)
+        if not cancelled:
+            return 0
         for read in cancelled:
             self.undo(read)
         return sum(read.nbytes for read in cancelled)
@@ -305,7 +308,7 @@ class Residency:
             slot.owner = entry
         read = Read(entry.key, len(entry.slots), [slot.place for slot in slots], urgency)
         entry.slots += slots
-        self.held[entry.key.layer, read.first : read.first + len(slots)] += 1
+        self._hold(entry.key.layer, range(read.first, len(entry.slots)), 1)
         entry.read = read
         if urgency is Urgency.GUESS:
             entry.guessed.append(read.first)
@@ -317,8 +320,12 @@ class Residency:
         for slot in entry.slots[first:]:
             self.arena.free(slot)
         entry.prepared.clear()
-        self.held[entry.key.layer, first : len(entry.slots)] -= 1
+        self._hold(entry.key.layer, range(first, len(entry.slots)), -1)
         del entry.slots[first:]
+
+    def _hold(self, layer: int, segments: Iterable[int], more: int) -> None:
+        for segment in segments:
+            self.held[layer][segment] += more
 
     def _evict(self, entry: Entry, lacking: int = 0) -> int:
         """Its last segment, and those before that are worth no more while some are `lacking`; the bytes."""
@@ -337,10 +344,13 @@ class Residency:
 
     def settle(self) -> None:
         """Reads that have arrived for nobody in particular may be evicted like anything else."""
-        for read in self.reads.finished():
+        ended = self.reads.finished()
+        for read in ended:
             entry = self.entries.get(read.key)
             if entry is not None and entry.read is read:
                 self.refresh(entry)
+        if ended:
+            self._count_reads()
 
     def _wait_for_unpinned(self) -> bool:
         """Wait for a read that nobody holds, so that it can be evicted; whether there was one."""

@@ -190,7 +190,7 @@ class ExpertStore:
 
     def holds(self, layer: int, tier: int) -> bool:
         """Whether every expert of `layer` is in memory up to `tier`, or on its way."""
-        return bool(self._memory.held[layer, self._segments_of[tier] - 1] == self._shape[1])
+        return self._memory.held[layer][self._segments_of[tier] - 1] == self._shape[1]
 
     def look_ahead(self, wants: Sequence[Want], needed_now: Sequence[Want] = (), idle_s: float | None = None) -> None:
         """Start reading experts that will probably be wanted next, best guess first.
@@ -247,15 +247,15 @@ class ExpertStore:
 
     def _resident(self, wants: Sequence[Want]) -> bool:
         """Whether none of `wants` has anything to wait for, nor anything new to count."""
-        for want in wants:
-            entry, segments = self._memory.entries.get(want.key), self._segments_of[want.tier]
-            if entry is None or not segments or len(entry.slots) < segments:
-                return False
-            if entry.read is not None and entry.read.first < segments:
-                return False
-            if entry.guessed and entry.guessed[0] < segments:
-                return False
-        return True
+        return all(map(self._is_resident, wants))
+
+    def _is_resident(self, want: Want) -> bool:
+        entry, segments = self._memory.entries.get(want.key), self._segments_of[want.tier]
+        if entry is None or not segments or len(entry.slots) < segments:
+            return False
+        if entry.read is not None and entry.read.first < segments:
+            return False
+        return not (entry.guessed and entry.guessed[0] < segments)
 
     def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when `wants`, which are resident, are pinned till the next `begin`, then all of them."""
@@ -303,7 +303,7 @@ class ExpertStore:
 
     def _in_turn(self, wants: Sequence[Want], window: int) -> deque[Want]:
         """Those in memory, to be held while the first of the others are read; then the rest, of two reads last."""
-        there = [want for want in wants if self._resident([want])]
+        there = [want for want in wants if self._is_resident(want)]
         known = set(there)
         missing = sorted((want for want in wants if want not in known), key=self._is_read_at_less)
         first = max(1, window - IN_FLIGHT)

@@ -285,7 +285,7 @@ def read(buffers):
     print("ended")
 
 begun = []
-queue = ReadQueue(lambda *what: Source(-1, None, 0, read))
+queue = ReadQueue(lambda *what: Source(-1, None, 0, read), None)
 queue.submit(Read(None, 0, []))
 while not begun:
     time.sleep(0.01)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from conftest import reader_threads
 
 from dymoe_runtime import eviction as eviction_module
+from dymoe_runtime import read_queue
 from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
@@ -1139,6 +1142,18 @@ def test_content_is_right_while_reads_fail_at_random(make: Make, arena: str) -> 
 # Ends
 
 
+def test_the_books_do_not_grow(make: Make) -> None:
+    store, reader = make(segments=9)
+    for turn in range(60):
+        fetch(store, reader, want(turn % 16), want((turn + 5) % 16))
+        store.look_ahead([want((turn + 9) % 16)])
+    wait_until(lambda: not store._memory.reads.pending())
+    store._memory.settle()
+    reads = store._memory.reads
+    assert not any(map(len, (reads._reads, reads._tickets, *reads._waiting.values(), reads._ended, reads._begun)))
+    assert len(store._memory.entries) == 3
+
+
 def test_closing_a_delivery_early_lets_go_of_what_it_held(make: Make) -> None:
     store, reader = make(segments=9)
 
@@ -1259,3 +1274,18 @@ def test_waiting_for_room_is_waiting(make: Make) -> None:
     threading.Timer(0.1, reader.release).start()
     fetch(store, reader, want(5), want(6), want(7))
     assert store.stats.wait_s > 0.02
+
+
+def test_memory_stays_as_long_as_a_thread_may_write_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_queue, "PATIENCE_S", 0.05)
+    reader = FakeReader(flat_layout())
+    reader.hold(key(1))
+    store = ExpertStore(reader.layout, (2, 16), reader, 9 * SPAN)
+    store.look_ahead([want(1)])
+    reader.wait_for(key(1))
+    memory = weakref.ref(store._memory.arena.memory)
+    assert not store.close()
+    del store
+    gc.collect()
+    assert memory() is not None
+    reader.release()
