@@ -88,24 +88,20 @@ class Eviction:
         """The expert whose last segment should leave for one of `layer`; None where none may."""
         cost, passed = self._cost, {}
         try:
-            while True:
-                index = self._least(layer)
-                key = self._keys[index]
-                if cost[key] == np.inf:
-                    return None
-                if key not in spared:
-                    return key
-                passed[key], cost[key] = cost[key], np.inf
+            if self._per_layer and layer is not None:
+                for key in spared:
+                    passed[key], cost[key] = cost[key], np.inf
+                fullest = self._fullest(cost, layer)
+                least = fullest * cost.shape[1] + int(cost[fullest].argmin())
+            else:
+                # What is spared is seldom the cheapest.
+                while (key := self._keys[least := int(cost.argmin())]) in spared and cost[key] < np.inf:
+                    passed[key], cost[key] = cost[key], np.inf
+            key = self._keys[least]
+            return key if cost[key] < np.inf else None
         finally:
             for key, value in passed.items():
                 cost[key] = value
-
-    def _least(self, layer: int | None) -> int:
-        """Where the least cost is, of those that may leave for one of `layer`."""
-        if not self._per_layer or layer is None:
-            return int(self._cost.argmin())
-        fullest = self._fullest(self._cost, layer)
-        return fullest * self._cost.shape[1] + int(self._cost[fullest].argmin())
 
     @staticmethod
     def _fullest(cost: np.ndarray, layer: int) -> int:

@@ -43,7 +43,7 @@ class LookAhead:
             tiers = rule.choose_for_token(layer, chosen, mass)
             likely = list(zip(chosen, tiers, mass, strict=True))[:ranks]
             return [Want(ExpertKey(layer, e), tier) for e, tier, gate in likely if tier and gate > 0]
-        guessed = replace(routing, experts=experts, gates=gates)
+        guessed = replace(routing, experts=experts, gates=gates, listed=None)
         of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
         experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
         sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)

@@ -246,9 +246,9 @@ def tiers_of_token(gates: Sequence[float], thresholds: Sequence[float], ladder: 
 
 def only_tier(thresholds: Sequence[float], ladder: Sequence[int]) -> int | None:
     """The tier that these thresholds give whatever the gates; None where that depends on them."""
-    if any(NEVER < threshold < 1 for threshold in thresholds):
+    if any(NEVER < threshold <= 1 for threshold in thresholds):
         return None
-    return next((tier for tier, threshold in zip(reversed(ladder), thresholds, strict=True) if threshold >= 1), 0)
+    return next((tier for tier, threshold in zip(reversed(ladder), thresholds, strict=True) if threshold > 1), 0)
 
 
 def uniform_thresholds(tier: int, ladder: Sequence[int]) -> Thresholds:

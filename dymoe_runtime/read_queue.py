@@ -65,7 +65,7 @@ class Read:
     nbytes: int = field(init=False)
     source: Source = field(init=False)
     done: bool = False  # once the queue was asked
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def __post_init__(self) -> None:
         self.purpose = self.urgency
@@ -76,7 +76,7 @@ class Read:
         assert self.source.then is not None
         try:
             self.source.then([memory_at(place) for place in self.places])
-        except Exception as error:  # handed to the caller, who raises it
+        except BaseException as error:  # handed to the caller, who raises it
             self.error = error
 
 
@@ -95,7 +95,7 @@ class ReadQueue:
         self._closed = False
         self.bytes_per_s: float | None = None  # of one read, lately; None before the first
         self._process = os.getpid()
-        # Python kills daemon threads as it ends, and some of what they call does not survive that.
+        # Threads do not survive it that Python ends while they call it.
         atexit.register(self.close)
 
     def submit(self, read: Read) -> None:
@@ -170,10 +170,11 @@ class ReadQueue:
         if outcomes:
             self._note_begun()
             for ticket, error, done, seconds in outcomes:
-                self._end(self._reads[ticket], error, done, seconds)
+                if ticket in self._reads:  # else its submission was interrupted
+                    self._end(self._reads[ticket], error, done, seconds)
 
     def _note_begun(self) -> None:
-        self._begun += [self._reads[ticket] for ticket in self._threads.started()]
+        self._begun += [self._reads[ticket] for ticket in self._threads.started() if ticket in self._reads]
 
     def _end(self, read: Read, error: int, done: int, seconds: float) -> None:
         read.done = True

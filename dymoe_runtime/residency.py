@@ -113,7 +113,14 @@ class Residency:
         self.counts = StoreStats()
 
     def entry(self, key: ExpertKey) -> Entry:
-        return self.entries.setdefault(key, Entry(key))
+        """Of this expert, with a read only if that is under way or somebody holds what it reads."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.read is not None:
+            self.settle()  # what failed while nobody wanted it was never read
+            entry = self.entries.get(key)
+        if entry is None:
+            entry = self.entries[key] = Entry(key)
+        return entry
 
     def nbytes(self) -> int:
         """Of all segments that are in memory or on their way."""
@@ -235,38 +242,40 @@ class Residency:
     ) -> list[Slot]:
         """Slots for what the entry lacks of its first segments; all or, with the error, none.
 
-        `make_room(lacking)` evicts something and says of how many bytes, 0 where it cannot; then `wait` may help, or
-        raises.
-        What leaves is mostly of the right sizes. Only where enough has left and does not fit, others are moved.
+        `make_room(missing)` evicts something of what is missing, and says of how many bytes, 0 where it cannot; then
+        `wait` may help, or raises. What leaves is mostly of the right sizes; only where enough has left and does not
+        fit, others are moved.
         """
         wanted = range(len(entry.slots), segments)
         lacking = sum(self._layout.segment_spans[size_class] for size_class in wanted)
         while True:
-            self.settle()
-            slots = self._allocate(wanted, compact=lacking <= 0)
-            if slots is not None:
+            slots, missing = self._allocate(wanted, compact=lacking <= 0)
+            if not missing:
                 return slots
-            freed = make_room(lacking)
+            self.settle()
+            freed = make_room(missing)
             lacking -= freed
             if not freed:
-                slots = self._allocate(wanted, compact=True)
-                if slots is not None:
+                slots, missing = self._allocate(wanted, compact=True)
+                if not missing:
                     return slots
                 wait()
 
-    def _allocate(self, size_classes: Iterable[int], compact: bool) -> list[Slot] | None:
-        """A slot of each class, or none at all."""
-        slots: list[Slot] = []
+    def _allocate(self, size_classes: Iterable[int], compact: bool) -> tuple[list[Slot], int]:
+        """A slot of each class, or none at all; and the bytes of those for which there is none."""
+        slots, missing = [], 0
         for size_class in size_classes:
             slot = self.arena.allocate(size_class, compact)
             if slot is None:
-                for taken in slots:
-                    self.arena.free(taken)
-                return None
-            slots.append(slot)
-        return slots
+                missing += self._layout.segment_spans[size_class]
+            else:
+                slots.append(slot)
+        if missing:
+            for slot in slots:
+                self.arena.free(slot)
+        return slots, missing
 
-    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey], lacking: int) -> int:
+    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey], missing: int) -> int:
         """Bytes freed for what is demanded; what is spared goes last."""
         if freed := self.take_back(Urgency.BACKGROUND, 1, spared):
             return freed
@@ -275,14 +284,14 @@ class Residency:
             if freed := self.take_back(Urgency.GUESS):
                 return freed
             victim = self._cheapest((), key.layer)
-        return 0 if victim is None else self._evict(victim, lacking)
+        return 0 if victim is None else self._evict(victim, missing)
 
     def _wait_for_room(self) -> None:
         if not self._wait_for_unpinned():
             raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
 
     def _make_easy_room(
-        self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey], lacking: int
+        self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey], missing: int
     ) -> int:
         """Bytes freed of what `volunteer` may displace."""
         if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1, keep)):
@@ -293,7 +302,7 @@ class Residency:
         worth = self.eviction.worth(key, segments - 1)
         if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) * WORTH_A_READ >= worth:
             return 0
-        return self._evict(victim, lacking)
+        return self._evict(victim, missing)
 
     @staticmethod
     def _give_up() -> None:
@@ -327,10 +336,10 @@ class Residency:
         for segment in segments:
             self.held[layer][segment] += more
 
-    def _evict(self, entry: Entry, lacking: int = 0) -> int:
-        """Its last segment, and those before that are worth no more while some are `lacking`; the bytes."""
+    def _evict(self, entry: Entry, missing: int = 0) -> int:
+        """Its last segment, and those before that are worth no more until so many bytes are free; how many are."""
         cost, left, freed = self.eviction.cost(entry.key), len(entry.slots), 0
-        while left and (not freed or (freed < lacking and self.eviction.worth(entry.key, left - 1) <= cost)):
+        while left and (not freed or (freed < missing and self.eviction.worth(entry.key, left - 1) <= cost)):
             left -= 1
             freed += self._layout.segment_spans[left]
         self.counts.evictions += len(entry.slots) - left

@@ -131,6 +131,7 @@ class ExpertStore:
         next are asked for, here or by another `begin`. The first reads are under way on return.
         """
         self._let_go()
+        self._memory.settle()
         if self.observer is not None:
             self.observer(wants)
         delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
@@ -142,6 +143,7 @@ class ExpertStore:
         found = [self._staying.get(want) for want in wants] if self._roomy else [None]
         if None in found:
             self._let_go()
+            self._memory.settle()
             if not self._resident(wants):
                 return None
             found = [self._memory.prepared(self._memory.entries[want.key], want.tier) for want in wants]
@@ -226,7 +228,6 @@ class ExpertStore:
 
     def _volunteer(self, want: Want, urgency: Urgency, keep: set[ExpertKey]) -> bool:
         """Whether `want` is there or on its way now."""
-        self._memory.settle()
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]
         if entry.read is not None:
@@ -336,7 +337,6 @@ class ExpertStore:
 
     def _demand(self, want: Want, wanted: set[ExpertKey]) -> Entry:
         """Pin the entry of `want`, reading what it lacks."""
-        self._memory.settle()  # a read that failed while nobody wanted it is done again
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]
         self._eviction.use(want.key, segments, want.tokens)

@@ -104,12 +104,12 @@ def fill(fd: int, offset: int, buffers: Sequence[memoryview]) -> tuple[int, int]
     while done < wanted:
         try:
             count = os.preadv(fd, _rest(buffers, done), offset + done)
+            done += count
+            # A file may end anywhere, and past its end an unaligned direct read is an error of its own.
+            if done < wanted and (count == 0 or os.fstat(fd).st_size <= offset + done):
+                break
         except OSError as error:
             return error.errno or errno.EIO, done
-        done += count
-        # A file may end anywhere, and past its end an unaligned direct read is an error of its own.
-        if done < wanted and (count == 0 or os.fstat(fd).st_size <= offset + done):
-            break
     return 0, done
 
 

@@ -8,7 +8,9 @@ import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it
 import json
 import shutil
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,10 +186,18 @@ def damaged(tiny_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_path, tmp_path / "damaged.dymoe"))
 
 
-def reader_threads() -> set[int]:
-    """Threads that read experts, by numbers; the compiled ones are none of Python's."""
-    found = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("reader-")}
-    tasks = Path("/proc/self/task")
-    if tasks.exists():
-        found |= {int(task.name) for task in tasks.iterdir() if (task / "comm").read_text() == "dymoe-reader\n"}
-    return found
+def reader_threads(expected: int = 0) -> set[int]:
+    """Threads that read experts, by numbers, once there are as many as expected or some time has passed.
+
+    The compiled ones are none of Python's, and are found only where the system lists them.
+    """
+    deadline = time.monotonic() + 2.0
+    while True:
+        found = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("reader-")}
+        for task in Path("/proc/self/task").glob("*"):
+            with suppress(OSError):  # it has just ended
+                if (task / "comm").read_text() == "dymoe-reader\n":
+                    found.add(int(task.name))
+        if len(found) == expected or time.monotonic() > deadline:
+            return found
+        time.sleep(0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dymoe_runtime.policy import (
     Policy,
     TierRule,
     chunk_importance,
+    only_tier,
     tiers_by_mass,
     tiers_of_token,
     uniform_thresholds,
@@ -91,6 +93,17 @@ def test_a_token_alone_obeys_pins_and_depth() -> None:
         given = routing([[2, 1, 0]], [[0.5, 0.3, 0.2]])
         alone = rule.choose_for_token(layer, [2, 1, 0], given.gates[0].tolist())
         assert alone == rule.choose(layer, given)[0].tolist()
+
+
+@pytest.mark.parametrize("thresholds", [*itertools.combinations_with_replacement((NEVER, 0.4, 1.0, ALWAYS), 3)])
+def test_where_gates_do_not_matter_their_shares_are_not_asked_for(thresholds: tuple[float, ...]) -> None:
+    only, gates = only_tier(thresholds, LADDER), ([0.6, 0.4, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    rule = TierRule(LADDER, (thresholds,), (thresholds,))
+    for row in gates:
+        expected = tiers_of_token(row, thresholds, LADDER)
+        assert only is None or set(expected) == {only}
+        assert rule.choose_for_token(0, [0, 1, 2], row) == expected
+    assert (only is None) == any(NEVER < threshold <= 1 for threshold in thresholds)
 
 
 def test_shapes_before_the_last_dimension_are_tokens() -> None:

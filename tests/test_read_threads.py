@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -167,21 +168,70 @@ def test_closing_leaves_behind_only_what_does_not_end(make: Make) -> None:
     assert called == []  # it had not begun
 
 
+@pytest.mark.skipif(native is None, reason="there are no compiled threads")
+@pytest.mark.parametrize(("urgency", "count"), [(-1, 1), (URGENCIES, 1), (0, 0), (0, -1)])
+def test_what_compiled_threads_cannot_do_is_refused(urgency: int, count: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        threads = native.Reads(count)
+        threads.submit(-1, 0, [], 0, None)
+        threads.cancel(0, urgency)
+    with pytest.raises(ValueError, match="expected"):
+        native.Reads(count).hurry(0, 0, urgency)
+    with pytest.raises(ValueError, match="expected"):
+        native.Reads(count).submit(-1, 0, [(0, -1)], urgency, None)
+
+
+# A child's threads are not there, and may have held a lock: closing neither waits for them nor touches it.
+FORKED = """
+import os, sys, threading
+from dymoe_runtime.read_queue import Read, ReadQueue, Source
+gate = threading.Event()
+queue = ReadQueue(lambda *what: Source(-1, None, 0, lambda buffers: gate.wait()), None)
+queue.submit(Read(None, 0, []))
+while not queue.started():
+    pass
+child = os.fork()
+if child:
+    _, status = os.waitpid(child, 0)
+    gate.set()
+print(queue.close(), flush=True)
+sys.exit(os.waitstatus_to_exitcode(status) if child else 0)
+"""
+
+# Python ends while a thread reads, and lets others run meanwhile.
+LEFT_BEHIND = """
+import ctypes, time
+from dymoe_runtime import read_queue
+from dymoe_runtime.read_queue import Read, ReadQueue, Source
+read_queue.PATIENCE_S = 0.0
+class Last:
+    def __del__(self, sleep=time.sleep):
+        sleep(1.5)
+memory = (ctypes.c_uint8 * (256 << 20))()
+zeros = open("/dev/zero", "rb")
+queue = ReadQueue(lambda *what: Source(zeros.fileno(), None, 0, print), memory)
+queue.submit(Read(None, 0, [(ctypes.addressof(memory), len(memory))]))
+last = Last()
+while not queue.started():
+    pass
+print(queue.close(), flush=True)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_process_ends_without_the_threads(make: Make) -> None:
-    threads = make()
-    gate = Gate(threads)
-    assert gate.entered.wait(TIMEOUT_S)
-    child = os.fork()
-    if not child:
-        del threads
-        with suppress(BaseException):
-            gate.let.set()
-        os._exit(0)
-    deadline = time.monotonic() + TIMEOUT_S
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        assert time.monotonic() < deadline, "the forked process hangs"
-        time.sleep(0.01)
-    gate.let.set()
-    threads.wait(gate.ticket)
+@pytest.mark.parametrize("isa", ["", "torch"])
+def test_a_forked_process_ends_without_the_threads(isa: str) -> None:
+    assert run(FORKED, isa) == (0, "True\nTrue\n", "")
+
+
+@pytest.mark.skipif(not os.access("/dev/zero", os.R_OK), reason="there is nothing that takes long to read")
+@pytest.mark.parametrize("isa", ["", "torch"])
+def test_a_read_that_outlives_the_program_does_it_no_harm(isa: str) -> None:
+    assert run(LEFT_BEHIND, isa) == (0, "False\n", "")
+
+
+def run(script: str, isa: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, "DYMOE_ISA": isa}
+    )
+    return done.returncode, done.stdout, done.stderr

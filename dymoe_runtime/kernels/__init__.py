@@ -83,7 +83,7 @@ def prepare(layout: RecordLayout, tier: int, segments: Segments) -> Expert:
 
 
 def prepare_at(layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
-    """The same for segments by their places."""
+    """The same for segments by their places, where they must stay."""
     return _active().prepare_at(layout, tier, places)
 
 

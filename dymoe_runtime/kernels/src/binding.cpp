@@ -4,6 +4,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "isa.h"
 #include "ops.h"
@@ -269,11 +271,33 @@ std::function<void()> callback(nb::object function) {
   };
 }
 
-uint64_t submit_read(Reads& reads, int fd, int64_t offset, const SegmentTuples& tuples, int urgency, nb::object then) {
+void check_urgency(int urgency) {
   if (urgency < 0 || urgency >= kUrgencies) reject("urgency: expected 0.." + std::to_string(kUrgencies - 1));
+}
+
+void make_reads(Reads* reads, int threads) {
+  if (threads < 1) reject("threads: expected at least one");
+  new (reads) Reads(threads);
+}
+
+uint64_t submit_read(Reads& reads, int fd, int64_t offset, const SegmentTuples& tuples, int urgency, nb::object then) {
+  check_urgency(urgency);
   std::vector<Span> spans;
-  for (const auto& [address, nbytes] : tuples) spans.push_back({reinterpret_cast<uint8_t*>(address), nbytes});
+  for (const auto& [address, nbytes] : tuples) {
+    if (nbytes < 0) reject("places: expected no fewer than 0 bytes");
+    spans.push_back({reinterpret_cast<uint8_t*>(address), nbytes});
+  }
   return reads.submit(fd, offset, std::move(spans), urgency, callback(std::move(then)));
+}
+
+bool hurry_read(Reads& reads, uint64_t ticket, int now, int urgency) {
+  check_urgency(now), check_urgency(urgency);
+  return reads.hurry(ticket, now, urgency);
+}
+
+bool cancel_read(Reads& reads, uint64_t ticket, int urgency) {
+  check_urgency(urgency);
+  return reads.cancel(ticket, urgency);
 }
 
 std::vector<std::tuple<uint64_t, int, int64_t, double>> finished_reads(Reads& reads) {
@@ -282,9 +306,9 @@ std::vector<std::tuple<uint64_t, int, int64_t, double>> finished_reads(Reads& re
   return tuples;
 }
 
-/// Looks for signals now and then, so that waiting for a disk that does not answer can be interrupted.
+constexpr double kLook = 0.05;  // seconds after which signals are looked for: a disk may never answer
+
 void wait_for_read(Reads& reads, uint64_t ticket) {
-  constexpr double kLook = 0.05;
   while (true) {
     {
       nb::gil_scoped_release unlocked;
@@ -295,8 +319,18 @@ void wait_for_read(Reads& reads, uint64_t ticket) {
 }
 
 bool close_reads(Reads& reads, double patience_s) {
-  nb::gil_scoped_release unlocked;
-  return reads.close(patience_s);
+  bool ended = false, interrupted = false;
+  do {
+    {
+      nb::gil_scoped_release unlocked;
+      ended = reads.stop(std::min(patience_s, kLook));
+    }
+    interrupted = PyErr_CheckSignals();
+    patience_s -= kLook;
+  } while (!ended && !interrupted && patience_s > 0);
+  reads.abandon();
+  if (interrupted) throw nb::python_error();
+  return ended;
 }
 
 std::vector<std::string> isa_names() {
@@ -324,10 +358,10 @@ NB_MODULE(_native, m) {
       .def("attend", &run_attend)
       .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
   nb::class_<Reads>(m, "Reads")
-      .def(nb::init<int>(), "threads"_a)
+      .def("__init__", &make_reads, "threads"_a)
       .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none())
-      .def("hurry", &Reads::hurry, "ticket"_a, "now"_a, "urgency"_a)
-      .def("cancel", &Reads::cancel, "ticket"_a, "urgency"_a)
+      .def("hurry", &hurry_read, "ticket"_a, "now"_a, "urgency"_a)
+      .def("cancel", &cancel_read, "ticket"_a, "urgency"_a)
       .def("started", &Reads::started)
       .def("finished", &finished_reads)
       .def("pending", &Reads::pending)

@@ -87,7 +87,7 @@ struct Reads::State {
   std::vector<uint64_t> started;
   std::vector<Outcome> finished;
   uint64_t next = 0;
-  bool closed = false;
+  bool closed = false, abandoned = false;
   int alive = 0;
   const pid_t process = getpid();
   std::vector<std::thread> threads;
@@ -112,6 +112,12 @@ struct Reads::State {
       Outcome outcome{read.ticket, 0, 0, 0};
       const auto begun = Clock::now();
       if (read.fd >= 0) fill(read, outcome.error, outcome.done);
+      lock.lock();
+      if (abandoned) {  // the program may be about to end, and what would be called with it
+        new std::function<void()>(std::move(read.then));
+        break;
+      }
+      lock.unlock();
       if (read.then && (read.fd < 0 || rest_of(read.spans, outcome.done).empty())) read.then();
       read.then = nullptr;  // what it holds may want a lock of its own to go
       outcome.seconds = std::chrono::duration<double>(Clock::now() - begun).count();
@@ -148,13 +154,17 @@ Reads::Reads(int threads) : state_(std::make_shared<State>()) {
   }
 }
 
-Reads::~Reads() { close(0); }
+Reads::~Reads() {
+  stop(0);
+  abandon();
+}
 
 uint64_t Reads::submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then) {
-  std::lock_guard<std::mutex> lock(state_->mutex);
+  std::unique_lock<std::mutex> lock(state_->mutex);
   const uint64_t ticket = state_->next++;
   state_->pending.insert(ticket);
   state_->waiting[urgency].push_back({ticket, fd, offset, std::move(spans), std::move(then)});
+  lock.unlock();
   state_->wake.notify_one();
   return ticket;
 }
@@ -196,24 +206,31 @@ bool Reads::wait(uint64_t ticket, double seconds) {
                                 [&] { return !state_->pending.count(ticket); });
 }
 
-bool Reads::close(double patience_s) {
+bool Reads::stop(double seconds) {
   if (getpid() != state_->process) return true;  // forked: the threads are not here, and may have held the lock
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  state_->closed = true;
+  state_->wake.notify_all();
+  return state_->ended.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return state_->alive == 0; });
+}
+
+void Reads::abandon() {
+  if (getpid() != state_->process) return;
   std::vector<std::thread> threads;
-  bool all = false;
+  std::deque<Read> never[kUrgencies];  // go on this thread, when the lock has gone
+  bool ended = false;
   {
-    std::unique_lock<std::mutex> lock(state_->mutex);
-    state_->closed = true;
-    state_->wake.notify_all();
-    all = state_->ended.wait_for(lock, std::chrono::duration<double>(patience_s), [&] { return state_->alive == 0; });
+    std::lock_guard<std::mutex> lock(state_->mutex);
+    ended = state_->alive == 0, state_->abandoned = true;
     threads.swap(state_->threads);
+    for (int i = 0; i < kUrgencies; ++i) never[i].swap(state_->waiting[i]);
   }
   for (std::thread& thread : threads) {
-    if (all)
+    if (ended)
       thread.join();
     else
       thread.detach();
   }
-  return all;
 }
 
 }  // namespace dymoe

@@ -26,7 +26,7 @@ constexpr int kUrgencies = 3;  // 0 goes first
 class Reads {
  public:
   explicit Reads(int threads);
-  ~Reads();  // as `close`, without patience
+  ~Reads();
 
   /// Fills the spans, one after another, from `offset` of the file; where `fd` is below 0 there is none, and nothing
   /// is filled. Once they are full calls `then`, if there is one, on the thread that read. Returns the read's ticket.
@@ -48,8 +48,11 @@ class Reads {
   /// Waits until the read has ended; false where it takes longer.
   bool wait(uint64_t ticket, double seconds);
 
-  /// Ends the threads; false where one still reads after some patience. It is left behind then.
-  bool close(double patience_s);
+  /// Has the threads end, and waits for that; false where one still reads after so long.
+  bool stop(double seconds);
+
+  /// After `stop`: leaves behind the threads that still read. These call nothing any more.
+  void abandon();
 
  private:
   struct State;
