@@ -399,8 +399,11 @@ def test_what_is_resident_is_delivered_together(make: Make, segments: int) -> No
         check(reader, wanted, parts)
     assert len(reader.calls) == before
     assert (store.stats.requests, store.stats.hits) == (6, 3)
-    first, *rest = store.begin([want(3, 4), want(1, 4)])
-    assert [[wanted for wanted, _ in batch] for batch in (first, *rest)] == [[want(1, 4)], [want(3, 4)]]
+    reader.hold(key(3))
+    delivery = store.begin([want(3, 4), want(1, 4)])
+    first = next(delivery)
+    reader.release()
+    assert [[wanted for wanted, _ in batch] for batch in (first, *delivery)] == [[want(1, 4)], [want(3, 4)]]
 
 
 def test_what_is_there_comes_before_what_is_read(make: Make) -> None:
@@ -1191,9 +1194,12 @@ def test_closing_a_delivery_early_lets_go_of_what_it_held(make: Make) -> None:
     store, reader = make(segments=9)
 
     for layer in (0, 1, 0, 1):
+        reader.hold(key(1, layer), key(2, layer))
         delivery = store.begin([want(e, 4, layer) for e in range(3)])
-        for _ in range(2):
-            check(reader, *next(delivery)[0])
+        check(reader, *next(delivery)[0])
+        reader.release(key(1, layer))
+        check(reader, *next(delivery)[0])
+        reader.release(key(2, layer))
         wait_until(lambda: not store._memory.reads.pending())
         delivery.close()
 
