@@ -13,12 +13,13 @@ import torch
 from dymoe_runtime import kernels
 from dymoe_runtime.cost import CostModel
 from dymoe_runtime.decoder import Routing
+from dymoe_runtime.delivery import Delivered, Want
 from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.look_ahead import LookAhead
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.read_queue import LATELY
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import Delivered, ExpertStore, Want
+from dymoe_runtime.store import ExpertStore
 
 # More than the highest tier.
 TIERS = 16

@@ -10,10 +10,10 @@ from safetensors.torch import load
 
 from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
 from dymoe_runtime.decoder import Routing
+from dymoe_runtime.delivery import Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import Want
 
 # (layer, residual) -> (experts, gates) that the layer's router would choose.
 Guess = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

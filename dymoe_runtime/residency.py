@@ -1,4 +1,4 @@
-"""What of which expert is in memory: slots of the arena, reads on their way, and room made by eviction.
+"""What of which expert is in memory: slots of the arena, and reads on their way.
 
 Only the caller's thread changes the books; reader threads fill buffers and nothing else. What leaves is always the
 last segment that an expert has: refinement planes are used no more often than the base plane below them, so they
@@ -10,20 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from dymoe_runtime.arena import Arena, Slot
 from dymoe_runtime.device import Place
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.read_queue import Read, Reader, ReadQueue, Urgency
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout
-
-# What is read in the background takes the place of what is worth less by this factor; at 1 reads cost more than they
-# bring.
-WORTH_A_READ = 2
 
 # (tier, places of the leading segments of an expert) -> what is delivered of it.
 Prepare = Callable[[int, list[Place]], Any]
@@ -85,10 +79,10 @@ class Residency:
         self.reads = ReadQueue(reader, self.arena.memory)
         self.entries: dict[ExpertKey, Entry] = {}
         self.held = [[0] * len(layout.ladder) for _ in range(shape[0])]  # experts of each layer with each segment
-        self._layout = layout
-        self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
+        self.segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
+        self.spans = layout.segment_spans
         self._prepare = prepare
-        self._moved = moved
+        self.moved = moved
 
     @property
     def stats(self) -> StoreStats:
@@ -130,7 +124,7 @@ class Residency:
         """What `prepare` made of the expert at `tier`, all segments of which are there."""
         found = entry.prepared.get(tier)
         if found is None:
-            needed = self._segments_of[tier]
+            needed = self.segments_of[tier]
             assert len(entry.slots) >= needed and (entry.read is None or entry.read.first >= needed), entry.key
             found = entry.prepared[tier] = self._prepare(tier, [slot.place for slot in entry.slots[:needed]])
         return found
@@ -158,27 +152,6 @@ class Residency:
         self.eviction.hold(entry.key)
         if not entry.slots and not entry.pins:
             self.entries.pop(entry.key, None)
-
-    def demand(self, entry: Entry, segments: int, spared: Collection[ExpertKey]) -> None:
-        """Read what a pinned entry lacks of its first `segments`; what is `spared` leaves last."""
-        make_room = partial(self._make_room, entry.key, spared)
-        self._read(entry, self._rooms(entry, segments, make_room, self._wait_for_room))
-
-    def volunteer(self, entry: Entry, segments: int, urgency: Urgency, keep: Collection[ExpertKey]) -> bool:
-        """Read what an entry lacks though nobody waits for it, where there is room; `keep` stays in any case.
-
-        A guess, which is for now, may displace anything else; what is read in the background only what is worth much
-        less.
-        """
-        try:
-            make_room = partial(self._make_easy_room, entry.key, segments, urgency, keep)
-            slots = self._rooms(entry, segments, make_room, self._give_up)
-        except _NoRoom:
-            self.refresh(entry)
-            return False
-        self._read(entry, slots, urgency)
-        self.refresh(entry)
-        return True
 
     def finish(self, entry: Entry) -> None:
         """Wait for the entry's read; on an error give its memory back and raise it."""
@@ -214,105 +187,13 @@ class Residency:
         entry.guessed = [first for first in entry.guessed if first < read.first]
         self.refresh(entry)
 
-    def resize(self, arena_bytes: int) -> None:
-        """Give memory back, or take it again, until the arena has at most `arena_bytes`, as far as pins allow."""
-        self._moved()
-        chunks = arena_bytes // self.arena.chunk_bytes
-        while self.arena.chunks < chunks and self.arena.take_again():
-            pass
-        while self.arena.chunks > chunks:
-            self.settle()
-            if self.arena.give_back():
-                continue
-            if self.take_back(Urgency.BACKGROUND, 1) or self.take_back(Urgency.GUESS):
-                continue
-            victim = self._cheapest((), None)
-            if victim is not None:
-                self._evict(victim)
-            elif not self._wait_for_unpinned():
-                return
-
     def _forget_prepared(self, slot: Slot) -> None:
         """It has moved."""
-        self._moved()
+        self.moved()
         slot.owner.prepared.clear()
 
-    def _rooms(
-        self, entry: Entry, segments: int, make_room: Callable[[int], int], wait: Callable[[], None]
-    ) -> list[Slot]:
-        """Slots for what the entry lacks of its first segments; all or, with the error, none.
-
-        `make_room(missing)` evicts something of what is missing, and says of how many bytes, 0 where it cannot; then
-        `wait` may help, or raises. What leaves is mostly of the right sizes; only where enough has left and does not
-        fit, others are moved.
-        """
-        wanted = range(len(entry.slots), segments)
-        lacking = sum(self._layout.segment_spans[size_class] for size_class in wanted)
-        while True:
-            slots, missing = self._allocate(wanted, compact=lacking <= 0)
-            if not missing:
-                return slots
-            self.settle()
-            freed = make_room(missing)
-            lacking -= freed
-            if not freed:
-                slots, missing = self._allocate(wanted, compact=True)
-                if not missing:
-                    return slots
-                wait()
-
-    def _allocate(self, size_classes: Iterable[int], compact: bool) -> tuple[list[Slot], int]:
-        """A slot of each class, or none at all; and the bytes of those for which there is none."""
-        slots, missing = [], 0
-        for size_class in size_classes:
-            slot = self.arena.allocate(size_class, compact)
-            if slot is None:
-                missing += self._layout.segment_spans[size_class]
-            else:
-                slots.append(slot)
-        if missing:
-            for slot in slots:
-                self.arena.free(slot)
-        return slots, missing
-
-    def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey], missing: int) -> int:
-        """Bytes freed for what is demanded; what is spared goes last."""
-        if freed := self.take_back(Urgency.BACKGROUND, 1, spared):
-            return freed
-        victim = self._cheapest(spared, key.layer)
-        if victim is None:
-            if freed := self.take_back(Urgency.GUESS):
-                return freed
-            victim = self._cheapest((), key.layer)
-        return 0 if victim is None else self._evict(victim, missing)
-
-    def _wait_for_room(self) -> None:
-        if not self._wait_for_unpinned():
-            raise DymoeError("expert arena is full of experts in use; give more memory with --memory")
-
-    def _make_easy_room(
-        self, key: ExpertKey, segments: int, urgency: Urgency, keep: Collection[ExpertKey], missing: int
-    ) -> int:
-        """Bytes freed of what `volunteer` may displace."""
-        if urgency is Urgency.GUESS and (freed := self.take_back(Urgency.BACKGROUND, 1, keep)):
-            return freed
-        victim = self._cheapest(keep, key.layer)
-        if victim is None:
-            return 0
-        worth = self.eviction.worth(key, segments - 1)
-        if urgency is not Urgency.GUESS and self.eviction.cost(victim.key) * WORTH_A_READ >= worth:
-            return 0
-        return self._evict(victim, missing)
-
-    @staticmethod
-    def _give_up() -> None:
-        raise _NoRoom
-
-    def _cheapest(self, spared: Collection[ExpertKey], layer: int | None) -> Entry | None:
-        key = self.eviction.cheapest(spared, layer)
-        return None if key is None else self.entries[key]
-
-    def _read(self, entry: Entry, slots: list[Slot], urgency: Urgency = Urgency.DEMAND) -> None:
+    def read(self, entry: Entry, slots: list[Slot], urgency: Urgency = Urgency.DEMAND) -> None:
+        """Fill `slots` with the next segments of an entry."""
         for slot in slots:
             slot.owner = entry
         read = Read(entry.key, len(entry.slots), [slot.place for slot in slots], urgency)
@@ -336,12 +217,12 @@ class Residency:
         for segment in segments:
             self.held[layer][segment] += more
 
-    def _evict(self, entry: Entry, missing: int = 0) -> int:
+    def evict(self, entry: Entry, missing: int = 0) -> int:
         """Its last segment, and those before that are worth no more until so many bytes are free; how many are."""
         cost, left, freed = self.eviction.cost(entry.key), len(entry.slots), 0
         while left and (not freed or (freed < missing and self.eviction.worth(entry.key, left - 1) <= cost)):
             left -= 1
-            freed += self._layout.segment_spans[left]
+            freed += self.spans[left]
         self.counts.evictions += len(entry.slots) - left
         self._drop(entry, left)
         if entry.guessed:
@@ -361,7 +242,7 @@ class Residency:
         if ended:
             self._count_reads()
 
-    def _wait_for_unpinned(self) -> bool:
+    def wait_for_unpinned(self) -> bool:
         """Wait for a read that nobody holds, so that it can be evicted; whether there was one."""
         under_way = next((e.read for e in self.entries.values() if e.read is not None and e.pins == 0), None)
         if under_way is not None:
@@ -372,7 +253,3 @@ class Residency:
 def _movable(slot: Slot) -> bool:
     """Not before it is known what it is for."""
     return slot.owner is not None and slot.owner.free
-
-
-class _NoRoom(Exception):
-    """There is none without waiting or evicting what must stay."""

@@ -8,39 +8,25 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from dymoe_runtime.admission import Admission
 from dymoe_runtime.arena import chunk_bytes
+from dymoe_runtime.delivery import WINDOW, Delivered, Delivery, Want
 from dymoe_runtime.device import memory_at
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
-from dymoe_runtime.read_queue import IN_FLIGHT, Reader, Urgency
+from dymoe_runtime.read_queue import Reader, Urgency
 from dymoe_runtime.residency import Entry, Prepare, Residency, StoreStats
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout
 
-# Experts held for the caller at once: one in use, the others arriving.
-WINDOW = IN_FLIGHT + 1
 # Look-ahead reads what fits into the idle time this many times over: what is read too late is still read earlier.
 IDLE_TIMES = 2
 # Tokens whose uses are remembered where nothing has to leave memory.
 RECENT_TOKENS = 256
-
-
-class Want(NamedTuple):
-    key: ExpertKey
-    tier: int
-    tokens: int = 1  # that use it
-
-
-class Delivered(NamedTuple):
-    """An expert that was wanted; `at(tier)` is what the store's `prepare` made of it, for tiers up to the wanted."""
-
-    want: Want
-    at: Callable[[int], Any]
 
 
 class ExpertStore:
@@ -70,14 +56,15 @@ class ExpertStore:
         self.observer: Callable[[Sequence[Want]], None] | None = None  # told of what is demanded
         self._shape = shape
         self._eviction = eviction or Eviction(shape, len(layout.ladder))
-        self._overlap = overlap
         arena_bytes = min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1]))
         self._memory = Residency(layout, shape, arena_bytes, reader, self._eviction, prepare, self._forget)
+        self._admission = Admission(self._memory)
+        self._delivery = Delivery(self._memory, self._admission, overlap)
         self._full_bytes = full_arena_bytes(layout, experts or shape[0] * shape[1])
         self._roomy = self.arena_bytes >= self._full_bytes
         self._lent: list[Entry] = []  # pinned until the next are asked for
         self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
-        self._segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
+        self._segments_of = self._memory.segments_of
         # Where all fit, uses are only counted should that end.
         self._recent: deque[Sequence[Want]] = deque(maxlen=RECENT_TOKENS * shape[0])
 
@@ -121,7 +108,7 @@ class ExpertStore:
         self._recent.clear()
         for entry in list(self._memory.entries.values()):
             self._memory.refresh(entry)
-        self._memory.resize(max(arena_bytes, least_arena_bytes(self.layout)))
+        self._admission.resize(max(arena_bytes, least_arena_bytes(self.layout)))
         self._roomy = self.arena_bytes >= self._full_bytes
 
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
@@ -134,7 +121,8 @@ class ExpertStore:
         self._memory.settle()
         if self.observer is not None:
             self.observer(wants)
-        delivery = self._deliver_together(wants) if self._resident(wants) else self._deliver(wants)
+        together = self._delivery.resident(wants)
+        delivery = self._deliver_together(wants) if together else self._delivery.as_they_come(wants)
         next(delivery)
         return delivery
 
@@ -144,7 +132,7 @@ class ExpertStore:
         if None in found:
             self._let_go()
             self._memory.settle()
-            if not self._resident(wants):
+            if not self._delivery.resident(wants):
                 return None
             found = [self._memory.prepared(self._memory.entries[want.key], want.tier) for want in wants]
             if self._roomy:
@@ -235,7 +223,7 @@ class ExpertStore:
             return True
         if len(entry.slots) >= segments:
             return True
-        return self._memory.volunteer(entry, segments, urgency, keep)
+        return self._admission.volunteer(entry, segments, urgency, keep)
 
     def _let_go(self) -> None:
         for entry in self._lent:
@@ -246,117 +234,13 @@ class ExpertStore:
         """Something has moved."""
         self._staying.clear()
 
-    def _resident(self, wants: Sequence[Want]) -> bool:
-        """Whether none of `wants` has anything to wait for, nor anything new to count."""
-        return all(map(self._is_resident, wants))
-
-    def _is_resident(self, want: Want) -> bool:
-        entry, segments = self._memory.entries.get(want.key), self._segments_of[want.tier]
-        if entry is None or not segments or len(entry.slots) < segments:
-            return False
-        if entry.read is not None and entry.read.first < segments:
-            return False
-        return not (entry.guessed and entry.guessed[0] < segments)
-
     def _deliver_together(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when `wants`, which are resident, are pinned till the next `begin`, then all of them."""
         self._count_hits(wants)
         if not self._roomy:
             self._lend(wants)
         yield []
-        yield [self._delivered(want) for want in wants]
-
-    def _delivered(self, want: Want) -> Delivered:
-        return Delivered(want, partial(self._memory.prepared, self._memory.entries[want.key]))
-
-    def _deliver(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
-        """Yields once when the first reads are under way, then the wanted experts as they come."""
-        # So many can always be held at once, in whatever chunks their segments lie.
-        window = max(WINDOW, self._memory.arena.chunks // len(self.layout.ladder))
-        coming = self._in_turn(wants, window)
-        wanted = {want.key for want in wants}
-        held: dict[Want, Entry] = {}
-        started = False
-        try:
-            while coming or held or not started:
-                while coming and len(held) < window:
-                    want = coming.popleft()
-                    held[want] = self._demand(want, wanted)
-                if not started:
-                    started = True
-                    yield []
-                    continue
-                self._memory.settle()
-                if not self._overlap:
-                    for want, entry in held.items():
-                        self._finish(want, entry, wanted)
-                ready = [want for want, entry in held.items() if self._usable(want, entry, wanted)]
-                if not ready:
-                    # All that is held is on its way, and reads end about in this order.
-                    ready = [next(iter(held))]
-                    self._finish(ready[0], held[ready[0]], wanted)
-                yield [self._delivered(want) for want in ready]
-                for want in ready:
-                    self._memory.unpin(held.pop(want))
-        finally:
-            for entry in held.values():
-                self._memory.unpin(entry)
-
-    def _in_turn(self, wants: Sequence[Want], window: int) -> deque[Want]:
-        """Those in memory, to be held while the first of the others are read; then the rest, of two reads last."""
-        there = [want for want in wants if self._is_resident(want)]
-        known = set(there)
-        missing = sorted((want for want in wants if want not in known), key=self._is_read_at_less)
-        first = max(1, window - IN_FLIGHT)
-        return deque([*there[:first], *missing[:IN_FLIGHT], *there[first:], *missing[IN_FLIGHT:]])
-
-    def _is_read_at_less(self, want: Want) -> bool:
-        entry = self._memory.entries.get(want.key)
-        return entry is not None and entry.read is not None and len(entry.slots) < self._segments_of[want.tier]
-
-    def _usable(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> bool:
-        """Whether all segments of its tier are there; raises what kept them from coming."""
-        segments = self._segments_of[want.tier]
-        if entry.read is not None and entry.read.first < segments:
-            if not entry.read.done:
-                return False
-            self._memory.finish(entry)
-        self._read_rest(want, entry, wanted)
-        return len(entry.slots) >= segments and (entry.read is None or entry.read.first >= segments)
-
-    def _finish(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> None:
-        """Wait until all segments of its tier are there."""
-        while not self._usable(want, entry, wanted):
-            self._memory.finish(entry)
-
-    def _read_rest(self, want: Want, entry: Entry, wanted: set[ExpertKey]) -> None:
-        """Start to read what an entry lacks, unless it is being read: then after that."""
-        segments = self._segments_of[want.tier]
-        if entry.read is None and len(entry.slots) < segments:
-            self._memory.demand(entry, segments, wanted)
-
-    def _demand(self, want: Want, wanted: set[ExpertKey]) -> Entry:
-        """Pin the entry of `want`, reading what it lacks."""
-        entry = self._memory.entry(want.key)
-        segments = self._segments_of[want.tier]
-        self._eviction.use(want.key, segments, want.tokens)
-        counts = self._memory.counts
-        counts.requests += 1
-        # From here on it is in use, and room for its own next segments must not cost it these.
-        self._memory.pin(entry)
-        try:
-            if entry.read is not None and entry.read.first < segments:
-                self._memory.reads.hurry(entry.read)
-            if entry.guessed:
-                left = [first for first in entry.guessed if first >= segments]
-                counts.look_ahead_hits += len(entry.guessed) - len(left)
-                entry.guessed = left
-            counts.hits += len(entry.slots) >= segments
-            self._read_rest(want, entry, wanted)
-        except BaseException:
-            self._memory.unpin(entry)
-            raise
-        return entry
+        yield [self._delivery.delivered(want) for want in wants]
 
 
 def least_arena_bytes(layout: RecordLayout) -> int:

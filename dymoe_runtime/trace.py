@@ -15,11 +15,12 @@ import torch
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.charts import Axis, Point, Series, element, page, plot, text
 from dymoe_runtime.decoder import Experts, Routing
+from dymoe_runtime.delivery import Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.read_queue import Source
 from dymoe_runtime.residency import StoreStats
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import ExpertStore, Want, least_arena_bytes
+from dymoe_runtime.store import ExpertStore, least_arena_bytes
 from dymoe_runtime.warm_up import make_eviction
 
 

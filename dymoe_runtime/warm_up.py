@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.delivery import Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import GROWTH, Eviction
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import Want
 
 # So many tokens' uses the expectation counts for.
 PRIOR_TOKENS = 100

@@ -22,12 +22,13 @@ from conftest import reader_threads
 from dymoe_runtime import eviction as eviction_module
 from dymoe_runtime import read_queue
 from dymoe_runtime.arena import chunk_bytes
+from dymoe_runtime.delivery import WINDOW, Delivered, Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
-from dymoe_runtime.read_queue import Source
+from dymoe_runtime.read_queue import IN_FLIGHT, Source
 from dymoe_runtime.read_threads import PythonThreads, read_threads
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import IN_FLIGHT, WINDOW, Delivered, ExpertStore, Want, full_arena_bytes, least_arena_bytes
+from dymoe_runtime.store import ExpertStore, full_arena_bytes, least_arena_bytes
 from dymoe_runtime.tiers import RecordLayout, make_layout
 
 # What should come at once has not come.

@@ -20,10 +20,10 @@ import torch
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
+from dymoe_runtime.delivery import Want
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import Want
 
 assert dymoe_runtime.__version__
 

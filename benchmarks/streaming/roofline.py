@@ -10,6 +10,10 @@ A token can take no less than
 cannot overlap is the time to read, in each layer, the experts that nobody guessed, less the time in which the layer's
 other experts are computed: they are not known before the layer is reached. *wait*: waited for reads beyond that;
 *experts* and *rest*: how much longer these take than in memory, the books of memory included.
+
+*at once*: the same, with reading and computing as slow as `at_once.py` finds them while both go on,
+
+    max(both, beside + what cannot overlap)
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ from typing import Any
 from limited import run
 
 Line = Mapping[str, Any]
-COLUMNS = ("MB/token", "read", "compute", "no overlap", "roofline", "achieved", "ratio", "wait", "experts", "rest")
+COLUMNS = (
+    *("MB/token", "read", "compute", "no overlap", "roofline", "achieved", "ratio", "wait", "experts", "rest"),
+    *("at once", "its ratio"),
+)
 
 
 def main() -> None:
@@ -47,7 +54,8 @@ def main() -> None:
             disk = probed_disk(args, limit)
             for setting in args.settings.split(","):
                 in_memory, limited = traced(args, setting, 0), traced(args, setting, limit)
-                rows[limit, setting].append(bound(in_memory, limited, disk, experts_per_token(args.bundle)))
+                row = bound(in_memory, limited, disk, experts_per_token(args.bundle))
+                rows[limit, setting].append(row | at_once(args, setting, row))
     print(f"{'':<24}" + "".join(f"{name:>12}" for name in COLUMNS))
     for (limit, setting), found in rows.items():
         medians = [statistics.median(row[name] for row in found) for name in COLUMNS]
@@ -111,6 +119,15 @@ def bound(in_memory: Sequence[Line], limited: Sequence[Line], disk: float, top_k
         "experts": 1e3 * (inside - waited - experts_s),
         "rest": 1e3 * ((achieved - inside) - (compute - experts_s)),
     }
+
+
+def at_once(args: argparse.Namespace, setting: str, row: Mapping[str, float]) -> dict[str, float]:
+    """The last columns of a row."""
+    command = [sys.executable, Path(__file__).with_name("at_once.py"), args.bundle, *setting.split()]
+    command += ["--read-mb", str(row["MB/token"]), "--threads", str(args.threads)]
+    found = json.loads(succeed(command, 0))
+    least = max(found["both"], found["beside"] + row["no overlap"])
+    return {"at once": least, "its ratio": row["achieved"] / least}
 
 
 def parts(lines: Sequence[Line]) -> tuple[float, float, float]:

@@ -1,0 +1,128 @@
+"""How long a token takes, all experts in memory, while so many bytes are read beside it: neither waits for the other.
+
+    python benchmarks/streaming/at_once.py BUNDLE --tiers 4 --read-mb 193
+
+Computing and reading share the memory's bandwidth, and on a virtual machine the host's processors, so that at once
+they take longer than the longer of the two. Tokens with and without reads take turns, 16 each. As JSON, medians in
+milliseconds: *alone*, a token without reads; *beside*, one with reads; *both*, until the reads have ended too; and
+*reads*, the reads alone. Reads are of whole records, past the page cache, as many at the same time as the store reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.device import map_memory
+from dymoe_runtime.model import Model
+from dymoe_runtime.options import RunOptions
+from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
+from dymoe_runtime.spec import ExpertKey
+
+PROMPT = 256
+TURN = 16
+# Reads go all over so much memory, more than caches hold.
+MEMORY_BYTES = 256 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--tiers", type=int)
+    chosen.add_argument("--point")
+    parser.add_argument("--read-mb", type=float, required=True, help="10^6 bytes a token")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    context = PROMPT + TURN + args.tokens
+    options = RunOptions(
+        context=context, tier=args.tiers, point=args.point, threads=args.threads, look_ahead=False, preload=True
+    )
+    with Model(bundle, options) as model:
+        if not model.store.roomy:
+            raise SystemExit("this needs memory for all experts; run it without a limit")
+        print(json.dumps(measure(model, args.read_mb * 1e6, args.tokens)))
+
+
+def measure(model: Model, read_bytes: float, tokens: int) -> dict[str, float]:
+    """Medians in milliseconds."""
+    generator = random.Random(0)
+    ids = [generator.randrange(model.spec.vocab_size) for _ in range(PROMPT + TURN + tokens)]
+    model.prefill(ids[:PROMPT])
+    for token in ids[PROMPT : PROMPT + TURN]:
+        model.decode(token)
+    beside = Beside(model, read_bytes)
+    times: dict[str, list[float]] = {"alone": [], "beside": [], "both": [], "reads": []}
+    try:
+        for number, token in enumerate(ids[PROMPT + TURN :]):
+            reading = number // TURN % 2 == 1
+            before, started = model.store.stats.read_bytes, time.perf_counter()
+            wait = beside.start() if reading else None
+            model.decode(token)
+            decoded_s = time.perf_counter() - started
+            if wait is not None:
+                wait()
+            both_s = time.perf_counter() - started
+            if model.store.stats.read_bytes != before:
+                continue  # the token itself had to wait for an expert
+            times["beside" if reading else "alone"].append(decoded_s)
+            if reading:
+                times["both"].append(both_s)
+        for _ in range(TURN):
+            started = time.perf_counter()
+            beside.start()()
+            times["reads"].append(time.perf_counter() - started)
+    finally:
+        beside.close()
+    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
+
+
+class Beside:
+    """Reads of about `read_bytes` at a time from a model's bundle, into memory that nobody needs."""
+
+    def __init__(self, model: Model, read_bytes: float) -> None:
+        layout, spec = model.bundle.layout, model.spec
+        tier = min(layout.ladder, key=lambda tier: abs(tier - model.experts.stats.bits_mean))
+        spans = layout.segment_spans[: layout.segments_of(tier)]
+        experts = [ExpertKey(layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)]
+        random.Random(0).shuffle(experts)
+        self._experts = itertools.cycle(experts)
+        self._count = max(1, round(read_bytes / sum(spans)))
+        slots = max(IN_FLIGHT, MEMORY_BYTES // sum(spans))
+        self._memory = map_memory(slots * sum(spans))
+        whole = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
+        whole.zero_()  # pages are had before anything is timed
+        places = [[(part.data_ptr(), part.numel()) for part in slot.split(spans)] for slot in whole.split(sum(spans))]
+        self._places = itertools.cycle(places)
+        self._queue = ReadQueue(lambda *where: model.reader(*where)._replace(then=None), self._memory)
+
+    def start(self) -> Callable[[], None]:
+        """Asks for all of them; what is returned waits for them."""
+        reads = [Read(next(self._experts), 0, next(self._places)) for _ in range(self._count)]
+        for read in reads:
+            self._queue.submit(read)
+
+        def wait() -> None:
+            for read in reads:
+                self._queue.wait(read)
+
+        return wait
+
+    def close(self) -> None:
+        self._queue.close()
+
+
+if __name__ == "__main__":
+    main()
