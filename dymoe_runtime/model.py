@@ -141,9 +141,8 @@ class Model:
         dense = BundleDense(bundle)
         self._locked_bytes = dense.lock()
         step = _step(bundle.spec, dense)
-        self.decoder = Decoder(bundle.spec, dense, self.experts, step)
-        if self._tracer is not None:
-            self.decoder.experts = self._tracer.around(self.experts)
+        experts = self.experts if self._tracer is None else self._tracer.around(self.experts)
+        self.decoder = Decoder(bundle.spec, dense, self._room.heeding(experts), step)
         if options.look_ahead:
             predictors = read_predictors(bundle)
             if step is not None:
@@ -262,7 +261,6 @@ class Model:
         started = time.perf_counter()
         self._divide_threads()
         self.experts.looks_ahead = self._trial.on
-        self._room.heed_limit()
         self._follow_decisions(1, prompt=False)
         x = self.decoder.forward(torch.tensor([token_id]), self._cache)
         self.store.tick()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import torch
+
 from dymoe_runtime.budget import Budget, pass_tokens
+from dymoe_runtime.decoder import Experts, Routing
 from dymoe_runtime.device import format_size, imposed_limit, memory_limit, return_freed_memory
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.store import ExpertStore
@@ -20,7 +23,7 @@ class Room:
     def __init__(self, budget: Budget, store: ExpertStore, heeds_limit: bool) -> None:
         self.budget = budget
         self._store = store
-        self._lent_bytes = 0  # by the arena to the pass of a prompt
+        self._tokens = 0  # of the pass of a prompt that memory is lent to
         self._limit = imposed_limit()
         self._looked = time.monotonic() if heeds_limit else None
 
@@ -39,21 +42,32 @@ class Room:
                 f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
                 f"is {format_size(self.budget.need)}; raise it again or give a smaller --context"
             )
-        self._lent_bytes = 0
-        self._store.resize(self.budget.arena)
+        self._fit()
+
+    def heeding(self, experts: Experts) -> Experts:
+        """`experts`, before each call of which the limit is heeded: a pass of a prompt may take many seconds."""
+
+        def heed(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+            self.heed_limit()
+            return experts(layer, h, routing)
+
+        return heed
 
     def make_for_pass(self, left: int, used: int) -> int:
         """How many of the `left` tokens of a prompt to run next, with memory lent; it uses experts of `used` bytes."""
         tokens = pass_tokens(left, used, self.budget)
-        self._lend(self.budget.lent(tokens))
+        self._lend(tokens)
         return tokens
 
     def take_back(self) -> None:
         """The prompt has ended."""
         self._lend(0)
 
-    def _lend(self, nbytes: int) -> None:
-        if nbytes != self._lent_bytes:
+    def _lend(self, tokens: int) -> None:
+        before, self._tokens = self.budget.lent(self._tokens), tokens
+        if self.budget.lent(tokens) != before:
             return_freed_memory()
-            self._store.resize(self.budget.arena - nbytes)
-            self._lent_bytes = nbytes
+            self._fit()
+
+    def _fit(self) -> None:
+        self._store.resize(self.budget.arena - self.budget.lent(self._tokens))

@@ -17,6 +17,7 @@ from typing import Any
 
 import limited
 import pytest
+import torch
 from conftest import Outcome, assert_one_sentence, reader_threads, run_cli
 
 from dymoe_runtime import model as model_module
@@ -25,6 +26,7 @@ from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
+from dymoe_runtime.experts import StoredExperts
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.read_queue import PATIENCE_S, Source
@@ -131,13 +133,18 @@ def test_a_run_can_be_ended_in_mid_read(number: signal.Signals, count: int, seco
     assert (process.returncode, err.splitlines()[-1].split()[-1]) == (code, word) and "Traceback" not in err
 
 
-def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = [[], []]
+@pytest.fixture
+def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is looked at all the time, and a prompt is lent nothing: more than half of this small model's arena."""
     monkeypatch.setattr(room_module, "LOOK_S", 0.0)
-    # What a prompt takes of the arena is more than half of this small model's.
     monkeypatch.setattr(
         model_module, "plan_budget", lambda *args, **kwargs: replace(plan_budget(*args, **kwargs), spare=0)
     )
+
+
+@pytest.mark.usefixtures("watchful")
+def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [[], []]
     for lowered, decoded in zip((False, True), tokens, strict=True):
         with Model(shipped, RunOptions(tier=4, context=256)) as model:
             logits = model.prefill(list(range(40)))
@@ -159,6 +166,30 @@ def test_a_limit_that_is_lowered_is_heeded(shipped: Bundle, monkeypatch: pytest.
                     model.decode(1)
     assert tokens[0] == tokens[1]
     assert not reader_threads()
+
+
+@pytest.mark.usefixtures("watchful")
+def test_a_limit_that_is_lowered_is_heeded_while_a_prompt_runs(
+    shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = list(range(200))
+    with Model(shipped, RunOptions(tier=4, context=512)) as model:
+        whole, before, arenas = model.prefill(prompt), model.store.arena_bytes, []
+        model.reset()
+        limit = model.budget.need + shipped.expert_bytes() // 4
+        run = StoredExperts.__call__
+
+        def lower_in_the_third_layer(experts: StoredExperts, layer: int, *args: Any) -> torch.Tensor:
+            arenas.append(model.store.arena_bytes)
+            if layer == 2:
+                for name in ("imposed_limit", "memory_limit"):
+                    monkeypatch.setattr(room_module, name, lambda: limit)
+            return run(experts, layer, *args)
+
+        monkeypatch.setattr(StoredExperts, "__call__", lower_in_the_third_layer)
+        assert torch.equal(model.prefill(prompt), whole)
+        assert arenas[0] == arenas[2] > arenas[3] == arenas[-1]
+        assert model.budget.memory == limit and model.store.arena_bytes < before // 2
 
 
 def test_a_limit_that_was_as_low_from_the_start_changes_nothing(
