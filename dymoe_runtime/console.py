@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import functools
@@ -155,6 +154,8 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
 
 
 def spare_imports() -> None:
-    """Keep the garbage collector from what is imported: going through all of it takes as long as dozens of tokens."""
+    """Keep the garbage collector from what is imported: going through all of it takes as long as dozens of tokens.
+
+    At the exit too, where Python would go through it again and again before it ends.
+    """
     gc.freeze()
-    atexit.register(gc.unfreeze)
