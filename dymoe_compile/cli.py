@@ -14,7 +14,7 @@ from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, one_sente
 from dymoe_runtime.device import check_dense_bits, load_profile
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.tiers import check_ladder
+from dymoe_runtime.spec import check_ladder
 
 DEFAULT_PROFILE = "laptop-8gb"
 

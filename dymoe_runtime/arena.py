@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dymoe_runtime.device import Place, map_memory, memory_at
+from dymoe_runtime.memory import Place, map_memory, memory_at
 
 # A chunk may waste this share of itself on sizes that do not divide it.
 WASTE = 0.06

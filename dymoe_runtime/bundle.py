@@ -16,9 +16,9 @@ import torch
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.policy import Policy
-from dymoe_runtime.spec import ExpertKey, ModelSpec, strict
+from dymoe_runtime.spec import ExpertKey, ModelSpec, check_ladder, strict
 from dymoe_runtime.tensorfile import read_header, read_into
-from dymoe_runtime.tiers import RecordLayout, check_ladder, make_layout, split_record
+from dymoe_runtime.tiers import RecordLayout, make_layout, split_record
 
 try:  # the same number as zlib's, four times as fast
     from isal.isal_zlib import crc32

@@ -11,10 +11,9 @@ import click
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH
+from dymoe_runtime.eviction import GROWTH, POLICIES
 from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.trace import format_replay, plot_split, read_trace, replay, split
-from dymoe_runtime.warm_up import POLICIES
 
 
 @click.group()

@@ -159,3 +159,14 @@ def spare_imports() -> None:
     At the exit too, where Python would go through it again and again before it ends.
     """
     gc.freeze()
+
+
+@contextlib.contextmanager
+def sparing_imports() -> Iterator[None]:
+    """The same of what is imported meanwhile, which the collector does not go through while it grows either."""
+    gc.disable()
+    try:
+        yield
+        spare_imports()
+    finally:
+        gc.enable()

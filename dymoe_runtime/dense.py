@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, quantized_bits
-from dymoe_runtime.device import lock_in_memory, map_memory
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.memory import lock_in_memory, map_memory
 from dymoe_runtime.tensorfile import read_header, read_tensor
 from dymoe_runtime.tiers import RecordLayout
 

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.spec import strict
-from dymoe_runtime.tiers import check_ladder
+from dymoe_runtime.spec import check_ladder, strict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,10 +41,6 @@ _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 # The line that begins a mapping in smaps; the file's inode is 0 where there is none.
 _MAPPED = re.compile(rb"(?P<begin>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<what>\S+) \S+ \S+ (?P<file>[1-9]\d*)?")
-
-
-# Address and bytes of memory.
-Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -224,29 +217,6 @@ def release_code() -> None:
             begin, end = (int(code[name], 16) for name in ("begin", "end"))
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-def map_memory(nbytes: int) -> mmap.mmap:
-    """Memory of this process alone, zeros, in large pages where the system has them; at least a byte."""
-    # What is shared counts as cache, and has no large pages.
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def memory_at(place: Place) -> torch.Tensor:
-    """uint8 [bytes], which whoever made the memory must keep."""
-    address, nbytes = place
-    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
-
-
-def lock_in_memory(address: int, nbytes: int) -> bool:
-    """Keep so many bytes from being swapped out; False where the system does not allow it."""
-    try:
-        return ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == 0
-    except (OSError, AttributeError):
-        return False
 
 
 def default_threads() -> int:

@@ -13,6 +13,9 @@ from dymoe_runtime.spec import ExpertKey
 GROWTH = 1.01
 RESCALE_AT = 1e30
 
+# What leaves memory: what was used least, in all layers or in the layer that needs room, or what costs least to lose.
+POLICIES = ("global", "per-layer", "by-cost")
+
 
 class Eviction:
     """Counts of use that survive eviction, and the cheapest segment among those that may leave.

@@ -1,12 +1,10 @@
-"""The flags of dymoe-run: which go together, and what they ask of the model."""
+"""The flags of dymoe-run: which go together."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import click
-
-from dymoe_runtime.options import RunOptions
 
 
 def check_flags(o: dict[str, Any]) -> None:
@@ -58,27 +56,3 @@ def _is_bits(text: str) -> bool:
         return 0 < float(text) < 100
     except ValueError:
         return False
-
-
-def run_options(o: dict[str, Any], context: int) -> RunOptions:
-    return RunOptions(
-        memory_bytes=o["memory"],
-        arena_bytes=o["arena"],
-        context=o["context"] or context,
-        kv_bits=int(o["kv_bits"]),
-        point=o["point"],
-        quality=o["quality"],
-        tier=None if o["tiers"] == "auto" else int(o["tiers"]),
-        threads=o["threads"],
-        pin_threads=o["pin_threads"],
-        trace=o["trace"],
-        decisions=o["decisions"],
-        fade=o["fade"],
-        eviction=o["eviction"],
-        overlap=not o["no_overlap"],
-        warm_set=o["warm_set"],
-        latency=o["latency"],
-        look_ahead=not o["no_look_ahead"],
-        dynamic=not o["no_dynamic"],
-        depth=not o["no_depth"],
-    )

@@ -8,9 +8,8 @@ from pathlib import Path
 from dymoe_runtime.budget import Budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH
+from dymoe_runtime.eviction import GROWTH, POLICIES
 from dymoe_runtime.policy import TierRule
-from dymoe_runtime.warm_up import POLICIES
 
 # What a uniform setting is called, before its bits.
 TIER = "tier "

@@ -18,8 +18,7 @@ import torch
 
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.spec import strict
-from dymoe_runtime.tiers import check_ladder
+from dymoe_runtime.spec import check_ladder, strict
 
 VERSION = 2
 # Above any share, which is below 1.

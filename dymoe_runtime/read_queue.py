@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from dymoe_runtime.device import Place, memory_at
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.read_threads import read_threads
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tensorfile import check_read

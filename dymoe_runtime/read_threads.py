@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from dymoe_runtime import kernels
-from dymoe_runtime.device import Place, memory_at
+from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.tensorfile import fill
 
 # How urgent reads may be: so many degrees, of which 0 goes first.

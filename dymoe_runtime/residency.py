@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dymoe_runtime.arena import Arena, Slot
-from dymoe_runtime.device import Place
 from dymoe_runtime.eviction import Eviction
+from dymoe_runtime.memory import Place
 from dymoe_runtime.read_queue import Read, Reader, ReadQueue, Urgency
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -138,3 +138,12 @@ def strict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
         return cls(**data)
     except TypeError as error:
         raise DymoeError(f"{where}: {error}") from error
+
+
+def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
+    """Return `ladder` as a tuple; ValueError unless it climbs strictly within 2..8."""
+    tiers = tuple(ladder)
+    whole = all(type(tier) is int for tier in tiers)
+    if not whole or not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
+        raise ValueError(f"tiers {list(ladder)}: expected increasing bits between 2 and 8, such as 2,3,4")
+    return tiers

@@ -15,9 +15,9 @@ import torch
 from dymoe_runtime.admission import Admission
 from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.delivery import WINDOW, Delivered, Delivery, Want
-from dymoe_runtime.device import memory_at
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
+from dymoe_runtime.memory import memory_at
 from dymoe_runtime.read_queue import Reader, Urgency
 from dymoe_runtime.residency import Entry, Prepare, Residency, StoreStats
 from dymoe_runtime.spec import ExpertKey

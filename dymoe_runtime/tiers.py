@@ -37,6 +37,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dymoe_runtime.spec import check_ladder
+
 BLOCK = 64
 PAGE = 4096
 ALIGN = 64
@@ -149,15 +151,6 @@ def blocks_of(cols: int) -> int:
 def step_bytes(blocks: int) -> int:
     """Bytes that the steps of a row take."""
     return -(-blocks // 2)
-
-
-def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
-    """Return `ladder` as a tuple; ValueError unless it climbs strictly within 2..8."""
-    tiers = tuple(ladder)
-    whole = all(type(tier) is int for tier in tiers)
-    if not whole or not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
-        raise ValueError(f"tiers {list(ladder)}: expected increasing bits between 2 and 8, such as 2,3,4")
-    return tiers
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.delivery import Want
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH, Eviction
+from dymoe_runtime.eviction import GROWTH, POLICIES, Eviction
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.spec import ExpertKey
 
@@ -23,9 +23,6 @@ PRIOR_TOKENS = 100
 FILLED = 0.94
 # What a read costs beyond its bytes, and how fast those are: of an NVMe drive, where it only matters how they compare.
 READ_S, DISK_BYTES_PER_S = 1e-4, 1e9
-
-# What leaves memory: what was used least, in all layers or in the layer that needs room, or what costs least to lose.
-POLICIES = ("global", "per-layer", "by-cost")
 
 
 def expected_uses(bundle: Bundle) -> np.ndarray:

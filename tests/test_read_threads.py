@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dymoe_runtime.device import Place
 from dymoe_runtime.kernels import native
+from dymoe_runtime.memory import Place
 from dymoe_runtime.read_threads import URGENCIES, Outcome, PythonThreads, ReadThreads
 
 KINDS = {"python": PythonThreads} | ({} if native is None else {"compiled": native.Reads})

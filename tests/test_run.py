@@ -445,6 +445,11 @@ def test_wrong_usage_exits_with_2(args: tuple, tiny_path: Path) -> None:
     assert run_cli(tiny_path, *args).code == 2
 
 
+def test_neither_help_nor_a_wrong_flag_waits_for_torch() -> None:
+    code = "import sys, dymoe_runtime.cli; print([name for name in ('torch', 'jinja2') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
 def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:
     described = bundle_cli("inspect", shipped.path, "--json").json
     assert described["expert_weights"] == 18_874_368

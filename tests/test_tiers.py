@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dymoe_runtime.spec import check_ladder
 from dymoe_runtime.tiers import (
     ALIGN,
     BLOCK,
@@ -21,7 +22,6 @@ from dymoe_runtime.tiers import (
     QuantizedMatrix,
     RecordLayout,
     blocks_of,
-    check_ladder,
     dequantize,
     make_layout,
     pack_plane,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.device import map_memory
+from dymoe_runtime.memory import map_memory
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue

@@ -17,12 +17,12 @@ from typing import Protocol, cast
 
 import torch
 
-from dymoe_runtime.device import Place
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.memory import Place
 from dymoe_runtime.tiers import RecordLayout
 
 missing_reason: str | None = None

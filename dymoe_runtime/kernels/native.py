@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 
 from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
-from dymoe_runtime.device import Place
 from dymoe_runtime.kernels import _native, reference
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache, row_bytes
+from dymoe_runtime.memory import Place
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 

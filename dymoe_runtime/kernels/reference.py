@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.attention import attention, received
-from dymoe_runtime.device import Place, memory_at
 from dymoe_runtime.kernels.descent import Descent, Grid
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
 # Weights of a matrix that are in float at a time, each with about six times its size beside it.
