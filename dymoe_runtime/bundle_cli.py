@@ -13,7 +13,8 @@ from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, pr
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import GROWTH, POLICIES
 from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.trace import format_replay, plot_split, read_trace, replay, split
+from dymoe_runtime.replay import format_replay, plot_split, replay, split
+from dymoe_runtime.trace import read_trace
 
 
 @click.group()

@@ -19,6 +19,8 @@ from dymoe_runtime.tiers import RecordLayout
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 # Records in turn, so that what is measured comes from memory as it will: more than the caches hold.
 SWEEP_BYTES = 256 << 20
+# The same where a moment counts, and a little too short a time does no harm.
+QUICK_SWEEP_BYTES = 64 << 20
 # Finite weights of ordinary sizes in every byte of a record.
 FILLER = 0x3C
 ROUNDS = 5
@@ -59,13 +61,14 @@ def measure(
     memory: torch.Tensor,
     activation: str = "silu",
     counts: Sequence[int] = COUNTS,
+    sweep_bytes: int = SWEEP_BYTES,
 ) -> CostModel:
     """The costs of records of `layout`, `top_k` of `experts` in the whole model to a token.
 
-    `memory`, uint8 [bytes] that holds at least one record, is overwritten with records to measure.
+    `memory`, uint8 [bytes] that holds at least one record, is overwritten with records to measure: about `sweep_bytes`.
     """
     hidden = layout.matrices["gate"].cols
-    records = _records(layout, memory, experts)
+    records = _records(layout, memory, min(experts, max(1, sweep_bytes // sum(layout.segment_spans))))
     x = torch.randn(max(counts), hidden, generator=torch.Generator().manual_seed(0))
     alone, groups = {}, {}
     for tier in layout.ladder:
@@ -82,7 +85,7 @@ def measure(
 def _records(layout: RecordLayout, memory: torch.Tensor, most: int) -> list[list[torch.Tensor]]:
     """As many records as fit, or as the model has: a list of segments each."""
     size = sum(layout.segment_spans)
-    count = min(most, max(1, min(len(memory), SWEEP_BYTES) // size))
+    count = min(most, len(memory) // size)
     memory[: count * size] = FILLER
     return [list(memory[i * size : (i + 1) * size].split(list(layout.segment_spans))) for i in range(count)]
 

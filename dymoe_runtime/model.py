@@ -122,7 +122,7 @@ class Model:
         if self._decisions is not None:
             self.experts.decided = self._decisions.tiers
         if options.look_ahead and not self.store.roomy and kernels.isa() != "torch":
-            self.experts.cost = self.measure_cost(counts=(1,))
+            self.experts.cost = self.measure_cost((1,), cost.QUICK_SWEEP_BYTES)
         self._tracer = None if stream is None else Tracer(stream, self.store)
         self._pace: Pace | None = None
         self._paced: tuple[OperatingPoint, ...] = ()
@@ -181,11 +181,12 @@ class Model:
         """Tokens in the KV cache."""
         return self._cache.length
 
-    def measure_cost(self, counts: Sequence[int] = cost.COUNTS) -> CostModel:
+    def measure_cost(self, counts: Sequence[int] = cost.COUNTS, sweep_bytes: int = cost.SWEEP_BYTES) -> CostModel:
         """What a layer's experts cost, measured in the arena; before anything is read into it."""
         experts = len(self.bundle.manifest.layers) * self.spec.num_experts
+        layout, spec = self.bundle.layout, self.spec
         return cost.measure(
-            self.bundle.layout, self.spec.top_k, experts, self.store.scratch(), self.spec.activation, counts
+            layout, spec.top_k, experts, self.store.scratch(), spec.activation, counts, sweep_bytes=sweep_bytes
         )
 
     def hold_pace(self, points: Sequence[OperatingPoint], start: int, target_s: float) -> None:

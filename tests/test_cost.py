@@ -44,6 +44,15 @@ def test_measuring_takes_what_memory_it_is_given(records: int) -> None:
     assert (memory[:used] == cost.FILLER).all() and (memory[used:] == 0).all()
 
 
+@pytest.mark.parametrize(("sweep_records", "used"), [(0.5, 1), (3.5, 3), (40, 5)])
+def test_measuring_goes_through_as_much_memory_as_it_is_told(sweep_records: float, used: int) -> None:
+    layout = make_layout({"gate": (64, 128), "up": (64, 128), "down": (128, 64)}, (2, 3, 4))
+    size = sum(layout.segment_spans)
+    memory = torch.zeros(5 * size, dtype=torch.uint8)
+    cost.measure(layout, 4, 16, memory, counts=(1,), sweep_bytes=int(sweep_records * size))
+    assert (memory[: used * size] == cost.FILLER).all() and (memory[used * size :] == 0).all()
+
+
 def test_a_probe_tells_costs_and_expectations(shipped_path: Path) -> None:
     outcome = run_cli(shipped_path, "--probe", "--json")
     assert outcome.code == 0, outcome.err

@@ -10,7 +10,7 @@ from conftest import assert_one_sentence, bundle_cli, run_cli
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.eviction import POLICIES
-from dymoe_runtime.trace import parts_of_tokens
+from dymoe_runtime.replay import parts_of_tokens
 
 TOKENS = 30
 
