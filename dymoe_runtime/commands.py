@@ -47,7 +47,7 @@ def execute(bundle: Path, o: dict[str, Any]) -> None:
         _answer(opened, o)
 
 
-def run_options(o: dict[str, Any], context: int) -> RunOptions:
+def _run_options(o: dict[str, Any], context: int) -> RunOptions:
     return RunOptions(
         memory_bytes=o["memory"],
         arena_bytes=o["arena"],
@@ -72,7 +72,7 @@ def run_options(o: dict[str, Any], context: int) -> RunOptions:
 
 
 def _load(bundle: Bundle, o: dict[str, Any], context: int) -> Model:
-    options = run_options(o, context)
+    options = _run_options(o, context)
     model = Model(bundle, replace(options, preload=not o["no_preload"] and o["tpot"] is None))
     try:
         if o["tpot"] is not None:
@@ -232,7 +232,7 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
 
 
 def _probe(bundle: Bundle, o: dict[str, Any]) -> None:
-    with Model(bundle, run_options(o | {"no_look_ahead": True}, PROBE_CONTEXT)) as model:
+    with Model(bundle, _run_options(o | {"no_look_ahead": True}, PROBE_CONTEXT)) as model:
         result = probe(model)
     if o["as_json"]:
         print_json(result)
@@ -253,7 +253,7 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
         path: Path | None = o["reference"]
         window = min(length, max(map(len, texts.values())))
         reference = None if path is None else stack.enter_context(open_reference(path, bundle.spec, window))
-        model = stack.enter_context(Model(bundle, run_options(o, length), window))
+        model = stack.enter_context(Model(bundle, _run_options(o, length), window))
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:
             result = evaluate(model, job, whole_table, advance)

@@ -164,9 +164,11 @@ def spare_imports() -> None:
 @contextlib.contextmanager
 def sparing_imports() -> Iterator[None]:
     """The same of what is imported meanwhile, which the collector does not go through while it grows either."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
         spare_imports()
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()

@@ -1,4 +1,4 @@
-"""Gives out the experts that are wanted as they come: those in memory at once, the others as their reads end."""
+"""Gives out the experts that are wanted as they come: those in memory first, the others as their reads end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Delivery:
     def as_they_come(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when the first reads are under way, then the wanted experts as they come."""
         # So many can always be held at once, in whatever chunks their segments lie.
-        window = max(WINDOW, self._memory.arena.chunks // max(self._segments_of.values()))
+        window = max(WINDOW, self._memory.arena.chunks // len(self._memory.spans))
         coming = self._in_turn(wants, window)
         wanted = {want.key for want in wants}
         held: dict[Want, Entry] = {}

@@ -65,7 +65,7 @@ class StoredExperts:
         self.look_ahead = look_ahead
         self.looks_ahead = True  # whether it is used just now
         self.cost: CostModel | None = None  # to read no further ahead than there is time for
-        self._left = (-1, 0.0)  # the layer of the last call and when it ended, if it was one token's
+        self._left: tuple[int, float] | None = None  # the layer of the last call and when it ended, if one token's
         self._between_s = 0.0  # from there to the next layer's call, lately
         self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
@@ -81,7 +81,7 @@ class StoredExperts:
         ]
         delivery = self.store.begin(wants)
         self._read_ahead(layer, routing, wants, None)
-        self._left = (-1, 0.0)
+        self._left = None
         return self._run(delivery, work, h, routing.gates)
 
     def _run_token(self, layer: int, h: torch.Tensor, routing: Routing, entered: float) -> torch.Tensor:
@@ -137,7 +137,7 @@ class StoredExperts:
         """How long it takes until the next layer's experts are wanted; None where that is not known."""
         if self.cost is None:
             return None
-        if self._left[0] == layer - 1:
+        if self._left is not None and self._left[0] == layer - 1:
             self._between_s += LATELY * (entered - self._left[1] - self._between_s)
         return self._between_s + self.cost.layer((want.tier, 1) for want in wants)
 

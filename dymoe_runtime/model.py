@@ -232,6 +232,17 @@ class Model:
         started = time.perf_counter()
         self._divide_threads()
         self.experts.looks_ahead = True
+        try:
+            x = self._pass_by_pass(ids)
+            logits = self.decoder.logits(x)[0]
+        finally:
+            self._room.take_back()
+        self.stats.prefill.tokens += len(ids)
+        self.stats.prefill.seconds += time.perf_counter() - started
+        return logits
+
+    def _pass_by_pass(self, ids: Sequence[int]) -> torch.Tensor:
+        """The last hidden state [1, H] of a prompt."""
         x = torch.empty(0)
         left = list(ids)
         while left:
@@ -243,11 +254,7 @@ class Model:
             self.store.tick(tokens)
             if self._tracer is not None:
                 self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
-        logits = self.decoder.logits(x)[0]
-        self._room.take_back()
-        self.stats.prefill.tokens += len(ids)
-        self.stats.prefill.seconds += time.perf_counter() - started
-        return logits
+        return x
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor, weigh_tokens: bool = False) -> torch.Tensor:

@@ -32,20 +32,23 @@ class Room:
         if self._looked is None or time.monotonic() < self._looked + LOOK_S:
             return
         self._looked = time.monotonic()
-        limit, before = imposed_limit(), self._limit
-        self._limit = limit
-        if limit >= before or (memory := memory_limit()) >= self.budget.memory:
+        limit = imposed_limit()
+        if limit >= self._limit or (memory := memory_limit()) >= self.budget.memory:
+            self._limit = limit
             return
-        self.budget = replace(self.budget, memory=memory)
         if memory < self.budget.need:
             raise DymoeError(
                 f"the memory limit has been lowered to {format_size(memory)}, and the least that works "
                 f"is {format_size(self.budget.need)}; raise it again or give a smaller --context"
             )
+        self._limit, self.budget = limit, replace(self.budget, memory=memory)
         self._fit()
 
     def heeding(self, experts: Experts) -> Experts:
-        """`experts`, before each call of which the limit is heeded: a pass of a prompt may take many seconds."""
+        """`experts`, before each call of which the limit is heeded: a pass of a prompt may take many seconds.
+
+        What such a pass has borrowed beyond the arena's least comes back only at its end.
+        """
 
         def heed(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
             self.heed_limit()

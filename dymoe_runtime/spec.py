@@ -1,4 +1,4 @@
-"""ModelSpec: all that the decoder needs to know about a model."""
+"""ModelSpec: all that the decoder needs to know about a model; and what its experts may be stored at."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_model_that_does_not_fit_knows_its_costs_before_it_reads(shipped_path:
         with Model(bundle, RunOptions(arena_bytes=arena, context=16)) as model:
             assert (model.experts.cost is not None) == known
             model.prefill([1, 2, 3])
+
+
+def test_the_time_between_layers_is_that_of_single_tokens(shipped_path: Path) -> None:
+    with Model(Bundle.open(shipped_path), RunOptions(arena_bytes=2 << 20, context=16)) as model:
+        for tokens in ([1, 2, 3], [4, 5]):
+            model.prefill(tokens)
+            started = time.perf_counter()
+            model.decode(6)
+            assert 0 < model.experts._between_s < time.perf_counter() - started
 
 
 def test_a_time_per_token_picks_the_best_point_that_makes_it(

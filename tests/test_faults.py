@@ -26,6 +26,7 @@ from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import StoredExperts
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
@@ -135,7 +136,7 @@ def test_a_run_can_be_ended_in_mid_read(number: signal.Signals, count: int, seco
 
 @pytest.fixture
 def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is looked at all the time, and a prompt is lent nothing: more than half of this small model's arena."""
+    """The limit is looked at all the time, and a prompt is lent nothing: that is over half of its arena."""
     monkeypatch.setattr(room_module, "LOOK_S", 0.0)
     monkeypatch.setattr(
         model_module, "plan_budget", lambda *args, **kwargs: replace(plan_budget(*args, **kwargs), spare=0)
@@ -190,6 +191,12 @@ def test_a_limit_that_is_lowered_is_heeded_while_a_prompt_runs(
         assert torch.equal(model.prefill(prompt), whole)
         assert arenas[0] == arenas[2] > arenas[3] == arenas[-1]
         assert model.budget.memory == limit and model.store.arena_bytes < before // 2
+        limit = 1 << 20
+        with pytest.raises(DymoeError, match=r"limit has been lowered to 1\.0 MiB"):
+            model.prefill([1, 2, 3])
+        with pytest.raises(DymoeError, match=r"limit has been lowered to 1\.0 MiB"):  # not only the first time
+            model.hidden(torch.tensor([1, 2, 3]))
+    assert not reader_threads()
 
 
 def test_a_limit_that_was_as_low_from_the_start_changes_nothing(

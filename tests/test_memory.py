@@ -9,16 +9,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dymoe_runtime import model as model_module
+from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import CHUNK, Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
+from dymoe_runtime.room import Room
 
 PROMPT = "The river flows through the town of"
 
@@ -102,6 +105,21 @@ def test_a_prompt_borrows_what_the_arena_has_only_between_prompts() -> None:
     assert ample.arena == 900_000 and ample.lent(2 * CHUNK) == 0
     given = tight.with_arena(600_000)
     assert given.arena == 600_000 and [given.lent(tokens) for tokens in (CHUNK, 2 * CHUNK)] == [0, 60_000]
+
+
+def test_a_limit_that_is_lowered_while_memory_is_lent_leaves_it_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    need, least, spare = 4 << 20, 500_000, 128_000
+    budget = Budget(need + 300_000, 0, need - least, 0, 0, 0, least, 2_000_000, 60_000, spare)
+    asked: list[int] = []
+    room = Room(budget, SimpleNamespace(resize=asked.append), heeds_limit=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(room_module, "LOOK_S", 0.0)
+    assert room.make_for_pass(CHUNK, 0) == CHUNK
+    lower = replace(budget, memory=need + 50_000)
+    for name in ("imposed_limit", "memory_limit"):
+        monkeypatch.setattr(room_module, name, lambda: lower.memory)
+    room.heed_limit()
+    room.take_back()
+    assert asked == [budget.arena - spare, lower.arena - spare, lower.arena] and room.budget == lower
 
 
 def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

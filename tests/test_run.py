@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES, MODEL, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from conftest import EXAMPLES, MODEL, Outcome, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
 from dymoe_runtime import budget as budget_module
 from dymoe_runtime import kernels
@@ -445,9 +445,45 @@ def test_wrong_usage_exits_with_2(args: tuple, tiny_path: Path) -> None:
     assert run_cli(tiny_path, *args).code == 2
 
 
-def test_neither_help_nor_a_wrong_flag_waits_for_torch() -> None:
-    code = "import sys, dymoe_runtime.cli; print([name for name in ('torch', 'jinja2') if name in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+HEAVY = """
+import contextlib, sys
+from dymoe_runtime.cli import run
+with contextlib.suppress(SystemExit):
+    run(sys.argv[1:])
+print([name for name in ("torch", "jinja2") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("args", [("--help",), ("--version",), ("x", "--bench", "--probe"), ("x", "--no-such-flag")])
+def test_neither_help_nor_a_wrong_flag_waits_for_torch(args: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", HEAVY, *args], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+NOT_WHOLE = """
+import sys
+class Broken:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise {problem}
+sys.meta_path.insert(0, Broken())
+from dymoe_runtime.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "words"),
+    [
+        ('OSError("libc10.so: cannot open shared object file")', 1, ("libc10.so", "install dymoe and torch again")),
+        ('ImportError("No module named torch")', 1, ("No module named torch", "install dymoe and torch again")),
+        ("KeyboardInterrupt", 130, ("interrupted",)),
+    ],
+)
+def test_an_import_that_fails_is_one_sentence(problem: str, code: int, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", NOT_WHOLE.format(problem=problem), "x", "--prompt", "y"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), *words, code=code)
 
 
 def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:

@@ -11,7 +11,7 @@ cannot overlap is the time to read, in each layer, the experts that nobody guess
 other experts are computed: they are not known before the layer is reached. *wait*: waited for reads beyond that;
 *experts* and *rest*: how much longer these take than in memory, the books of memory included.
 
-*at once*: the same, with reading and computing as slow as `at_once.py` finds them while both go on,
+*at once*: about the same, with reading and computing as slow as `at_once.py` finds them while both go on, untraced,
 
     max(both, beside + what cannot overlap)
 """
