@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from dymoe_runtime.policy import ALWAYS, Thresholds, tiers_by_mass
 
@@ -32,7 +32,7 @@ class Choice:
 
 
 def layer_options(
-    importance: torch.Tensor, energy: torch.Tensor, sensitivity: Mapping[int, float], ladder: Sequence[int]
+    importance: np.ndarray, energy: np.ndarray, sensitivity: Mapping[int, float], ladder: Sequence[int]
 ) -> list[Choice]:
     """All choices of one layer.
 
@@ -46,8 +46,8 @@ def layer_options(
     for shares in itertools.combinations_with_replacement(grid, len(ladder) - 1):
         thresholds = (*shares, ALWAYS)
         tiers = tiers_by_mass(importance, thresholds, ladder)
-        bits = tiers[active].double().mean().item()
-        cost = sum(sensitivity[tier] * energy[tiers == tier].double().sum().item() for tier in ladder)
+        bits = float(tiers[active].mean())
+        cost = sum(sensitivity[tier] * float(energy[tiers == tier].sum(dtype=np.float64)) for tier in ladder)
         choices.append(Choice(thresholds, bits, cost))
     return choices
 

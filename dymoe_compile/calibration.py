@@ -20,7 +20,7 @@ from dymoe_compile.writer import BundleWriter
 from dymoe_runtime import kernels
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.bundle import LayerEntry, expert_layout
-from dymoe_runtime.decoder import Decoder, Routing
+from dymoe_runtime.decoder import Decoder, Routing, in_groups
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import pack_record, split_record
@@ -43,11 +43,11 @@ class LayerStatistics:
 
     frequency: list[float]  # [experts], share of tokens
     gate_mass: list[float]  # [experts], share of all gates
-    gates: torch.Tensor  # [sample, k], of single tokens
-    chunk_importance: torch.Tensor  # [windows, experts], as prefill sees it
-    chunk_energy: torch.Tensor  # [windows, experts], sum of squared gates
+    gates: np.ndarray  # [sample, k], of single tokens
+    chunk_importance: np.ndarray  # [windows, experts], as prefill sees it
+    chunk_energy: np.ndarray  # [windows, experts], sum of squared gates
     look_ahead: dict[str, list[float]]  # what is asked -> recall by rank
-    predictor: torch.Tensor  # [experts, H + 1] that corrects the router when asked early, or empty
+    predictor: np.ndarray  # [experts, H + 1] that corrects the router when asked early, or empty
     gate_energy: list[float]  # [experts], share of all squared gates
     expert_error: dict[str, list[float]]  # tier -> [experts], squared error relative to the squared output
     data_free: list[int]  # experts with too few tokens to calibrate
@@ -70,7 +70,7 @@ def calibrate(
             advance()
         for layer in range(start, spec.num_layers):
             x = run.layer(layer, x, statistics, layers, advance)
-    held_out = x[windows.train.numel() :].split(windows.held_out.shape[1])
+    held_out = in_groups(x[windows.train.size :], windows.held_out.shape[1])
     return Original(held_out, run.decoder.logits), statistics, layers
 
 
@@ -89,7 +89,7 @@ class LayerRun:
         self._ladder = ladder
         self._seed = seed
         self._writer = writer
-        self._ids = torch.cat([windows.train, windows.held_out])
+        self._ids = np.concatenate([windows.train, windows.held_out])
         self._train = len(windows.train)
         self._layout = expert_layout(checkpoint.spec, ladder)
         self._activation = ACTIVATIONS[checkpoint.spec.activation]
@@ -98,34 +98,34 @@ class LayerRun:
         self._entry: LayerEntry | None = None
         self._errors: dict[int, list[float]] = {}  # tier -> of the experts of this layer so far
         self._data_free: list[int] = []
-        tokens = self._ids.numel()
+        tokens = self._ids.size
         self._probe = LookAheadProbe(self.decoder, self._train * self._ids.shape[1], tokens, seed)
         self._look_ahead = LookAheadFit()
 
-    def resume(self) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry], int, torch.Tensor]:
+    def resume(self) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry], int, np.ndarray]:
         """Statistics, files, next layer and hidden states of an interrupted run, or of a fresh one."""
         for layer in reversed(range(self.spec.num_layers)):
             hidden = self._writer.load_state(f"hidden-{layer}")
             done = None if hidden is None else self._load_until(layer)
             if hidden is not None and done is not None:
                 tensors = hidden[0]
-                self._probe.past = [tensors[name] for name in PAST if name in tensors]
+                self._probe.past = [tensors[name].numpy() for name in PAST if name in tensors]
                 x = self._hidden()
-                x[: len(tensors["train"])] = tensors["train"]
-                x[len(tensors["train"]) :] = tensors["held_out"]
+                x[: len(tensors["train"])] = tensors["train"].float().numpy()
+                x[len(tensors["train"]) :] = tensors["held_out"].numpy()
                 return *done, layer + 1, x
         x = self._hidden()
         for ids, window in zip(self._ids, self._windows(x), strict=True):
-            window.copy_(self.decoder.dense.embed(ids))
+            window[:] = self.decoder.dense.embed(ids)
         return {}, {}, 0, x
 
-    def _hidden(self) -> torch.Tensor:
+    def _hidden(self) -> np.ndarray:
         """Room for hidden states, [T, H]: in memory or, where that takes too much of it, in a file."""
-        shape = self._ids.numel(), self.spec.hidden_size
-        return self._writer.scratch(shape) if spilled(*shape) else torch.empty(shape)
+        shape = self._ids.size, self.spec.hidden_size
+        return self._writer.scratch(shape) if spilled(*shape) else np.empty(shape, np.float32)
 
-    def _windows(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return x.split(self._ids.shape[1])
+    def _windows(self, x: np.ndarray) -> list[np.ndarray]:
+        return in_groups(x, self._ids.shape[1])
 
     def _load_until(self, last: int) -> tuple[dict[int, LayerStatistics], dict[int, LayerEntry]] | None:
         """What an earlier run noted of the layers up to `last`, or None where any of it is missing or damaged."""
@@ -143,25 +143,25 @@ class LayerRun:
     def layer(
         self,
         layer: int,
-        x: torch.Tensor,
+        x: np.ndarray,
         statistics: dict[int, LayerStatistics],
         layers: dict[int, LayerEntry],
         advance: Advance,
-    ) -> torch.Tensor:
+    ) -> np.ndarray:
         """Hidden states after `layer`, whose experts are written and whose statistics are noted."""
         self._advance = advance
-        token_weights = torch.empty(len(x))
+        token_weights = np.empty(len(x), np.float32)
         for window, weights in zip(self._windows(x), self._windows(token_weights), strict=True):
             attended, received = self.decoder.attend(layer, window, None, True)
             assert received is not None
-            window.copy_(attended)
-            weights.copy_(received)
+            window[:] = attended
+            weights[:] = received
         if layer in self.spec.dense_layers:
             for window in self._windows(x):
-                window.copy_(self.decoder.feed_forward(layer, window))
+                window[:] = self.decoder.feed_forward(layer, window)
         else:
             self._feed_forward(layer, x, token_weights)
-        if not all(torch.isfinite(window).all() for window in self._windows(x)):
+        if not all(np.isfinite(window).all() for window in self._windows(x)):
             raise DymoeError(
                 f"layer {layer}: the model's activations are not finite; its weights or the numbers in config.json "
                 "are out of range: copy the checkpoint again from the model's repository"
@@ -172,21 +172,22 @@ class LayerRun:
             self._probe.forget()
         # What is calibrated on is kept in bf16; quality is judged against held-out rows, kept whole.
         train = x[: self._train * self._ids.shape[1]]
-        half = train.to(torch.bfloat16)
-        train.copy_(half)
-        past = dict(zip(PAST, self._probe.past, strict=False))
-        self._writer.save_state(f"hidden-{layer}", {"train": half, "held_out": x[len(train) :], **past}, {})
+        half = torch.from_numpy(train).to(torch.bfloat16)
+        train[:] = half.float().numpy()
+        whole = {"held_out": x[len(train) :], **dict(zip(PAST, self._probe.past, strict=False))}
+        tensors = {name: torch.from_numpy(values) for name, values in whole.items()}
+        self._writer.save_state(f"hidden-{layer}", {"train": half, **tensors}, {})
         self._writer.drop_state(f"hidden-{layer - 1}")
         return x
 
-    def _feed_forward(self, layer: int, x: torch.Tensor, token_weights: torch.Tensor) -> None:
+    def _feed_forward(self, layer: int, x: np.ndarray, token_weights: np.ndarray) -> None:
         """Add to x [T, H] what the experts make of it; each of them is quantized and written on the way."""
         h = self._hidden()
         chosen = []
         for window, normed in zip(self._windows(x), self._windows(h), strict=True):
-            normed.copy_(self.decoder.norm(f"layers.{layer}.mlp_norm", window))
+            normed[:] = self.decoder.norm(f"layers.{layer}.mlp_norm", window)
             chosen.append(self.decoder.route(layer, normed))
-        experts, gates = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        experts, gates = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
         routing = Routing(experts, gates, x, token_weights)
         # The probe wants the residual stream as the experts found it.
         self._look_ahead = self._probe.observe(layer, h, routing)
@@ -197,14 +198,14 @@ class LayerRun:
         # The residual stream has been added to, and is no longer what was routed.
         self._routing = Routing(experts, gates, x[:0], token_weights)
 
-    def _expert(self, key: ExpertKey, h: torch.Tensor, routing: Routing, y: torch.Tensor) -> np.ndarray:
+    def _expert(self, key: ExpertKey, h: np.ndarray, routing: Routing, y: np.ndarray) -> np.ndarray:
         """Add to y what one expert makes of h [T, H]; its record."""
         weights = {name: matrix.float() for name, matrix in self._checkpoint.expert(key).items()}
-        tokens, ranks = (routing.experts == key.expert).nonzero(as_tuple=True)
-        x, gates = h[tokens], routing.gates[tokens, ranks, None]
+        tokens, ranks = np.nonzero(routing.experts == key.expert)  # each token once
+        x, gates = torch.from_numpy(h[tokens]), torch.from_numpy(routing.gates[tokens, ranks, None])
         middle = self._activation(x @ weights["gate"].T) * (x @ weights["up"].T)
         out = middle @ weights["down"].T
-        y.index_add_(0, tokens, out * gates)
+        y[tokens] += (out * gates).numpy()
         # Tokens come in order, the training windows first; what is held out must not decide.
         train = int((tokens < self._train * self._ids.shape[1]).sum())
         into, inside = moments(x[:train], gates[:train]), moments(middle[:train], gates[:train])
@@ -220,10 +221,10 @@ class LayerRun:
         self, key: ExpertKey, record: np.ndarray, x: torch.Tensor, out: torch.Tensor, gates: torch.Tensor
     ) -> None:
         """Note how far a record is from the expert at each tier, as the runtime computes it."""
-        segments = [torch.from_numpy(segment) for segment in split_record(self._layout, record)]
+        segments = split_record(self._layout, record)
         square = (gates * out).square().sum().item()
         for tier, errors in self._errors.items():
-            off = kernels.ffn(self._layout, tier, segments, x, self.spec.activation) - out
+            off = torch.from_numpy(kernels.ffn(self._layout, tier, segments, x.numpy(), self.spec.activation)) - out
             errors.append(_significant((gates * off).square().sum().item() / square) if square > 0 else 0.0)
 
     def _note(self, layer: int) -> tuple[LayerStatistics, LayerEntry]:
@@ -241,8 +242,9 @@ class LayerRun:
         seen.predictor = fit.predictor
         seen.expert_error = {str(tier): errors for tier, errors in self._errors.items()}
         seen.data_free = self._data_free
-        tensors = {name: value for name, value in vars(seen).items() if isinstance(value, torch.Tensor)}
-        values = {name: value for name, value in vars(seen).items() if not isinstance(value, torch.Tensor)}
+        arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
+        values = {name: value for name, value in vars(seen).items() if name not in arrays}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self._writer.save_state(f"layer-{layer}", tensors, {"statistics": values, "entry": asdict(self._entry)})
         return seen, self._entry
 
@@ -253,7 +255,8 @@ class LayerRun:
         tensors, values = state
         entry = values["entry"]
         entry["crc32"] = tuple(tuple(row) for row in entry["crc32"])
-        return LayerStatistics(**{**values["statistics"], **tensors}), LayerEntry(**entry)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return LayerStatistics(**{**values["statistics"], **arrays}), LayerEntry(**entry)
 
 
 def spilled(tokens: int, hidden_size: int) -> bool:
@@ -264,30 +267,31 @@ def spilled(tokens: int, hidden_size: int) -> bool:
 def layer_statistics(routing: Routing, windows: int, experts: int, seed: int) -> LayerStatistics:
     """Statistics of one layer from the routing of all training tokens, `windows` equal windows of them."""
     tokens = len(routing.experts)
-    counts = torch.bincount(routing.experts.reshape(-1), minlength=experts)
-    mass = torch.zeros(experts).index_add_(0, routing.experts.reshape(-1), routing.gates.reshape(-1))
-    energy = torch.zeros(experts).index_add_(0, routing.experts.reshape(-1), routing.gates.square().reshape(-1))
+    chosen, gates = routing.experts.reshape(-1), routing.gates.reshape(-1)
+    counts = np.bincount(chosen, minlength=experts)
+    mass = np.bincount(chosen, gates, experts)
+    energy = np.bincount(chosen, np.square(gates), experts)
     assert routing.token_weights is not None
     importance = routing.gates * routing.token_weights[:, None]
-    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:GATE_SAMPLE]
+    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:GATE_SAMPLE].numpy()
     return LayerStatistics(
         frequency=_rounded(counts / tokens),
         gate_mass=_rounded(mass / mass.sum()),
         gates=routing.gates[sample],
-        chunk_importance=_per_window(routing.experts, importance.clamp_min(1e-12), windows, experts),
-        chunk_energy=_per_window(routing.experts, routing.gates.square(), windows, experts),
+        chunk_importance=_per_window(routing.experts, np.maximum(importance, 1e-12), windows, experts),
+        chunk_energy=_per_window(routing.experts, np.square(routing.gates), windows, experts),
         look_ahead={},
-        predictor=torch.zeros(0),
+        predictor=np.zeros(0, np.float32),
         gate_energy=_rounded(energy / energy.sum()),
         expert_error={},
         data_free=[],
     )
 
 
-def _per_window(experts: torch.Tensor, values: torch.Tensor, windows: int, size: int) -> torch.Tensor:
+def _per_window(experts: np.ndarray, values: np.ndarray, windows: int, size: int) -> np.ndarray:
     """Sum `values` [T, k] by expert within each window, [windows, size]."""
-    where = torch.arange(windows).repeat_interleave(experts.numel() // windows) * size + experts.reshape(-1)
-    return torch.zeros(windows * size).index_add_(0, where, values.reshape(-1)).view(windows, size)
+    where = np.arange(windows).repeat(experts.size // windows) * size + experts.reshape(-1)
+    return np.bincount(where, values.reshape(-1), windows * size).astype(np.float32).reshape(windows, size)
 
 
 def moments(x: torch.Tensor, gates: torch.Tensor) -> Moments:
@@ -316,5 +320,5 @@ def _significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
+def _rounded(values: np.ndarray) -> list[float]:
     return [round(value, 6) for value in values.tolist()]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dymoe_compile.allocate import Choice, expert_choices, layer_options, lower_hull, solve
 from dymoe_compile.calibration import LayerStatistics
 from dymoe_compile.sensitivity import Static
@@ -91,7 +93,7 @@ class Candidates:
     def _settings(self, layer: int, added: Added) -> Settings:
         seen = self._statistics[layer]
         return Settings(
-            layer_options(seen.gates, seen.gates.square(), added[layer], self._ladder),
+            layer_options(seen.gates, np.square(seen.gates), added[layer], self._ladder),
             layer_options(seen.chunk_importance, seen.chunk_energy, added[layer], self._ladder),
         )
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dymoe_compile.families import Config, Family, Names, family_of
-from dymoe_runtime.dense import linear_by_rows
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json, read_text
 from dymoe_runtime.spec import MATRICES, ExpertKey, ModelSpec
@@ -21,6 +22,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMEDY = "copy it again from the model's repository"
 FLOATS = ("BF16", "F16", "F32")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+# Rows of a bf16 matrix turned to float32 at a time.
+ROWS_AT_ONCE = 4096
 
 
 class Checkpoint:
@@ -105,7 +109,8 @@ class Checkpoint:
 
     def _read(self, name: str, ours: str = "", index: int | None = None) -> torch.Tensor:
         path, info = self._tensors[name]
-        tensor = read_tensor(self._file(path), path, info, name, index)
+        data = torch.from_numpy(read_tensor(self._file(path), path, info, name, index))
+        tensor = data.view(DTYPES[info.dtype]).view(info.shape if index is None else info.shape[1:])
         if not torch.isfinite(tensor).all():
             raise DymoeError(f"{path}: tensor {name} holds NaN or Inf; the checkpoint is damaged, download it again")
         return tensor
@@ -181,16 +186,15 @@ class CheckpointDense:
         self._of_layer: dict[str, torch.Tensor] = {}
         self._of_model: dict[str, torch.Tensor] = {}
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._tensor("embed")[ids].float()
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return self._tensor("embed")[torch.from_numpy(ids)].float().numpy()
 
-    def vector(self, name: str) -> torch.Tensor:
-        return self._tensor(name)
+    def vector(self, name: str) -> np.ndarray:
+        return self._tensor(name).numpy()
 
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        weight = self._tensor(name)
-        y = linear_by_rows(x, weight)
-        return y + self._tensor(f"{name}_bias") if f"{name}_bias" in self._known else y
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        y = linear_by_rows(torch.from_numpy(x), self._tensor(name)).numpy()
+        return y + self.vector(f"{name}_bias") if f"{name}_bias" in self._known else y
 
     def _tensor(self, name: str) -> torch.Tensor:
         if not name.startswith("layers."):
@@ -205,6 +209,11 @@ class CheckpointDense:
             tensor = self._checkpoint.tensor(name)
             kept[name] = tensor if name in ("embed", "lm_head") else tensor.float()
         return kept[name]
+
+
+def linear_by_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, cols] @ weight.T [cols, rows] in float32, without the whole of a large weight in float32."""
+    return torch.cat([F.linear(x, rows.float()) for rows in weight.split(ROWS_AT_ONCE)], dim=-1)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from dymoe_compile.compile import CompileOptions, compile_bundle
 from dymoe_runtime import kernels
 from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, one_sentence, print_json, progress_bar
 from dymoe_runtime.device import check_dense_bits, load_profile
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.spec import check_ladder
 
@@ -52,9 +51,14 @@ DEFAULT_PROFILE = "laptop-8gb"
 @one_sentence
 def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
     """Compile the Hugging Face MoE checkpoint MODEL into a bundle."""
+    values = _checked(o)
+    # Importing torch takes seconds, which neither --help nor a wrong flag waits for.
+    with importing():
+        from dymoe_compile.compile import CompileOptions, compile_bundle
+
     if kernels.isa() == "torch" and kernels.missing_reason:
         click.echo(f"note: {kernels.missing_reason}", err=True)
-    bundle, changed = compile_bundle(_options(model, output, o), progress_bar)
+    bundle, changed = compile_bundle(CompileOptions(model=model, output=output, **values), progress_bar)
     description = describe(bundle)
     if as_json:
         print_json({"changed": changed, **description})
@@ -64,26 +68,20 @@ def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
         click.echo(f"{output}: up to date")
 
 
-def _options(model: Path, output: Path, o: dict[str, Any]) -> CompileOptions:
+def _checked(o: dict[str, Any]) -> dict[str, Any]:
+    """The values of CompileOptions."""
     profile = load_profile(o["profile"])
     given = o["dense_bits"]
     dense_bits = profile.dense_bits if given is None else int(given) if given.isdecimal() else given
     check_dense_bits(dense_bits, "--dense-bits")
     if o["max_kl"] is not None and not 0 < o["max_kl"] < math.inf:
         raise DymoeError(f"--max-kl {o['max_kl']}: expected a number above 0")
-    return CompileOptions(
-        model=model,
-        output=output,
-        profile=profile,
-        ladder=profile.ladder if o["tiers"] is None else _ladder(o["tiers"]),
-        dense_bits=dense_bits,
-        calibration=o["calibration"],
-        calibration_tokens=o["calibration_tokens"],
-        seed=o["seed"],
-        jobs=o["jobs"],
-        fresh=o["fresh"],
-        max_kl=o["max_kl"],
-    )
+    return {
+        "profile": profile,
+        "ladder": profile.ladder if o["tiers"] is None else _ladder(o["tiers"]),
+        "dense_bits": dense_bits,
+        **{name: o[name] for name in ("calibration", "calibration_tokens", "seed", "jobs", "fresh", "max_kl")},
+    }
 
 
 def _ladder(text: str) -> tuple[int, ...]:

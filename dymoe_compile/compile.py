@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.numpy import save
 
 import dymoe_compile
 import dymoe_runtime
@@ -97,11 +97,12 @@ def compile_bundle(options: CompileOptions, progress: Progress = silent) -> tupl
 
 
 @torch.inference_mode()
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite gets a sentence
 def build(
     options: CompileOptions, checkpoint: Checkpoint, windows: Windows, provenance: dict[str, Any], progress: Progress
 ) -> Bundle:
     """Write the bundle; a run that was interrupted goes on with its last whole layer."""
-    needed = bundle_bytes(checkpoint.spec, options, windows.train.numel() + windows.held_out.numel())
+    needed = bundle_bytes(checkpoint.spec, options, windows.train.size + windows.held_out.size)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         explaining_full_disk(options.output, needed),
@@ -157,8 +158,8 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "source_sha256": _source_digest(checkpoint, progress),
         "tokenizer_sha256": tokenizer.hexdigest(),
         "calibration_sha256": windows.digest,
-        "calibration_tokens": windows.train.numel(),
-        "held_out_tokens": windows.held_out.numel(),
+        "calibration_tokens": windows.train.size,
+        "held_out_tokens": windows.held_out.size,
         "calibration_token_limit": options.calibration_tokens,
         "ladder": list(options.ladder),
         "dense_bits": options.dense_bits,
@@ -210,9 +211,7 @@ def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
 
 def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
     """The predictors of those layers that have one, by layer, as a safetensors file."""
-    return save(
-        {str(layer): seen.predictor.contiguous() for layer, seen in statistics.items() if seen.predictor.numel()}
-    )
+    return save({str(layer): seen.predictor for layer, seen in statistics.items() if seen.predictor.size})
 
 
 def check_quality(bundle: Bundle, options: CompileOptions) -> None:

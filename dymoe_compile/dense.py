@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
-from dymoe_compile.checkpoint import Checkpoint
+from dymoe_compile.checkpoint import DTYPES, Checkpoint
 from dymoe_compile.progress import Progress
 from dymoe_compile.quantize import quantize_matrix
 from dymoe_compile.sensitivity import Decoding, Measurer, Original
@@ -65,7 +66,7 @@ def keep_choice(choice: DenseChoice, writer: BundleWriter) -> None:
 def choose_dense_bits(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    held_out: torch.Tensor,
+    held_out: np.ndarray,
     original: Original,
     budget: Budget,
     progress: Progress,
@@ -144,7 +145,7 @@ def kind_bytes(spec: ModelSpec) -> dict[str, dict[int, int]]:
     return total
 
 
-def records_of(checkpoint: Checkpoint, kind: str, bits: int) -> dict[str, tuple[RecordLayout, torch.Tensor]]:
+def records_of(checkpoint: Checkpoint, kind: str, bits: int) -> dict[str, tuple[RecordLayout, np.ndarray]]:
     """Every dense matrix of `kind` at `bits`: name -> (its layout, its record)."""
     shapes = {name: shape for name, shape in checkpoint.spec.each_tensor() if dense_kind(name, shape) == kind}
     return {
@@ -164,7 +165,7 @@ def write_dense(
     stored = {name: _storage(name, shape, bits) for name, shape in shapes.items()}
     with progress("dense weights", len(shapes)) as advance:
 
-        def tensors() -> Iterator[torch.Tensor]:
+        def tensors() -> Iterator[np.ndarray]:
             for name, shape in shapes.items():
                 yield _stored(checkpoint.tensor(name), name, shape, bits)
                 advance()
@@ -174,17 +175,19 @@ def write_dense(
     return checksums
 
 
-def _storage(name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> tuple[torch.dtype, tuple[int, ...]]:
+def _storage(name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
     if mine := quantized_bits(name, shape, bits):
-        return torch.uint8, (dense_layout(shape, mine).record_bytes,)
-    return (torch.bfloat16 if dense_kind(name, shape) else torch.float32), shape
+        return "U8", (dense_layout(shape, mine).record_bytes,)
+    return ("BF16" if dense_kind(name, shape) else "F32"), shape
 
 
-def _stored(tensor: torch.Tensor, name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> torch.Tensor:
+def _stored(tensor: torch.Tensor, name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> np.ndarray:
+    """The bytes of a tensor as it is stored."""
     if mine := quantized_bits(name, shape, bits):
         return _record(tensor, shape, mine)
-    return tensor.to(_storage(name, shape, bits)[0])
+    dtype = DTYPES[_storage(name, shape, bits)[0]]
+    return tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _record(tensor: torch.Tensor, shape: tuple[int, ...], bits: int) -> torch.Tensor:
-    return torch.from_numpy(pack_record(dense_layout(shape, bits), {"weight": quantize_matrix(tensor, (bits,))}))
+def _record(tensor: torch.Tensor, shape: tuple[int, ...], bits: int) -> np.ndarray:
+    return pack_record(dense_layout(shape, bits), {"weight": quantize_matrix(tensor, (bits,))})

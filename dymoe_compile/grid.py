@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dymoe_runtime import kernels
 from dymoe_runtime.kernels.descent import Grid
-from dymoe_runtime.kernels.reference import nearest_codes
+from dymoe_runtime.kernels.descent_reference import nearest_codes
 from dymoe_runtime.tiers import BLOCK, FINE_STEPS, MOST_CURVED, STEPS, blocks_of, levels_of, unit_of
 
 # Weight of a tier's squared error against that of the highest, which is 4^(t - T) of it at equal
@@ -56,7 +56,7 @@ def scales_to_try(weight: torch.Tensor, top: int) -> torch.Tensor:
     """Scales of the top tier to try, [starts, rows, blocks]; the first clips nothing."""
     rows, cols = weight.shape
     blocks = F.pad(weight, (0, blocks_of(cols) * BLOCK - cols)).view(rows, -1, BLOCK)
-    largest = blocks.abs().amax(dim=-1) / levels_of(top, top)[-1]
+    largest = blocks.abs().amax(dim=-1) / float(levels_of(top, top)[-1])
     if top > MOST_CURVED:
         return torch.stack([largest * clip for clip in (CLIPS if top < FINE else CLIPS[:1])])
     counts = torch.full((blocks.shape[1],), BLOCK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dymoe_runtime.decoder import Decoder, Routing
@@ -29,14 +30,14 @@ class LookAheadFit:
     router: list[float] = field(default_factory=list)
     linear: list[float] = field(default_factory=list)
     two_ahead: list[float] = field(default_factory=list)  # the router asked two layers early
-    predictor: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [experts, H + 1], or empty
+    predictor: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # [experts, H + 1], or empty
 
     @property
     def used(self) -> str:
         """What the runtime is to ask."""
         if not self.router:
             return "none"
-        return "linear" if self.predictor.numel() else "router"
+        return "linear" if self.predictor.size else "router"
 
 
 class LookAheadProbe:
@@ -48,28 +49,28 @@ class LookAheadProbe:
         fit = torch.randperm(train, generator=generator)[:FIT_TOKENS].sort().values
         judge = torch.arange(train, total)[:JUDGE_TOKENS]
         self._decoder = decoder
-        self._sample = torch.cat([fit, judge])
+        self._sample = torch.cat([fit, judge]).numpy()
         self._fit = len(fit)
-        self.past: list[torch.Tensor] = []  # residual streams of the sample, latest MoE layer first
+        self.past: list[np.ndarray] = []  # residual streams of the sample, latest MoE layer first
 
-    def observe(self, layer: int, h: torch.Tensor, routing: Routing) -> LookAheadFit:
+    def observe(self, layer: int, h: np.ndarray, routing: Routing) -> LookAheadFit:
         """Judge the guesses of `layer` by what its router chose for inputs h [T, H]; remember its residual stream."""
         top_k = routing.experts.shape[1]
         fit = LookAheadFit()
-        chosen = routing.experts[self._sample][self._fit :]
-        name = f"layers.{layer}.router"
+        chosen = torch.from_numpy(routing.experts[self._sample][self._fit :])
         if self.past:
             early = self._normed(layer, self.past[0])
-            asked = self._decoder.dense.linear(name, early)
+            asked = self._logits(layer, early)
             fit.router = recall(asked[self._fit :], chosen)
-            predictor = ridge(early[: self._fit], self._logits(name, h) - asked[: self._fit])
-            corrected = asked[self._fit :] + _apply(predictor, early[self._fit :])
+            late = self._logits(layer, h[self._sample[: self._fit]])
+            predictor = ridge(torch.from_numpy(early[: self._fit]), late - asked[: self._fit])
+            corrected = asked[self._fit :] + _apply(predictor, torch.from_numpy(early[self._fit :]))
             fit.linear = recall(corrected, chosen)
             if sum(fit.linear[:top_k]) > sum(fit.router[:top_k]) + LEAST_GAIN * top_k:
-                fit.predictor = predictor
+                fit.predictor = predictor.numpy()
         if len(self.past) > 1:
             earlier = self._normed(layer, self.past[1][self._fit :])
-            fit.two_ahead = recall(self._decoder.dense.linear(name, earlier), chosen)
+            fit.two_ahead = recall(self._logits(layer, earlier), chosen)
         self.past = [routing.residual[self._sample], *self.past[:1]]
         return fit
 
@@ -77,11 +78,11 @@ class LookAheadProbe:
         """A dense layer came between: there is nothing to look ahead from."""
         self.past = []
 
-    def _normed(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+    def _normed(self, layer: int, residual: np.ndarray) -> np.ndarray:
         return self._decoder.norm(f"layers.{layer}.mlp_norm", residual)
 
-    def _logits(self, name: str, h: torch.Tensor) -> torch.Tensor:
-        return self._decoder.dense.linear(name, h[self._sample[: self._fit]])
+    def _logits(self, layer: int, h: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self._decoder.dense.linear(f"layers.{layer}.router", h))
 
 
 def recall(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-import torch
+import numpy as np
 
 from dymoe_compile.calibration import LayerStatistics
 from dymoe_compile.candidates import Candidates
@@ -51,7 +51,7 @@ class Fitted:
 
 def fit_policy(
     bundle: Bundle,
-    held_out: torch.Tensor,
+    held_out: np.ndarray,
     original: Original,
     statistics: dict[int, LayerStatistics],
     profile: Profile,
@@ -90,7 +90,7 @@ def fit_policy(
         default_point=default_point(kept, bundle, profile).name,
         notes=("importance is flat: uniform tiers win everywhere",) if flat else (),
     )
-    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].numel())
+    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].size)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Sensitivity:
 Table = dict[int, dict[int, Sensitivity]]  # layer -> tier -> Sensitivity
 
 
-def measure_sensitivity(bundle: Bundle, held_out: torch.Tensor, original: Original, progress: Progress) -> Table:
+def measure_sensitivity(bundle: Bundle, held_out: np.ndarray, original: Original, progress: Progress) -> Table:
     """KL of the model, and drift of the next router, with only one layer below the highest tier."""
     ladder, layers, moe = bundle.manifest.ladder, bundle.spec.num_layers, bundle.spec.moe_layers
     top = TierRule.uniform(ladder[-1], ladder, layers)
@@ -265,7 +265,7 @@ def layer_policy(layer: int, statistics: Mapping[int, LayerStatistics], sensitiv
     if layer not in statistics:
         return LayerPolicy(layer, {}, (), (), {}, {}, (), (), "none", ())
     seen, row = statistics[layer], sensitivity[layer]
-    early = "linear" if seen.predictor.numel() else "router"
+    early = "linear" if seen.predictor.size else "router"
     return LayerPolicy(
         layer=layer,
         sensitivity={str(tier): _significant(row[tier].kl) for tier in sorted(row)},
@@ -304,16 +304,14 @@ def point_json(point: OperatingPoint) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
 
-def excerpt_for(
-    spec: ModelSpec, held_out: torch.Tensor, original: Original, tokens: int
-) -> tuple[torch.Tensor, Original]:
+def excerpt_for(spec: ModelSpec, held_out: np.ndarray, original: Original, tokens: int) -> tuple[np.ndarray, Original]:
     """The first windows of `held_out`, `tokens` in all; of a large model fewer."""
     affordable = max(LEAST_TOKENS, int(MOST_WORK / active_weights(spec)))
     count = max(1, min(tokens, affordable) // held_out.shape[1])
     return held_out[:count], Original(original.hidden[:count], original.head)
 
 
-def _reference_nll(held_out: torch.Tensor, original: Original) -> float:
+def _reference_nll(held_out: np.ndarray, original: Original) -> float:
     from dymoe_runtime.evaluate import Score, score_window
 
     total = Score()

@@ -94,7 +94,7 @@ def _joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """One matrix of the rows of all."""
     steps = {tier: np.concatenate([part.steps[tier] for part in parts]) for tier in parts[0].steps}
     return QuantizedMatrix(
-        np.concatenate([part.codes for part in parts]), steps, torch.cat([part.multiplier for part in parts])
+        np.concatenate([part.codes for part in parts]), steps, np.concatenate([part.multiplier for part in parts])
     )
 
 
@@ -128,15 +128,15 @@ class _Descending:
 
     def run(self) -> QuantizedMatrix:
         self._sweep(None)
-        multiplier = multiplier_of(self._scales, self._ladder)
-        units = (multiplier.float()[None] * units_of(self._ladder)[:, None]).contiguous()
+        multiplier = multiplier_of(self._scales, self._ladder).float()
+        units = (multiplier[None] * units_of(self._ladder)[:, None]).contiguous()
         self._snap(units)
         for sweep in range(1, SWEEPS):
             self._sweep(units, last=sweep == SWEEPS - 1)
             self._backward = not self._backward
         steps = nearest_steps(self._scales, units)
         return QuantizedMatrix(
-            self._codes.numpy(), {tier: steps[i].numpy() for i, tier in enumerate(self._ladder)}, multiplier
+            self._codes.numpy(), {tier: steps[i].numpy() for i, tier in enumerate(self._ladder)}, multiplier.numpy()
         )
 
     def _sweep(self, units: torch.Tensor | None, last: bool = False) -> None:
@@ -216,7 +216,7 @@ class _Descending:
     def _values(self, t: int) -> torch.Tensor:
         """The matrix at tier number `t`."""
         tier, top = self._ladder[t], self._ladder[-1]
-        levels = levels_of(tier, top)[(self._codes >> (top - tier)).int()]
+        levels = torch.from_numpy(levels_of(tier, top))[(self._codes >> (top - tier)).int()]
         return levels * self._scales[t].repeat_interleave(BLOCK, dim=1)[:, : self._cols]
 
 
@@ -224,7 +224,8 @@ def _round_only(weight: torch.Tensor, tier: int) -> QuantizedMatrix:
     """Nearest codes of a fine grid."""
     weight = weight.float()
     scales = scales_to_try(weight, tier)
-    multiplier = multiplier_of(scales, (tier,))
-    steps = nearest_steps(scales, multiplier.float()[None], up=True)[0]
-    codes = rounded(weight, tier_scales(steps, multiplier, tier, tier), tier)
-    return QuantizedMatrix(codes.numpy(), {tier: steps.numpy()}, multiplier)
+    multiplier = multiplier_of(scales, (tier,)).float()
+    steps = nearest_steps(scales, multiplier[None], up=True)[0].numpy()
+    stored = tier_scales(steps, multiplier.numpy(), tier, tier)
+    codes = rounded(weight, torch.from_numpy(stored), tier)
+    return QuantizedMatrix(codes.numpy(), {tier: steps}, multiplier.numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 
 from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
@@ -24,12 +25,12 @@ class CheckpointExperts:
         self._kept: dict[ExpertKey, dict[str, torch.Tensor]] = {}
         self._room = KEEP_BYTES
 
-    def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
-        y = torch.zeros_like(h)
-        for expert in routing.experts.unique().tolist():
-            tokens, ranks = (routing.experts == expert).nonzero(as_tuple=True)
-            out = self.apply(self._expert(ExpertKey(layer, expert)), h[tokens])
-            y.index_add_(0, tokens, out * routing.gates[tokens, ranks, None])
+    def __call__(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
+        y = np.zeros_like(h)
+        for expert in np.unique(routing.experts).tolist():
+            tokens, ranks = np.nonzero(routing.experts == expert)  # each token once
+            out = self.apply(self._expert(ExpertKey(layer, expert)), torch.from_numpy(h[tokens]))
+            y[tokens] += out.numpy() * routing.gates[tokens, ranks, None]
         return y
 
     def apply(self, expert: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

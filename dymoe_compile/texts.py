@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dymoe_runtime.errors import DymoeError
@@ -28,8 +29,8 @@ Encode = Callable[[str], list[int]]
 class Windows:
     """Calibration tokens, int64 [n, W] each; `digest` is the SHA-256 of the texts."""
 
-    train: torch.Tensor
-    held_out: torch.Tensor
+    train: np.ndarray
+    held_out: np.ndarray
     digest: str
 
 
@@ -54,21 +55,21 @@ def make_windows(texts: Sequence[str], encode: Encode, max_context: int, tokens:
         raise DymoeError(
             f"calibration text is too short: no {2 * length} tokens in one piece; give longer text with --calibration"
         )
-    stacked = torch.stack(windows)
-    held = torch.arange(len(stacked)) % HELD_OUT == HELD_OUT - 1
+    stacked = np.stack(windows)
+    held = np.arange(len(stacked)) % HELD_OUT == HELD_OUT - 1
     held[-1] |= not held.any()
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return Windows(stacked[~held], stacked[held], digest)
 
 
-def _cut(ids: list[int], length: int, seed: int) -> list[torch.Tensor]:
+def _cut(ids: list[int], length: int, seed: int) -> list[np.ndarray]:
     """Whole windows of a text, in an order that `seed` decides."""
-    windows = [torch.tensor(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+    windows = [np.array(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return [windows[i] for i in order.tolist()]
 
 
-def _round_robin(groups: list[list[torch.Tensor]], count: int) -> list[torch.Tensor]:
+def _round_robin(groups: list[list[np.ndarray]], count: int) -> list[np.ndarray]:
     """Up to `count` windows, one from each group in turn."""
     turns = range(max((len(group) for group in groups), default=0))
     return [group[turn] for turn in turns for group in groups if turn < len(group)][:count]

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from dymoe_runtime.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_fi
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.tensorfile import NAMES, header_bytes, read_header
+from dymoe_runtime.tensorfile import DTYPES, header_bytes, read_header
 from dymoe_runtime.tiers import PAGE, RecordLayout, split_record
 
 
@@ -66,14 +67,14 @@ class BundleWriter:
         for suffix in ("json", "safetensors"):
             (self._state / f"{name}.{suffix}").unlink(missing_ok=True)
 
-    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Room for float32 values in a file without a name, which goes when the tensor does."""
+    def scratch(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Room for float32 values in a file without a name, which goes when the array does."""
         nbytes = 4 * int(np.prod(shape))
         with tempfile.TemporaryFile(dir=self._state) as file:
             if hasattr(os, "posix_fallocate"):
                 # Writing to a mapped file on a full disk would kill the process; this says it in time.
                 os.posix_fallocate(file.fileno(), 0, nbytes)
-            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+            return np.asarray(np.memmap(file, np.float32, "r+", shape=shape))
 
     def write_layer(
         self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int
@@ -93,18 +94,16 @@ class BundleWriter:
         return LayerEntry(path.name, len(header), tuple(checksums))
 
     def write_dense(
-        self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+        self, shapes: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[np.ndarray]
     ) -> dict[str, int]:
-        """Write dense.safetensors from `tensors` in the order of `shapes`; the checksum of each."""
-        sizes = {
-            name: (NAMES[dtype], shape, dtype.itemsize * int(np.prod(shape))) for name, (dtype, shape) in shapes.items()
-        }
+        """Write dense.safetensors from the bytes of tensors in the order of `shapes`; the checksum of each."""
+        sizes = {name: (dtype, shape, DTYPES[dtype] * math.prod(shape)) for name, (dtype, shape) in shapes.items()}
         checksums = {}
         with _becoming(self.directory / DENSE) as file:
             file.write(header_bytes(sizes))
             for name, tensor in zip(shapes, tensors, strict=True):
-                assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], name
-                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                assert tensor.nbytes == sizes[name][2], name
+                data = memoryview(tensor)
                 file.write(data)
                 checksums[name] = zlib.crc32(data)
         return checksums

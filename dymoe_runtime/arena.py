@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
-from dymoe_runtime.memory import Place, map_memory, memory_at
+from dymoe_runtime.memory import Place, address_of, map_memory, memory_at
 
 # A chunk may waste this share of itself on sizes that do not divide it.
 WASTE = 0.06
@@ -32,7 +31,7 @@ class Slot:
     owner: Any = None
 
     @property
-    def memory(self) -> torch.Tensor:
+    def memory(self) -> np.ndarray:
         """uint8 [size]"""
         return memory_at(self.place)
 
@@ -63,8 +62,8 @@ class Arena:
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
         self._memory = map_memory(self.chunks * self.chunk_bytes)
-        self.memory = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
-        self._start = self.memory.data_ptr()
+        self.memory = np.frombuffer(self._memory, np.uint8)
+        self._start = address_of(self.memory)
         self._chunks = [_Chunk() for _ in range(self.chunks)]
         self._free = list(range(self.chunks))[::-1]
         self._given_back: list[int] = []
@@ -156,7 +155,7 @@ class Arena:
         self._partial[size_class].discard(number)
         for slot in slots:
             target = self._take(min(self._partial[size_class]), size_class)
-            target.memory.copy_(slot.memory)
+            target.memory[:] = slot.memory
             self._chunks[target.chunk].slots[target.index] = slot
             slot.chunk, slot.index, slot.place = target.chunk, target.index, target.place
             self._moved(slot)

@@ -1,18 +1,18 @@
-"""Causal attention in torch: what the compiled kernels are held against, and what the compiler runs."""
+"""Causal attention by torch: what the compiled kernels are held against, and what the compiler runs."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Queries at the end of a prompt whose attention decides which of its tokens weigh most.
-HEAVY_HITTER_QUERIES = 32
+from dymoe_runtime.kv_cache import HEAVY_HITTER_QUERIES
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: int, window: int | None) -> np.ndarray:
     """Attention of q [heads, T, d] at positions start.. over k, v [kv_heads, start + T, d]; [heads, T, d].
 
     A token sees all before it, or the last `window` with itself.
@@ -26,22 +26,23 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, win
     elif window or start:
         mask = _bias(start, q.shape[1], window)
     causal = mask is None and q.shape[1] > 1
+    queries, keys, values = (torch.from_numpy(x)[None] for x in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=causal, enable_gqa=q.shape[0] != k.shape[0]
+        queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[0] != k.shape[0]
     )
-    return y[0]
+    return y[0].numpy()
 
 
-def received(q: torch.Tensor, k: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+def received(q: np.ndarray, k: np.ndarray, start: int, window: int | None) -> np.ndarray:
     """Attention that each token of q [heads, T, d] gets from the last of them, [T]; k as in `attention`."""
     tokens = q.shape[1]
     last = min(tokens, HEAVY_HITTER_QUERIES)
     groups = q.shape[0] // k.shape[0]
-    q = q[:, -last:].reshape(k.shape[0], groups * last, -1)
-    scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+    queries = torch.from_numpy(q[:, -last:]).reshape(k.shape[0], groups * last, -1)
+    scores = queries @ torch.from_numpy(k).transpose(1, 2) / math.sqrt(q.shape[-1])
     mask = causal_mask(start + tokens - last, last, window)
     scores = scores.view(-1, last, k.shape[1]).masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1).sum(dim=(0, 1))[start:]
+    return scores.softmax(dim=-1).sum(dim=(0, 1))[start:].numpy()
 
 
 def causal_mask(start: int, tokens: int, window: int | None) -> torch.Tensor:

@@ -6,23 +6,23 @@ import math
 from dataclasses import dataclass, replace
 
 from dymoe_runtime import kernels
-from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
 from dymoe_runtime.bundle import DENSE, LOOK_AHEAD, Bundle
 from dymoe_runtime.device import format_size, memory_limit, release_code, resident_bytes
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE
-from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.kv_cache import HEAVY_HITTER_QUERIES, KVCache
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import full_arena_bytes, least_arena_bytes
 
 # Prompt tokens whose tiers are chosen together. Fixed, because their tiers depend on which they are.
 CHUNK = 256
-# What Python, torch and the allocator may still take after loading, with the code of theirs that is needed again.
-RESERVE_BYTES = 48 << 20
+# What Python and the allocator may still take after loading, with the code of libraries that is needed again.
+RESERVE_BYTES = 24 << 20
+# The same where torch is among these.
+TORCH_RESERVE_BYTES = 48 << 20
 # What Python and its libraries hold varies by so much from run to run, with what of their files is in the page cache.
 SPREAD_BYTES = 8 << 20
-# What a run needs before it loads anything, where it cannot be measured: Python and torch.
-PROCESS_BYTES = 200 << 20
+# What a run needs before it loads anything, where it cannot be measured: Python, NumPy and a tokenizer.
+PROCESS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def plan_budget(
         fixed=fixed,
         dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
         kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
-        workspace=workspace + RESERVE_BYTES,
+        workspace=workspace + (TORCH_RESERVE_BYTES if kernels.isa() == "torch" else RESERVE_BYTES),
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
         chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
@@ -152,6 +152,8 @@ def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
         + 2 * spec.num_experts
     )
     if kernels.isa() == "torch":
+        from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE  # imports torch
+
         scores = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads + 2 * spec.num_kv_heads * spec.head_dim) * context
         scores += tokens * context if spec.sliding_window else 0
         scores += 8 * WEIGHTS_AT_ONCE

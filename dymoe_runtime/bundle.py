@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
@@ -127,7 +126,7 @@ class Bundle:
         entry = self.manifest.layers[key.layer]
         return self.path / entry.file, entry.data_start + key.expert * self.layout.record_bytes
 
-    def read_record(self, key: ExpertKey) -> list[torch.Tensor]:
+    def read_record(self, key: ExpertKey) -> list[np.ndarray]:
         """All segments of one expert, checked; for tools, the runtime reads through the store."""
         path, offset = self.record_span(key)
         record = np.empty(self.layout.record_bytes, np.uint8)
@@ -136,7 +135,7 @@ class Bundle:
         segments = split_record(self.layout, record)
         for index, segment in enumerate(segments):
             self.check_segment(key, index, segment)
-        return [torch.from_numpy(segment) for segment in segments]
+        return segments
 
     def check_segment(self, key: ExpertKey, segment: int, data: np.ndarray | memoryview) -> None:
         """DymoeError unless `data` has the checksum that the manifest gives."""

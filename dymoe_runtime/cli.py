@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dymoe_runtime.console import MOST_SEED, MOST_THREADS, Duration, ManyValues, Size, one_sentence, sparing_imports
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import importing
 from dymoe_runtime.eviction import GROWTH, POLICIES
 from dymoe_runtime.flags import check_flags
 
@@ -87,10 +87,7 @@ def run(bundle: Path, **o: Any) -> None:
 
 @cache  # what is imported is spared once
 def _loaded() -> Callable[[Path, dict[str, Any]], None]:
-    """What does the work; importing torch takes seconds, which neither --help nor a wrong flag waits for."""
-    try:
-        with sparing_imports():
-            from dymoe_runtime.commands import execute
-    except (ImportError, OSError) as error:
-        raise DymoeError(f"the installation is not whole ({error}); install dymoe and torch again") from error
+    """What does the work, whose imports neither --help nor a wrong flag waits for."""
+    with importing(), sparing_imports():
+        from dymoe_runtime.commands import execute
     return execute

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
+import numpy as np
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
@@ -206,8 +206,8 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
             f"--bench: {count} tokens do not fit the model's context of {bundle.spec.max_context}; "
             "give fewer --prompt-tokens or --new-tokens"
         )
-    g = torch.Generator().manual_seed(o["seed"])
-    ids, others = (torch.randint(bundle.spec.vocab_size, (count,), generator=g).tolist() for _ in range(2))
+    random = np.random.default_rng(o["seed"])
+    ids, others = (random.integers(bundle.spec.vocab_size, size=count).tolist() for _ in range(2))
     with _load(bundle, o, count) as model:
         if o["warm_up"]:
             model.prefill(others[: o["prompt_tokens"]])

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from dymoe_runtime import kernels
 from dymoe_runtime.kernels.job import Expert, Job
-from dymoe_runtime.tiers import RecordLayout
+from dymoe_runtime.tiers import RecordLayout, split_record
 
 # Tokens of an expert that are measured; what lies between is interpolated.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
@@ -58,7 +58,7 @@ def measure(
     layout: RecordLayout,
     top_k: int,
     experts: int,
-    memory: torch.Tensor,
+    memory: np.ndarray,
     activation: str = "silu",
     counts: Sequence[int] = COUNTS,
     sweep_bytes: int = SWEEP_BYTES,
@@ -69,7 +69,7 @@ def measure(
     """
     hidden = layout.matrices["gate"].cols
     records = _records(layout, memory, min(experts, max(1, sweep_bytes // sum(layout.segment_spans))))
-    x = torch.randn(max(counts), hidden, generator=torch.Generator().manual_seed(0))
+    x = np.random.default_rng(0).standard_normal((max(counts), hidden), np.float32)
     alone, groups = {}, {}
     for tier in layout.ladder:
         ready = [kernels.prepare(layout, tier, record[: layout.segments_of(tier)]) for record in records]
@@ -82,19 +82,19 @@ def measure(
     return CostModel(tuple(counts), call_s, each)
 
 
-def _records(layout: RecordLayout, memory: torch.Tensor, most: int) -> list[list[torch.Tensor]]:
+def _records(layout: RecordLayout, memory: np.ndarray, most: int) -> list[list[np.ndarray]]:
     """As many records as fit, or as the model has: a list of segments each."""
     size = sum(layout.segment_spans)
     count = min(most, len(memory) // size)
     memory[: count * size] = FILLER
-    return [list(memory[i * size : (i + 1) * size].split(list(layout.segment_spans))) for i in range(count)]
+    return [split_record(layout, memory[i * size : (i + 1) * size]) for i in range(count)]
 
 
-def _seconds(experts: Sequence[Expert], group: int, tokens: int, x: torch.Tensor, activation: str) -> float:
+def _seconds(experts: Sequence[Expert], group: int, tokens: int, x: np.ndarray, activation: str) -> float:
     """Median seconds of a call of `group` experts with `tokens` each; groups take turns."""
-    y = torch.empty(group * tokens, x.shape[1])
-    rows = torch.arange(group * tokens) % tokens
-    gates = torch.full((1, group), 1 / group)
+    y = np.empty((group * tokens, x.shape[1]), np.float32)
+    rows = np.arange(group * tokens) % tokens
+    gates = np.full((1, group), 1 / group, np.float32)
     times = []
     for turn in range(max(ROUNDS, -(-len(experts) // group)) if tokens == 1 else ROUNDS):
         chosen = [experts[(turn * group + i) % len(experts)] for i in range(group)]

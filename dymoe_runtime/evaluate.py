@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
 from dymoe_runtime.bundle import MANIFEST, Bundle
 from dymoe_runtime.decoder import Decoder
@@ -55,19 +54,20 @@ class Score:
 
 
 # Logits [rows, vocab] of hidden states [rows, H].
-Head = Callable[[torch.Tensor], torch.Tensor]
+Head = Callable[[np.ndarray], np.ndarray]
 
 
-def windows(ids: Sequence[int], length: int) -> Iterator[torch.Tensor]:
+def windows(ids: Sequence[int], length: int) -> Iterator[np.ndarray]:
     """Cut `ids` into windows of `length`; each starts anew, and a last one of a single token is left out."""
     for start in range(0, len(ids), length):
-        window = torch.tensor(ids[start : start + length])
+        window = np.array(ids[start : start + length])
         if len(window) > 1:
             yield window
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a score tells what is not finite
 def score_window(
-    ids: torch.Tensor, hidden: torch.Tensor, head: Head, reference: tuple[torch.Tensor, Head] | None = None
+    ids: np.ndarray, hidden: np.ndarray, head: Head, reference: tuple[np.ndarray, Head] | None = None
 ) -> Score:
     """Score the prediction of ids[1:] from hidden states [T, H]; `reference` is (hidden, head) of another model.
 
@@ -76,23 +76,30 @@ def score_window(
     score = Score()
     for start in range(0, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
-        log_p = F.log_softmax(head(hidden[start:stop]), dim=-1)
+        log_p = log_softmax(head(hidden[start:stop]))
         score.tokens += stop - start
-        score.nll_sum -= log_p.gather(1, ids[start + 1 : stop + 1, None]).double().sum().item()
+        score.nll_sum -= float(np.take_along_axis(log_p, ids[start + 1 : stop + 1, None], 1).sum(dtype=np.float64))
         if reference is not None:
-            log_r = F.log_softmax(reference[1](reference[0][start:stop]), dim=-1)
-            score.kl_sum += F.kl_div(log_p, log_r, reduction="sum", log_target=True).item()
+            log_r = log_softmax(reference[1](reference[0][start:stop]))
+            score.kl_sum += float((np.exp(log_r) * (log_r - log_p)).sum(dtype=np.float64))
             score.agreed += int((log_p.argmax(-1) == log_r.argmax(-1)).sum())
             score.compared += stop - start
     return score
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    normed: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normed
+
+
 class Reference(Protocol):
     """The model to compare with."""
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor: ...
+    def hidden(self, ids: np.ndarray) -> np.ndarray: ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, hidden: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,6 @@ class Evaluation:
         return sum(1 for ids in self.texts.values() for _ in windows(ids, self.length))
 
 
-@torch.inference_mode()
 def evaluate(
     model: Model, job: Evaluation, whole_table: bool, advance: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
@@ -150,7 +156,7 @@ class _Row:
 
 def _score_rows(
     model: Model,
-    ids: torch.Tensor,
+    ids: np.ndarray,
     file: str,
     job: Evaluation,
     rules: Mapping[str, TierRule],
@@ -177,8 +183,7 @@ class DecoderReference:
         self._decoder = decoder
         self.logits = decoder.logits
 
-    @torch.inference_mode()
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: np.ndarray) -> np.ndarray:
         return self._decoder.forward(ids)
 
 

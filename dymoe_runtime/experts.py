@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from dymoe_runtime import kernels
 from dymoe_runtime.cost import CostModel
@@ -31,8 +31,8 @@ class TierStats:
 
     used: dict[int, int] = field(default_factory=dict)
 
-    def add(self, tiers: torch.Tensor) -> None:
-        for tier, count in enumerate(tiers.reshape(-1).bincount().tolist()):
+    def add(self, tiers: np.ndarray) -> None:
+        for tier, count in enumerate(np.bincount(tiers.reshape(-1)).tolist()):
             if count:
                 self.used[tier] = self.used.get(tier, 0) + count
 
@@ -69,7 +69,7 @@ class StoredExperts:
         self._between_s = 0.0  # from there to the next layer's call, lately
         self._wants = cache(lambda layer, expert, tier: Want(ExpertKey(layer, expert), tier))
 
-    def __call__(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def __call__(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         if len(routing.gates) == 1 and routing.token_weights is None:
             return self._run_token(layer, h, routing, time.perf_counter())
         chosen = self.rule.choose(layer, routing)
@@ -84,7 +84,7 @@ class StoredExperts:
         self._left = None
         return self._run(delivery, work, h, routing.gates)
 
-    def _run_token(self, layer: int, h: torch.Tensor, routing: Routing, entered: float) -> torch.Tensor:
+    def _run_token(self, layer: int, h: np.ndarray, routing: Routing, entered: float) -> np.ndarray:
         experts, gates = routing.of_token()
         tiers, lacking = self._tiers_of_token(layer, experts, gates)
         self.stats.add_each(tiers)
@@ -101,11 +101,9 @@ class StoredExperts:
         self._left = (layer, time.perf_counter())
         return y
 
-    def _run(
-        self, delivery: Iterable[list[Delivered]], work: Work, h: torch.Tensor, gates: torch.Tensor
-    ) -> torch.Tensor:
+    def _run(self, delivery: Iterable[list[Delivered]], work: Work, h: np.ndarray, gates: np.ndarray) -> np.ndarray:
         # Kept by pair, so that the sum does not depend on which expert arrived first.
-        y = torch.empty(len(work.tokens), h.shape[1])
+        y = np.empty((len(work.tokens), h.shape[1]), np.float32)
         for batch in delivery:
             jobs = [Job(at(run.tier), run.first, run.rows) for want, at in batch for run in work.runs[want.key.expert]]
             kernels.moe(jobs, h, work.tokens, y, self._activation)
@@ -164,28 +162,28 @@ class Work:
     """The (token, expert) pairs of a call, ordered by expert and tier; each has a row, skipped ones too."""
 
     runs: dict[int, list[Run]]  # by expert, without what is skipped
-    tokens: torch.Tensor  # int64 [pairs], of each row
-    rows: torch.Tensor  # int64 [T, k], of each pair; -1 where skipped
+    tokens: np.ndarray  # int64 [pairs], of each row
+    rows: np.ndarray  # int64 [T, k], of each pair; -1 where skipped
 
 
 def plan_token(experts: Sequence[int], tiers: Sequence[int]) -> Work:
     """The work of one token, in the order of its experts."""
     runs = {expert: [Run(tier, row, 1)] for row, (expert, tier) in enumerate(zip(experts, tiers, strict=True)) if tier}
     tokens, rows = _rows_of_one_token(len(experts))
-    return Work(runs, tokens, rows if all(tiers) else rows.masked_fill(torch.tensor([tiers]) == 0, -1))
+    return Work(runs, tokens, rows if all(tiers) else np.where(np.array([tiers]) == 0, -1, rows))
 
 
 @cache
-def _rows_of_one_token(ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows_of_one_token(ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """`tokens` and `rows` of Work where nothing is skipped."""
-    return torch.zeros(ranks, dtype=torch.int64), torch.arange(ranks)[None]
+    return np.zeros(ranks, np.int64), np.arange(ranks)[None]
 
 
-def plan_tokens(experts: torch.Tensor, tiers: torch.Tensor) -> Work:
+def plan_tokens(experts: np.ndarray, tiers: np.ndarray) -> Work:
     """The work of experts [T, k] at tiers [T, k]."""
     keys = (experts * TIERS + tiers).reshape(-1)
-    ordered, order = keys.sort(stable=True)
-    values, counts = ordered.unique_consecutive(return_counts=True)
+    order = np.argsort(keys, kind="stable")
+    values, counts = np.unique(keys, return_counts=True)
     runs: dict[int, list[Run]] = {}
     first = 0
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
@@ -193,5 +191,6 @@ def plan_tokens(experts: torch.Tensor, tiers: torch.Tensor) -> Work:
         if tier:
             runs.setdefault(expert, []).append(Run(tier, first, count))
         first += count
-    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(experts.shape)
-    return Work(runs, order // experts.shape[1], rows.masked_fill_(tiers == 0, -1))
+    rows = np.empty_like(order)
+    rows[order] = np.arange(len(order))
+    return Work(runs, order // experts.shape[1], np.where(tiers == 0, -1, rows.reshape(experts.shape)))

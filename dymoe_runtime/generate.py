@@ -7,7 +7,7 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.sampling import Sampler, SamplingParams
@@ -24,9 +24,9 @@ class LanguageModel(Protocol):
     @property
     def position(self) -> int: ...  # tokens in the cache
 
-    def prefill(self, ids: Sequence[int]) -> torch.Tensor: ...  # appends ids; last logits, float32 [V]
+    def prefill(self, ids: Sequence[int]) -> np.ndarray: ...  # appends ids; last logits, float32 [V]
 
-    def decode(self, token_id: int) -> torch.Tensor: ...  # appends one id; its logits, float32 [V]
+    def decode(self, token_id: int) -> np.ndarray: ...  # appends one id; its logits, float32 [V]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from safetensors.torch import load
+import numpy as np
+from safetensors.numpy import load
 
 from dymoe_runtime.bundle import DAMAGED, LOOK_AHEAD, Bundle
 from dymoe_runtime.decoder import Routing
@@ -16,7 +16,7 @@ from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ExpertKey
 
 # (layer, residual) -> (experts, gates) that the layer's router would choose.
-Guess = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Guess = Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]
 # A rank is worth reading ahead if the guess was right so often.
 LEAST_RECALL = 0.5
 
@@ -46,17 +46,18 @@ class LookAhead:
         guessed = replace(routing, experts=experts, gates=gates, listed=None)
         of_pairs = rule.choose(layer, guessed)[:, :ranks].reshape(-1)
         experts, gates = experts[:, :ranks].reshape(-1), gates[:, :ranks].reshape(-1)
-        sums = torch.zeros(int(experts.max()) + 1).index_add_(0, experts, gates)
-        highest = torch.zeros(len(sums), dtype=torch.int64).scatter_reduce_(0, experts, of_pairs, "amax")
-        most = sums.argsort(descending=True)[: self.width].tolist()
+        sums = np.bincount(experts, gates)
+        highest = np.zeros(len(sums), np.int64)
+        np.maximum.at(highest, experts, of_pairs)
+        most = np.argsort(-sums, kind="stable")[: self.width].tolist()
         return [Want(ExpertKey(layer, e), int(highest[e])) for e in most if sums[e] > 0 and highest[e] > 0]
 
 
-def read_predictors(bundle: Bundle) -> dict[int, torch.Tensor]:
+def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
     """The look-ahead predictors [experts, H + 1] by layer; opening the bundle has checked the file."""
     shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
     path = bundle.path / LOOK_AHEAD
-    predictors = {int(layer): tensor.float() for layer, tensor in load(path.read_bytes()).items()}
+    predictors = {int(layer): tensor for layer, tensor in load(path.read_bytes()).items()}
     if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
         raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
     return predictors

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import mmap
 
-import torch
+import numpy as np
 
 # Address and bytes of memory.
 Place = tuple[int, int]
@@ -21,10 +21,16 @@ def map_memory(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def memory_at(place: Place) -> torch.Tensor:
+def memory_at(place: Place) -> np.ndarray:
     """uint8 [bytes], which whoever made the memory must keep."""
     address, nbytes = place
-    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where the memory of an array begins."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def lock_in_memory(address: int, nbytes: int) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from dymoe_runtime import cost, kernels
 from dymoe_runtime.budget import CHUNK, Budget, check_budget, plan_budget
@@ -73,8 +73,7 @@ class Model:
     def __init__(self, bundle: Bundle, options: RunOptions | None = None, window: int | None = None) -> None:
         """Load `bundle`; with `window` to score texts of so many tokens at once, by `hidden` alone."""
         options = options or RunOptions()
-        self._threads = options.threads or default_threads()
-        kernels.set_threads(self._threads)
+        kernels.set_threads(options.threads or default_threads())
         if options.pin_threads and not kernels.pin_threads():
             raise DymoeError("--pin-threads needs Linux and the compiled kernels; leave it out")
         if kernels.isa() == "torch":
@@ -149,7 +148,7 @@ class Model:
                 for layer, predictor in predictors.items():
                     step.correct(layer, predictor)
 
-            def guess(layer: int, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            def guess(layer: int, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 return self.decoder.look_ahead(layer, residual, predictors.get(layer))
 
             self.experts.look_ahead = LookAhead(guess, ranks_worth_reading(bundle), 2 * bundle.spec.top_k)
@@ -225,12 +224,10 @@ class Model:
         """Forget the tokens from `position` on."""
         self._cache.length = max(0, min(position, self._cache.length))
 
-    @torch.inference_mode()
-    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append a prompt in chunks; logits of its last token, float32 [vocab]."""
         self._check(ids)
         started = time.perf_counter()
-        self._divide_threads()
         self.experts.looks_ahead = True
         try:
             x = self._pass_by_pass(ids)
@@ -241,36 +238,33 @@ class Model:
         self.stats.prefill.seconds += time.perf_counter() - started
         return logits
 
-    def _pass_by_pass(self, ids: Sequence[int]) -> torch.Tensor:
+    def _pass_by_pass(self, ids: Sequence[int]) -> np.ndarray:
         """The last hidden state [1, H] of a prompt."""
-        x = torch.empty(0)
+        x = np.empty((0, 0), np.float32)
         left = list(ids)
         while left:
             self._room.heed_limit()
             tokens = self._room.make_for_pass(len(left), self._prompt_bytes())
-            part, left, begun = torch.tensor(left[:tokens]), left[tokens:], time.perf_counter()
+            part, left, begun = np.array(left[:tokens]), left[tokens:], time.perf_counter()
             self._follow_decisions(tokens, prompt=True)
-            x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)[-1:].clone()
+            x = self.decoder.forward(part, self._cache, self.rule.weighs_tokens, CHUNK)[-1:].copy()
             self.store.tick(tokens)
             if self._tracer is not None:
                 self._tracer.passed(tokens, time.perf_counter() - begun, self.point, prompt=True)
         return x
 
-    @torch.inference_mode()
-    def hidden(self, ids: torch.Tensor, weigh_tokens: bool = False) -> torch.Tensor:
+    def hidden(self, ids: np.ndarray, weigh_tokens: bool = False) -> np.ndarray:
         """Hidden states [T, H] of a window of tokens [T], as one chunk of a prompt that starts anew."""
         self._cache.length = 0
         return self.decoder.forward(ids, self._cache, weigh_tokens)
 
-    @torch.inference_mode()
-    def decode(self, token_id: int) -> torch.Tensor:
+    def decode(self, token_id: int) -> np.ndarray:
         """Append one token; logits of the next, float32 [vocab]."""
         self._check([token_id])
         started = time.perf_counter()
-        self._divide_threads()
         self.experts.looks_ahead = self._trial.on
         self._follow_decisions(1, prompt=False)
-        x = self.decoder.forward(torch.tensor([token_id]), self._cache)
+        x = self.decoder.forward(np.array([token_id]), self._cache)
         self.store.tick()
         logits = self.decoder.logits(x)[0]
         seconds = time.perf_counter() - started
@@ -282,10 +276,6 @@ class Model:
         self.stats.decode.tokens += 1
         self.stats.decode.seconds += seconds
         return logits
-
-    def _divide_threads(self) -> None:
-        """Torch gets one, beside the kernels': it has little to do, and its products depend on how many there are."""
-        torch.set_num_threads(self._threads if kernels.isa() == "torch" else 1)
 
     def _check(self, ids: Sequence[int]) -> None:
         """DymoeError where `ids` do not fit the context or the vocabulary."""

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
+import numpy as np
 
-from dymoe_runtime.decoder import Routing
+from dymoe_runtime.decoder import Routing, in_groups
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import check_ladder, strict
 
@@ -172,7 +172,7 @@ class TierRule:
         """Whether the tiers of a prompt depend on what its tokens weigh."""
         return self.prefill != self.decode or any(NEVER < share < 1 for row in self.prefill for share in row)
 
-    def choose(self, layer: int, routing: Routing) -> torch.Tensor:
+    def choose(self, layer: int, routing: Routing) -> np.ndarray:
         """Tier of each routed expert, int64 [T, k]."""
         if routing.token_weights is None:
             tiers = tiers_by_mass(routing.gates, self.decode[layer], self.ladder)
@@ -191,45 +191,47 @@ class TierRule:
         high = self.ladder[-1]
         return [high if e in self.pinned[layer] else tier for e, tier in zip(experts, tiers, strict=True)]
 
-    def _choose_for_chunk(self, layer: int, routing: Routing) -> torch.Tensor:
+    def _choose_for_chunk(self, layer: int, routing: Routing) -> np.ndarray:
         assert routing.token_weights is not None
         parts = (routing.experts, routing.gates, routing.token_weights)
-        groups = zip(*(part.split(routing.group or len(part)) for part in parts), strict=True)
-        return torch.cat([self._choose_for_group(layer, *group) for group in groups])
+        groups = zip(*(in_groups(part, routing.group or len(part)) for part in parts), strict=True)
+        return np.concatenate([self._choose_for_group(layer, *group) for group in groups])
 
     def _choose_for_group(
-        self, layer: int, experts: torch.Tensor, gates: torch.Tensor, token_weights: torch.Tensor
-    ) -> torch.Tensor:
+        self, layer: int, experts: np.ndarray, gates: np.ndarray, token_weights: np.ndarray
+    ) -> np.ndarray:
         importance = chunk_importance(experts, gates, token_weights)
         active = importance > 0
-        tiers = torch.zeros_like(importance, dtype=torch.int64)
+        tiers = np.zeros(importance.shape, np.int64)
         tiers[active] = tiers_by_mass(importance[active][None], self.prefill[layer], self.ladder)[0]
-        return tiers[experts]
+        chosen: np.ndarray = tiers[experts]
+        return chosen
 
 
-def chunk_importance(experts: torch.Tensor, gates: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+def chunk_importance(experts: np.ndarray, gates: np.ndarray, token_weights: np.ndarray) -> np.ndarray:
     """Sum over the tokens of a chunk of gate times token weight, float32 [experts]; more than 0 if active.
 
     experts int64 [T, k], gates [T, k], token_weights [T].
     """
-    importance = torch.zeros(int(experts.max()) + 1)
     weighted = gates * token_weights[:, None]
     # An expert whose tokens weigh nothing is still active.
-    importance.index_add_(0, experts.reshape(-1), weighted.reshape(-1).clamp_min(1e-12))
-    return importance
+    return np.bincount(experts.reshape(-1), np.maximum(weighted.reshape(-1), 1e-12)).astype(np.float32)
 
 
-def tiers_by_mass(importance: torch.Tensor, thresholds: Sequence[float], ladder: Sequence[int]) -> torch.Tensor:
+def tiers_by_mass(importance: np.ndarray, thresholds: Sequence[float], ladder: Sequence[int]) -> np.ndarray:
     """Tier of each of n experts by cumulative share of `importance` [..., n], int64 [..., n]; 0 is skipped."""
     if all(threshold >= 1 for threshold in thresholds):
-        return torch.full(importance.shape, ladder[-1])
-    ordered, order = importance.double().sort(dim=-1, descending=True, stable=True)
+        return np.full(importance.shape, ladder[-1], np.int64)
+    order = np.argsort(-importance, axis=-1, kind="stable")
+    ordered = np.take_along_axis(importance.astype(np.float64), order, -1)
     upto = ordered.cumsum(-1)
-    share = (upto - ordered) / upto[..., -1:].clamp_min(1e-30)
-    tiers = torch.zeros(importance.shape, dtype=torch.int64)
+    share = (upto - ordered) / np.maximum(upto[..., -1:], 1e-30)
+    tiers = np.zeros(importance.shape, np.int64)
     for tier, threshold in zip(ladder, reversed(thresholds), strict=True):
         tiers[share < threshold] = tier
-    return torch.empty_like(tiers).scatter_(-1, order, tiers)
+    chosen = np.empty_like(tiers)
+    np.put_along_axis(chosen, order, tiers, -1)
+    return chosen
 
 
 def tiers_of_token(gates: Sequence[float], thresholds: Sequence[float], ladder: Sequence[int]) -> list[int]:

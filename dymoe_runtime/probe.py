@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from dymoe_runtime import kernels
 from dymoe_runtime.cost import CostModel
-from dymoe_runtime.decoder import Decoder
+from dymoe_runtime.decoder import Decoder, in_groups
 from dymoe_runtime.device import format_size
 from dymoe_runtime.kv_cache import KVCache
+from dymoe_runtime.memory import address_of
 from dymoe_runtime.model import Model
 from dymoe_runtime.policy import OperatingPoint
 from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import split_record
 
 # Reads of the disk's probe.
 READS = 48
@@ -46,18 +47,16 @@ def probe(model: Model) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
 def dense_seconds(model: Model) -> float:
     """Median seconds of a token without its experts."""
     decoder: Decoder = model.decoder
-    experts, decoder.experts = decoder.experts, lambda layer, h, routing: torch.zeros_like(h)
+    experts, decoder.experts = decoder.experts, lambda layer, h, routing: np.zeros_like(h)
     cache = KVCache(model.spec, TOKENS + 1)
     times = []
-    torch.set_num_threads(kernels.threads() if kernels.isa() == "torch" else 1)  # as in decoding
     try:
         for token in range(TOKENS):
             started = time.perf_counter()
-            decoder.logits(decoder.forward(torch.tensor([token]), cache))
+            decoder.logits(decoder.forward(np.array([token]), cache))
             times.append(time.perf_counter() - started)
     finally:
         decoder.experts = experts
@@ -91,8 +90,8 @@ def disk_bytes_per_s(model: Model, count: int) -> float:
     spec, bundle = model.spec, model.bundle
     spans = bundle.layout.segment_spans
     memory = model.store.scratch()
-    records = memory[: IN_FLIGHT * sum(spans)].split(sum(spans))
-    places = [[(part.data_ptr(), part.numel()) for part in record.split(list(spans))] for record in records]
+    records = in_groups(memory[: IN_FLIGHT * sum(spans)], sum(spans))
+    places = [[(address_of(part), len(part)) for part in split_record(bundle.layout, record)] for record in records]
     generator, layers = np.random.default_rng(0), list(spec.moe_layers)
     keys = [ExpertKey(int(generator.choice(layers)), int(generator.integers(spec.num_experts))) for _ in range(count)]
     queue = ReadQueue(model.reader, memory)

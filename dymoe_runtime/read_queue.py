@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.memory import Place, memory_at
@@ -38,7 +38,7 @@ class Source(NamedTuple):
     fd: int
     path: Path
     offset: int
-    then: Callable[[Sequence[torch.Tensor]], None] | None
+    then: Callable[[Sequence[np.ndarray]], None] | None
 
 
 # (key, first segment, how many) -> where consecutive segments of an expert are.

@@ -83,7 +83,7 @@ class PythonThreads:
     def submit(
         self, fd: int, offset: int, places: Sequence[Place], urgency: int, then: Callable[[], None] | None
     ) -> int:
-        buffers = [memoryview(memory_at(place).numpy()) for place in places]
+        buffers = [memoryview(memory_at(place)) for place in places]
         filling = partial(fill, fd, offset, buffers) if fd >= 0 else None
         with self._changed:
             ticket, self._tickets = self._tickets, self._tickets + 1

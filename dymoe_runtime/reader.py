@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.read_queue import Source
@@ -45,10 +45,10 @@ class RecordReader:
         checked = self._checked[key.layer][key.expert] & wanted == wanted
         return Source(fd, path, offset, None if checked else partial(self._check, key, first))
 
-    def _check(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
+    def _check(self, key: ExpertKey, first: int, buffers: Sequence[np.ndarray]) -> None:
         for segment, buffer in enumerate(buffers, first):
             if not self._checked[key.layer][key.expert] >> segment & 1:
-                self._bundle.check_segment(key, segment, memoryview(buffer.numpy()))
+                self._bundle.check_segment(key, segment, memoryview(buffer))
                 self._checked[key.layer][key.expert] |= 1 << segment
 
     def close(self) -> None:

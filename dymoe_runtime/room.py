@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from dymoe_runtime.budget import Budget, pass_tokens
 from dymoe_runtime.decoder import Experts, Routing
@@ -50,7 +50,7 @@ class Room:
         What such a pass has borrowed beyond the arena's least comes back only at its end.
         """
 
-        def heed(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        def heed(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
             self.heed_limit()
             return experts(layer, h, routing)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 from dymoe_runtime import kernels
 from dymoe_runtime.spec import Rope
@@ -19,25 +19,25 @@ class Rotary:
         self._frequencies = inverse_frequencies(rope, head_dim)
         self._factor = rope.attention_factor
         self._span = (0, 0)
-        self._table = (torch.empty(0), torch.empty(0))
+        self._table = (np.empty(0), np.empty(0))
 
-    def __call__(self, x: torch.Tensor, start: int) -> torch.Tensor:
+    def __call__(self, x: np.ndarray, start: int) -> np.ndarray:
         """Rotate x [T, heads, head_dim] in place; its first token stands at position `start`."""
         return kernels.rotate(x, *self.table(start, start + len(x)))
 
-    def table(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines [stop - start, head_dim] of positions start..stop."""
         if self._span != (start, stop):
-            angles = torch.arange(start, stop).float()[:, None] * self._frequencies
-            angles = torch.cat((angles, angles), dim=-1)  # [T, head_dim]
-            self._table = (angles.cos() * self._factor, angles.sin() * self._factor)
+            angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies
+            angles = np.concatenate((angles, angles), axis=-1)  # [T, head_dim]
+            self._table = (np.cos(angles) * np.float32(self._factor), np.sin(angles) * np.float32(self._factor))
             self._span = (start, stop)
         return self._table
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Angles per position, float32 [head_dim / 2]."""
-    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    plain = 1.0 / (np.float32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
@@ -47,16 +47,16 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     return plain
 
 
-def _llama3(plain: torch.Tensor, rope: Rope) -> torch.Tensor:
+def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
     """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, the rest blended."""
     context = rope.original_max_position_embeddings
     rotations = context * plain / (2 * math.pi)
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0, 1)
+    blend = blend.clip(0, 1)
     return (1 - blend) * plain / rope.factor + blend * plain
 
 
-def _yarn(plain: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
+def _yarn(plain: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     """YaRN (arXiv 2309.00071), section 3.2: interpolate below `beta_slow` rotations, not above `beta_fast`."""
 
     def dimension(rotations: float) -> float:
@@ -67,8 +67,8 @@ def _yarn(plain: torch.Tensor, rope: Rope, head_dim: int) -> torch.Tensor:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2).float() - low) / (high - low if high != low else 0.001)
-    ramp = ramp.clamp(0, 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clip(0, 1)
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 

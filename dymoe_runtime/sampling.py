@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dymoe_runtime.errors import DymoeError
 
@@ -56,9 +55,9 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._generator = torch.Generator().manual_seed(params.seed)
+        self._generator = np.random.default_rng(params.seed)
 
-    def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+    def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """The next token from float32 logits [V]; `history` is prompt and generated ids so far.
 
         Raises DymoeError where the logits are NaN or hold no finite maximum. An `array("q")` as the
@@ -72,14 +71,14 @@ class Sampler:
         return int(ids[draw(scores, self._generator)])
 
 
-def check_logits(logits: torch.Tensor) -> None:
+def check_logits(logits: np.ndarray) -> None:
     top = float(logits.max())  # a single NaN makes the maximum NaN
     if not math.isfinite(top):
         kind = "NaN" if math.isnan(top) else "infinite"
         raise DymoeError(f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify")
 
 
-def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """Temperature, top-k, top-p and min-p, in that order, on scores [V].
 
     Returns ids [C], rising, and their scores [C], where those that top-p or min-p remove are -inf.
@@ -89,7 +88,7 @@ def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tens
         ids = top_k_ids(scores, params.top_k)
         scores = scores[ids]
     else:
-        ids = torch.arange(scores.numel())
+        ids = np.arange(len(scores))
     if params.top_p < 1.0:
         scores = keep_top_p(scores, params.top_p)
     if params.min_p:
@@ -97,52 +96,57 @@ def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tens
     return ids, scores
 
 
-def penalize_repetition(scores: torch.Tensor, history: Sequence[int], penalty: float) -> torch.Tensor:
+def penalize_repetition(scores: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
     """Divides positive and multiplies negative scores of ids in `history` by `penalty` (arXiv 1909.05858)."""
     if penalty == 1.0 or not len(history):
         return scores
-    ids = torch.from_numpy(np.asarray(history, dtype=np.int64))
-    ids = ids[ids < scores.numel()]
+    ids = np.asarray(history, dtype=np.int64)
+    ids = ids[ids < len(scores)]
     seen = scores[ids]
-    return scores.scatter(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+    scores = scores.copy()
+    scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    return scores
 
 
-def top_k_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
+def top_k_ids(scores: np.ndarray, k: int) -> np.ndarray:
     """Ids of the k largest scores, and of all that equal the smallest of them, rising."""
-    smallest = scores.topk(min(k, scores.numel())).values[-1]
-    return (scores >= smallest).nonzero().flatten()
+    k = min(k, len(scores))
+    smallest = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return np.flatnonzero(scores >= smallest)
 
 
-def keep_top_p(scores: torch.Tensor, p: float) -> torch.Tensor:
+def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     """Keeps the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
 
     Of equal scores at the boundary the lowest ids stay; transformers leaves that to an unstable sort.
     """
-    # NumPy sorts values without their indices, an order of magnitude faster than torch.sort.
-    ascending = torch.from_numpy(np.sort(scores.numpy()))
-    cumulative = ascending.softmax(0).cumsum(0)
-    removed = min(int(torch.searchsorted(cumulative, 1 - p, right=True)), scores.numel() - 1)
+    ascending = np.sort(scores)
+    cumulative = softmax(ascending).cumsum()
+    removed = min(int(np.searchsorted(cumulative, 1 - p, side="right")), len(scores) - 1)
     lowest = ascending[removed]
     kept = scores >= lowest
-    removed_ties = removed - int(torch.searchsorted(ascending, lowest))
+    removed_ties = removed - int(np.searchsorted(ascending, lowest))
     if removed_ties:
-        ties = (scores == lowest).nonzero().flatten()
+        ties = np.flatnonzero(scores == lowest)
         kept[ties[-removed_ties:]] = False
-    return scores.where(kept, -math.inf)
+    return np.where(kept, scores, np.float32(-math.inf))
 
 
-def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
+def keep_min_p(scores: np.ndarray, min_p: float) -> np.ndarray:
     """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
-    probabilities = scores.softmax(0)
-    return scores.masked_fill(probabilities < min_p * probabilities.max(), -math.inf)
+    probabilities = softmax(scores)
+    return np.where(probabilities < min_p * probabilities.max(), np.float32(-math.inf), scores)
 
 
-def draw(scores: torch.Tensor, generator: torch.Generator) -> int:
-    """One index by the softmax of scores [C], by inverting its distribution function.
-
-    torch.multinomial would draw one random number per token of the vocabulary.
-    """
-    distribution = scores.softmax(0).cumsum(0)
+def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
+    """One index by the softmax of scores [C], by inverting its distribution function."""
+    distribution = softmax(scores).cumsum()
     # Above zero and at most the total, so the first index that reaches it has a probability above zero.
-    point = (1 - torch.rand(1, generator=generator)) * distribution[-1]
-    return int(torch.searchsorted(distribution, point))
+    point = (1 - generator.random()) * distribution[-1]
+    return int(np.searchsorted(distribution, point))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Of scores [C], in float64: sums over a vocabulary are not lost in their rounding."""
+    powers = np.exp(scores.astype(np.float64) - scores.max())
+    return powers / powers.sum()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
 from dymoe_runtime.admission import Admission
 from dymoe_runtime.arena import chunk_bytes
@@ -88,7 +88,7 @@ class ExpertStore:
     def arena_bytes(self) -> int:
         return self._memory.arena.chunks * self._memory.arena.chunk_bytes
 
-    def scratch(self) -> torch.Tensor:
+    def scratch(self) -> np.ndarray:
         """The arena's memory, uint8 [bytes], for who measures something before the first read."""
         assert not self._memory.entries
         return self._memory.arena.memory

@@ -15,18 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Those that are read, and the bytes of an element.
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 MAX_HEADER_BYTES = 100_000_000
 # Linux reads little more than 2 GB in a call.
 MOST_AT_ONCE = 1 << 30
@@ -69,27 +64,25 @@ def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     shape = tuple(entry["shape"])
     if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
         raise ValueError(f"shape {shape}, data_offsets {begin}, {end}")
-    if entry["dtype"] in DTYPES and math.prod(shape) * DTYPES[entry["dtype"]].itemsize != end - begin:
+    if entry["dtype"] in DTYPES and math.prod(shape) * DTYPES[entry["dtype"]] != end - begin:
         raise ValueError(f"{end - begin} bytes for {entry['dtype']} of shape {shape}")
     return TensorInfo(entry["dtype"], shape, data_start + begin, end - begin)
 
 
-def read_tensor(
-    fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None, into: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The tensor `name`, or slice `index` of its first dimension; `into` uint8 [bytes], if that is given."""
+def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None) -> np.ndarray:
+    """The bytes of the tensor `name`, or of slice `index` of its first dimension, uint8 [bytes]."""
     if info.dtype not in DTYPES:
         raise DymoeError(
             f"{path}: tensor {name} is {info.dtype}, supported are {', '.join(DTYPES)}; convert the checkpoint to BF16"
         )
-    dtype, shape, start = DTYPES[info.dtype], info.shape, info.start
+    nbytes, start = info.nbytes, info.start
     if index is not None:
-        shape = shape[1:]
-        start += index * info.nbytes // info.shape[0]
-    tensor = torch.empty(shape, dtype=dtype) if into is None else into.view(dtype).view(shape)
-    if tensor.numel():
-        read_into(fd, path, start, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-    return tensor
+        nbytes //= info.shape[0]
+        start += index * nbytes
+    data = np.empty(nbytes, np.uint8)
+    if nbytes:
+        read_into(fd, path, start, memoryview(data))
+    return data
 
 
 def read_into(fd: int, path: Path, offset: int, *buffers: memoryview) -> None:

@@ -35,7 +35,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from dymoe_runtime.spec import check_ladder
 
@@ -141,7 +140,7 @@ class QuantizedMatrix:
 
     codes: np.ndarray  # uint8 [rows, cols]
     steps: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks], indices into STEPS
-    multiplier: torch.Tensor  # bfloat16 [rows]
+    multiplier: np.ndarray  # float32 [rows], of what bf16 holds
 
 
 def blocks_of(cols: int) -> int:
@@ -211,7 +210,7 @@ def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -
             _put(segments, plane.part, pack_plane(bits.astype(np.uint8), plane.width))
         for tier, part in zip(where.ladder, where.steps, strict=True):
             _put(segments, part, pack_steps(matrix.steps[tier]))
-        _put(segments, where.multiplier, matrix.multiplier.to(torch.bfloat16).view(torch.uint8).numpy())
+        _put(segments, where.multiplier, (matrix.multiplier.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
     return record
 
 
@@ -235,32 +234,38 @@ def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int)
     return np.ascontiguousarray(codes[:, : where.cols])
 
 
-def scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
+def scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
     """scale_t, float32 [rows, blocks]."""
     packed = _get(segments, where.steps[where.ladder.index(tier)]).reshape(where.rows, -1)
     steps = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.blocks]
-    multiplier = torch.from_numpy(_get(segments, where.multiplier).copy()).view(torch.bfloat16).float()
-    return tier_scales(torch.from_numpy(steps.copy()), multiplier, tier, where.ladder[-1])
+    multiplier = widen_bf16(_get(segments, where.multiplier).view(np.uint16))
+    return tier_scales(steps, multiplier, tier, where.ladder[-1])
 
 
-def tier_scales(steps: torch.Tensor, multiplier: torch.Tensor, tier: int, top: int) -> torch.Tensor:
+def tier_scales(steps: np.ndarray, multiplier: np.ndarray, tier: int, top: int) -> np.ndarray:
     """scale_t = multiplier * unit_t * STEPS[step]; steps [..., rows, blocks], multiplier [..., rows]."""
-    sizes = torch.from_numpy(STEPS)[steps.long()]
-    return (multiplier.float() * unit_of(tier, top))[..., None] * sizes
+    scales: np.ndarray = (multiplier * np.float32(unit_of(tier, top)))[..., None] * STEPS[steps]
+    return scales
 
 
-def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> torch.Tensor:
+def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
     """The matrix at `tier`, float32 [rows, cols]."""
-    codes = torch.from_numpy(unpack_codes(segments, where, tier))
-    scales = scales_of(segments, where, tier).repeat_interleave(BLOCK, dim=1)[:, : where.cols]
-    return scales * levels_of(tier, where.ladder[-1])[codes.int()]
+    codes = unpack_codes(segments, where, tier)
+    scales = scales_of(segments, where, tier).repeat(BLOCK, axis=1)[:, : where.cols]
+    values: np.ndarray = scales * levels_of(tier, where.ladder[-1])[codes]
+    return values
 
 
-def levels_of(tier: int, top: int) -> torch.Tensor:
+def levels_of(tier: int, top: int) -> np.ndarray:
     """What the scale multiplies for each code of `tier` in a ladder up to `top`, float32 [2^tier], rising."""
     if top <= MOST_CURVED:
-        return torch.tensor(CURVED[tier], dtype=torch.float32) - CURVED_CENTRE
-    return torch.arange(2**tier) - (2**tier - 1) / 2
+        return np.array(CURVED[tier], np.float32) - np.float32(CURVED_CENTRE)
+    return np.arange(2**tier, dtype=np.float32) - np.float32((2**tier - 1) / 2)
+
+
+def widen_bf16(bits: np.ndarray) -> np.ndarray:
+    """float32 of what uint16 `bits` are as bf16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def unit_of(tier: int, top: int) -> float:

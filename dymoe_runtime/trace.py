@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+import numpy as np
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Experts, Routing
@@ -39,7 +39,7 @@ class Tracer:
     def around(self, experts: Experts) -> Experts:
         """The same experts, traced."""
 
-        def traced(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        def traced(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
             self._note(())
             started = time.perf_counter()
             y = experts(layer, h, routing)

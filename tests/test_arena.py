@@ -6,10 +6,11 @@ import itertools
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
-import torch
 
 from dymoe_runtime.arena import WASTE, Arena, Slot, chunk_bytes
+from dymoe_runtime.memory import address_of
 from dymoe_runtime.tiers import PAGE
 
 SIZES = [
@@ -31,8 +32,8 @@ class Watched:
         self.moves: list[Slot] = []
         self.arena = Arena(sizes, budget_bytes, lambda slot: bool(slot.owner), self._moved)
         self.budget_bytes = budget_bytes
-        self.live: dict[int, tuple[Slot, torch.Tensor]] = {}
-        self.random = torch.Generator().manual_seed(seed)
+        self.live: dict[int, tuple[Slot, np.ndarray]] = {}
+        self.random = np.random.default_rng(seed)
 
     def _moved(self, slot: Slot) -> None:
         assert slot.owner
@@ -41,8 +42,8 @@ class Watched:
     def allocate(self, size_class: int, movable: bool = True) -> Slot | None:
         slot = self.arena.allocate(size_class)
         if slot is not None:
-            content = torch.randint(0, 256, (len(slot.memory),), dtype=torch.uint8, generator=self.random)
-            slot.memory.copy_(content)
+            content = self.random.integers(0, 256, len(slot.memory), np.uint8)
+            slot.memory[:] = content
             slot.owner = movable
             self.live[id(slot)] = (slot, content)
         return slot
@@ -59,12 +60,12 @@ class Watched:
         spans = []
         for slot, content in self.live.values():
             assert len(slot.memory) == self.arena.sizes[slot.size_class]
-            assert torch.equal(slot.memory, content)
-            spans.append((slot.memory.data_ptr(), slot.memory.data_ptr() + len(slot.memory)))
+            assert np.array_equal(slot.memory, content)
+            spans.append((address_of(slot.memory), address_of(slot.memory) + len(slot.memory)))
         spans.sort()
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         if spans:
-            base = self.arena.memory.data_ptr()
+            base = address_of(self.arena.memory)
             assert base <= spans[0][0]
             assert spans[-1][1] <= base + self.budget_bytes
 
@@ -125,8 +126,8 @@ def test_slots_that_may_not_move_stay_where_they_are(sizes: tuple[int, ...]) -> 
         else:
             new = watched.allocate(rng.randrange(len(sizes)), movable=rng.random() < 0.7)
             if new is not None and not new.owner:
-                fixed[id(new)] = new.memory.data_ptr()
-        assert all(watched.live[key][0].memory.data_ptr() == where for key, where in fixed.items())
+                fixed[id(new)] = address_of(new.memory)
+        assert all(address_of(watched.live[key][0].memory) == where for key, where in fixed.items())
     watched.check()
 
 
@@ -160,9 +161,9 @@ def test_half_empty_chunks_stay_where_their_slots_may_not_move() -> None:
 
 def test_moved_is_told_of_just_the_slots_that_moved() -> None:
     watched = fragmented(movable=True)
-    before = {id(slot): slot.memory.data_ptr() for slot in watched.slots()}
+    before = {id(slot): address_of(slot.memory) for slot in watched.slots()}
     watched.allocate(1)
-    moved = [slot for slot in watched.slots(0) if slot.memory.data_ptr() != before[id(slot)]]
+    moved = [slot for slot in watched.slots(0) if address_of(slot.memory) != before[id(slot)]]
     assert [id(slot) for slot in watched.moves] == [id(slot) for slot in moved]
     assert len(moved) == 1
 
@@ -182,7 +183,7 @@ def test_what_was_freed_serves_any_class(sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("budget", [PAGE * 14, PAGE * 140 + 5, PAGE * 1000 - 1])
 def test_the_arena_is_no_larger_than_its_budget(budget: int) -> None:
     arena = Arena((14 * PAGE, 7 * PAGE, 7 * PAGE), budget)
-    assert arena.memory.numel() == arena.chunks * arena.chunk_bytes <= budget
+    assert arena.memory.size == arena.chunks * arena.chunk_bytes <= budget
     assert budget - arena.chunks * arena.chunk_bytes < arena.chunk_bytes
 
 
@@ -193,7 +194,7 @@ def test_slots_of_whole_pages_begin_on_pages() -> None:
         slot = watched.allocate(size_class)
         if slot is None:
             break
-        assert slot.memory.data_ptr() % PAGE == 0
+        assert address_of(slot.memory) % PAGE == 0
 
 
 def test_an_arena_smaller_than_a_chunk_has_no_slots() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from conftest import MODEL
 
 from dymoe_compile.checkpoint import Checkpoint
@@ -30,26 +30,27 @@ class Tokens:
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, tokens: int, start: int = 0, bits: int = 16, seed: int = 0
     ) -> None:
-        g = torch.Generator().manual_seed(seed)
+        g = np.random.default_rng(seed)
         spec = spec_of(kv_heads, head_dim)
         self.caches = [KVCache(spec, start + tokens + 3, bits) for _ in range(2)]
-        before = torch.randn(2, 2, kv_heads, start, head_dim, generator=g)
+        before = g.standard_normal((2, 2, kv_heads, start, head_dim), np.float32)
         for cache in self.caches:
             for layer in (0, 1):
                 cache.write(layer, 0, *before[layer])
             cache.length = start
-        self.q = 3 * torch.randn(tokens, heads, head_dim, generator=g).transpose(0, 1)
-        self.k, self.v = torch.randn(2, tokens, kv_heads, head_dim, generator=g).transpose(1, 2)
+        self.q = 3 * g.standard_normal((tokens, heads, head_dim), np.float32).swapaxes(0, 1)
+        self.k, self.v = g.standard_normal((2, tokens, kv_heads, head_dim), np.float32).swapaxes(1, 2)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [2, 20, 64, 80, 128])
 def test_rows_keep_what_their_bits_allow(head_dim: int, bits: int) -> None:
-    x = torch.randn(3, 5, head_dim, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 4, 5)[:, None]
+    scales = np.logspace(-6, 4, 5, dtype=np.float32)
+    x = np.random.default_rng(1).standard_normal((3, 5, head_dim), np.float32) * scales[:, None]
     rows = pack(x, bits)
-    assert rows.dtype == torch.uint8 and rows.shape == (3, 5, row_bytes(head_dim, bits))
-    error = (unpack(rows, head_dim, bits) - x).abs()
-    largest = x.abs().amax(-1, keepdim=True)
+    assert rows.dtype == np.uint8 and rows.shape == (3, 5, row_bytes(head_dim, bits))
+    error = np.abs(unpack(rows, head_dim, bits) - x)
+    largest = np.abs(x).max(-1, keepdims=True)
     if bits == 32:
         assert error.max() == 0
     else:
@@ -59,10 +60,10 @@ def test_rows_keep_what_their_bits_allow(head_dim: int, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_rows_of_what_is_too_large_or_not_finite(bits: int) -> None:
-    x = torch.tensor([[1e9, -1e9, 1.0, 0.0], [float("nan"), 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    x = np.array([[1e9, -1e9, 1.0, 0.0], [np.nan, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
     got = unpack(pack(x, bits), 4, bits)
-    assert got[0].isfinite().all() and got[0, 0] >= 65504 and got[0, 1] <= -65504
-    assert got[1, 0].isnan()
+    assert np.isfinite(got[0]).all() and got[0, 0] >= 65504 and got[0, 1] <= -65504
+    assert np.isnan(got[1, 0])
     assert (got[2] == 0).all()
 
 
@@ -91,12 +92,12 @@ def test_prompts_equal_the_reference(
     for layer in (0, 1):
         expected, mass = reference.attend(t.q, t.k, t.v, t.caches[0], layer, window, weigh=True)
         got, received = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window, weigh=True)
-        assert torch.equal(t.caches[0].rows[layer], t.caches[1].rows[layer])
+        assert np.array_equal(t.caches[0].rows[layer], t.caches[1].rows[layer])
         assert received is not None and mass is not None
-        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(received, mass, rtol=1e-4, atol=1e-5)
+        assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
+        assert np.allclose(received, mass, rtol=1e-4, atol=1e-5)
         alone, nothing = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window)
-        assert torch.equal(alone, got) and nothing is None
+        assert np.array_equal(alone, got) and nothing is None
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -111,7 +112,7 @@ def test_a_prompt_does_not_depend_on_threads(isa: str) -> None:
             results.append(chosen.attend(t.q, t.k, t.v, t.caches[0], 0, None, weigh=True))
     finally:
         chosen.set_threads(before)
-    assert all(torch.equal(y, results[0][0]) and torch.equal(mass, results[0][1]) for y, mass in results)
+    assert all(np.array_equal(y, results[0][0]) and np.array_equal(mass, results[0][1]) for y, mass in results)
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -120,11 +121,11 @@ def test_a_key_that_is_not_finite_spoils_only_those_who_see_it(isa: str) -> None
     t = Tokens(4, 2, 64, 100)
     t.k[0, 40, 3] = float("nan")
     got, _ = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[0], 0)
-    assert got[:2, 40:].isnan().all()
-    assert got[:2, :40].isfinite().all() and got[2:].isfinite().all()
+    assert np.isnan(got[:2, 40:]).all()
+    assert np.isfinite(got[:2, :40]).all() and np.isfinite(got[2:]).all()
     t.k[0, 40, 3], t.v[0, 40, 3] = 0.0, float("nan")
     got, _ = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], 0)
-    assert got[:2, 40:, 3].isnan().all() and got[2:].isfinite().all()
+    assert np.isnan(got[:2, 40:, 3]).all() and np.isfinite(got[2:]).all()
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -157,6 +158,6 @@ def test_one_layer_serves_all_for_a_pass() -> None:
     cache = KVCache(spec, 5, 16, one_layer=True)
     assert cache.rows.nbytes == KVCache.bytes_needed(spec, 5, 16, one_layer=True)
     assert cache.addresses[0] == cache.addresses[1]
-    k = torch.ones(2, 5, 16)
+    k = np.ones((2, 5, 16), np.float32)
     cache.write(1, 0, k, 2 * k)
-    assert torch.equal(cache.read(1, 5)[1], 2 * k)
+    assert np.array_equal(cache.read(1, 5)[1], 2 * k)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
-import torch
 
 from dymoe_compile.allocate import Choice, layer_options, lower_hull
 from dymoe_compile.calibration import LayerStatistics, layer_statistics
@@ -23,7 +23,8 @@ from dymoe_compile.points import (
     wanted_bits,
 )
 from dymoe_compile.sensitivity import Decoding, Prefilling, Static
-from dymoe_runtime.decoder import Routing
+from dymoe_runtime import kernels
+from dymoe_runtime.decoder import Routing, in_groups
 from dymoe_runtime.policy import ALWAYS, OperatingPoint, Thresholds, TierRule
 from dymoe_runtime.spec import ModelSpec, Rope
 
@@ -52,12 +53,12 @@ BUDGETS = (0.05, 0.125, 0.3, 0.5, 0.8, 1.0)  # of the way from the lowest tier t
 @cache
 def routing(layer: int) -> Routing:
     """Random choices of a layer, some experts liked better than others."""
-    g = torch.Generator().manual_seed(layer)
-    taste = torch.randn(EXPERTS, generator=g)
-    logits = torch.randn(WINDOWS * TOKENS, EXPERTS, generator=g) * (1 + 0.3 * layer) + taste
-    gates, experts = logits.softmax(-1).topk(TOP_K)
-    weights = 2 * torch.rand(WINDOWS * TOKENS, generator=g)
-    return Routing(experts, gates, torch.zeros(len(gates), 1), weights)
+    rng = np.random.default_rng(layer)
+    taste = rng.standard_normal(EXPERTS, np.float32)
+    logits = rng.standard_normal((WINDOWS * TOKENS, EXPERTS), np.float32) * np.float32(1 + 0.3 * layer) + taste
+    experts, gates = kernels.choose(logits, TOP_K, False)
+    weights = 2 * rng.random(WINDOWS * TOKENS, np.float32)
+    return Routing(experts, gates, np.zeros((len(gates), 1), np.float32), weights)
 
 
 @cache
@@ -88,21 +89,19 @@ def mean_bits(rule: Decoding | Prefilling | Static) -> float:
     means = []
     for layer in SPEC.moe_layers:
         whole = routing(layer)
-        windows = [
-            Routing(*(t[i : i + TOKENS] for t in (whole.experts, whole.gates, whole.residual, whole.token_weights)))
-            for i in range(0, WINDOWS * TOKENS, TOKENS)
-        ]
+        parts = (whole.experts, whole.gates, whole.residual, whole.token_weights)
+        windows = [Routing(*window) for window in zip(*(in_groups(part, TOKENS) for part in parts), strict=True)]
         tiers = rule.choose(layer, windows)
         assert tiers.shape == whole.experts.shape
         if isinstance(rule, Prefilling):
             seen = [
                 {(expert, tier) for expert, tier in zip(e.reshape(-1).tolist(), t.reshape(-1).tolist(), strict=True)}
-                for e, t in zip(whole.experts.split(TOKENS), tiers.split(TOKENS), strict=True)
+                for e, t in zip(in_groups(whole.experts, TOKENS), in_groups(tiers, TOKENS), strict=True)
             ]
-            means.append(torch.tensor([tier for window in seen for _, tier in window]).double().mean())
+            means.append(np.mean([tier for window in seen for _, tier in window]))
         else:
-            means.append(tiers.double().mean())
-    return torch.stack(means).mean().item()
+            means.append(tiers.mean())
+    return float(np.mean(means))
 
 
 @pytest.mark.parametrize("phase", [Decoding, Prefilling])
@@ -157,7 +156,7 @@ def options(ladder: tuple[int, ...], prefill: bool = False) -> list[list[Choice]
     rows = []
     for layer in SPEC.moe_layers:
         seen = statistics()[layer]
-        figures = (seen.chunk_importance, seen.chunk_energy) if prefill else (seen.gates, seen.gates.square())
+        figures = (seen.chunk_importance, seen.chunk_energy) if prefill else (seen.gates, np.square(seen.gates))
         rows.append(layer_options(*figures, added(ladder)[layer], ladder))
     return rows
 
@@ -313,8 +312,8 @@ def test_pinned_experts_run_at_the_highest_tier_in_what_is_measured() -> None:
         for layer in SPEC.moe_layers:
             tokens = routing(layer)
             free, tiers = (phase(r).choose(layer, [tokens]) for r in (bare, rule))
-            expected = torch.where(tokens.experts == 2, 4, free) if layer == 0 else free
-            assert torch.equal(tiers, expected)
+            expected = np.where(tokens.experts == 2, 4, free) if layer == 0 else free
+            assert np.array_equal(tiers, expected)
             assert (phase(bare).setting(layer)[1] == phase(rule).setting(layer)[1]) and (
                 (phase(bare).setting(layer)[2:] == phase(rule).setting(layer)[2:]) == (layer != 0)
             )

@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
-import torch
 from test_text import SPECIAL, byte_level_backend, byte_spelling, fallback_backend, make_tokenizer
 
 from dymoe_runtime.errors import DymoeError
@@ -31,17 +31,17 @@ class Script:
         self.prefilled: list[int] = []
         self.decoded: list[int] = []
 
-    def _next(self) -> torch.Tensor:
-        logits = torch.zeros(self.vocabulary)
+    def _next(self) -> np.ndarray:
+        logits = np.zeros(self.vocabulary, np.float32)
         logits[self.ids[len(self.decoded) % len(self.ids)]] = 20.0
         return logits
 
-    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self.prefilled += ids
         self.position += len(ids)
         return self._next()
 
-    def decode(self, token_id: int) -> torch.Tensor:
+    def decode(self, token_id: int) -> np.ndarray:
         assert self.position < self.max_context, "decoding beyond the context"
         self.decoded.append(token_id)
         self.position += 1
@@ -229,8 +229,8 @@ def test_a_conversation_counts_what_the_cache_holds() -> None:
 
 def test_the_penalty_counts_the_prompt_and_the_generated() -> None:
     class Flat(Script):
-        def _next(self) -> torch.Tensor:
-            return torch.arange(10, 0, -1.0)
+        def _next(self) -> np.ndarray:
+            return np.arange(10, 0, -1, np.float32)
 
     params = SamplingParams(repetition_penalty=100.0)
     tokens = generate(Flat([9], 10), BYTE_LEVEL, [2, 5, 7], params, 7, ignore_eos=True)
@@ -239,8 +239,8 @@ def test_the_penalty_counts_the_prompt_and_the_generated() -> None:
 
 def test_equal_seeds_generate_equal_tokens() -> None:
     class Flat(Script):
-        def _next(self) -> torch.Tensor:
-            return torch.zeros(self.vocabulary)
+        def _next(self) -> np.ndarray:
+            return np.zeros(self.vocabulary, np.float32)
 
     def ids(seed: int) -> list[int]:
         params = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
@@ -252,8 +252,8 @@ def test_equal_seeds_generate_equal_tokens() -> None:
 
 def test_nan_logits_end_with_an_error() -> None:
     class Broken(Script):
-        def _next(self) -> torch.Tensor:
-            return torch.full((self.vocabulary,), math.nan)
+        def _next(self) -> np.ndarray:
+            return np.full(self.vocabulary, math.nan, np.float32)
 
     with pytest.raises(DymoeError, match="NaN logits"):
         run(Broken([9], 10))
@@ -273,7 +273,7 @@ def test_the_model_waits_until_the_next_token_is_asked_for() -> None:
 
 def test_an_interrupt_leaves_the_cache_consistent() -> None:
     class Interrupted(Script):
-        def decode(self, token_id: int) -> torch.Tensor:
+        def decode(self, token_id: int) -> np.ndarray:
             if len(self.decoded) == 2:
                 raise KeyboardInterrupt
             return super().decode(token_id)

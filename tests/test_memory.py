@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
 from dymoe_runtime import model as model_module
 from dymoe_runtime import room as room_module
@@ -131,7 +131,7 @@ def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: 
         budget = plan_budget(*args, **kwargs)  # type: ignore[arg-type]
         return replace(budget, begun=0, memory=budget.need + quarter, spare=2 << 20)
 
-    def observed(decoder: Decoder, ids: torch.Tensor, *args: object) -> torch.Tensor:
+    def observed(decoder: Decoder, ids: np.ndarray, *args: object) -> np.ndarray:
         arenas.append((len(ids), model.store.arena_bytes))
         return forward(decoder, ids, *args)  # type: ignore[arg-type]
 
@@ -143,7 +143,7 @@ def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: 
             whole = model.store.arena_bytes
             found.append([model.prefill(list(range(200))), model.decode(1), model.prefill([2, 3]), model.decode(4)])
             assert model.store.arena_bytes == whole
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
     assert [tokens for tokens, _ in arenas] == [200, 1, 2, 1] * 2
     assert len({arena for _, arena in arenas[:4]}) == 1  # nothing is lent where there is room
     of_200, of_1, of_2, again = (arena for _, arena in arenas[4:])
@@ -153,17 +153,18 @@ def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: 
 
 def test_code_that_only_loading_used_is_let_go() -> None:
     script = """
-import torch
+import numpy as np
+import dymoe_runtime.commands
 from dymoe_runtime.device import release_code, resident_bytes
 before = resident_bytes()
 release_code()
-print(before - resident_bytes(), float((torch.ones(64, 64) @ torch.ones(64, 64)).sum()))
+print(before - resident_bytes(), float((np.ones((64, 64)) @ np.ones((64, 64))).sum()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     saved, total = done.stdout.split()
     assert float(total) == 64**3
-    assert int(saved) > 10 << 20 or sys.platform != "linux"
+    assert int(saved) > 4 << 20 or sys.platform != "linux"
 
 
 def test_less_than_the_floor_is_refused(shipped: Bundle, floor: int) -> None:

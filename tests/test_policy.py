@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.errors import DymoeError
@@ -47,8 +47,17 @@ def plain_tiers(importance: Sequence[float], thresholds: Sequence[float], ladder
 def routing(
     experts: Sequence[Sequence[int]], gates: Sequence[Sequence[float]], weights: Sequence[float] | None = None
 ) -> Routing:
-    tokens = None if weights is None else torch.tensor(weights)
-    return Routing(torch.tensor(experts), torch.tensor(gates), torch.zeros(len(experts), 1), tokens)
+    tokens = None if weights is None else floats(weights)
+    return Routing(np.array(experts), floats(gates), np.zeros((len(experts), 1), np.float32), tokens)
+
+
+def floats(values: object) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def distinct(g: np.random.Generator, tokens: int, experts: int, ranks: int) -> np.ndarray:
+    """int64 [tokens, ranks] of random experts, none of them twice for a token."""
+    return np.stack([g.permutation(experts)[:ranks] for _ in range(tokens)])
 
 
 def rule(decode: Sequence[float], prefill: Sequence[float], ladder: tuple[int, ...] = LADDER) -> TierRule:
@@ -58,12 +67,12 @@ def rule(decode: Sequence[float], prefill: Sequence[float], ladder: tuple[int, .
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("ladder", [(2, 3, 4), (2, 3, 4, 8), (4,), (3, 5)], ids=str)
 def test_tiers_equal_a_plain_loop_over_tokens(ladder: tuple[int, ...], seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
+    g = np.random.default_rng(seed)
     # Sixty-fourths add up exactly in any order, so that shares on a threshold are no matter of rounding.
-    importance = torch.randint(0, 64, (100, 1 + seed), generator=g).float() / 64
-    thresholds = torch.randint(0, 17, (len(ladder),), generator=g).sort().values / 16
+    importance = floats(g.integers(0, 64, (100, 1 + seed)) / 64)
+    thresholds = np.sort(g.integers(0, 17, len(ladder))) / 16
     got = tiers_by_mass(importance, thresholds.tolist(), ladder)
-    assert got.dtype == torch.int64
+    assert got.dtype == np.int64
     if (thresholds >= 1).all():
         assert (got == ladder[-1]).all()
         return
@@ -76,9 +85,10 @@ def test_tiers_equal_a_plain_loop_over_tokens(ladder: tuple[int, ...], seed: int
 @pytest.mark.parametrize("ladder", [(2, 3, 4), (4,), (3, 5)], ids=str)
 def test_a_token_alone_gets_the_tiers_that_it_gets_in_company(ladder: tuple[int, ...], seed: int) -> None:
     """Bit for bit, on random gates: both ways must round alike."""
-    g = torch.Generator().manual_seed(seed)
-    gates = torch.rand(300, 6, generator=g).pow(3).softmax(-1).sort(descending=True).values
-    shares = (gates.double().cumsum(-1) - gates) / gates.double().sum(-1, keepdim=True)
+    powers = np.exp(np.random.default_rng(seed).random((300, 6)) ** 3)
+    gates = -np.sort(-floats(powers / powers.sum(-1, keepdims=True)))
+    exact = gates.astype(np.float64)
+    shares = (exact.cumsum(-1) - exact) / exact.sum(-1, keepdims=True)
     for token in range(0, 300, 7):  # thresholds that are the shares of some token
         thresholds = sorted(shares[token, 1 : 1 + len(ladder)].tolist())
         expected = tiers_by_mass(gates, thresholds, ladder).tolist()
@@ -107,45 +117,45 @@ def test_where_gates_do_not_matter_their_shares_are_not_asked_for(thresholds: tu
 
 
 def test_shapes_before_the_last_dimension_are_tokens() -> None:
-    importance = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    importance = np.random.default_rng(0).random((3, 5, 4), np.float32)
     thresholds = (0.3, 0.7, ALWAYS)
     got = tiers_by_mass(importance, thresholds, LADDER)
-    assert torch.equal(got, tiers_by_mass(importance.reshape(15, 4), thresholds, LADDER).reshape(3, 5, 4))
+    assert np.array_equal(got, tiers_by_mass(importance.reshape(15, 4), thresholds, LADDER).reshape(3, 5, 4))
 
 
 def test_the_order_of_the_experts_does_not_matter() -> None:
-    importance = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    importance = floats([0.1, 0.5, 0.15, 0.25])
     assert tiers_by_mass(importance, (0.4, 0.7, 0.8), LADDER).tolist() == [0, 4, 2, 3]
-    assert tiers_by_mass(importance.flip(0), (0.4, 0.7, 0.8), LADDER).tolist() == [3, 2, 4, 0]
+    assert tiers_by_mass(importance[::-1], (0.4, 0.7, 0.8), LADDER).tolist() == [3, 2, 4, 0]
 
 
 def test_of_equally_important_experts_the_first_is_taken_first() -> None:
-    assert tiers_by_mass(torch.full((1, 4), 0.25), (0.25, 0.5, ALWAYS), LADDER).tolist() == [[4, 3, 2, 2]]
-    assert tiers_by_mass(torch.full((1, 4), 0.25), (0.25, 0.5, 0.75), LADDER).tolist() == [[4, 3, 2, 0]]
+    assert tiers_by_mass(np.full((1, 4), 0.25, np.float32), (0.25, 0.5, ALWAYS), LADDER).tolist() == [[4, 3, 2, 2]]
+    assert tiers_by_mass(np.full((1, 4), 0.25, np.float32), (0.25, 0.5, 0.75), LADDER).tolist() == [[4, 3, 2, 0]]
 
 
 def test_a_share_on_the_threshold_is_beyond_it() -> None:
-    assert tiers_by_mass(torch.tensor([0.5, 0.5]), (0.5, ALWAYS, ALWAYS), LADDER).tolist() == [4, 3]
-    assert tiers_by_mass(torch.tensor([0.5, 0.5]), (0.51, ALWAYS, ALWAYS), LADDER).tolist() == [4, 4]
+    assert tiers_by_mass(floats([0.5, 0.5]), (0.5, ALWAYS, ALWAYS), LADDER).tolist() == [4, 3]
+    assert tiers_by_mass(floats([0.5, 0.5]), (0.51, ALWAYS, ALWAYS), LADDER).tolist() == [4, 4]
 
 
 def test_the_most_important_expert_has_no_share_before_it() -> None:
-    assert tiers_by_mass(torch.tensor([[0.9, 0.1]]), (1e-6, 1e-6, ALWAYS), LADDER).tolist() == [[4, 2]]
+    assert tiers_by_mass(floats([[0.9, 0.1]]), (1e-6, 1e-6, ALWAYS), LADDER).tolist() == [[4, 2]]
 
 
 def test_an_expert_of_no_importance_comes_last() -> None:
-    assert tiers_by_mass(torch.tensor([0.0, 1.0, 0.0]), (0.5, 0.9, ALWAYS), LADDER).tolist() == [2, 4, 2]
-    assert tiers_by_mass(torch.tensor([0.0, 1.0, 0.0]), (0.5, 0.9, 0.9), LADDER).tolist() == [0, 4, 0]
+    assert tiers_by_mass(floats([0.0, 1.0, 0.0]), (0.5, 0.9, ALWAYS), LADDER).tolist() == [2, 4, 2]
+    assert tiers_by_mass(floats([0.0, 1.0, 0.0]), (0.5, 0.9, 0.9), LADDER).tolist() == [0, 4, 0]
 
 
 def test_no_importance_at_all_is_no_division_by_zero() -> None:
-    assert tiers_by_mass(torch.zeros(2, 3), (0.5, 0.9, ALWAYS), LADDER).tolist() == [[4, 4, 4]] * 2
+    assert tiers_by_mass(np.zeros((2, 3), np.float32), (0.5, 0.9, ALWAYS), LADDER).tolist() == [[4, 4, 4]] * 2
 
 
 @pytest.mark.parametrize("ladder", [(2, 3, 4), (4,), (2, 8)], ids=str)
 def test_uniform_rules_give_one_tier(ladder: tuple[int, ...]) -> None:
-    g = torch.Generator().manual_seed(3)
-    importance = torch.cat([torch.rand(50, 6, generator=g), torch.zeros(1, 6), torch.eye(6)])
+    random = np.random.default_rng(3).random((50, 6))
+    importance = floats(np.concatenate([random, np.zeros((1, 6)), np.eye(6)]))
     for tier in ladder:
         assert (tiers_by_mass(importance, uniform_thresholds(tier, ladder), ladder) == tier).all()
         uniform = TierRule.uniform(tier, ladder, 2)
@@ -157,7 +167,7 @@ def test_uniform_rules_give_one_tier(ladder: tuple[int, ...]) -> None:
 
 
 def test_what_lies_beyond_the_last_threshold_is_skipped() -> None:
-    importance = torch.tensor([[0.7, 0.2, 0.1]])
+    importance = floats([[0.7, 0.2, 0.1]])
     assert tiers_by_mass(importance, (0.1, 0.1, 0.8), LADDER).tolist() == [[4, 2, 0]]
     assert tiers_by_mass(importance, (NEVER, NEVER, NEVER), LADDER).tolist() == [[0, 0, 0]]
 
@@ -193,9 +203,8 @@ def test_without_depth_a_uniform_rule_is_itself(tier: int) -> None:
 
 
 def test_importance_in_a_chunk_sums_gates_times_token_weights() -> None:
-    g = torch.Generator().manual_seed(4)
-    experts = torch.stack([torch.randperm(7, generator=g)[:3] for _ in range(20)])
-    gates, weights = torch.rand(20, 3, generator=g), torch.rand(20, generator=g)
+    g = np.random.default_rng(4)
+    experts, gates, weights = distinct(g, 20, 7, 3), g.random((20, 3), np.float32), g.random(20, np.float32)
     expected = [0.0] * (int(experts.max()) + 1)
     for token in range(20):
         for rank in range(3):
@@ -206,10 +215,9 @@ def test_importance_in_a_chunk_sums_gates_times_token_weights() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_in_a_chunk_every_token_of_an_expert_gets_the_tier_of_a_plain_loop(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    experts = torch.stack([torch.randperm(16, generator=g)[:4] for _ in range(30)])
-    gates = torch.randint(1, 64, (30, 4), generator=g).float() / 64
-    weights = torch.randint(1, 64, (30,), generator=g).float() / 16
+    g = np.random.default_rng(seed)
+    experts = distinct(g, 30, 16, 4)
+    gates, weights = floats(g.integers(1, 64, (30, 4)) / 64), floats(g.integers(1, 64, 30) / 16)
     thresholds = (0.4, 0.7, 0.95 if seed % 2 else ALWAYS)
     importance: dict[int, float] = {}
     for token in range(30):
@@ -218,7 +226,7 @@ def test_in_a_chunk_every_token_of_an_expert_gets_the_tier_of_a_plain_loop(seed:
             importance[expert] = importance.get(expert, 0.0) + (gates[token, rank] * weights[token]).item()
     active = sorted(importance)
     expected = dict(zip(active, plain_tiers([importance[e] for e in active], thresholds, LADDER), strict=True))
-    got = rule((NEVER,) * 3, thresholds).choose(0, Routing(experts, gates, torch.zeros(30, 1), weights))
+    got = rule((NEVER,) * 3, thresholds).choose(0, Routing(experts, gates, np.zeros((30, 1), np.float32), weights))
     assert got.tolist() == [[expected[e] for e in row] for row in experts.tolist()]
     assert len(set(expected.values())) >= 3
 
@@ -321,11 +329,11 @@ def test_a_policy_comes_back_from_json_as_it_was() -> None:
 def test_a_rule_read_from_json_chooses_the_same() -> None:
     policy = make_policy()
     again = Policy.from_json(as_read(policy))
-    g = torch.Generator().manual_seed(0)
-    tokens = Routing(torch.arange(4).expand(20, 4), torch.rand(20, 4, generator=g), torch.zeros(20, 1))
+    gates = np.random.default_rng(0).random((20, 4), np.float32)
+    tokens = Routing(np.tile(np.arange(4), (20, 1)), gates, np.zeros((20, 1), np.float32))
     for layer in (0, 1):
         ours, theirs = (TierRule.of(p.points[0], p).choose(layer, tokens) for p in (policy, again))
-        assert torch.equal(ours, theirs)
+        assert np.array_equal(ours, theirs)
 
 
 def test_pinned_experts_run_at_the_highest_tier_under_mixed_points() -> None:
@@ -334,13 +342,13 @@ def test_pinned_experts_run_at_the_highest_tier_under_mixed_points() -> None:
     bare = replace(rule, pinned=())
     assert rule.pinned == ((0,), ())
     decoding = routing([[0, 1], [1, 0]], [[0.2, 0.8], [0.6, 0.4]])
-    prefilling = replace(decoding, token_weights=torch.tensor([0.5, 1.5]))
+    prefilling = replace(decoding, token_weights=floats([0.5, 1.5]))
     for tokens in (decoding, prefilling):
         free = bare.choose(0, tokens)
         assert (free[tokens.experts == 0] < 4).any()
-        assert (rule.choose(0, tokens) == torch.where(tokens.experts == 0, 4, free)).all()
+        assert (rule.choose(0, tokens) == np.where(tokens.experts == 0, 4, free)).all()
         # The pinned experts of one layer are not those of another.
-        assert torch.equal(rule.choose(1, tokens), bare.choose(1, tokens))
+        assert np.array_equal(rule.choose(1, tokens), bare.choose(1, tokens))
 
 
 def test_pinned_experts_run_at_their_tier_under_uniform_points() -> None:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from conftest import reader_threads
 
 from dymoe_runtime import eviction as eviction_module
@@ -56,12 +55,12 @@ class FakeReader:
         self.jitter: random.Random | None = None
         self._held: dict[ExpertKey, threading.Event] = {}
         self._started = threading.Condition()
-        self._contents: dict[tuple[ExpertKey, int], torch.Tensor] = {}
+        self._contents: dict[tuple[ExpertKey, int], np.ndarray] = {}
 
     def __call__(self, key: ExpertKey, first: int, segments: int) -> Source:
         return Source(-1, Path(), 0, partial(self._fill, key, first))
 
-    def _fill(self, key: ExpertKey, first: int, buffers: Sequence[torch.Tensor]) -> None:
+    def _fill(self, key: ExpertKey, first: int, buffers: Sequence[np.ndarray]) -> None:
         with self._started:
             self.calls.append(Call(key, first, len(buffers)))
             self._started.notify_all()
@@ -73,16 +72,16 @@ class FakeReader:
         error = self.failing.get(key)  # asked once: the test's thread may clear it meanwhile
         if error is not None:
             for buffer in buffers:
-                buffer.fill_(0xEE)
+                buffer[:] = 0xEE
             raise error
         for segment, buffer in enumerate(buffers, first):
-            buffer.copy_(self.content(key, segment))
+            buffer[:] = self.content(key, segment)
 
-    def content(self, key: ExpertKey, segment: int) -> torch.Tensor:
+    def content(self, key: ExpertKey, segment: int) -> np.ndarray:
         if (key, segment) not in self._contents:
             seed = (key.layer * 1000 + key.expert) * 10 + segment
             size = (self.layout.segment_spans[segment],)
-            content = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+            content = np.random.default_rng(seed).integers(0, 256, size, np.uint8)
             self._contents[key, segment] = content
         return self._contents[key, segment]
 
@@ -171,12 +170,12 @@ def want(expert: int, tier: int = 4, layer: int = 0) -> Want:
     return Want(key(expert, layer), tier)
 
 
-def check(reader: FakeReader, wanted: Want, at: Callable[[int], list[torch.Tensor]]) -> None:
+def check(reader: FakeReader, wanted: Want, at: Callable[[int], list[np.ndarray]]) -> None:
     """All segments of the wanted tier, and their own bytes."""
     segments = at(wanted.tier)
     assert len(segments) == reader.layout.segments_of(wanted.tier)
     for number, segment in enumerate(segments):
-        assert torch.equal(segment, reader.content(wanted.key, number)), f"{wanted.key}, segment {number}"
+        assert np.array_equal(segment, reader.content(wanted.key, number)), f"{wanted.key}, segment {number}"
 
 
 def receive(reader: FakeReader, delivery: Iterator[list[Delivered]]) -> list[Want]:
@@ -215,7 +214,7 @@ def look_ahead(store: ExpertStore, reader: FakeReader, *wants: Want) -> None:
 
 def slots_overlap(store: ExpertStore) -> bool:
     slots = [slot for entry in store._memory.entries.values() for slot in entry.slots]
-    spans = sorted((s.memory.data_ptr(), s.memory.data_ptr() + len(s.memory)) for s in slots)
+    spans = sorted((s.place[0], s.place[0] + len(s.memory)) for s in slots)
     return any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
@@ -436,7 +435,7 @@ def test_what_is_lent_stays_in_place_while_others_are_read_ahead(make: Make, nam
                 look_ahead(store, reader, *[want(e, rng.choice(layout.ladder), rng.randrange(3)) for e in range(6)])
                 for wanted, segments in views:
                     for number, segment in enumerate(segments):
-                        assert torch.equal(segment, reader.content(wanted.key, number))
+                        assert np.array_equal(segment, reader.content(wanted.key, number))
                 lent += len(views)
             store.tick()
     assert lent > 1000

@@ -14,20 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
-
-# isort: split
-import torch
+import numpy as np
 from in_memory import decode, load
 
 from dymoe_runtime import kernels
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
 from dymoe_runtime.cost import COUNTS, SWEEP_BYTES, CostModel, measure
+from dymoe_runtime.memory import map_memory
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
-
-assert dymoe_runtime.__version__
 
 
 def main() -> None:
@@ -41,8 +37,8 @@ def main() -> None:
     spare_imports()
     bundle = Bundle.open(args.bundle)
     context = max(args.prompts) + args.new_tokens
-    ids = torch.randint(bundle.spec.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    memory = torch.empty(SWEEP_BYTES, dtype=torch.uint8)
+    ids = np.random.default_rng(0).integers(bundle.spec.vocab_size, size=context).tolist()
+    memory = np.frombuffer(map_memory(SWEEP_BYTES), np.uint8)
     print(f"{'':<12}{'work':<12}{'us/call':>9}{'predicted':>11}{'range':>13}")
     settings: list[dict[str, Any]] = [{"tier": tier} for tier in bundle.manifest.ladder] + [{}]
     for setting in settings:
@@ -59,7 +55,7 @@ def main() -> None:
 
 
 def one_round(
-    model: Model, memory: torch.Tensor, counts: Sequence[int], run: Callable[[], object]
+    model: Model, memory: np.ndarray, counts: Sequence[int], run: Callable[[], object]
 ) -> tuple[float, float]:
     """Mean us of a call, and predicted over measured."""
     experts = len(model.bundle.manifest.layers) * model.spec.num_experts

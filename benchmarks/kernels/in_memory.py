@@ -13,10 +13,7 @@ import cProfile
 import json
 import time
 
-import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
-
-# isort: split
-import torch
+import numpy as np
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
@@ -24,8 +21,6 @@ from dymoe_runtime.delivery import Want
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.spec import ExpertKey
-
-assert dymoe_runtime.__version__
 
 
 def main() -> None:
@@ -42,7 +37,7 @@ def main() -> None:
     bundle = Bundle.open(args.bundle)
     context = max(args.prompts) + args.new_tokens
     options = RunOptions(tier=args.tiers, point=args.point, threads=args.threads, context=context)
-    ids = torch.randint(bundle.spec.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = np.random.default_rng(0).integers(bundle.spec.vocab_size, size=context).tolist()
     with Model(bundle, options) as model:
         load(model)
         for tokens in args.prompts:

@@ -14,17 +14,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
+import numpy as np
 
-# isort: split
-import torch
-
+import dymoe_runtime
 from dymoe_runtime import kernels
 from dymoe_runtime.kernels.job import Job
 from dymoe_runtime.kernels.native import read_memory
-from dymoe_runtime.tiers import RecordLayout, make_layout
+from dymoe_runtime.memory import map_memory
+from dymoe_runtime.tiers import RecordLayout, make_layout, split_record
 
 SWEEP_BYTES = 256 << 20  # more than any cache
+SMALL = 0x38D2  # about 1e-4 in bf16
 
 
 def main() -> None:
@@ -39,41 +39,47 @@ def main() -> None:
     kernels.set_threads(args.threads)
     print(f"dymoe {dymoe_runtime.__version__}, {kernels.isa()}, {args.threads} threads")
     shapes = {"gate": (args.width, args.hidden), "up": (args.width, args.hidden), "down": (args.hidden, args.width)}
-    sweep = torch.zeros(SWEEP_BYTES, dtype=torch.uint8)
+    sweep = np.frombuffer(map_memory(SWEEP_BYTES), np.uint8)
+    sweep[:] = 1  # pages that nobody has written to are one and the same
     print(f"{'experts':<16}{'bits':>6}{'us/token':>10}{'GB/s':>8}{'of memory':>11}")
     for ladder, tier in (((2, 3, 4), 2), ((2, 3, 4), 3), ((2, 3, 4), 4), ((8,), 8)):
         layout = make_layout(shapes, ladder)
-        records = [random_segments(layout, seed) for seed in range(args.experts)]
+        records = random_records(layout, args.experts)
         decode(layout, tier, records, sweep, args)
     print(f"{'prompt':<16}{'bits':>6}{'tokens':>10}{'GOP/s':>8}")
     for ladder, tier in (((2, 3, 4), 2), ((2, 3, 4), 4), ((8,), 8)):
         layout = make_layout(shapes, ladder)
-        records = [random_segments(layout, seed) for seed in range(args.experts)]
+        records = random_records(layout, args.experts)
         for tokens in (128, 512):
             prompt(layout, tier, records, tokens, args)
 
 
-def random_segments(layout: RecordLayout, seed: int) -> list[torch.Tensor]:
-    """Any bytes are codes and steps; the multipliers are small numbers."""
-    g = torch.Generator().manual_seed(seed)
-    segments = [torch.randint(0, 256, (span,), dtype=torch.uint8, generator=g) for span in layout.segment_spans]
+def random_records(layout: RecordLayout, count: int) -> list[list[np.ndarray]]:
+    """Segments of each, side by side: any bytes are codes and steps; the multipliers are small numbers."""
+    memory = np.frombuffer(map_memory(count * layout.record_bytes), np.uint8)
+    memory[:] = np.random.default_rng(0).integers(0, 256, memory.size, np.uint8)
+    records = [split_record(layout, record) for record in memory.reshape(count, -1)]
     for where in layout.matrices.values():
         part = where.multiplier
-        small = torch.full((where.rows,), 1e-4, dtype=torch.bfloat16).view(torch.uint8)
-        segments[part.segment][part.offset : part.offset + part.nbytes] = small
-    return segments
+        for segments in records:
+            segments[part.segment][part.offset : part.offset + part.nbytes].view(np.uint16)[:] = SMALL
+    return records
+
+
+def random_rows(rows: int, cols: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, cols), np.float32)
 
 
 def decode(
     layout: RecordLayout,
     tier: int,
-    records: Sequence[list[torch.Tensor]],
-    sweep: torch.Tensor,
+    records: Sequence[list[np.ndarray]],
+    sweep: np.ndarray,
     args: argparse.Namespace,
 ) -> None:
     hidden = layout.matrices["gate"].cols
-    x, y = torch.randn(1, hidden), torch.empty(args.top_k, hidden)
-    tokens = torch.zeros(args.top_k, dtype=torch.int64)
+    x, y = random_rows(1, hidden), np.empty((args.top_k, hidden), np.float32)
+    tokens = np.zeros(args.top_k, np.int64)
     needed = layout.segments_of(tier)
     experts = [kernels.prepare(layout, tier, record[:needed]) for record in records]
     groups = [
@@ -92,12 +98,12 @@ def decode(
 
 
 def prompt(
-    layout: RecordLayout, tier: int, records: Sequence[list[torch.Tensor]], tokens: int, args: argparse.Namespace
+    layout: RecordLayout, tier: int, records: Sequence[list[np.ndarray]], tokens: int, args: argparse.Namespace
 ) -> None:
     hidden, width = layout.matrices["gate"].cols, layout.matrices["gate"].rows
     each = max(1, tokens * args.top_k // len(records))  # tokens of an expert
-    x, y = torch.randn(tokens, hidden), torch.empty(each * len(records), hidden)
-    where = torch.arange(each * len(records)) % tokens
+    x, y = random_rows(tokens, hidden), np.empty((each * len(records), hidden), np.float32)
+    where = np.arange(each * len(records)) % tokens
     jobs = [Job(kernels.prepare(layout, tier, record), each * row, each) for row, record in enumerate(records)]
     (seconds,) = interleaved([lambda: kernels.moe(jobs, x, where, y)], args.rounds)
     print(f"{'':<16}{tier:>6}{tokens:>10}{2 * len(y) * 3 * hidden * width / seconds / 1e9:>8.0f}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dymoe_compile.calibration import moments
@@ -16,7 +18,7 @@ from dymoe_compile.reference import CheckpointExperts, open_reference
 from dymoe_compile.sensitivity import Decoding, Original, Rule, Static
 from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.decoder import Decoder, Routing
+from dymoe_runtime.decoder import Decoder, Routing, in_groups
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.evaluate import Score, score_window
 from dymoe_runtime.policy import TierRule
@@ -34,26 +36,25 @@ Stack = dict[str, torch.Tensor]
 class HeldOut:
     """Whole windows of texts, and what the original model makes of them."""
 
-    ids: torch.Tensor  # [n, W]
+    ids: np.ndarray  # int64 [n, W]
     domains: list[str]  # of each window
     original: Original
 
 
-def load_windows(model: Path, texts: Sequence[str], nbytes: int) -> tuple[torch.Tensor, list[str]]:
+def load_windows(model: Path, texts: Sequence[str], nbytes: int) -> tuple[np.ndarray, list[str]]:
     """The first `nbytes` of each text, cut into whole windows."""
     tokenizer = Tokenizer.load(model)
     windows, domains = [], []
     for text in texts:
         ids = tokenizer.encode(Path(text).read_bytes()[:nbytes].decode(errors="ignore"))
         for start in range(0, len(ids) - WINDOW + 1, WINDOW):
-            windows.append(torch.tensor(ids[start : start + WINDOW]))
+            windows.append(np.array(ids[start : start + WINDOW]))
             domains.append(Path(text).stem)
     if not windows:
         raise SystemExit(f"{nbytes} bytes of each text hold no window of {WINDOW} tokens; give more")
-    return torch.stack(windows), domains
+    return np.stack(windows), domains
 
 
-@torch.inference_mode()
 def held_out(model: Path, texts: Sequence[str], nbytes: int) -> HeldOut:
     ids, domains = load_windows(model, texts, nbytes)
     decoder = open_reference(model)
@@ -86,20 +87,19 @@ def emitted_rules(bundle: Bundle) -> dict[str, Rule]:
     }
 
 
-@torch.inference_mode()
-def calibration_moments(model: Path, windows: torch.Tensor) -> list[dict[str, list[Moments]]]:
+def calibration_moments(model: Path, windows: np.ndarray) -> list[dict[str, list[Moments]]]:
     """Per layer and matrix the moments of each expert's inputs, from the original model."""
     checkpoint = Checkpoint.open(model)
     spec, activation = checkpoint.spec, ACTIVATIONS[checkpoint.spec.activation]
     experts = CheckpointExperts(checkpoint)
     layers: list[dict[str, list[Moments]]] = []
 
-    def recording(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def recording(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         found: dict[str, list[Moments]] = {"gate": [], "up": [], "down": []}
         for expert in range(spec.num_experts):
             weights = {n: w.float() for n, w in checkpoint.expert(ExpertKey(layer, expert)).items()}
-            tokens, ranks = (routing.experts == expert).nonzero(as_tuple=True)
-            x, gates = h[tokens], routing.gates[tokens, ranks, None]
+            tokens, ranks = np.nonzero(routing.experts == expert)
+            x, gates = torch.from_numpy(h[tokens]), torch.from_numpy(routing.gates[tokens, ranks, None])
             into = moments(x, gates)
             inside = moments(activation(x @ weights["gate"].T) * (x @ weights["up"].T), gates)
             for name, value in (("gate", into), ("up", into), ("down", inside)):
@@ -110,7 +110,7 @@ def calibration_moments(model: Path, windows: torch.Tensor) -> list[dict[str, li
     decoder = Decoder(spec, CheckpointDense(checkpoint), recording)
     x = decoder.dense.embed(windows.reshape(-1))
     for layer in range(spec.num_layers):
-        x = torch.cat([decoder.attend(layer, window)[0] for window in x.split(windows.shape[1])])
+        x = np.concatenate([decoder.attend(layer, window)[0] for window in in_groups(x, windows.shape[1])])
         x = decoder.feed_forward(layer, x)
     return layers
 
@@ -125,7 +125,6 @@ class Simulated:
         self._rule: Rule | None = None
         self._decoder = Decoder(bundle.spec, BundleDense(bundle), self._experts)
 
-    @torch.inference_mode()
     def measure(self, rule: Rule, texts: HeldOut) -> list[Score]:
         """A score per window."""
         self._rule = rule
@@ -135,17 +134,17 @@ class Simulated:
             scores.append(score_window(ids, self._decoder.forward(ids), self._decoder.logits, reference))
         return scores
 
-    def _experts(self, layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _experts(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         assert self._rule is not None
         chosen = self._rule.choose(layer, [routing])
-        y = torch.zeros_like(h)
+        y = np.zeros_like(h)
         for tier, layers in self._tiers.items():
             stack = layers[self._spec.moe_layers.index(layer)]
-            for expert in routing.experts[chosen == tier].unique().tolist():
-                tokens, ranks = ((routing.experts == expert) & (chosen == tier)).nonzero(as_tuple=True)
-                x = h[tokens]
+            for expert in np.unique(routing.experts[chosen == tier]).tolist():
+                tokens, ranks = np.nonzero((routing.experts == expert) & (chosen == tier))  # each token once
+                x = torch.from_numpy(h[tokens])
                 middle = self._activation(x @ stack["gate"][expert].T) * (x @ stack["up"][expert].T)
-                y.index_add_(0, tokens, middle @ stack["down"][expert].T * routing.gates[tokens, ranks, None])
+                y[tokens] += (middle @ stack["down"][expert].T).numpy() * routing.gates[tokens, ranks, None]
         return y
 
 
@@ -216,27 +215,26 @@ def kl(scores: Sequence[Score]) -> float:
 
 def perplexity_ratio(scores: Sequence[Score], reference: Sequence[Score]) -> float:
     difference = sum(s.nll_sum for s in scores) - sum(s.nll_sum for s in reference)
-    return float(torch.tensor(difference / sum(s.tokens for s in scores)).exp())
+    return math.exp(difference / sum(s.tokens for s in scores))
 
 
-def interval_of_ratio(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+def interval_of_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval, over windows drawn together, of mean(a) / mean(b)."""
-    picks = torch.randint(len(a), (SAMPLES, len(a)), generator=torch.Generator().manual_seed(seed))
-    ratios = a[picks].mean(1) / b[picks].mean(1)
-    return float(ratios.quantile(0.025)), float(ratios.quantile(0.975))
+    picks = np.random.default_rng(seed).integers(len(a), size=(SAMPLES, len(a)))
+    low, high = np.quantile(a[picks].mean(1) / b[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
-def per_window(scores: Sequence[Score]) -> torch.Tensor:
-    return torch.tensor([s.kl_sum / s.compared for s in scores])
+def per_window(scores: Sequence[Score]) -> np.ndarray:
+    return np.array([s.kl_sum / s.compared for s in scores])
 
 
 def log_softmax_nll(texts: HeldOut) -> list[Score]:
     """Scores of the original itself."""
-    with torch.inference_mode():
-        return [
-            score_window(ids, hidden, texts.original.head)
-            for ids, hidden in zip(texts.ids, texts.original.hidden, strict=True)
-        ]
+    return [
+        score_window(ids, hidden, texts.original.head)
+        for ids, hidden in zip(texts.ids, texts.original.hidden, strict=True)
+    ]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from common import (
     HeldOut,
@@ -52,7 +53,7 @@ def main(bundle_path: Path, model: Path, calibration: tuple[str, ...], texts: tu
     bundle = Bundle.open(bundle_path)
     judged = held_out(model, texts, nbytes)
     windows, _ = load_windows(model, calibration, 1 << 30)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
     tokens = int(bundle.manifest.provenance["calibration_tokens"])
     found = calibration_moments(model, windows[order[: tokens // windows.shape[1]]])
     print(quality(bundle, model, found, judged))
@@ -92,9 +93,9 @@ def quality(bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], 
 def values(weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int) -> torch.Tensor:
     """The matrix at `tier`, quantized for `ladder`."""
     matrix = quantize_matrix(weight, ladder, found)
-    levels = levels_of(tier, ladder[-1])[torch.from_numpy(matrix.codes >> (ladder[-1] - tier)).int()]
-    scales = tier_scales(torch.from_numpy(matrix.steps[tier]), matrix.multiplier, tier, ladder[-1])
-    return scales.repeat_interleave(BLOCK, dim=1)[:, : weight.shape[1]] * levels
+    levels = levels_of(tier, ladder[-1])[matrix.codes >> (ladder[-1] - tier)]
+    scales = tier_scales(matrix.steps[tier], matrix.multiplier, tier, ladder[-1])
+    return torch.from_numpy(scales.repeat(BLOCK, axis=1)[:, : weight.shape[1]] * levels)
 
 
 def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:
@@ -116,15 +117,14 @@ def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:
     return markdown(header, rows)
 
 
-@torch.inference_mode()
 def record(model: Path, rule: Rule, judged: HeldOut) -> tuple[Trace, int]:
     """What decoding the first windows needs, token by token."""
     original = open_reference(model)
     experts = original.experts
     assert isinstance(experts, CheckpointExperts)
-    steps: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    steps: list[list[tuple[np.ndarray, np.ndarray]]] = []
 
-    def recording(layer: int, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def recording(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         steps[-1].append((routing.experts, rule.choose(layer, [routing])))
         return experts(layer, h, routing)
 
@@ -138,7 +138,7 @@ def record(model: Path, rule: Rule, judged: HeldOut) -> tuple[Trace, int]:
             for layer, (chosen, tiers) in zip(original.spec.moe_layers, steps[-1], strict=True):
                 pairs = zip(chosen[token].tolist(), tiers[token].tolist(), strict=True)
                 trace += [(layer, expert, tier) for expert, tier in pairs]
-    return trace, some.numel()
+    return trace, some.size
 
 
 def lru(trace: Sequence[tuple[int, int, int]], capacity: int, sizes: dict[int, int], nested: bool) -> int:

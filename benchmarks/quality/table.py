@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import numpy as np
 import torch
 from common import (
     HeldOut,
@@ -113,7 +114,7 @@ def baseline_rows(
     bundle: Bundle, model: Path, calibration: Sequence[str], judged: HeldOut, reference: Sequence[Score]
 ) -> list[list[object]]:
     windows, _ = load_windows(model, calibration, 1 << 30)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
     tokens = int(bundle.manifest.provenance["calibration_tokens"])
     found = calibration_moments(model, windows[order[: tokens // windows.shape[1]]])
     methods: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
@@ -183,13 +184,13 @@ def compare(bundle: Bundle, measured: dict[Key, Measurement]) -> str:
     return markdown(header, rows)
 
 
-def interpolate(curve: Sequence[tuple[float, Measurement]], bits: float) -> torch.Tensor:
+def interpolate(curve: Sequence[tuple[float, Measurement]], bits: float) -> np.ndarray:
     """KL per window at `bits`, between the neighbours on the curve, linear in the logarithm."""
     below = max((pair for pair in curve if pair[0] <= bits + 1e-9), key=lambda pair: pair[0])
     above = min((pair for pair in curve if pair[0] >= bits - 1e-9), key=lambda pair: pair[0])
     share = (bits - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
-    low, high = per_window(below[1].windows).clamp_min(1e-9), per_window(above[1].windows).clamp_min(1e-9)
-    return (low.log() * (1 - share) + high.log() * share).exp()
+    low, high = (np.log(np.maximum(per_window(measured.windows), 1e-9)) for _, measured in (below, above))
+    return np.exp(low * (1 - share) + high * share)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
-
-# isort: split
 import numpy as np
-import torch
 
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import spare_imports
-from dymoe_runtime.memory import map_memory
+from dymoe_runtime.memory import address_of, map_memory
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tiers import split_record
 
-assert dymoe_runtime.__version__
 PROMPT = 256
 TURN = 16
 # Until all experts that will be used are there.
@@ -124,10 +120,10 @@ class Beside:
         self._count = round(read_bytes / sum(spans))
         slots = max(IN_FLIGHT, MEMORY_BYTES // sum(spans))
         self._memory = map_memory(slots * sum(spans))
-        whole = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
-        whole.zero_()  # pages are had before anything is timed
-        places = [[(part.data_ptr(), part.numel()) for part in slot.split(spans)] for slot in whole.split(sum(spans))]
-        self._places = itertools.cycle(places)
+        whole = np.frombuffer(self._memory, np.uint8)
+        whole[:] = 0  # pages are had before anything is timed
+        records = [split_record(layout, slot) for slot in whole.reshape(slots, -1)]
+        self._places = itertools.cycle([[(address_of(part), part.size) for part in record] for record in records])
         self._queue = ReadQueue(lambda *where: model.reader(*where)._replace(then=None), self._memory)
 
     def start(self) -> Callable[[], None]:

@@ -1,9 +1,12 @@
 """Products with records of nested tiers, on the best instruction set of this processor.
 
-`segments` are the leading segments of one record of `layout`, uint8 tensors of at least the
-payload's size; only those that `tier` needs must be given. Other tensors are contiguous on the
-CPU. The compiled kernels quantize activations to int8 in blocks of 64 columns; a block that is
-not finite gives NaN. Arguments that do not fit raise ValueError.
+`segments` are the leading segments of one record of `layout`, uint8 arrays of at least the
+payload's size; only those that `tier` needs must be given. All arrays are contiguous. The
+compiled kernels quantize activations to int8 in blocks of 64 columns; a block that is not
+finite gives NaN. Arguments that do not fit raise ValueError.
+
+`fit` and `descend` are the compiler's and work on tensors of torch; nothing else here imports
+it unless the reference is used.
 
 DYMOE_ISA=name in the environment forces an instruction set, `torch` the reference.
 """
@@ -13,18 +16,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-import torch
+import numpy as np
 
-from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.kernels import reference
-from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.device import default_threads
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.memory import Place
 from dymoe_runtime.tiers import RecordLayout
 
+if TYPE_CHECKING:
+    import torch
+
+    from dymoe_runtime.kernels.descent import Descent, Grid
+
+REFERENCE = "torch"
 missing_reason: str | None = None
 try:
     from dymoe_runtime.kernels import native
@@ -34,7 +42,7 @@ except ImportError:
         "compiled kernels are missing, running the slower torch reference; install a C++ compiler and reinstall dymoe"
     )
 
-Segments = Sequence[torch.Tensor]
+Segments = Sequence[np.ndarray]
 
 
 class Kernels(Protocol):
@@ -47,30 +55,33 @@ class Kernels(Protocol):
     def moe(
         self,
         jobs: Sequence[Job],
-        x: torch.Tensor,
-        tokens: torch.Tensor,
-        y: torch.Tensor,
+        x: np.ndarray,
+        tokens: np.ndarray,
+        y: np.ndarray,
         activation: str = ...,
     ) -> None: ...
     def moe_token(
-        self, experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = ...
-    ) -> torch.Tensor: ...
-    def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor, /) -> torch.Tensor: ...
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor: ...
-    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, /) -> torch.Tensor: ...
+        self, experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = ...
+    ) -> np.ndarray: ...
+    def combine(self, y: np.ndarray, rows: np.ndarray, gates: np.ndarray, /) -> np.ndarray: ...
+    def matmul(self, x: np.ndarray, weight: np.ndarray, /) -> np.ndarray: ...
+    def activate(self, gate: np.ndarray, up: np.ndarray, activation: str, /) -> np.ndarray: ...
+    def choose(self, logits: np.ndarray, top_k: int, norm_topk: bool, /) -> tuple[np.ndarray, np.ndarray]: ...
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float, /) -> np.ndarray: ...
+    def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, /) -> np.ndarray: ...
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
         cache: KVCache,
         layer: int,
         window: int | None = ...,
         weigh: bool = ...,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-    def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor: ...
-    def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor: ...
-    def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor: ...
+    ) -> tuple[np.ndarray, np.ndarray | None]: ...
+    def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: np.ndarray) -> np.ndarray: ...
+    def embed(self, layout: RecordLayout, tier: int, segments: Segments, ids: np.ndarray) -> np.ndarray: ...
+    def dequantize(self, layout: RecordLayout, tier: int, segments: Segments, name: str) -> np.ndarray: ...
     def fit(self, weight: torch.Tensor, grid: Grid, /) -> tuple[torch.Tensor, torch.Tensor]: ...
     def descend(self, block: Descent, /) -> None: ...
     def threads(self) -> int: ...
@@ -89,9 +100,9 @@ def prepare_at(layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expe
 
 def moe(
     jobs: Sequence[Job],
-    x: torch.Tensor,
-    tokens: torch.Tensor,
-    y: torch.Tensor,
+    x: np.ndarray,
+    tokens: np.ndarray,
+    y: np.ndarray,
     activation: str = "silu",
 ) -> None:
     """The experts of a layer: y[i] = ffn(x[tokens[i]]) for the rows i of each job.
@@ -103,21 +114,19 @@ def moe(
     _active().moe(jobs, x, tokens, y, activation)
 
 
-def ffn(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+def ffn(layout: RecordLayout, tier: int, segments: Segments, x: np.ndarray, activation: str = "silu") -> np.ndarray:
     """One expert for all tokens, x [T, H] -> [T, H]."""
-    y = torch.empty(x.shape)
-    moe([Job(prepare(layout, tier, segments), 0, len(x))], x, torch.arange(len(x)), y, activation)
+    y = np.empty(x.shape, np.float32)
+    moe([Job(prepare(layout, tier, segments), 0, len(x))], x, np.arange(len(x)), y, activation)
     return y
 
 
-def moe_token(
-    experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = "silu"
-) -> torch.Tensor:
+def moe_token(experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu") -> np.ndarray:
     """What `moe` and `combine` make of one token with all of its experts; x [1, H], gates [1, k] -> [1, H]."""
     return _active().moe_token(experts, x, gates, activation)
 
 
-def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def combine(y: np.ndarray, rows: np.ndarray, gates: np.ndarray) -> np.ndarray:
     """Sum over j of gates[t, j] * y[rows[t, j]] in that order, [T, H]; rows below 0 are left out.
 
     y [N, H], rows int64 [T, k] below N, gates [T, k].
@@ -125,25 +134,43 @@ def combine(y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.T
     return _active().combine(y, rows, gates)
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x @ weight.T of a plain weight [rows, cols], float32 or uint16 that are bf16; x [T, cols] -> [T, rows]."""
+    return _active().matmul(x, weight)
+
+
+def activate(gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
+    """act(gate) * up, [T, n] each, act as in `moe`."""
+    return _active().activate(gate, up, activation)
+
+
+def choose(logits: np.ndarray, top_k: int, norm_topk: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of a router's logits [T, experts] the `top_k` highest, int64 [T, k], and their gates, by falling gate.
+
+    A gate is the share of the softmax, with `norm_topk` divided by their sum.
+    """
+    return _active().choose(logits, top_k, norm_topk)
+
+
+def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """Root mean square layer norm over the last dimension (arXiv 1910.07467); weight [n]."""
     return _active().norm(x, weight, eps)
 
 
-def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+def rotate(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
     """Rotary embedding (arXiv 2104.09864) of x [T, heads, n], in place; cosines and sines [T, n] of each position."""
     return _active().rotate(x, cosines, sines)
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
     cache: KVCache,
     layer: int,
     window: int | None = None,
     weigh: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Keep k and v [kv_heads, T, d] of the tokens after cache.length, then causal attention of q [heads, T, d].
 
     [heads, T, d]; and with `weigh` what each of the tokens gets from the last HEAVY_HITTER_QUERIES of them, [T].
@@ -152,17 +179,17 @@ def attend(
     return _active().attend(q, k, v, cache, layer, window, weigh)
 
 
-def linear(layout: RecordLayout, tier: int, segments: Segments, x: torch.Tensor) -> torch.Tensor:
+def linear(layout: RecordLayout, tier: int, segments: Segments, x: np.ndarray) -> np.ndarray:
     """x @ weight.T, x [T, cols] -> [T, rows]."""
     return _active().linear(layout, tier, segments, x)
 
 
-def embed(layout: RecordLayout, tier: int, segments: Segments, ids: torch.Tensor) -> torch.Tensor:
+def embed(layout: RecordLayout, tier: int, segments: Segments, ids: np.ndarray) -> np.ndarray:
     """Rows of `weight`, ids int64 [N] -> float32 [N, cols]."""
     return _active().embed(layout, tier, segments, ids)
 
 
-def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -> torch.Tensor:
+def dequantize(layout: RecordLayout, tier: int, segments: Segments, name: str) -> np.ndarray:
     """The matrix called `name`, float32 [rows, cols]."""
     return _active().dequantize(layout, tier, segments, name)
 
@@ -192,7 +219,7 @@ def pin_threads() -> bool:
 
 
 def threads() -> int:
-    """As many as torch uses unless set_threads was called."""
+    """As many as there are processors for this process unless set_threads was called."""
     return _active().threads()
 
 
@@ -203,14 +230,18 @@ def isa() -> str:
 
 def available_isas() -> list[str]:
     """Those that run on this machine, best first; the last is the reference, torch."""
-    return [*(native.available_isas() if native else []), reference.isa]
+    return [*(native.available_isas() if native else []), REFERENCE]
 
 
 def select(name: str) -> Kernels:
     """The kernels of the instruction set `name`; DymoeError unless it is available."""
     if name not in available_isas():
         raise DymoeError(f"instruction set '{name}' is not available here, choose one of {', '.join(available_isas())}")
-    return cast(Kernels, reference if name == reference.isa else native.Native(name))
+    if name != REFERENCE:
+        return native.Native(name)
+    with importing():
+        from dymoe_runtime.kernels import reference  # imports torch, which nothing else here needs
+    return cast(Kernels, reference)
 
 
 @cache
@@ -219,5 +250,5 @@ def _active() -> Kernels:
     if forced and forced not in available_isas():
         raise DymoeError(f"DYMOE_ISA={forced}: expected one of {', '.join(available_isas())}")
     kernels = select(forced or available_isas()[0])
-    kernels.set_threads(torch.get_num_threads())
+    kernels.set_threads(default_threads())
     return kernels

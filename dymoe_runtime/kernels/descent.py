@@ -53,7 +53,7 @@ class Descent:
     def levels(self, codes: torch.Tensor, t: int) -> torch.Tensor:
         """What the scale of tier number `t` multiplies, float32, shaped like `codes`."""
         bits, top = self.ladder[t], self.ladder[-1]
-        return levels_of(bits, top)[(codes >> (top - bits)).int()]
+        return torch.from_numpy(levels_of(bits, top))[(codes >> (top - bits)).int()]
 
     def all_levels(self) -> torch.Tensor:
         """Levels of each code at each tier, float32 [tiers, codes]."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
 from dymoe_runtime.tiers import RecordLayout
 
@@ -17,7 +17,7 @@ class Expert:
 
     layout: RecordLayout
     tier: int
-    segments: Sequence[torch.Tensor]
+    segments: Sequence[np.ndarray]
     views: Any = None  # what the compiled kernels look up in them once
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+import numpy as np
 
-from dymoe_runtime.attention import HEAVY_HITTER_QUERIES
-from dymoe_runtime.kernels import _native, reference
-from dymoe_runtime.kernels.descent import Descent, Grid
+from dymoe_runtime.kernels import _native
 from dymoe_runtime.kernels.job import Expert, Job
-from dymoe_runtime.kv_cache import KVCache, row_bytes
-from dymoe_runtime.memory import Place
+from dymoe_runtime.kv_cache import HEAVY_HITTER_QUERIES, KVCache, row_bytes
+from dymoe_runtime.memory import Place, address_of
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
 
-# Bits up to which codes are found by counting the levels below: kMostFittedBits in kernels.h.
-MOST_FITTED = 5
+if TYPE_CHECKING:
+    import torch
+
+    from dymoe_runtime.kernels.descent import Descent, Grid
 
 Reads = _native.Reads
 available_isas = _native.available_isas
@@ -28,9 +28,9 @@ pin_threads = _native.pin_threads
 class StoredDense(Protocol):
     """Dense weights as a bundle keeps them; None for what there is not."""
 
-    def record(self, name: str) -> tuple[RecordLayout, torch.Tensor] | None: ...
+    def record(self, name: str) -> tuple[RecordLayout, np.ndarray] | None: ...
 
-    def optional(self, name: str) -> torch.Tensor | None: ...
+    def optional(self, name: str) -> np.ndarray | None: ...
 
 
 class Native:
@@ -41,7 +41,7 @@ class Native:
         self.threads = _native.threads
         self.set_threads = _native.set_threads
 
-    def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor]) -> Expert:
+    def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray]) -> Expert:
         return Expert(layout, tier, segments, _plan_of(layout).expert(tier, _segments(segments)))
 
     def prepare_at(self, layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
@@ -50,156 +50,129 @@ class Native:
     def moe(
         self,
         jobs: Sequence[Job],
-        x: torch.Tensor,
-        tokens: torch.Tensor,
-        y: torch.Tensor,
+        x: np.ndarray,
+        tokens: np.ndarray,
+        y: np.ndarray,
         activation: str = "silu",
     ) -> None:
         work = [(expert.views, first, rows) for expert, first, rows in jobs]
-        where = _vector(tokens, torch.int64, "tokens")
+        where = _vector(tokens, np.int64, "tokens")
         _native.moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
 
     def moe_token(
-        self, experts: Sequence[Expert], x: torch.Tensor, gates: torch.Tensor, activation: str = "silu"
-    ) -> torch.Tensor:
-        out = torch.empty(x.shape)
+        self, experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu"
+    ) -> np.ndarray:
+        out = np.empty(x.shape, np.float32)
         views = [expert.views for expert in experts]
         _native.moe_token(self.isa, views, _matrix(x, "x"), _matrix(gates, "gates"), _matrix(out, "out"), activation)
         return out
 
-    def combine(self, y: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        _check(rows, torch.int64, 2, "rows")
+    def combine(self, y: np.ndarray, rows: np.ndarray, gates: np.ndarray) -> np.ndarray:
+        _check(rows, np.int64, 2, "rows")
         if rows.shape != gates.shape:
             raise ValueError(f"rows: expected {list(gates.shape)}, got {list(rows.shape)}")
-        out = torch.empty(len(rows), y.shape[1])
-        _native.combine(_matrix(y, "y"), _matrix(gates, "gates"), rows.data_ptr(), _matrix(out, "out"))
+        out = np.empty((len(rows), y.shape[1]), np.float32)
+        _native.combine(_matrix(y, "y"), _matrix(gates, "gates"), address_of(rows), _matrix(out, "out"))
         return out
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def matmul(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        narrow = weight.dtype == np.uint16
+        _check(weight, np.uint16 if narrow else np.float32, 2, "weight")
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(f"x: expected {weight.shape[1]} columns, got {x.shape[-1]}")
+        y = np.empty((len(x), len(weight)), np.float32)
+        _native.matmul(self.isa, _matrix(x, "x"), address_of(weight), narrow, _matrix(y, "y"))
+        return y
+
+    def activate(self, gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
+        if gate.shape != up.shape:
+            raise ValueError(f"up: expected {list(gate.shape)}, got {list(up.shape)}")
+        hidden = gate.copy()
+        _native.activate(self.isa, _matrix(hidden, "gate"), _address(up), activation)
+        return hidden
+
+    def choose(self, logits: np.ndarray, top_k: int, norm_topk: bool) -> tuple[np.ndarray, np.ndarray]:
+        experts = np.empty((len(logits), top_k), np.int64)
+        gates = np.empty((len(logits), top_k), np.float32)
+        used_up = logits.copy()
+        _native.choose(self.isa, _matrix(used_up, "logits"), norm_topk, address_of(experts), _matrix(gates, "gates"))
+        return experts, gates
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty(rows.shape)
+        out = np.empty(rows.shape, np.float32)
         _native.norm(self.isa, _matrix(rows, "x"), _address(weight), eps, _matrix(out, "out"))
-        return out.view(x.shape)
+        return out.reshape(x.shape)
 
-    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
         expected = (x.shape[0], x.shape[2])
         if cosines.shape != expected or sines.shape != expected:
             raise ValueError(f"tables: expected {list(expected)}, got {list(cosines.shape)} and {list(sines.shape)}")
-        _check(x, torch.float32, 3, "x")
-        _native.rotate((x.data_ptr(), len(x), x.shape[1] * x.shape[2]), _matrix(cosines, "cosines"), _address(sines))
+        _check(x, np.float32, 3, "x")
+        _native.rotate((address_of(x), len(x), x.shape[1] * x.shape[2]), _matrix(cosines, "cosines"), _address(sines))
         return x
 
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
         cache: KVCache,
         layer: int,
         window: int | None = None,
         weigh: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         heads, tokens, head_dim = q.shape
         kv_heads = cache.rows.shape[2]
         if row_bytes(head_dim, cache.bits) != cache.rows.shape[-1] or k.shape != (kv_heads, tokens, head_dim):
             raise ValueError(f"k: {list(k.shape)} does not fit q, {list(q.shape)}, and the cache")
         if v.shape != k.shape:
             raise ValueError(f"v: expected {list(k.shape)}, got {list(v.shape)}")
-        rows = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
+        rows = [np.ascontiguousarray(x.transpose(1, 0, 2)) for x in (q, k, v)]
         for x in rows:
-            _check(x, torch.float32, 3, "q, k, v")
+            _check(x, np.float32, 3, "q, k, v")
         shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
-        out = torch.empty(rows[0].shape)
-        mass = torch.empty(_native.receiving_parts(self.isa, shape, last), tokens)
-        vectors = [x.data_ptr() for x in (*rows, out)]
+        out = np.empty(rows[0].shape, np.float32)
+        mass = np.empty((_native.receiving_parts(self.isa, shape, last), tokens), np.float32)
+        vectors = [address_of(x) for x in (*rows, out)]
         where, received = cache.addresses[layer], _matrix(mass, "received")
         _native.attend_prompt(self.isa, shape, cache.length, window or 0, last, vectors, where, received)
-        return out.transpose(0, 1), mass.sum(0) if weigh else None
+        return out.transpose(1, 0, 2), mass.sum(0) if weigh else None
 
-    def linear(
-        self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], x: torch.Tensor
-    ) -> torch.Tensor:
+    def linear(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
         rows = _matrix(x, "x")
-        y = torch.empty(x.shape[0], layout.matrices["weight"].rows)
+        y = np.empty((x.shape[0], layout.matrices["weight"].rows), np.float32)
         _plan_of(layout).linear(self.isa, tier, _segments(segments), rows, _matrix(y, "y"))
         return y
 
-    def embed(
-        self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], ids: torch.Tensor
-    ) -> torch.Tensor:
-        wanted = _vector(ids, torch.int64, "ids")
-        y = torch.empty(ids.shape[0], layout.matrices["weight"].cols)
+    def embed(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
+        wanted = _vector(ids, np.int64, "ids")
+        y = np.empty((ids.shape[0], layout.matrices["weight"].cols), np.float32)
         _plan_of(layout).embed(self.isa, tier, _segments(segments), wanted, _matrix(y, "y"))
         return y
 
-    def dequantize(self, layout: RecordLayout, tier: int, segments: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    def dequantize(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], name: str) -> np.ndarray:
         where = layout.matrices[name]
-        y = torch.empty(where.rows, where.cols)
+        y = np.empty((where.rows, where.cols), np.float32)
         _plan_of(layout).dequantize(self.isa, tier, _segments(segments), name, _matrix(y, "y"))
         return y
 
     def fit(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        if grid.ladder[-1] > MOST_FITTED:
-            return reference.fit(weight, grid)
-        grid.check(weight)
-        tiers, (rows, cols) = len(grid.ladder), weight.shape
-        codes = torch.empty(rows, cols, dtype=torch.uint8)
-        scales = torch.empty(tiers, *grid.starts.shape[1:])
-        _check(grid.starts, torch.float32, 3, "starts")
-        _native.fit(
-            self.isa,
-            list(grid.ladder),
-            list(grid.weights),
-            _matrix(weight, "weight"),
-            _vector(grid.importance, torch.float32, "importance")[0],
-            len(grid.starts),
-            grid.starts.data_ptr(),
-            scales.data_ptr(),
-            codes.data_ptr(),
-        )
-        return codes, scales
+        from dymoe_runtime.kernels import fitting  # imports torch
+
+        return fitting.fit(self.isa, weight, grid)
 
     def descend(self, block: Descent) -> None:
-        cols = block.columns.stop - block.columns.start
-        tiers, rows, pitch = block.error.shape
-        _check(block.error, torch.float32, 3, "error")
-        _check(block.codes, torch.uint8, 2, "codes")
-        _check(block.hessian, torch.float32, 2, "hessian")
-        shapes = {
-            "ladder": (len(block.ladder), tiers),
-            "codes": (tuple(block.codes.shape), (rows, pitch)),
-            "hessian": (tuple(block.hessian.shape), (pitch, pitch)),
-            "slope": (tuple(block.slope.shape), (tiers, rows, cols)),
-            "scales": (tuple(block.scales.shape), (tiers, rows)),
-            "units": (None if block.units is None else tuple(block.units.shape), (tiers, rows)),
-            "columns": (0 <= block.columns.start < block.columns.stop <= pitch, True),
-        }
-        for name, (found, expected) in shapes.items():
-            if found is not None and found != expected:
-                raise ValueError(f"{name}: expected {expected}, got {found}")
-        slope = block.slope.view(tiers * rows, cols)
-        first = block.columns.start
-        _native.descend(
-            self.isa,
-            list(block.ladder),
-            list(block.weights),
-            (block.hessian.data_ptr() + 4 * first * (pitch + 1), cols, cols),
-            pitch,
-            _matrix(slope, "slope"),
-            0 if block.units is None else _matrix(block.units, "units")[0],
-            _matrix(block.scales, "scales")[0],
-            block.error.data_ptr() + 4 * first,
-            block.codes.data_ptr() + first,
-            pitch,
-            block.last,
-        )
+        from dymoe_runtime.kernels import fitting
+
+        fitting.descend(self.isa, block)
 
 
-def read_memory(data: torch.Tensor) -> int:
+def read_memory(data: np.ndarray) -> int:
     """Read all of `data`, uint8 [n], with all threads: how fast this is bounds every kernel."""
-    return _native.read_memory(_vector(data, torch.uint8, "data"))
+    return _native.read_memory(_vector(data, np.uint8, "data"))
 
 
 def decode_layer(isa: str, spec: ModelSpec, dense: StoredDense, layer: int) -> _native.DecodeLayer:
@@ -230,32 +203,34 @@ def decode_layer(isa: str, spec: ModelSpec, dense: StoredDense, layer: int) -> _
     )
 
 
-def _address(tensor: torch.Tensor) -> int:
-    _check(tensor, torch.float32, tensor.dim(), "tensor")
-    return tensor.data_ptr()
+def _address(array: np.ndarray) -> int:
+    _check(array, np.float32, array.ndim, "array")
+    return address_of(array)
 
 
-def _segments(segments: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    return [_vector(segment, torch.uint8, "segments") for segment in segments]
+def _segments(segments: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    return [_vector(segment, np.uint8, "segments") for segment in segments]
 
 
-def _vector(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> tuple[int, int]:
-    """Address and length of a tensor that is safe to read there."""
-    _check(tensor, dtype, 1, name)
-    return tensor.data_ptr(), tensor.numel()
+def _vector(array: np.ndarray, dtype: type, name: str) -> tuple[int, int]:
+    """Address and length of an array that is safe to read there."""
+    _check(array, dtype, 1, name)
+    return address_of(array), array.size
 
 
-def _matrix(tensor: torch.Tensor, name: str) -> tuple[int, int, int]:
-    _check(tensor, torch.float32, 2, name)
-    return tensor.data_ptr(), *tensor.shape
+def _matrix(array: np.ndarray, name: str) -> tuple[int, int, int]:
+    _check(array, np.float32, 2, name)
+    return address_of(array), *array.shape
 
 
-def _check(tensor: torch.Tensor, dtype: torch.dtype, dims: int, name: str) -> None:
-    if tensor.dtype is dtype and tensor.dim() == dims and tensor.is_cpu and tensor.is_contiguous():
+def _check(array: np.ndarray, dtype: type, dims: int, name: str) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    if array.dtype == dtype and array.ndim == dims and array.flags.c_contiguous:
         return
     raise ValueError(
-        f"{name}: expected a contiguous {dtype} tensor of {dims} dimensions on the CPU, "
-        f"got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
+        f"{name}: expected a contiguous array of {np.dtype(dtype)} of {dims} dimensions, "
+        f"got {array.dtype} of shape {list(array.shape)}"
     )
 
 

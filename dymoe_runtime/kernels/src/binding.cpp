@@ -108,6 +108,40 @@ void run_rotate(const MatrixTuple& x, const MatrixTuple& cosines, uintptr_t sine
          reinterpret_cast<const float*>(sines));
 }
 
+/// y = x . weight^T; the weight [.., cols] at an address, floats or bf16.
+void run_matmul(const std::string& isa, const MatrixTuple& x, uintptr_t weight, bool narrow, const MatrixTuple& y) {
+  const auto [address, tokens, cols] = x;
+  const int64_t rows = std::get<2>(y);
+  float* to = output_from(y, tokens, rows);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  matmul(kernels, reinterpret_cast<const void*>(weight), narrow, rows, cols, reinterpret_cast<const float*>(address),
+         tokens, to);
+}
+
+/// hidden = act(hidden) * ups.
+void run_activate(const std::string& isa, const MatrixTuple& hidden, uintptr_t ups, const std::string& activation) {
+  const auto [address, rows, cols] = hidden;
+  const Kernels& kernels = find_isa(isa);
+  const Activation function = activation_from(activation);
+  nb::gil_scoped_release unlocked;
+  activate(kernels, function, rows * cols, reinterpret_cast<const float*>(ups), reinterpret_cast<float*>(address));
+}
+
+/// Of logits [tokens, count], which are used up; experts and gates [tokens, top_k].
+void run_choose(const std::string& isa, const MatrixTuple& logits, bool norm_topk, uintptr_t experts,
+                const MatrixTuple& gates) {
+  const auto [address, tokens, count] = logits;
+  const int64_t top_k = std::get<2>(gates);
+  if (top_k < 1 || top_k > count) reject("gates: expected 1.." + std::to_string(count) + " columns");
+  float* to = output_from(gates, tokens, top_k);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  for (int64_t t = 0; t < tokens; ++t)
+    choose(kernels, reinterpret_cast<float*>(address) + t * count, count, top_k, norm_topk,
+           reinterpret_cast<int64_t*>(experts) + t * top_k, to + t * top_k);
+}
+
 void run_linear(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples, const MatrixTuple& x,
                 const MatrixTuple& y) {
   const MatrixView weight = plan.view("weight", tier, segments_from(tuples));
@@ -370,6 +404,9 @@ NB_MODULE(_native, m) {
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
   m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a);
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
+  m.def("matmul", &run_matmul, "isa"_a, "x"_a, "weight"_a, "narrow"_a, "y"_a);
+  m.def("activate", &run_activate, "isa"_a, "hidden"_a, "ups"_a, "activation"_a);
+  m.def("choose", &run_choose, "isa"_a, "logits"_a, "norm_topk"_a, "experts"_a, "gates"_a);
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);
   m.def("receiving_parts", &run_receiving_parts, "isa"_a, "shape"_a, "last"_a);

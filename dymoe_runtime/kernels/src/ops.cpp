@@ -10,6 +10,15 @@ namespace {
 
 thread_local QuantizedTokens quantized;
 
+/// Floats of bf16.
+const float* widen(const uint16_t* bits, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t word = uint32_t(bits[i]) << 16;
+    std::memcpy(out + i, &word, sizeof word);
+  }
+  return out;
+}
+
 }  // namespace
 
 void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y) {
@@ -20,6 +29,24 @@ void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_
       isa.product(weight, a, begin, end, y + t * weight.rows, weight.rows, scratch_for(weight));
     });
   }
+}
+
+void matmul(const Kernels& isa, const void* weight, bool narrow, int64_t rows, int64_t cols, const float* x,
+            int64_t tokens, float* y) {
+  parallel_ranges(rows, kRowMultiple, rows * cols / kBlock * tokens * kFloatWork, [&](int64_t begin, int64_t end) {
+    thread_local Buffer<float> wide;
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = static_cast<const float*>(weight) + r * cols;
+      if (narrow) row = widen(static_cast<const uint16_t*>(weight) + r * cols, cols, wide.reserve(cols));
+      for (int64_t t = 0; t < tokens; ++t) isa.dots(row, cols, 0, 1, x + t * cols, y + t * rows + r);
+    }
+  });
+}
+
+void activate(const Kernels& isa, Activation activation, int64_t count, const float* ups, float* hidden) {
+  parallel_ranges(count, kBlock, count / kBlock * kFloatWork, [&](int64_t begin, int64_t end) {
+    isa.activate(activation, end - begin, ups + begin, hidden + begin);
+  });
 }
 
 void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out) {

@@ -10,6 +10,14 @@ namespace dymoe {
 /// y = x . weight^T; x [tokens, cols], y [tokens, rows].
 void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_t tokens, float* y);
 
+/// y = x . weight^T for a weight [rows, cols] of floats or, if `narrow`, bf16; x [tokens, cols], y [tokens, rows].
+/// The value of an element does not depend on the others.
+void matmul(const Kernels& isa, const void* weight, bool narrow, int64_t rows, int64_t cols, const float* x,
+            int64_t tokens, float* y);
+
+/// hidden = act(hidden) * ups, count floats each.
+void activate(const Kernels& isa, Activation activation, int64_t count, const float* ups, float* hidden);
+
 /// out[t] = weight * x[t] / rms(x[t]); x and out [tokens, n]; out may be x.
 void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out);
 

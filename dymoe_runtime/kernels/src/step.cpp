@@ -92,6 +92,28 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
   for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];
 }
 
+void choose(const Kernels& isa, float* logits, int64_t count, int64_t top_k, bool norm_topk, int64_t* experts,
+            float* gates) {
+  const float sum = isa.exponentials(logits, count);
+  if (!std::isfinite(sum)) {  // nothing can be compared; what follows is as spoilt
+    for (int64_t j = 0; j < top_k; ++j) experts[j] = j, gates[j] = NAN;
+    return;
+  }
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::partial_sort(order.begin(), order.begin() + top_k, order.end(), [&](int64_t a, int64_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+  });
+  float mass = 0.0f;
+  for (int64_t j = 0; j < top_k; ++j) {
+    experts[j] = order[j];
+    gates[j] = logits[order[j]] / sum;
+    mass += gates[j];
+  }
+  if (norm_topk)
+    for (int64_t j = 0; j < top_k; ++j) gates[j] /= mass;
+}
+
 void route(const Kernels& isa, const LayerWeights& layer, const Router& router, const float* x, float* h,
            int64_t* experts, float* gates) {
   isa.norm(x, layer.mlp_norm, layer.hidden, layer.eps, h);
@@ -101,24 +123,7 @@ void route(const Kernels& isa, const LayerWeights& layer, const Router& router, 
   });
   if (router.bias)
     for (int64_t e = 0; e < layer.experts; ++e) logits[e] += router.bias[e];
-  const float sum = isa.exponentials(logits, layer.experts);
-  if (!std::isfinite(sum)) {  // nothing can be compared; what follows is as spoilt
-    for (int64_t j = 0; j < layer.top_k; ++j) experts[j] = j, gates[j] = NAN;
-    return;
-  }
-  std::vector<int64_t> order(layer.experts);
-  std::iota(order.begin(), order.end(), 0);
-  std::partial_sort(order.begin(), order.begin() + layer.top_k, order.end(), [&](int64_t a, int64_t b) {
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-  });
-  float mass = 0.0f;
-  for (int64_t j = 0; j < layer.top_k; ++j) {
-    experts[j] = order[j];
-    gates[j] = logits[order[j]] / sum;
-    mass += gates[j];
-  }
-  if (layer.norm_topk)
-    for (int64_t j = 0; j < layer.top_k; ++j) gates[j] /= mass;
+  choose(isa, logits, layer.experts, layer.top_k, layer.norm_topk, experts, gates);
 }
 
 }  // namespace dymoe

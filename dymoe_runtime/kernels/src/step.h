@@ -30,6 +30,11 @@ struct LayerWeights {
 void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
             const float* sines, const LayerCache& cache, float* out);
 
+/// The experts of the `top_k` highest of `count` logits and their gates by falling gate: their shares of the softmax,
+/// with `norm_topk` made to sum to 1. The logits are used up.
+void choose(const Kernels& isa, float* logits, int64_t count, int64_t top_k, bool norm_topk, int64_t* experts,
+            float* gates);
+
 struct Router {
   const float *weight, *bias;  // [experts, hidden], and [experts] or null
 };
