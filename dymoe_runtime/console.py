@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import click
-import tqdm
 
 from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
@@ -149,7 +148,9 @@ def print_json(values: Any) -> None:
 @contextlib.contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
     """A bar on stderr with the time left, where that is a terminal."""
-    with tqdm.tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr) as bar:
+    from tqdm import tqdm  # a run that shows none does not wait for it
+
+    with tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr) as bar:
         yield bar.update
 
 

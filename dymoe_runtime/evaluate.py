@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,6 +208,8 @@ def open_reference(path: Path, spec: ModelSpec, window: int) -> Iterator[Referen
 
 
 def _open_checkpoint(path: Path) -> Decoder:
+    from importlib import metadata  # which takes a moment
+
     for entry in metadata.entry_points(group="dymoe.references"):
         decoder: Decoder = entry.load()(path)
         return decoder

@@ -16,7 +16,7 @@ import pytest
 
 from dymoe_runtime import model as model_module
 from dymoe_runtime import room as room_module
-from dymoe_runtime.budget import CHUNK, Budget, plan_budget
+from dymoe_runtime.budget import CHUNK, SPREAD_BYTES, Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.model import Model
@@ -151,14 +151,15 @@ def test_the_arena_is_smaller_while_a_prompt_runs(shipped: Bundle, monkeypatch: 
     assert whole - of_200 > 1 << 20 > whole - of_2 >= 0  # in whole chunks of the arena
 
 
-def test_code_that_only_loading_used_is_let_go() -> None:
-    script = """
-import numpy as np
-import dymoe_runtime.commands
+@pytest.mark.parametrize(("library", "least"), [("numpy", 4 << 20), ("torch", 10 << 20)])  # torch: the reference
+def test_code_that_only_loading_used_is_let_go(library: str, least: int) -> None:
+    script = f"""
+import dymoe_runtime.commands, tokenizers
+import {library} as library
 from dymoe_runtime.device import release_code, resident_bytes
 before = resident_bytes()
 release_code()
-print(before - resident_bytes(), float((np.ones((64, 64)) @ np.ones((64, 64))).sum()))
+print(before - resident_bytes(), float((library.ones((64, 64)) @ library.ones((64, 64))).sum()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -168,6 +169,6 @@ print(before - resident_bytes(), float((np.ones((64, 64)) @ np.ones((64, 64))).s
 
 
 def test_less_than_the_floor_is_refused(shipped: Bundle, floor: int) -> None:
-    result = run(shipped.path, "--memory", int(floor * 0.9))
+    result = run(shipped.path, "--memory", floor - 2 * SPREAD_BYTES)  # one of them is in the floor that is named
     assert result.returncode == 1 and "least that works" in result.stderr
     assert "Traceback" not in result.stderr
