@@ -111,8 +111,8 @@ class LayerRun:
                 tensors = hidden[0]
                 self._probe.past = [tensors[name].numpy() for name in PAST if name in tensors]
                 x = self._hidden()
-                x[: len(tensors["train"])] = tensors["train"].float().numpy()
-                x[len(tensors["train"]) :] = tensors["held_out"].numpy()
+                for part, name in zip(np.split(x, [len(tensors["train"])]), ("train", "held_out"), strict=True):
+                    torch.from_numpy(part).copy_(tensors[name])
                 return *done, layer + 1, x
         x = self._hidden()
         for ids, window in zip(self._ids, self._windows(x), strict=True):
@@ -173,7 +173,7 @@ class LayerRun:
         # What is calibrated on is kept in bf16; quality is judged against held-out rows, kept whole.
         train = x[: self._train * self._ids.shape[1]]
         half = torch.from_numpy(train).to(torch.bfloat16)
-        train[:] = half.float().numpy()
+        torch.from_numpy(train).copy_(half)
         whole = {"held_out": x[len(train) :], **dict(zip(PAST, self._probe.past, strict=False))}
         tensors = {name: torch.from_numpy(values) for name, values in whole.items()}
         self._writer.save_state(f"hidden-{layer}", {"train": half, **tensors}, {})
@@ -205,7 +205,7 @@ class LayerRun:
         x, gates = torch.from_numpy(h[tokens]), torch.from_numpy(routing.gates[tokens, ranks, None])
         middle = self._activation(x @ weights["gate"].T) * (x @ weights["up"].T)
         out = middle @ weights["down"].T
-        y[tokens] += (out * gates).numpy()
+        torch.from_numpy(y).index_add_(0, torch.from_numpy(tokens), out * gates)
         # Tokens come in order, the training windows first; what is held out must not decide.
         train = int((tokens < self._train * self._ids.shape[1]).sum())
         into, inside = moments(x[:train], gates[:train]), moments(middle[:train], gates[:train])

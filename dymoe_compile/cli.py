@@ -56,7 +56,7 @@ def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
     with importing():
         from dymoe_compile.compile import CompileOptions, compile_bundle
 
-    if kernels.isa() == "torch" and kernels.missing_reason:
+    if kernels.isa() == kernels.REFERENCE and kernels.missing_reason:
         click.echo(f"note: {kernels.missing_reason}", err=True)
     bundle, changed = compile_bundle(CompileOptions(model=model, output=output, **values), progress_bar)
     description = describe(bundle)

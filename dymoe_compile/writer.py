@@ -28,7 +28,7 @@ from dymoe_runtime.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_fi
 from dymoe_runtime.device import format_size
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.tensorfile import DTYPES, header_bytes, read_header
+from dymoe_runtime.tensorfile import ITEM_BYTES, header_bytes, read_header
 from dymoe_runtime.tiers import PAGE, RecordLayout, split_record
 
 
@@ -97,7 +97,7 @@ class BundleWriter:
         self, shapes: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[np.ndarray]
     ) -> dict[str, int]:
         """Write dense.safetensors from the bytes of tensors in the order of `shapes`; the checksum of each."""
-        sizes = {name: (dtype, shape, DTYPES[dtype] * math.prod(shape)) for name, (dtype, shape) in shapes.items()}
+        sizes = {name: (dtype, shape, ITEM_BYTES[dtype] * math.prod(shape)) for name, (dtype, shape) in shapes.items()}
         checksums = {}
         with _becoming(self.directory / DENSE) as file:
             file.write(header_bytes(sizes))

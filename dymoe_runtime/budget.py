@@ -23,6 +23,10 @@ TORCH_RESERVE_BYTES = 48 << 20
 SPREAD_BYTES = 8 << 20
 # What a run needs before it loads anything, where it cannot be measured: Python, NumPy and a tokenizer.
 PROCESS_BYTES = 64 << 20
+# What torch takes beside these.
+TORCH_BYTES = 140 << 20
+# Positions of a window that is scored whose logits are held at once.
+SCORED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def plan_budget(
     """
     experts = len(bundle.manifest.layers) * bundle.spec.num_experts
     workspace = workspace_bytes(bundle.spec, window or context, window or CHUNK)
+    if window:  # logits, what is left of them by their largest, and its exponentials
+        workspace += 3 * 4 * min(SCORED_ROWS, window) * bundle.spec.vocab_size
     begun = fixed if fixed is not None else resident_bytes()
     if fixed is None:
         release_code()
@@ -98,7 +104,7 @@ def plan_budget(
         fixed=fixed,
         dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
         kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
-        workspace=workspace + (TORCH_RESERVE_BYTES if kernels.isa() == "torch" else RESERVE_BYTES),
+        workspace=workspace + (TORCH_RESERVE_BYTES if kernels.isa() == kernels.REFERENCE else RESERVE_BYTES),
         least_arena=least_arena_bytes(bundle.layout),
         full_arena=full_arena_bytes(bundle.layout, experts),
         chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
@@ -112,7 +118,7 @@ def pass_tokens(left: int, used: int, budget: Budget) -> int:
     A pass of one or more chunks reads the experts that a prompt uses, of `used` bytes, but for what is in memory. Each
     chunk takes memory from the arena, which is read again after it.
     """
-    if kernels.isa() == "torch":  # whose results depend a little on how many rows it is given
+    if kernels.isa() == kernels.REFERENCE:  # whose results depend a little on how many rows it is given
         return min(left, CHUNK)
     if left % CHUNK == 1 and left > 1:
         left -= 1  # a token that is alone is computed differently, and so it always is
@@ -151,7 +157,7 @@ def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
         + 3 * spec.dense_width
         + 2 * spec.num_experts
     )
-    if kernels.isa() == "torch":
+    if kernels.isa() == kernels.REFERENCE:
         from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE  # imports torch
 
         scores = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads + 2 * spec.num_kv_heads * spec.head_dim) * context

@@ -285,5 +285,5 @@ def format_statistics(s: dict[str, Any]) -> str:
 
 
 def _say_if_slow() -> None:
-    if kernels.isa() == "torch" and kernels.missing_reason:
+    if kernels.isa() == kernels.REFERENCE and kernels.missing_reason:
         click.echo(f"note: {kernels.missing_reason}", err=True)

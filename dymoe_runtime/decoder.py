@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from dymoe_runtime import kernels
+from dymoe_runtime.errors import importing
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
@@ -141,7 +142,8 @@ class Decoder:
         if cache is not None:
             y, mass = kernels.attend(q, k, v, cache, layer, window, weigh_tokens)
         else:
-            from dymoe_runtime.attention import attention, received  # imports torch
+            with importing():
+                from dymoe_runtime.attention import attention, received  # imports torch
 
             y = attention(q, k, v, start, window)
             mass = received(q, k, start, window) if weigh_tokens else None

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from dymoe_runtime import kernels
-from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_layout, quantized_bits
+from dymoe_runtime.bundle import DAMAGED, DENSE, Bundle, check_dense, dense_kind, dense_layout, quantized_bits
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
 from dymoe_runtime.tensorfile import TensorInfo, read_header, read_into
@@ -63,8 +63,8 @@ class BundleDense:
     def _fits(self, info: TensorInfo, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor `name` is stored as the model and the bits of its kind want it."""
         if name in self._layouts:
-            return info.dtype == "U8" and info.nbytes == self._layouts[name].record_bytes
-        return info.dtype in ("F32", "BF16" if len(shape) == 2 else "F32") and info.shape == shape
+            return info.dtype == "U8" and info.shape == (self._layouts[name].record_bytes,)
+        return info.dtype == ("BF16" if dense_kind(name, shape) else "F32") and info.shape == shape
 
     def lock(self) -> int:
         """Keep the weights from being swapped out, if the system allows it; the bytes that are kept."""

@@ -11,17 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dymoe_runtime.budget import SCORED_ROWS
 from dymoe_runtime.bundle import MANIFEST, Bundle
 from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.device import memory_limit
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ModelSpec
-
-# Positions whose logits are held at once.
-ROWS = 256
 
 
 @dataclass
@@ -73,8 +71,8 @@ def score_window(
     KL is sum p_ref log(p_ref / p) over the vocabulary, at the positions that are scored.
     """
     score = Score()
-    for start in range(0, len(ids) - 1, ROWS):
-        stop = min(start + ROWS, len(ids) - 1)
+    for start in range(0, len(ids) - 1, SCORED_ROWS):
+        stop = min(start + SCORED_ROWS, len(ids) - 1)
         log_p = log_softmax(head(hidden[start:stop]))
         score.tokens += stop - start
         score.nll_sum -= float(np.take_along_axis(log_p, ids[start + 1 : stop + 1, None], 1).sum(dtype=np.float64))
@@ -194,6 +192,8 @@ def open_reference(path: Path, spec: ModelSpec, window: int) -> Iterator[Referen
     """
     with ExitStack() as stack:
         if (path / MANIFEST).exists():
+            with importing():  # what it attends with, before memory is divided
+                import dymoe_runtime.attention  # noqa: F401
             bundle = Bundle.open(path)
             options = RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit())
             decoder = stack.enter_context(Model(bundle, options, window)).decoder

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dymoe_runtime.budget import PROCESS_BYTES, plan_budget
+from dymoe_runtime import kernels
+from dymoe_runtime.budget import PROCESS_BYTES, TORCH_BYTES, plan_budget
 from dymoe_runtime.bundle import DENSE, Bundle
 from dymoe_runtime.device import format_size
 
@@ -17,6 +18,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Sizes in bytes, effective bits per weight, tiers and a summary of the policy."""
     spec, layout, policy = bundle.spec, bundle.layout, bundle.policy
     context = min(CONTEXT, spec.max_context)
+    process = PROCESS_BYTES + (TORCH_BYTES if kernels.isa() == kernels.REFERENCE else 0)
     return {
         "path": str(bundle.path),
         "model_type": spec.model_type,
@@ -39,7 +41,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             }
             for tier in layout.ladder
         ],
-        "floor_bytes": plan_budget(bundle, context, fixed=PROCESS_BYTES).floor,
+        "floor_bytes": plan_budget(bundle, context, fixed=process).floor,
         "floor_context": context,
         "points": [
             {

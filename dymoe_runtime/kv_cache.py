@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from dymoe_runtime.memory import address_of
+from dymoe_runtime.memory import address_of, map_memory
 from dymoe_runtime.spec import ModelSpec
 
 BITS = (8, 16, 32)
@@ -23,7 +25,8 @@ class KVCache:
 
     def __init__(self, spec: ModelSpec, capacity: int, bits: int = 16, one_layer: bool = False) -> None:
         layers = 1 if one_layer else spec.num_layers
-        self.rows = np.zeros((layers, 2, spec.num_kv_heads, capacity, row_bytes(spec.head_dim, bits)), np.uint8)
+        shape = layers, 2, spec.num_kv_heads, capacity, row_bytes(spec.head_dim, bits)
+        self.rows = np.frombuffer(map_memory(math.prod(shape)), np.uint8, math.prod(shape)).reshape(shape)
         self.bits = bits
         self.capacity = capacity
         self.length = 0

@@ -58,7 +58,7 @@ def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
     shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
     path = bundle.path / LOOK_AHEAD
     predictors = {int(layer): tensor for layer, tensor in load(path.read_bytes()).items()}
-    if any(tuple(tensor.shape) != shape for tensor in predictors.values()):
+    if any(tensor.shape != shape or tensor.dtype != np.float32 for tensor in predictors.values()):
         raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
     return predictors
 

@@ -76,7 +76,7 @@ class Model:
         kernels.set_threads(options.threads or default_threads())
         if options.pin_threads and not kernels.pin_threads():
             raise DymoeError("--pin-threads needs Linux and the compiled kernels; leave it out")
-        if kernels.isa() == "torch":
+        if kernels.isa() == kernels.REFERENCE:
             return_large_blocks()
         self.bundle = bundle
         self.spec = bundle.spec
@@ -120,7 +120,7 @@ class Model:
         self.experts.latency = options.latency
         if self._decisions is not None:
             self.experts.decided = self._decisions.tiers
-        if options.look_ahead and not self.store.roomy and kernels.isa() != "torch":
+        if options.look_ahead and not self.store.roomy and kernels.isa() != kernels.REFERENCE:
             self.experts.cost = self.measure_cost((1,), cost.QUICK_SWEEP_BYTES)
         self._tracer = None if stream is None else Tracer(stream, self.store)
         self._pace: Pace | None = None
@@ -337,7 +337,7 @@ def check_ids(ids: Sequence[int], spec: ModelSpec) -> None:
 
 def _step(spec: ModelSpec, dense: BundleDense) -> DecodeStep | None:
     """The compiled step, where there are compiled kernels."""
-    if kernels.isa() == "torch":
+    if kernels.isa() == kernels.REFERENCE:
         return None
     from dymoe_runtime.step import DecodeStep  # needs the compiled kernels to be there
 

@@ -55,7 +55,7 @@ class ReadThreads(Protocol):
 
 def read_threads(count: int) -> ReadThreads:
     """The compiled ones where the compiled kernels are in use."""
-    if kernels.isa() == "torch":
+    if kernels.isa() == kernels.REFERENCE:
         return PythonThreads(count)
     return kernels.native.Reads(count)
 

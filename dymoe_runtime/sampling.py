@@ -55,7 +55,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._generator = np.random.default_rng(params.seed)
+        # numpy.random is imported by its first use, which takes a moment and some memory.
+        self._generator = None if params.greedy else np.random.default_rng(params.seed)
 
     def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
         """The next token from float32 logits [V]; `history` is prompt and generated ids so far.
@@ -65,9 +66,11 @@ class Sampler:
         """
         check_logits(logits)
         scores = penalize_repetition(logits, history, self.params.repetition_penalty)
-        if self.params.greedy:
+        if self._generator is None:
             return int(scores.argmax())
-        ids, scores = candidates(scores, self.params)
+        with np.errstate(over="ignore", invalid="ignore"):
+            ids, scores = candidates(scores, self.params)
+        check_logits(scores)
         return int(ids[draw(scores, self._generator)])
 
 
@@ -121,8 +124,8 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     Of equal scores at the boundary the lowest ids stay; transformers leaves that to an unstable sort.
     """
     ascending = np.sort(scores)
-    cumulative = softmax(ascending).cumsum()
-    removed = min(int(np.searchsorted(cumulative, 1 - p, side="right")), len(scores) - 1)
+    cumulative = weights(ascending).cumsum(dtype=np.float64)
+    removed = min(int(np.searchsorted(cumulative, (1 - p) * cumulative[-1], side="right")), len(scores) - 1)
     lowest = ascending[removed]
     kept = scores >= lowest
     removed_ties = removed - int(np.searchsorted(ascending, lowest))
@@ -134,19 +137,18 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
 
 def keep_min_p(scores: np.ndarray, min_p: float) -> np.ndarray:
     """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
-    probabilities = softmax(scores)
-    return np.where(probabilities < min_p * probabilities.max(), np.float32(-math.inf), scores)
+    return np.where(weights(scores) < min_p, np.float32(-math.inf), scores)
 
 
 def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
     """One index by the softmax of scores [C], by inverting its distribution function."""
-    distribution = softmax(scores).cumsum()
+    distribution = weights(scores).cumsum(dtype=np.float64)
     # Above zero and at most the total, so the first index that reaches it has a probability above zero.
     point = (1 - generator.random()) * distribution[-1]
     return int(np.searchsorted(distribution, point))
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Of scores [C], in float64: sums over a vocabulary are not lost in their rounding."""
-    powers = np.exp(scores.astype(np.float64) - scores.max())
-    return powers / powers.sum()
+def weights(scores: np.ndarray) -> np.ndarray:
+    """What the probabilities of scores [C] are proportional to, the likeliest 1."""
+    powers: np.ndarray = np.exp(scores - scores.max())
+    return powers

@@ -21,7 +21,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 
 # Those that are read, and the bytes of an element.
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 MAX_HEADER_BYTES = 100_000_000
 # Linux reads little more than 2 GB in a call.
 MOST_AT_ONCE = 1 << 30
@@ -64,17 +64,16 @@ def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     shape = tuple(entry["shape"])
     if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
         raise ValueError(f"shape {shape}, data_offsets {begin}, {end}")
-    if entry["dtype"] in DTYPES and math.prod(shape) * DTYPES[entry["dtype"]] != end - begin:
+    if entry["dtype"] in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[entry["dtype"]] != end - begin:
         raise ValueError(f"{end - begin} bytes for {entry['dtype']} of shape {shape}")
     return TensorInfo(entry["dtype"], shape, data_start + begin, end - begin)
 
 
 def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None) -> np.ndarray:
     """The bytes of the tensor `name`, or of slice `index` of its first dimension, uint8 [bytes]."""
-    if info.dtype not in DTYPES:
-        raise DymoeError(
-            f"{path}: tensor {name} is {info.dtype}, supported are {', '.join(DTYPES)}; convert the checkpoint to BF16"
-        )
+    if info.dtype not in ITEM_BYTES:
+        known = ", ".join(ITEM_BYTES)
+        raise DymoeError(f"{path}: tensor {name} is {info.dtype}, not one of {known}; convert the checkpoint to BF16")
     nbytes, start = info.nbytes, info.start
     if index is not None:
         nbytes //= info.shape[0]

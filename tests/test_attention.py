@@ -94,6 +94,7 @@ def test_prompts_equal_the_reference(
         got, received = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window, weigh=True)
         assert np.array_equal(t.caches[0].rows[layer], t.caches[1].rows[layer])
         assert received is not None and mass is not None
+        assert (got.dtype, received.dtype) == (expected.dtype, mass.dtype)
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
         assert np.allclose(received, mass, rtol=1e-4, atol=1e-5)
         alone, nothing = kernels.select(isa).attend(t.q, t.k, t.v, t.caches[1], layer, window)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
 from collections import Counter
 
@@ -45,6 +46,7 @@ def expected_scores(logits: np.ndarray, history: list[int], params: SamplingPara
 
 def our_scores(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
     ids, scores = candidates(penalize_repetition(logits, history, params.repetition_penalty), params)
+    assert scores.dtype == logits.dtype
     whole = np.full_like(logits, -math.inf)
     whole[ids] = scores
     return whole
@@ -186,3 +188,11 @@ def test_the_ends_of_every_range_sample(end: int) -> None:
     for name, limits in LIMITS.items():
         params = SamplingParams(**{"temperature": 1.0, name: limits[end]})  # type: ignore[arg-type]
         assert 0 <= Sampler(params).sample(random_logits(0), [1, 2]) < VOCABULARY
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2}], ids=str)
+def test_logits_that_a_temperature_makes_infinite_are_an_error(filters: dict[str, float]) -> None:
+    params = SamplingParams(1e-4, **filters)  # type: ignore[arg-type]
+    with warnings.catch_warnings(), pytest.raises(DymoeError, match="infinite logits"):
+        warnings.simplefilter("error")
+        Sampler(params).sample(np.array([1e36, 9e35, 1], np.float32), [])

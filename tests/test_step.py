@@ -78,13 +78,14 @@ def test_a_step_equals_the_decoder(isa: str, bits: int, family: str, changes: di
             cache.length += 1
     for layer in range(spec.num_layers):
         for expected, got in zip(caches[0].read(layer, 25), caches[1].read(layer, 25), strict=True):
-            assert np.allclose(got, expected, rtol=2e-2, atol=2e-2)
+            assert got.dtype == expected.dtype and np.allclose(got, expected, rtol=2e-2, atol=2e-2)
 
 
 def check_route(got: tuple[np.ndarray, Routing], decoder: Decoder, layer: int, x: np.ndarray) -> None:
     h, routing = got
     expected = decoder.norm(f"layers.{layer}.mlp_norm", x)
     experts, gates = decoder.route(layer, expected)
+    assert (h.dtype, routing.gates.dtype, routing.experts.dtype) == (expected.dtype, gates.dtype, experts.dtype)
     assert np.allclose(h, expected, rtol=1e-5, atol=1e-6)
     assert np.allclose(routing.gates, gates, rtol=1e-4, atol=1e-6)
     assert np.array_equal(routing.experts, experts)
@@ -110,6 +111,7 @@ def test_a_guess_equals_the_decoder(isa: str, tmp_path: Path) -> None:
         for layer, correction in ((0, None), (1, predictor)):
             experts, gates = step.guess(layer, x)
             expected, mass = decoder.look_ahead(layer, x, correction)
+            assert (experts.dtype, gates.dtype) == (expected.dtype, mass.dtype)
             assert np.array_equal(experts, expected)
             assert np.allclose(gates, mass, rtol=1e-4, atol=1e-6)
         assert np.array_equal(h, before[0]) and np.array_equal(routing.experts, before[1])

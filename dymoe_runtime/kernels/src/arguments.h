@@ -16,8 +16,8 @@
 namespace dymoe {
 namespace {
 
-// Tensors come as addresses: importing them through DLPack costs more than a small product.
-// native.py has checked their types and that they are contiguous.
+// Arrays come as addresses: importing them through DLPack costs more than a small product.
+// native.py and fitting.py have checked their types and that they are contiguous.
 using VectorTuple = std::tuple<uintptr_t, int64_t>;
 using SegmentTuples = std::vector<VectorTuple>;
 using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t>;

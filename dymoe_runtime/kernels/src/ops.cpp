@@ -35,10 +35,12 @@ void matmul(const Kernels& isa, const void* weight, bool narrow, int64_t rows, i
             int64_t tokens, float* y) {
   parallel_ranges(rows, kRowMultiple, rows * cols / kBlock * tokens * kFloatWork, [&](int64_t begin, int64_t end) {
     thread_local Buffer<float> wide;
-    for (int64_t r = begin; r < end; ++r) {
-      const float* row = static_cast<const float*>(weight) + r * cols;
-      if (narrow) row = widen(static_cast<const uint16_t*>(weight) + r * cols, cols, wide.reserve(cols));
-      for (int64_t t = 0; t < tokens; ++t) isa.dots(row, cols, 0, 1, x + t * cols, y + t * rows + r);
+    for (int64_t r = begin; r < end; r += kRowMultiple) {  // so many for each time that x is gone through
+      const int64_t count = std::min(kRowMultiple, end - r);
+      const float* some = narrow ? widen(static_cast<const uint16_t*>(weight) + r * cols, count * cols,
+                                         wide.reserve(kRowMultiple * cols))
+                                 : static_cast<const float*>(weight) + r * cols;
+      for (int64_t t = 0; t < tokens; ++t) isa.dots(some, cols, 0, count, x + t * cols, y + t * rows + r);
     }
   });
 }
