@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from safetensors.numpy import save
 from test_compile import same_files
 
 from dymoe_compile.checkpoint import Checkpoint
@@ -27,9 +29,10 @@ from dymoe_compile.progress import silent
 from dymoe_compile.reference import open_reference
 from dymoe_compile.sensitivity import Original
 from dymoe_runtime.budget import PROCESS_BYTES, Budget, plan_budget
-from dymoe_runtime.bundle import Bundle, Manifest, dense_kind, dense_kinds
+from dymoe_runtime.bundle import DENSE, LOOK_AHEAD, Bundle, Manifest, dense_kind, dense_kinds
 from dymoe_runtime.dense import BundleDense
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.look_ahead import read_predictors
 
 BYTES = {"embed": {8: 800, 6: 600, 4: 400}, "attn": {8: 80, 6: 60, 4: 40}}
 
@@ -185,6 +188,30 @@ def test_a_manifest_with_other_dense_bits_gets_one_sentence(bits: dict[str, int]
     manifest = Bundle.open(tiny_path).manifest
     with pytest.raises(DymoeError, match="dense_bits"):
         Manifest.from_text(replace(manifest, dense_bits=bits).to_text(), "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [('"F32","shape":[', '"I32","shape":['), ('"U8","shape":[', '"I8","shape":[')]
+)
+def test_a_tensor_of_another_type_gets_one_sentence(before: str, after: str, damaged: Path) -> None:
+    file = damaged / DENSE
+    file.write_bytes(file.read_bytes().replace(before.encode(), after.encode(), 1))
+    assert_one_sentence(run_cli(damaged, "--prompt", "a"), "dense.safetensors", after[1:3], "damaged")
+
+
+@pytest.mark.parametrize("change", [lambda p: p.astype(np.float64), lambda p: p[:, 1:]], ids=["float64", "narrow"])
+def test_a_predictor_that_does_not_fit_gets_one_sentence(
+    change: Callable[[np.ndarray], np.ndarray], damaged: Path
+) -> None:
+    bundle = Bundle.open(damaged)
+    predictor = np.zeros((bundle.spec.num_experts, bundle.spec.hidden_size + 1), np.float32)
+    for one, fits in ((predictor, True), (np.ascontiguousarray(change(predictor)), False)):
+        (damaged / LOOK_AHEAD).write_bytes(save({"1": one}))
+        if fits:
+            assert np.array_equal(read_predictors(bundle)[1], one)
+        else:
+            with pytest.raises(DymoeError, match="does not fit the model"):
+                read_predictors(bundle)
 
 
 @pytest.mark.parametrize("bits", ["eight", "3", "", "-8", "8.0"])

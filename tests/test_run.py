@@ -440,17 +440,30 @@ def test_wrong_usage_exits_with_2(args: tuple, tiny_path: Path) -> None:
 
 
 HEAVY = """
-import contextlib, sys
-from dymoe_runtime.cli import run
+import contextlib, importlib, sys
+module, name, *args = sys.argv[1:]
 with contextlib.suppress(SystemExit):
-    run(sys.argv[1:])
+    getattr(importlib.import_module(module), name)(args)
 print([name for name in ("torch", "tokenizers", "jinja2") if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize("args", [("--help",), ("--version",), ("x", "--bench", "--probe"), ("x", "--no-such-flag")])
-def test_neither_help_nor_a_wrong_flag_waits_for_heavy_imports(args: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, "-c", HEAVY, *args], capture_output=True, text=True, check=True)
+RUN, COMPILE = ("dymoe_runtime.cli", "run"), ("dymoe_compile.cli", "main")
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        (RUN, ("--help",)),
+        (RUN, ("--version",)),
+        (RUN, ("x", "--bench", "--probe")),
+        (RUN, ("x", "--no-such-flag")),
+        (COMPILE, ("--help",)),
+        (COMPILE, ("x", "-o", "y", "--tiers", "4,3")),
+    ],
+)
+def test_neither_help_nor_a_wrong_flag_waits_for_heavy_imports(command: tuple[str, str], args: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-c", HEAVY, *command, *args], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -459,7 +472,7 @@ def test_neither_help_nor_a_wrong_flag_waits_for_heavy_imports(args: tuple[str, 
 def test_a_run_does_without_torch(shipped_path: Path, point: str) -> None:
     """Importing it takes seconds, and 200 MB that are the experts' otherwise."""
     args = ["--prompt", PROMPT, "--max-tokens", "4", "--temperature", "0.5", "--point", point, "--stats"]
-    command = [sys.executable, "-c", HEAVY, str(shipped_path), *args]
+    command = [sys.executable, "-c", HEAVY, *RUN, str(shipped_path), *args]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "['tokenizers']" and "tokens/s" in done.stderr
 
@@ -468,11 +481,11 @@ NOT_WHOLE = """
 import sys
 class Broken:
     def find_spec(self, name, *rest):
-        if name == "tokenizers":
+        if name == "{library}":
             raise {problem}
 sys.meta_path.insert(0, Broken())
-from dymoe_runtime.__main__ import run
-run()
+from dymoe_{package}.__main__ import {name}
+{name}()
 """
 
 
@@ -485,9 +498,27 @@ run()
     ],
 )
 def test_an_import_that_fails_is_one_sentence(problem: str, code: int, words: tuple[str, ...]) -> None:
-    command = [sys.executable, "-c", NOT_WHOLE.format(problem=problem), "x", "--prompt", "y"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), *words, code=code)
+    script = NOT_WHOLE.format(problem=problem, library="tokenizers", package="runtime", name="run")
+    assert_one_sentence(outcome_of(script, "x", "--prompt", "y"), *words, code=code)
+
+
+def test_without_torch_the_compiler_and_the_reference_say_so(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"problem": 'ImportError("No module named torch")', "library": "torch"}
+    compiling = NOT_WHOLE.format(**parts, package="compile", name="main")
+    assert_one_sentence(outcome_of(compiling, MODEL, "-o", tmp_path / "x.dymoe"), "torch", "install dymoe")
+    running = NOT_WHOLE.format(**parts, package="runtime", name="run")
+    if kernels.available_isas() != ["torch"]:
+        assert outcome_of(running, tiny_path, "--prompt", "a", "--max-tokens", 2).code == 0
+    monkeypatch.setenv("DYMOE_ISA", "torch")
+    assert_one_sentence(outcome_of(running, tiny_path, "--prompt", "a"), "torch", "install dymoe")
+
+
+def outcome_of(script: str, *args: object) -> Outcome:
+    command = [sys.executable, "-c", script, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:
