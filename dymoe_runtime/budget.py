@@ -158,7 +158,7 @@ def workspace_bytes(spec: ModelSpec, context: int, tokens: int) -> int:
         + 2 * spec.num_experts
     )
     if kernels.isa() == kernels.REFERENCE:
-        from dymoe_runtime.kernels.reference import WEIGHTS_AT_ONCE  # imports torch
+        from dymoe_runtime.kernels.descent_reference import WEIGHTS_AT_ONCE  # imports torch
 
         scores = (CHUNK + 3 * HEAVY_HITTER_QUERIES * spec.num_heads + 2 * spec.num_kv_heads * spec.head_dim) * context
         scores += tokens * context if spec.sliding_window else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from dymoe_runtime.pace import Pace
 from dymoe_runtime.policy import OperatingPoint, TierRule
 from dymoe_runtime.reader import RecordReader
 from dymoe_runtime.room import Room
+from dymoe_runtime.run_stats import RunStats
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.store import ExpertStore
 from dymoe_runtime.trace import Decisions, Tracer, read_trace
@@ -47,24 +47,6 @@ from dymoe_runtime.warm_up import (
 
 if TYPE_CHECKING:
     from dymoe_runtime.step import DecodeStep
-
-
-@dataclass
-class PhaseStats:
-    """Time and tokens of the prompt or of decoding."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class RunStats:
-    prefill: PhaseStats = field(default_factory=PhaseStats)
-    decode: PhaseStats = field(default_factory=PhaseStats)
 
 
 class Model:
@@ -234,8 +216,7 @@ class Model:
             logits = self.decoder.logits(x)[0]
         finally:
             self._room.take_back()
-        self.stats.prefill.tokens += len(ids)
-        self.stats.prefill.seconds += time.perf_counter() - started
+        self.stats.prefill.took(len(ids), time.perf_counter() - started)
         return logits
 
     def _pass_by_pass(self, ids: Sequence[int]) -> np.ndarray:
@@ -273,8 +254,7 @@ class Model:
             self._tracer.passed(1, seconds, self.point, prompt=False)
         if self._pace is not None and self._pace.took(seconds):
             self._run_point(self._paced[self._pace.index])
-        self.stats.decode.tokens += 1
-        self.stats.decode.seconds += seconds
+        self.stats.decode.took(1, seconds)
         return logits
 
     def _check(self, ids: Sequence[int]) -> None:
@@ -295,27 +275,11 @@ class Model:
 
     def statistics(self) -> dict[str, Any]:
         """What the run cost so far; the keys are a contract."""
-        store, prefill, decode = self.store.stats, self.stats.prefill, self.stats.decode
-        tokens = prefill.tokens + decode.tokens
         return {
             "point": self.point,
             "bits_mean": self.experts.stats.bits_mean,
             "tier_shares": self.experts.stats.shares(),
-            "prompt_tokens": prefill.tokens,
-            "new_tokens": decode.tokens,
-            "prompt_tokens_per_s": prefill.tokens_per_s,
-            "tokens_per_s": decode.tokens_per_s,
-            "read_bytes": store.read_bytes,
-            "read_bytes_per_token": store.read_bytes / tokens if tokens else 0.0,
-            "hit_rate": store.hits / store.requests if store.requests else 0.0,
-            "look_ahead": {
-                "reads": store.look_ahead_reads,
-                "bytes": store.look_ahead_bytes,
-                "hits": store.look_ahead_hits,
-                "waste": store.look_ahead_reads - store.look_ahead_hits,
-            },
-            "evictions": store.evictions,
-            "wait_s": store.wait_s,
+            **self.stats.to_json(self.store.stats),
             "arena_bytes": self.store.arena_bytes,
             "resident_bytes": self.store.resident_bytes(),
             "locked_bytes": self._locked_bytes,

@@ -10,7 +10,7 @@ from dymoe_runtime.kernels.descent import Descent, Grid
 
 # Curvatures below this are those of nothing.
 TINY = 1e-30
-# Weights of a matrix that are worked on at a time.
+# Weights of a matrix that are in float at a time, each with about six times its size beside it.
 WEIGHTS_AT_ONCE = 1 << 17
 
 

@@ -13,16 +13,13 @@ import torch
 from dymoe_runtime import tiers
 from dymoe_runtime.activations import ACTIVATIONS, Activation
 from dymoe_runtime.attention import attention, received
-from dymoe_runtime.kernels.descent_reference import descend, fit
+from dymoe_runtime.kernels.descent_reference import WEIGHTS_AT_ONCE
+from dymoe_runtime.kernels.descent_reference import descend as descend
+from dymoe_runtime.kernels.descent_reference import fit as fit
 from dymoe_runtime.kernels.job import Expert, Job
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
-
-__all__ = ["descend", "fit"]  # beside those below
-
-# Weights of a matrix that are in float at a time, each with about six times its size beside it.
-WEIGHTS_AT_ONCE = 1 << 17
 
 isa = "torch"
 threads = torch.get_num_threads
