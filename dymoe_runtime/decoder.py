@@ -19,7 +19,7 @@ from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Routing:
     """What the router decided for T tokens of one layer."""
 
@@ -63,9 +63,9 @@ Experts = Callable[[int, np.ndarray, Routing], np.ndarray]
 class Step(Protocol):
     """`attend` and `route` of the decoder for one token, faster."""
 
-    def attend(self, layer: int, x: np.ndarray, cache: KVCache) -> np.ndarray: ...
-
-    def route(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, Routing]: ...
+    def run(
+        self, layer: int, x: np.ndarray, more: np.ndarray | None, cache: KVCache
+    ) -> tuple[np.ndarray, tuple[np.ndarray, Routing] | None]: ...
 
     def guess(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -106,14 +106,14 @@ class Decoder:
         return x
 
     def _decode(self, step: Step, x: np.ndarray, cache: KVCache) -> np.ndarray:
+        more = None
         for layer in range(self.spec.num_layers):
-            x = step.attend(layer, x, cache)
-            if layer in self.spec.dense_layers:
-                x = self.feed_forward(layer, x)
+            x, asked = step.run(layer, x, more, cache)
+            if asked is None:
+                x, more = self.feed_forward(layer, x), None
             else:
-                h, routing = step.route(layer, x)
-                x = x + self.experts(layer, h, routing)
-        return x
+                more = self.experts(layer, *asked)
+        return x if more is None else x + more
 
     def _layer_of_groups(self, layer: int, x: np.ndarray, cache: KVCache, weigh_tokens: bool, group: int) -> np.ndarray:
         start, parts = cache.length, []

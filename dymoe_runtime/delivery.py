@@ -53,10 +53,19 @@ class Delivery:
     def delivered(self, want: Want) -> Delivered:
         return Delivered(want, partial(self._memory.prepared, self._memory.entries[want.key]))
 
+    def missing(self, wants: Sequence[Want]) -> list[Want] | None:
+        """Of `wants` what is not there; None where not all can be held at once with a single read for each."""
+        if not self._overlap or len(wants) > self._window() or any(map(self._is_read_at_less, wants)):
+            return None
+        return [want for want in wants if not self._is_resident(want)]
+
+    def _window(self) -> int:
+        """So many can always be held at once, in whatever chunks their segments lie."""
+        return max(WINDOW, self._memory.arena.chunks // len(self._memory.spans))
+
     def as_they_come(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
         """Yields once when the first reads are under way, then the wanted experts as they come."""
-        # So many can always be held at once, in whatever chunks their segments lie.
-        window = max(WINDOW, self._memory.arena.chunks // len(self._memory.spans))
+        window = self._window()
         coming = self._in_turn(wants, window)
         wanted = {want.key for want in wants}
         held: dict[Want, Entry] = {}
@@ -65,7 +74,7 @@ class Delivery:
             while coming or held or not started:
                 while coming and len(held) < window:
                     want = coming.popleft()
-                    held[want] = self._demand(want, wanted)
+                    held[want] = self.demand(want, wanted)
                 if not started:
                     started = True
                     yield []
@@ -119,7 +128,7 @@ class Delivery:
         if entry.read is None and len(entry.slots) < segments:
             self._admission.demand(entry, segments, wanted)
 
-    def _demand(self, want: Want, wanted: set[ExpertKey]) -> Entry:
+    def demand(self, want: Want, wanted: set[ExpertKey]) -> Entry:
         """Pin the entry of `want`, reading what it lacks."""
         entry = self._memory.entry(want.key)
         segments = self._segments_of[want.tier]

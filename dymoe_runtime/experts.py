@@ -89,13 +89,15 @@ class StoredExperts:
         tiers, lacking = self._tiers_of_token(layer, experts, gates)
         self.stats.add_each(tiers)
         wants = [self._wants(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True) if tier]
-        ready = self.store.at_hand(wants) if len(wants) == len(experts) else None
-        delivery = self.store.begin(wants) if ready is None else ()
+        held = self.store.hold(wants) if wants else None
+        delivery = self.store.begin(wants) if held is None else ()
         if lacking:
             self.store.promote(lacking, wants)
         self._read_ahead(layer, routing, wants, entered)
-        if ready is not None:
-            y = kernels.moe_token(ready, h, routing.gates, self._activation)
+        if held is not None:
+            wanted = routing.gates if len(wants) == len(experts) else routing.gates[:, np.array(tiers) > 0]
+            y = kernels.moe_token(held.experts, h, wanted, self._activation, held.coming)
+            self.store.arrived(held)
         else:
             y = self._run(delivery, plan_token(experts, tiers), h, routing.gates)
         self._left = (layer, time.perf_counter())

@@ -236,13 +236,18 @@ def tiers_by_mass(importance: np.ndarray, thresholds: Sequence[float], ladder: S
 
 def tiers_of_token(gates: Sequence[float], thresholds: Sequence[float], ladder: Sequence[int]) -> list[int]:
     """What `tiers_by_mass` says of one token whose gates fall; for so few numbers the quicker way."""
-    if all(threshold >= 1 for threshold in thresholds):
+    if min(thresholds) >= 1:
         return [ladder[-1]] * len(gates)
     upto = list(itertools.accumulate(gates))
     total = max(upto[-1], 1e-30)
-    steps = tuple(zip(reversed(ladder), thresholds, strict=True))
-    shares = [(sum_to - gate) / total for sum_to, gate in zip(upto, gates, strict=True)]
-    return [next((tier for tier, threshold in steps if share < threshold), 0) for share in shares]
+    rungs, tiers = len(ladder), []
+    rung = 0  # from the highest
+    for sum_to, gate in zip(upto, gates, strict=True):
+        share = (sum_to - gate) / total
+        while rung < rungs and not share < thresholds[rung]:
+            rung += 1  # shares never fall
+        tiers.append(ladder[-1 - rung] if rung < rungs else 0)
+    return tiers
 
 
 def only_tier(thresholds: Sequence[float], ladder: Sequence[int]) -> int | None:

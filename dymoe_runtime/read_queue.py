@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels.job import Coming
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.read_threads import read_threads
 from dymoe_runtime.spec import ExpertKey
@@ -89,7 +90,7 @@ class ReadQueue:
         self._threads = read_threads(IN_FLIGHT)
         self._tickets: dict[Read, int] = {}  # of reads that are not known to have ended
         self._reads: dict[int, Read] = {}
-        self._waiting: dict[Urgency, dict[Read, None]] = {urgency: {} for urgency in Urgency}  # some may have begun
+        self._waiting: list[dict[Read, None]] = [{} for _ in Urgency]  # of each urgency; some may have begun
         self._begun: list[Read] = []
         self._ended: list[Read] = []
         self._closed = False
@@ -104,6 +105,10 @@ class ReadQueue:
         ticket = self._threads.submit(fd, offset, read.places, read.urgency, None if then is None else read.finish)
         self._tickets[read], self._reads[ticket] = ticket, read
         self._waiting[read.urgency][read] = None
+
+    def coming(self, reads: Sequence[tuple[int, Read]]) -> Coming:
+        """Numbered reads that have not ended, for who can wait for them without this queue."""
+        return Coming(self._threads, [(number, self._tickets[read]) for number, read in reads])
 
     def hurry(self, read: Read, urgency: Urgency = Urgency.DEMAND) -> None:
         """The read is that urgent now."""

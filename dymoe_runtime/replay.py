@@ -75,8 +75,8 @@ def replay(
     try:
         for line in lines:
             if "layer" in line:
-                for _ in store.begin([Want(ExpertKey(line["layer"], e), tier, n) for e, tier, n in line["wants"]]):
-                    pass
+                wants = [Want(ExpertKey(line["layer"], e), tier, n) for e, tier, n in line["wants"]]
+                _ask(store, wants, line["tokens"] == 1)
                 continue
             store.tick(line["tokens"])
             stats = store.stats
@@ -111,6 +111,18 @@ def format_replay(parts: Mapping[str, float], rows: Sequence[Mapping[str, Any]])
             f"{row['decode_hit_rate']:>10.1%}{row['decode_read_bytes_per_token'] / 1e6:>10.1f}"
         )
     return "\n".join(lines)
+
+
+def _ask(store: ExpertStore, wants: Sequence[Want], of_token: bool) -> None:
+    """As a run does, see StoredExperts."""
+    held = store.hold(wants) if of_token and wants else None
+    if held is None:
+        for _ in store.begin(wants):
+            pass
+    else:
+        if held.coming is not None:
+            held.coming.wait()
+        store.arrived(held)
 
 
 def _read_nothing(key: ExpertKey, first: int, segments: int) -> Source:

@@ -120,12 +120,13 @@ class Residency:
         """Of all segments that are in memory or on their way."""
         return sum(slot.place[1] for entry in self.entries.values() for slot in entry.slots)
 
-    def prepared(self, entry: Entry, tier: int) -> Any:
-        """What `prepare` made of the expert at `tier`, all segments of which are there."""
+    def prepared(self, entry: Entry, tier: int, coming: bool = False) -> Any:
+        """What `prepare` made of the expert at `tier`, all segments of which are there, or `coming`."""
         found = entry.prepared.get(tier)
         if found is None:
             needed = self.segments_of[tier]
-            assert len(entry.slots) >= needed and (entry.read is None or entry.read.first >= needed), entry.key
+            assert len(entry.slots) >= needed, entry.key
+            assert coming or entry.read is None or entry.read.first >= needed, entry.key
             found = entry.prepared[tier] = self._prepare(tier, [slot.place for slot in entry.slots[:needed]])
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from dymoe_runtime.decoder import Routing
-from dymoe_runtime.kernels.native import StoredDense, decode_layer
+from dymoe_runtime.kernels.native import StoredDense, decode_layer, row_address
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.memory import address_of
 from dymoe_runtime.rope import Rotary
@@ -40,20 +40,24 @@ class DecodeStep:
         quantized = all(dense.record(f"layers.{n}.attn.{m}") for n in range(spec.num_layers) for m in "qkvo")
         return DecodeStep(spec, dense, isa) if quantized else None
 
-    def attend(self, layer: int, x: np.ndarray, cache: KVCache) -> np.ndarray:
-        """The residual stream [1, H] after the attention of `layer`; x [1, H], nothing returned by this."""
+    def run(
+        self, layer: int, x: np.ndarray, more: np.ndarray | None, cache: KVCache
+    ) -> tuple[np.ndarray, tuple[np.ndarray, Routing] | None]:
+        """The residual stream [1, H] after the attention of `layer`, where x + more [1, H] came in.
+
+        And, but for a dense layer, that normalized and the experts of the layer for it.
+        """
         at = cache.length
         if at != self._at:
             self._tables = cosines, sines = self._rotary.table(at, at + 1)
             self._at, self._rotation = at, (address_of(cosines), address_of(sines))
-        self._layers[layer].attend(address_of(x), at, *self._rotation, cache.addresses[layer], self._to)
-        return self._x
-
-    def route(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, Routing]:
-        """Normalized x [1, H], and the experts of `layer` for it."""
-        self._layers[layer].route(address_of(x), *self._chosen)
-        listed = self._experts[0].tolist(), self._gates[0].tolist()
-        return self._h, Routing(self._experts, self._gates, x, listed=listed)
+        came = self._to if x is self._x else row_address(x)
+        added = 0 if more is None else row_address(more)
+        place = at, *self._rotation, cache.addresses[layer]
+        listed = self._layers[layer].run(came, added, *place, self._to, *self._chosen)
+        if not listed[0]:
+            return self._x, None
+        return self._x, (self._h, Routing(self._experts, self._gates, self._x, listed=listed))
 
     def correct(self, layer: int, predictor: np.ndarray) -> None:
         """`guess` of this layer adds what predictor [experts, H + 1] says to its router's logits, from now on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.delivery import WINDOW, Delivered, Delivery, Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
+from dymoe_runtime.kernels.job import Coming
 from dymoe_runtime.memory import memory_at
 from dymoe_runtime.read_queue import Reader, Urgency
 from dymoe_runtime.residency import Entry, Prepare, Residency, StoreStats
@@ -27,6 +28,14 @@ from dymoe_runtime.tiers import RecordLayout
 IDLE_TIMES = 2
 # Tokens whose uses are remembered where nothing has to leave memory.
 RECENT_TOKENS = 256
+
+
+class Held(NamedTuple):
+    """What was prepared of experts, of which some are still coming."""
+
+    experts: list[Any]
+    coming: Coming | None = None
+    entries: Sequence[Entry] = ()  # of those
 
 
 class ExpertStore:
@@ -143,6 +152,44 @@ class ExpertStore:
         if self.observer is not None:
             self.observer(wants)
         return found
+
+    def hold(self, wants: Sequence[Want]) -> Held | None:
+        """All of `wants` in place, some still to be filled; None where they can only be had as they come, by `begin`.
+
+        They stay there until the next are asked for. Once those that are coming have been waited for: `arrived`.
+        """
+        found = self.at_hand(wants)
+        if found is not None:
+            return Held(found)
+        missing = self._delivery.missing(wants)
+        if missing is None:
+            return None
+        if self.observer is not None:
+            self.observer(wants)
+        there = [want for want in wants if want not in missing]
+        self._lend(there)
+        self._count_hits(there)
+        wanted = {want.key for want in wants}
+        for want in missing:
+            self._lent.append(self._delivery.demand(want, wanted))
+        entries = [self._memory.entries[want.key] for want in wants]
+        reads = []
+        for rank, (want, entry) in enumerate(zip(wants, entries, strict=True)):
+            if entry.read is not None and entry.read.first < self._segments_of[want.tier]:
+                if entry.read.done:
+                    self._memory.finish(entry)
+                else:
+                    reads.append((rank, entry.read))
+        prepared = [self._memory.prepared(e, want.tier, coming=True) for want, e in zip(wants, entries, strict=True)]
+        return Held(prepared, self._memory.reads.coming(reads), [entries[rank] for rank, _ in reads])
+
+    def arrived(self, held: Held) -> None:
+        """Raises what kept something from coming that was waited for."""
+        if held.coming is None:
+            return
+        self._memory.counts.wait_s += held.coming.wait_s
+        for entry in held.entries:
+            self._memory.finish(entry)
 
     def _lend(self, wants: Sequence[Want]) -> None:
         """Use what is resident, and keep it in its place."""

@@ -6,10 +6,12 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from dymoe_runtime.activations import ACTIVATIONS
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import reference
 from dymoe_runtime.kernels.descent import Descent, Grid
-from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.kernels.job import Coming, Job
+from dymoe_runtime.read_threads import PythonThreads, ReadThreads
 from dymoe_runtime.tiers import BLOCK, STEPS, QuantizedMatrix, RecordLayout, levels_of
 
 COMPILED = [name for name in kernels.available_isas() if name != "torch"]
@@ -865,6 +868,46 @@ def test_one_token_equals_moe_and_combine(isa: str) -> None:
     for experts, tokens, mass in ([], x, gates), (at, x, gates[:, :2]), (at, np.concatenate([x, x]), gates):
         with pytest.raises(ValueError):
             chosen.moe_token(experts, tokens, mass)
+
+
+@pytest.mark.parametrize("isa", [*COMPILED, "torch"])
+@pytest.mark.parametrize("threads", [PythonThreads, *([] if kernels.native is None else [kernels.native.Reads])])
+def test_experts_of_a_token_run_as_they_come(isa: str, threads: Callable[[int], ReadThreads], tmp_path: Path) -> None:
+    """To the same numbers as if all had been there."""
+    layout, segments = expert((2, 3, 4))
+    chosen = kernels.select(isa)
+    tiers = (4, 2, 3, 4)
+    there = [chosen.prepare(layout, tier, segments[: layout.segments_of(tier)]) for tier in tiers]
+    x, gates = random_input(1, layout.matrices["gate"].cols), np.array([[0.4, 0.3, 0.2, 0.1]], np.float32)
+    np.concatenate(segments).tofile(tmp_path / "record")
+    fd, reads = os.open(tmp_path / "record", os.O_RDONLY), threads(2)
+    for late in ((0,), (1, 3), (0, 1, 2, 3)):
+        experts, tickets = list(there), []
+        for rank in late:
+            memory = [np.zeros_like(segment) for segment in segments[: layout.segments_of(tiers[rank])]]
+            experts[rank] = chosen.prepare(layout, tiers[rank], memory)
+            if rank == 3:  # after the others have come
+                reads.submit(-1, 0, [], 0, partial(time.sleep, 0.1))
+                reads.submit(-1, 0, [], 0, partial(time.sleep, 0.1))
+            tickets.append((rank, reads.submit(fd, 0, [(m.ctypes.data, m.size) for m in memory], 0, None)))
+        coming = Coming(reads, tickets)
+        assert np.array_equal(chosen.moe_token(experts, x, gates, coming=coming), chosen.moe_token(there, x, gates))
+        assert coming.wait_s > 0 and (3 not in late or coming.wait_s > 0.05)
+    reads.close(10.0)
+    os.close(fd)
+
+
+@pytest.mark.skipif(kernels.native is None, reason="compiled kernels are missing")
+def test_experts_that_come_must_be_experts_of_the_call() -> None:
+    layout, segments = expert((2, 3, 4))
+    chosen, reads = kernels.select(COMPILED[0]), kernels.native.Reads(1)
+    at = [chosen.prepare(layout, 2, segments[:1])] * 2
+    x, gates = random_input(1, layout.matrices["gate"].cols), np.array([[0.6, 0.4]], np.float32)
+    first, second = (reads.submit(-1, 0, [], 0, None) for _ in range(2))
+    for wrong in ([(2, first)], [(-1, first)], [(0, first), (0, second)], [(0, first), (1, first)]):
+        with pytest.raises(ValueError, match="coming"):
+            chosen.moe_token(at, x, gates, coming=Coming(reads, wrong))
+    reads.close(10.0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")

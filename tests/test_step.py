@@ -67,13 +67,14 @@ def test_a_step_equals_the_decoder(isa: str, bits: int, family: str, changes: di
     g = np.random.default_rng(3)
     for _ in range(25):
         for layer in range(spec.num_layers):
-            x = g.standard_normal((1, spec.hidden_size), np.float32)
-            expected, _ = decoder.attend(layer, x, caches[0])
-            got = step.attend(layer, x, caches[1])
+            x, more = g.standard_normal((2, 1, spec.hidden_size), np.float32)
+            expected, _ = decoder.attend(layer, x + more, caches[0])
+            got, asked = step.run(layer, x, more, caches[1])
             # An activation on the edge between two int8 codes may fall to either side.
-            assert np.abs(got - expected).max() <= 1e-2 * np.abs(expected - x).max()
-            if layer not in spec.dense_layers:
-                check_route(step.route(layer, x), decoder, layer, x)
+            assert np.abs(got - expected).max() <= 1e-2 * np.abs(expected - x - more).max()
+            assert (asked is None) == (layer in spec.dense_layers)
+            if asked is not None:
+                check_route(asked, decoder, layer, got)
         for cache in caches:
             cache.length += 1
     for layer in range(spec.num_layers):
@@ -89,6 +90,7 @@ def check_route(got: tuple[np.ndarray, Routing], decoder: Decoder, layer: int, x
     assert np.allclose(h, expected, rtol=1e-5, atol=1e-6)
     assert np.allclose(routing.gates, gates, rtol=1e-4, atol=1e-6)
     assert np.array_equal(routing.experts, experts)
+    assert routing.of_token() == (routing.experts[0].tolist(), routing.gates[0].tolist())
     assert routing.residual is x
 
 
@@ -105,8 +107,9 @@ def test_a_guess_equals_the_decoder(isa: str, tmp_path: Path) -> None:
     predictor = g.standard_normal((spec.num_experts, spec.hidden_size + 1), np.float32)
     step.correct(1, predictor)
     for _ in range(5):
-        x = g.standard_normal((1, spec.hidden_size), np.float32)
-        h, routing = step.route(0, x)
+        x, asked = step.run(0, g.standard_normal((1, spec.hidden_size), np.float32), None, KVCache(spec, 4))
+        assert asked is not None
+        h, routing = asked
         before = h.copy(), routing.experts.copy()
         for layer, correction in ((0, None), (1, predictor)):
             experts, gates = step.guess(layer, x)
@@ -144,7 +147,8 @@ def test_what_is_not_finite_stays_so(isa: str, tmp_path: Path) -> None:
     step = DecodeStep(checkpoint.spec, dense, isa)
     x = np.ones((1, checkpoint.spec.hidden_size), np.float32)
     x[0, 3] = float("nan")
-    assert np.isnan(step.attend(0, x, KVCache(checkpoint.spec, 4))).all()
-    h, routing = step.route(0, x)
+    y, asked = step.run(0, x, None, KVCache(checkpoint.spec, 4))
+    assert np.isnan(y).all() and asked is not None
+    h, routing = asked
     assert np.isnan(h).all() and np.isnan(routing.gates).all()
     assert set(routing.experts[0].tolist()) <= set(range(checkpoint.spec.num_experts))

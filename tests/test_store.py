@@ -26,8 +26,9 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.read_queue import IN_FLIGHT, Source
 from dymoe_runtime.read_threads import PythonThreads, read_threads
+from dymoe_runtime.residency import Entry
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.store import ExpertStore, full_arena_bytes, least_arena_bytes
+from dymoe_runtime.store import ExpertStore, Held, full_arena_bytes, least_arena_bytes
 from dymoe_runtime.tiers import RecordLayout, make_layout
 
 # What should come at once has not come.
@@ -493,6 +494,124 @@ def test_what_is_at_hand_stays_until_the_next_are_asked_for(make: Make) -> None:
         check(reader, wanted, lambda _: segments)  # noqa: B023
     fetch(store, reader, want(5), want(6), want(7))
     assert store.at_hand(now) is None
+
+
+def have(store: ExpertStore, reader: FakeReader, wants: Sequence[Want]) -> None:
+    """Ask for `wants` as the experts of a token are, and check all of them."""
+    held = store.hold(wants)
+    if held is None:
+        assert sorted(receive(reader, store.begin(wants))) == sorted(wants)
+        return
+    finish(store, held)
+    for wanted, segments in zip(wants, held.experts, strict=True):
+        check(reader, wanted, lambda _: segments)  # noqa: B023
+
+
+def finish(store: ExpertStore, held: Held) -> None:
+    if held.coming is not None:
+        held.coming.wait()
+    store.arrived(held)
+
+
+def test_what_is_held_comes_in_its_place(make: Make) -> None:
+    """What is there, what is being read and what is not, in order; all of it stays until the next are asked for."""
+    store, reader = make(segments=12)
+    fetch(store, reader, want(1), want(2, 2))
+    reader.hold(key(2), key(3))
+    store.look_ahead([want(3)])
+    reader.wait_for(key(3))
+    wants = [want(3), want(1), want(2, 3)]
+    held = store.hold(wants)
+    assert held is not None and held.coming is not None and [rank for rank, _ in held.coming.tickets] == [0, 2]
+    store.look_ahead([want(e) for e in range(4, 9)], wants)  # there is room for one
+    reader.release()
+    finish(store, held)
+    wait_until(lambda: not store._memory.reads.pending())
+    for wanted, segments in zip(wants, held.experts, strict=True):
+        check(reader, wanted, lambda _: segments)  # noqa: B023
+    stats = store.stats
+    assert (stats.requests, stats.hits, stats.look_ahead_hits) == (5, 2, 1) and stats.wait_s > 0
+    assert store.at_hand(wants) == held.experts and store.stats.hits == 5
+    store.at_hand([want(9)])
+    assert not any(entry.pins for entry in store._memory.entries.values())
+
+
+def test_what_needs_more_than_a_read_each_is_not_held(make: Make) -> None:
+    store, reader = make(segments=9)
+    assert store.hold([want(e) for e in range(WINDOW + 1)]) is None  # more than can be had at once
+    reader.hold(key(1))
+    store.look_ahead([want(1, 2)])
+    reader.wait_for(key(1))
+    assert store.hold([want(1, 4)]) is None
+    assert store.hold([want(1, 2)]) is not None
+    reader.release()
+    serial = ExpertStore(reader.layout, (2, 16), reader, 9 * SPAN, overlap=False)
+    assert serial.hold([want(1)]) is None
+    serial.close()
+
+
+def test_an_error_of_what_is_held_is_raised_once_it_has_come(make: Make) -> None:
+    store, reader = make(segments=9)
+    reader.failing[key(2)] = broken(2)
+    for _ in range(4):
+        held = store.hold([want(1), want(2), want(3)])
+        assert held is not None
+        with pytest.raises(DymoeError) as caught:
+            finish(store, held)
+        assert caught.value is reader.failing[key(2)]
+    reader.failing.clear()
+    have(store, reader, [want(1), want(2), want(3)])
+    have(store, reader, [want(e, 4, layer=1) for e in range(3)])
+
+
+def test_a_read_that_ends_while_room_is_made_for_others_is_not_waited_for(make: Make) -> None:
+    """And what kept it from coming is raised at once."""
+    for failing in False, True:
+        store, reader = make(segments=9)
+        fetch(store, reader, want(5), want(6), want(7))
+        reader.hold(key(1))
+        store.look_ahead([want(1)], [want(6), want(7)])
+        reader.wait_for(key(1))
+        demand, asked = store._delivery.demand, []
+
+        def demanded(wanted: Want, all_wanted: set[ExpertKey]) -> Entry:
+            entry = demand(wanted, all_wanted)  # noqa: B023
+            if not asked:  # noqa: B023
+                if failing:  # noqa: B023
+                    reader.failing[key(1)] = broken(1)  # noqa: B023
+                reader.release(key(1))  # noqa: B023
+                wait_until(lambda: not store._memory.reads.pending())  # noqa: B023
+            asked.append(wanted)  # noqa: B023
+            return entry
+
+        store._delivery.demand = demanded  # type: ignore[method-assign]
+        if failing:
+            with pytest.raises(DymoeError, match="checksum"):
+                store.hold([want(1), want(2)])
+        else:
+            held = store.hold([want(1), want(2)])
+            assert held is not None and held.coming is not None and [rank for rank, _ in held.coming.tickets] == [1]
+            finish(store, held)
+        assert len(asked) == 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_held_is_counted_and_kept_as_what_is_delivered(make: Make, name: str) -> None:
+    """The same requests, by either way, leave the same in memory."""
+    layout = LAYOUTS[name]
+    for seed in range(10):
+        arena = 8 * least_arena_bytes(layout) + 3 * seed * chunk_bytes(layout.segment_spans)
+        stores = [make(layout=layout, shape=(3, 16), arena_bytes=arena) for _ in range(2)]
+        rng = random.Random(seed)
+        for _ in range(60):
+            wants = [wanted for wanted in random_wants(rng, layout, 8) if wanted.tier]
+            have(*stores[0], wants)
+            fetch(*stores[1], *wants)
+            for store, _ in stores:
+                store.tick()
+        first, second = ((store.stats, store.resident_bytes(), set(store._memory.entries)) for store, _ in stores)
+        first[0].wait_s = second[0].wait_s = 0.0
+        assert first == second and 0 < first[0].hits < first[0].requests
 
 
 def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
@@ -1186,7 +1305,7 @@ def test_the_books_do_not_grow(make: Make) -> None:
     wait_until(lambda: not store._memory.reads.pending())
     store._memory.settle()
     reads = store._memory.reads
-    assert not any(map(len, (reads._reads, reads._tickets, *reads._waiting.values(), reads._ended, reads._begun)))
+    assert not any(map(len, (reads._reads, reads._tickets, *reads._waiting, reads._ended, reads._begun)))
     assert len(store._memory.entries) == 3
 
 

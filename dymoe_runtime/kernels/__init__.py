@@ -22,7 +22,7 @@ import numpy as np
 
 from dymoe_runtime.device import default_threads
 from dymoe_runtime.errors import DymoeError, importing
-from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kernels.job import Coming, Expert, Job
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.memory import Place
 from dymoe_runtime.tiers import RecordLayout
@@ -61,7 +61,12 @@ class Kernels(Protocol):
         activation: str = ...,
     ) -> None: ...
     def moe_token(
-        self, experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = ...
+        self,
+        experts: Sequence[Expert],
+        x: np.ndarray,
+        gates: np.ndarray,
+        activation: str = ...,
+        coming: Coming | None = ...,
     ) -> np.ndarray: ...
     def combine(self, y: np.ndarray, rows: np.ndarray, gates: np.ndarray, /) -> np.ndarray: ...
     def matmul(self, x: np.ndarray, weight: np.ndarray, /) -> np.ndarray: ...
@@ -121,9 +126,14 @@ def ffn(layout: RecordLayout, tier: int, segments: Segments, x: np.ndarray, acti
     return y
 
 
-def moe_token(experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu") -> np.ndarray:
-    """What `moe` and `combine` make of one token with all of its experts; x [1, H], gates [1, k] -> [1, H]."""
-    return _active().moe_token(experts, x, gates, activation)
+def moe_token(
+    experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu", coming: Coming | None = None
+) -> np.ndarray:
+    """What `moe` and `combine` make of one token with all of its experts; x [1, H], gates [1, k] -> [1, H].
+
+    Of those that are `coming` each runs as soon as it is there. Whether a read failed is for the caller to see.
+    """
+    return _active().moe_token(experts, x, gates, activation, coming)
 
 
 def combine(y: np.ndarray, rows: np.ndarray, gates: np.ndarray) -> np.ndarray:

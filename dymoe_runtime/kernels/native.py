@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from dymoe_runtime.kernels import _native
-from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kernels.job import Coming, Expert, Job
 from dymoe_runtime.kv_cache import HEAVY_HITTER_QUERIES, KVCache, row_bytes
 from dymoe_runtime.memory import Place, address_of
 from dymoe_runtime.spec import ModelSpec
@@ -60,11 +60,22 @@ class Native:
         _native.moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
 
     def moe_token(
-        self, experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu"
+        self,
+        experts: Sequence[Expert],
+        x: np.ndarray,
+        gates: np.ndarray,
+        activation: str = "silu",
+        coming: Coming | None = None,
     ) -> np.ndarray:
         out = np.empty(x.shape, np.float32)
         views = [expert.views for expert in experts]
-        _native.moe_token(self.isa, views, _matrix(x, "x"), _matrix(gates, "gates"), _matrix(out, "out"), activation)
+        where = _matrix(x, "x"), _matrix(gates, "gates"), _matrix(out, "out")
+        if coming is not None and isinstance(coming.reads, Reads):
+            coming.wait_s += _native.moe_token(self.isa, views, *where, activation, coming.reads, coming.tickets)
+            return out
+        if coming is not None:
+            coming.wait()
+        _native.moe_token(self.isa, views, *where, activation)
         return out
 
     def combine(self, y: np.ndarray, rows: np.ndarray, gates: np.ndarray) -> np.ndarray:
@@ -175,6 +186,11 @@ def read_memory(data: np.ndarray) -> int:
     return _native.read_memory(_vector(data, np.uint8, "data"))
 
 
+def row_address(x: np.ndarray) -> int:
+    """Of x, float32 [1, n], as `address_of` but several times as fast."""
+    return _matrix(x, "x")[0]
+
+
 def decode_layer(isa: str, spec: ModelSpec, dense: StoredDense, layer: int) -> _native.DecodeLayer:
     """Points into the tensors of `dense`, which must outlive it."""
 
@@ -219,8 +235,12 @@ def _vector(array: np.ndarray, dtype: type, name: str) -> tuple[int, int]:
 
 
 def _matrix(array: np.ndarray, name: str) -> tuple[int, int, int]:
-    _check(array, np.float32, 2, name)
-    return address_of(array), *array.shape
+    """Address, rows and columns of an array that is safe to read there."""
+    found = _native.matrix_at(array)
+    if found is None:
+        _check(array, np.float32, 2, name)
+        raise ValueError(f"{name}: its memory cannot be had")
+    return found
 
 
 def _check(array: np.ndarray, dtype: type, dims: int, name: str) -> None:

@@ -16,7 +16,7 @@ from dymoe_runtime.attention import attention, received
 from dymoe_runtime.kernels.descent_reference import WEIGHTS_AT_ONCE
 from dymoe_runtime.kernels.descent_reference import descend as descend
 from dymoe_runtime.kernels.descent_reference import fit as fit
-from dymoe_runtime.kernels.job import Expert, Job
+from dymoe_runtime.kernels.job import Coming, Expert, Job
 from dymoe_runtime.kv_cache import KVCache
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
@@ -69,9 +69,13 @@ def _ffn(expert: Expert, x: torch.Tensor, function: Activation) -> torch.Tensor:
     return _product(arrays, layout.matrices["down"], tier, hidden)
 
 
-def moe_token(experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu") -> np.ndarray:
+def moe_token(
+    experts: Sequence[Expert], x: np.ndarray, gates: np.ndarray, activation: str = "silu", coming: Coming | None = None
+) -> np.ndarray:
     if x.shape[0] != 1 or gates.shape != (1, len(experts)):
         raise ValueError(f"x: expected one token and a gate for each expert, got {list(x.shape)}, {list(gates.shape)}")
+    if coming is not None:
+        coming.wait()
     y = np.empty((len(experts), x.shape[1]), np.float32)
     jobs = [Job(expert, row, 1) for row, expert in enumerate(experts)]
     moe(jobs, x, np.zeros(len(experts), np.int64), y, activation)

@@ -5,6 +5,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <map>
 
 #include "arguments.h"
 #include "isa.h"
@@ -62,8 +65,15 @@ void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const 
   moe(kernels, jobs, from.data, wanted, function, to);
 }
 
-void run_moe_token(const std::string& isa, const std::vector<const Expert*>& experts, const MatrixTuple& x,
-                   const MatrixTuple& gates, const MatrixTuple& out, const std::string& activation) {
+constexpr double kLook = 0.05;  // seconds after which signals are looked for: a disk may never answer
+
+// rank, ticket
+using ComingTuple = std::tuple<int64_t, uint64_t>;
+
+/// The experts that are there, then those that come with reads as these end; returns the seconds waited for them.
+double run_moe_token(const std::string& isa, const std::vector<const Expert*>& experts, const MatrixTuple& x,
+                     const MatrixTuple& gates, const MatrixTuple& out, const std::string& activation, Reads* reads,
+                     const std::vector<ComingTuple>& coming) {
   if (experts.empty()) reject("experts: expected at least one");
   for (const Expert* expert : experts) check_prepared(expert);
   const MatrixView& gate = experts[0]->gate;
@@ -72,10 +82,39 @@ void run_moe_token(const std::string& isa, const std::vector<const Expert*>& exp
   const Matrix from = matrix_from(x, "x", gate.cols), mass = matrix_from(gates, "gates", int64_t(experts.size()));
   if (from.rows != 1 || mass.rows != 1) reject("x: expected one token");
   float* to = output_from(out, 1, gate.cols);
+  std::vector<int64_t> there;
+  std::map<uint64_t, int64_t> left;
+  for (const auto& [rank, ticket] : coming) {
+    if (!reads || rank < 0 || rank >= int64_t(experts.size())) reject("coming: expected experts that are read");
+    left[ticket] = rank;
+  }
+  for (int64_t rank = 0; rank < int64_t(experts.size()); ++rank)
+    if (std::none_of(left.begin(), left.end(), [&](const auto& read) { return read.second == rank; }))
+      there.push_back(rank);
+  if (left.size() != coming.size() || there.size() + left.size() != experts.size()) reject("coming: an expert or a read twice");
   const Kernels& kernels = find_isa(isa);
-  const Activation function = activation_from(activation);
-  nb::gil_scoped_release unlocked;
-  moe_token(kernels, experts, from.data, mass.data, function, to);
+  TokenMoe token(kernels, experts, from.data, activation_from(activation));
+  double waited = 0;
+  while (true) {
+    {
+      nb::gil_scoped_release unlocked;
+      if (!there.empty()) token.run(there);
+      if (left.empty()) {
+        token.combine(mass.data, to);
+        return waited;
+      }
+      std::vector<uint64_t> tickets;
+      for (const auto& read : left) tickets.push_back(read.first);
+      const auto begun = std::chrono::steady_clock::now();
+      there.clear();
+      for (uint64_t ticket : reads->wait_any(tickets, kLook)) {
+        there.push_back(left.at(ticket));
+        left.erase(ticket);
+      }
+      waited += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+    }
+    if (there.empty() && PyErr_CheckSignals()) throw nb::python_error();
+  }
 }
 
 void run_combine(const MatrixTuple& y, const MatrixTuple& gates, uintptr_t rows, const MatrixTuple& out) {
@@ -175,6 +214,9 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
+// experts, gates
+using ChosenTuple = std::tuple<std::vector<int64_t>, std::vector<double>>;
+
 /// A layer as a decoded token goes through it. step.py has checked the shapes.
 struct DecodeLayer {
   const Kernels* kernels;
@@ -207,12 +249,21 @@ DecodeLayer make_decode_layer(const std::string& isa, const std::tuple<int64_t, 
   return {&find_isa(isa), w};
 }
 
-void run_attend(const DecodeLayer& layer, uintptr_t x, int64_t position, uintptr_t cosines, uintptr_t sines,
-                const CacheTuple& cache, uintptr_t out) {
+/// The token's attention and then, where the layer has a router, the normalized h for its experts, [hidden], and these
+/// with their gates, [top_k], which are returned too. `more`, unless it is 0, is added to x.
+ChosenTuple run_layer(const DecodeLayer& layer, uintptr_t x, uintptr_t more, int64_t position, uintptr_t cosines,
+                      uintptr_t sines, const CacheTuple& cache, uintptr_t out, uintptr_t h, uintptr_t experts,
+                      uintptr_t gates) {
+  const LayerWeights& w = layer.weights;
   const LayerCache rows = cache_from(cache, position + 1);
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
-  nb::gil_scoped_release unlocked;
-  attend(*layer.kernels, layer.weights, floats(x), position, floats(cosines), floats(sines), rows, floats(out));
+  auto* chosen = reinterpret_cast<int64_t*>(experts);
+  {
+    nb::gil_scoped_release unlocked;
+    attend(*layer.kernels, w, floats(x), floats(more), position, floats(cosines), floats(sines), rows, floats(out));
+    if (w.experts) route(*layer.kernels, w, {w.router, nullptr}, floats(out), floats(h), chosen, floats(gates));
+  }
+  return {{chosen, chosen + w.top_k}, {floats(gates), floats(gates) + w.top_k}};
 }
 
 int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
@@ -340,8 +391,6 @@ std::vector<std::tuple<uint64_t, int, int64_t, double>> finished_reads(Reads& re
   return tuples;
 }
 
-constexpr double kLook = 0.05;  // seconds after which signals are looked for: a disk may never answer
-
 void wait_for_read(Reads& reads, uint64_t ticket) {
   while (true) {
     {
@@ -367,6 +416,20 @@ bool close_reads(Reads& reads, double patience_s) {
   return ended;
 }
 
+/// Address, rows and columns of a contiguous array [rows, cols] of float32; None if it is anything else.
+nb::object matrix_at(nb::handle array) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)) {
+    PyErr_Clear();
+    return nb::none();
+  }
+  nb::object found = nb::none();
+  if (view.ndim == 2 && view.itemsize == sizeof(float) && view.format && !std::strcmp(view.format, "f"))
+    found = nb::make_tuple(reinterpret_cast<uintptr_t>(view.buf), view.shape[0], view.shape[1]);
+  PyBuffer_Release(&view);
+  return found;
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Kernels* kernels : available_isas()) names.push_back(kernels->name);
@@ -389,7 +452,7 @@ NB_MODULE(_native, m) {
   nb::class_<DecodeLayer>(m, "DecodeLayer")
       .def_static("make", &make_decode_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a,
                   "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
-      .def("attend", &run_attend)
+      .def("run", &run_layer)
       .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
   nb::class_<Reads>(m, "Reads")
       .def("__init__", &make_reads, "threads"_a)
@@ -402,7 +465,8 @@ NB_MODULE(_native, m) {
       .def("wait", &wait_for_read, "ticket"_a)
       .def("close", &close_reads, "patience_s"_a);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
-  m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a);
+  m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a,
+        "reads"_a.none() = nb::none(), "coming"_a = std::vector<ComingTuple>());
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("matmul", &run_matmul, "isa"_a, "x"_a, "weight"_a, "narrow"_a, "y"_a);
   m.def("activate", &run_activate, "isa"_a, "hidden"_a, "ups"_a, "activation"_a);
@@ -416,6 +480,7 @@ NB_MODULE(_native, m) {
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,
         "codes"_a);
+  m.def("matrix_at", &matrix_at, "array"_a);
   m.def("available_isas", &isa_names);
   m.def("read_memory", &run_read_memory, "data"_a);
   m.def("threads", &threads);

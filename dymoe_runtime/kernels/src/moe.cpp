@@ -102,19 +102,23 @@ void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const
   flush();
 }
 
-void moe_token(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, const float* gates,
-               Activation activation, float* out) {
+TokenMoe::TokenMoe(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, Activation activation)
+    : isa_(isa), experts_(experts), x_(x), activation_(activation), tokens_(experts.size(), 0), rows_(experts.size(), -1) {
   thread_local Buffer<float> each;
-  const int64_t count = int64_t(experts.size()), hidden = experts[0]->gate.cols;
+  y_ = each.reserve(int64_t(experts.size()) * experts[0]->gate.cols);
+}
+
+void TokenMoe::run(const std::vector<int64_t>& ranks) {
   std::vector<Job> jobs;
-  std::vector<int64_t> tokens(count, 0), rows;
-  for (const Expert* expert : experts) {
-    rows.push_back(int64_t(jobs.size()));
-    jobs.push_back({*expert, rows.back(), 1});
+  for (int64_t rank : ranks) {
+    rows_[rank] = count_++;
+    jobs.push_back({*experts_[rank], rows_[rank], 1});
   }
-  float* y = each.reserve(count * hidden);
-  moe(isa, jobs, x, tokens.data(), activation, y);
-  combine(y, rows.data(), gates, 1, count, hidden, out);
+  moe(isa_, jobs, x_, tokens_.data(), activation_, y_);
+}
+
+void TokenMoe::combine(const float* gates, float* out) const {
+  dymoe::combine(y_, rows_.data(), gates, 1, int64_t(rows_.size()), experts_[0]->gate.cols, out);
 }
 
 void combine(const float* y, const int64_t* rows, const float* gates, int64_t tokens, int64_t ranks, int64_t width,

@@ -24,9 +24,28 @@ struct Job {
 void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const int64_t* tokens,
          Activation activation, float* y);
 
-/// What `moe` and `combine` make of one token: out = sum over j of gates[j] * expert j of x, [hidden].
-void moe_token(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, const float* gates,
-               Activation activation, float* out);
+/// One token through experts, of which `run` takes some at a time: what `moe` and `combine` make of all of them, in
+/// whatever order they come. One at a time in a thread.
+class TokenMoe {
+ public:
+  TokenMoe(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, Activation activation);
+
+  /// Of the experts those with these numbers.
+  void run(const std::vector<int64_t>& ranks);
+
+  /// out = sum over j of gates[j] * expert j of x, [hidden].
+  void combine(const float* gates, float* out) const;
+
+ private:
+  const Kernels& isa_;
+  const std::vector<const Expert*>& experts_;
+  const float* x_;
+  const Activation activation_;
+  const std::vector<int64_t> tokens_;  // of each row, all the same
+  std::vector<int64_t> rows_;          // of each expert; -1 where it has not run
+  int64_t count_ = 0;                  // rows
+  float* y_;                           // [experts, hidden]
+};
 
 /// out[t] = sum over j of gates[t, j] * y[rows[t, j]], in that order; rows below 0 are left out.
 /// gates and rows [tokens, ranks], out [tokens, width].

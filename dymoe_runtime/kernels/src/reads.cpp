@@ -206,6 +206,17 @@ bool Reads::wait(uint64_t ticket, double seconds) {
                                 [&] { return !state_->pending.count(ticket); });
 }
 
+std::vector<uint64_t> Reads::wait_any(const std::vector<uint64_t>& tickets, double seconds) {
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  std::vector<uint64_t> ended;
+  state_->ended.wait_for(lock, std::chrono::duration<double>(seconds), [&] {
+    for (uint64_t ticket : tickets)
+      if (!state_->pending.count(ticket)) ended.push_back(ticket);
+    return !ended.empty();
+  });
+  return ended;
+}
+
 bool Reads::stop(double seconds) {
   if (getpid() != state_->process) return true;  // forked: the threads are not here, and may have held the lock
   std::unique_lock<std::mutex> lock(state_->mutex);

@@ -48,6 +48,9 @@ class Reads {
   /// Waits until the read has ended; false where it takes longer.
   bool wait(uint64_t ticket, double seconds);
 
+  /// Waits until one of the reads has ended, and says which have; none where that takes longer.
+  std::vector<uint64_t> wait_any(const std::vector<uint64_t>& tickets, double seconds);
+
   /// Has the threads end, and waits for that; false where one still reads after so long.
   bool stop(double seconds);
 

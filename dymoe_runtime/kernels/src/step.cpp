@@ -13,7 +13,7 @@ namespace {
 
 struct Workspace {
   QuantizedTokens quantized;
-  Buffer<float> h, heads, attended, scores, logits;
+  Buffer<float> residual, h, heads, attended, scores, logits;
 };
 
 thread_local Workspace workspace;
@@ -61,13 +61,15 @@ void finish(const Kernels& isa, const LayerWeights& layer, const float* weight, 
 
 }  // namespace
 
-void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
-            const float* sines, const LayerCache& cache, float* out) {
+void attend(const Kernels& isa, const LayerWeights& layer, const float* x, const float* more, int64_t position,
+            const float* cosines, const float* sines, const LayerCache& cache, float* out) {
   const int64_t d = layer.head_dim, queries = layer.heads * d, keys = layer.kv_heads * d;
   float* h = workspace.h.reserve(layer.hidden);
   float* q = workspace.heads.reserve(queries + 2 * keys);
   float *k = q + queries, *v = k + keys;
-  isa.norm(x, layer.attn_norm, layer.hidden, layer.eps, h);
+  float* residual = workspace.residual.reserve(layer.hidden);
+  for (int64_t i = 0; i < layer.hidden; ++i) residual[i] = more ? x[i] + more[i] : x[i];
+  isa.norm(residual, layer.attn_norm, layer.hidden, layer.eps, h);
   multiply(isa, workspace.quantized.quantize(isa, 1, layer.hidden, [&](int64_t) { return h; }),
            {&layer.q, &layer.k, &layer.v}, q);
   finish(isa, layer, layer.q_norm, layer.heads, q);
@@ -89,7 +91,7 @@ void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64
                  rows.reserve(kCacheRows * d), attended + g * group * d);
   });
   multiply(isa, workspace.quantized.quantize(isa, 1, queries, [&](int64_t) { return attended; }), {&layer.o}, out);
-  for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + out[i];
+  for (int64_t i = 0; i < layer.hidden; ++i) out[i] = residual[i] + out[i];
 }
 
 void choose(const Kernels& isa, float* logits, int64_t count, int64_t top_k, bool norm_topk, int64_t* experts,

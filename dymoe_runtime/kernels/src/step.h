@@ -26,9 +26,9 @@ struct LayerWeights {
 };
 
 /// out = x + attention(norm(x)), [hidden]; the token's key and value go into the cache at `position`.
-/// cosines and sines are those of the position, [head_dim].
-void attend(const Kernels& isa, const LayerWeights& layer, const float* x, int64_t position, const float* cosines,
-            const float* sines, const LayerCache& cache, float* out);
+/// x is `x` plus, unless null, `more`; out may be either. cosines and sines are those of the position, [head_dim].
+void attend(const Kernels& isa, const LayerWeights& layer, const float* x, const float* more, int64_t position,
+            const float* cosines, const float* sines, const LayerCache& cache, float* out);
 
 /// The experts of the `top_k` highest of `count` logits and their gates by falling gate: their shares of the softmax,
 /// with `norm_topk` made to sum to 1. The logits are used up.
