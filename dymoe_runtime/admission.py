@@ -72,32 +72,31 @@ class Admission:
         """
         wanted = range(len(entry.slots), segments)
         lacking = sum(self._memory.spans[size_class] for size_class in wanted)
-        while True:
-            slots, missing = self._allocate(wanted, compact=lacking <= 0)
-            if not missing:
-                return slots
-            self._memory.settle()
-            freed = make_room(missing)
-            lacking -= freed
-            if not freed:
-                slots, missing = self._allocate(wanted, compact=True)
-                if not missing:
-                    return slots
-                wait()
-
-    def _allocate(self, size_classes: Iterable[int], compact: bool) -> tuple[list[Slot], int]:
-        """A slot of each class, or none at all; and the bytes of those for which there is none."""
-        slots, missing = [], 0
-        for size_class in size_classes:
-            slot = self._memory.arena.allocate(size_class, compact)
-            if slot is None:
-                missing += self._memory.spans[size_class]
-            else:
-                slots.append(slot)
-        if missing:
-            for slot in slots:
+        slots: dict[int, Slot] = {}
+        try:
+            while missing := self._allocate(slots, wanted, compact=lacking <= 0):
+                self._memory.settle()
+                freed = make_room(missing)
+                lacking -= freed
+                if not freed and self._allocate(slots, wanted, compact=True):
+                    wait()
+        except BaseException:
+            for slot in slots.values():
                 self._memory.arena.free(slot)
-        return slots, missing
+            raise
+        return [slots[size_class] for size_class in wanted]
+
+    def _allocate(self, slots: dict[int, Slot], size_classes: Iterable[int], compact: bool) -> int:
+        """Add a slot of each class that has none; the bytes of those for which there is no room."""
+        missing = 0
+        for size_class in size_classes:
+            if size_class not in slots:
+                slot = self._memory.arena.allocate(size_class, compact)
+                if slot is None:
+                    missing += self._memory.spans[size_class]
+                else:
+                    slots[size_class] = slot
+        return missing
 
     def _make_room(self, key: ExpertKey, spared: Collection[ExpertKey], missing: int) -> int:
         """Bytes freed for what is demanded; what is spared goes last."""

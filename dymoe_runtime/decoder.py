@@ -61,11 +61,16 @@ Experts = Callable[[int, np.ndarray, Routing], np.ndarray]
 
 
 class Step(Protocol):
-    """`attend` and `route` of the decoder for one token, faster."""
+    """Layers of one token, faster."""
 
     def run(
         self, layer: int, x: np.ndarray, more: np.ndarray | None, cache: KVCache
-    ) -> tuple[np.ndarray, tuple[np.ndarray, Routing] | None]: ...
+    ) -> tuple[int, np.ndarray, tuple[np.ndarray, Routing] | None]:
+        """From `layer` on, where x + more comes in, as many whole layers as need nobody else; then one in part.
+
+        Its number, or that of all layers; the residual stream after its attention; and, unless it is a dense layer,
+        what its experts are to be asked.
+        """
 
     def guess(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -106,13 +111,15 @@ class Decoder:
         return x
 
     def _decode(self, step: Step, x: np.ndarray, cache: KVCache) -> np.ndarray:
-        more = None
-        for layer in range(self.spec.num_layers):
-            x, asked = step.run(layer, x, more, cache)
-            if asked is None:
-                x, more = self.feed_forward(layer, x), None
-            else:
+        layer, more = 0, None
+        while layer < self.spec.num_layers:
+            layer, x, asked = step.run(layer, x, more, cache)
+            more = None
+            if asked is not None:
                 more = self.experts(layer, *asked)
+            elif layer < self.spec.num_layers:
+                x = self.feed_forward(layer, x)
+            layer += 1
         return x if more is None else x + more
 
     def _layer_of_groups(self, layer: int, x: np.ndarray, cache: KVCache, weigh_tokens: bool, group: int) -> np.ndarray:

@@ -103,6 +103,22 @@ class StoredExperts:
         self._left = (layer, time.perf_counter())
         return y
 
+    def ran(self, used: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> None:
+        """A token has chosen, in a layer, experts at tiers that the store had shown; 0 is skipped."""
+        for layer, experts, tiers in used:
+            self.stats.add_each(tiers)
+            pairs = zip(experts, tiers, strict=True)
+            self.store.used([self._wants(layer, expert, tier) for expert, tier in pairs if tier])
+
+    def looks_beyond(self) -> bool:
+        """Whether there is more to be done for a decoded token than to run its experts."""
+        if self.decided is not None:
+            return True
+        ahead = self.look_ahead if self.looks_ahead else None
+        return ahead is not None and any(
+            ranks and not self.store.holds(layer, self.rule.highest[layer]) for layer, ranks in ahead.ranks.items()
+        )
+
     def _run(self, delivery: Iterable[list[Delivered]], work: Work, h: np.ndarray, gates: np.ndarray) -> np.ndarray:
         # Kept by pair, so that the sum does not depend on which expert arrived first.
         y = np.empty((len(work.tokens), h.shape[1]), np.float32)

@@ -122,6 +122,10 @@ class Model:
         dense = BundleDense(bundle)
         self._locked_bytes = dense.lock()
         step = _step(bundle.spec, dense)
+        if step is not None and self._tracer is None:
+            from dymoe_runtime.at_hand import AtHand  # needs the compiled kernels to be there
+
+            step.direct = AtHand(bundle.spec, self.experts)
         experts = self.experts if self._tracer is None else self._tracer.around(self.experts)
         self.decoder = Decoder(bundle.spec, dense, self._room.heeding(experts), step)
         if options.look_ahead:
@@ -243,6 +247,7 @@ class Model:
         """Append one token; logits of the next, float32 [vocab]."""
         self._check([token_id])
         started = time.perf_counter()
+        self._room.heed_limit()
         self.experts.looks_ahead = self._trial.on
         self._follow_decisions(1, prompt=False)
         x = self.decoder.forward(np.array([token_id]), self._cache)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from dymoe_runtime.arena import Arena, Slot
 from dymoe_runtime.eviction import Eviction
@@ -42,6 +42,14 @@ class StoreStats:
         return asdict(self)
 
 
+class Shown(Protocol):
+    """Told of every expert and tier that can be used as it was prepared, and when that ends."""
+
+    def put(self, key: ExpertKey, tier: int, prepared: Any) -> None: ...
+
+    def remove(self, key: ExpertKey, tier: int) -> None: ...
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     """An expert with at least one segment in memory or on its way."""
@@ -51,7 +59,8 @@ class Entry:
     pins: int = 0
     read: Read | None = None
     guessed: list[int] = field(default_factory=list)  # first segment of each look-ahead read that nobody has used yet
-    prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while all segments stay where they are
+    prepared: dict[int, Any] = field(default_factory=dict)  # by tier, while its segments stay where they are
+    shown: int = 0  # a bit for each tier that was shown
 
     @property
     def free(self) -> bool:
@@ -83,6 +92,7 @@ class Residency:
         self.spans = layout.segment_spans
         self._prepare = prepare
         self.moved = moved
+        self.shown: Shown | None = None
 
     @property
     def stats(self) -> StoreStats:
@@ -128,7 +138,23 @@ class Residency:
             assert len(entry.slots) >= needed, entry.key
             assert coming or entry.read is None or entry.read.first >= needed, entry.key
             found = entry.prepared[tier] = self._prepare(tier, [slot.place for slot in entry.slots[:needed]])
+            if not coming:
+                self.show(entry, tier)
         return found
+
+    def show(self, entry: Entry, tier: int) -> None:
+        """All segments of the tier are there, and prepared, and there is nothing left to count of their reads."""
+        if self.shown is not None and not entry.shown >> tier & 1:
+            entry.shown |= 1 << tier
+            self.shown.put(entry.key, tier, entry.prepared[tier])
+
+    def _forget(self, entry: Entry, segments: int) -> None:
+        """Of what was prepared only what needs no more than so many segments still holds."""
+        for tier in [tier for tier in entry.prepared if self.segments_of[tier] > segments]:
+            del entry.prepared[tier]
+            if self.shown is not None and entry.shown >> tier & 1:
+                entry.shown &= ~(1 << tier)
+                self.shown.remove(entry.key, tier)
 
     def pin(self, entry: Entry) -> None:
         entry.pins += 1
@@ -191,7 +217,7 @@ class Residency:
     def _forget_prepared(self, slot: Slot) -> None:
         """It has moved."""
         self.moved()
-        slot.owner.prepared.clear()
+        self._forget(slot.owner, 0)
 
     def read(self, entry: Entry, slots: list[Slot], urgency: Urgency = Urgency.DEMAND) -> None:
         """Fill `slots` with the next segments of an entry."""
@@ -210,7 +236,7 @@ class Residency:
         """Give back the segments of an entry from `first` on."""
         for slot in entry.slots[first:]:
             self.arena.free(slot)
-        entry.prepared.clear()
+        self._forget(entry, first)
         self._hold(entry.key.layer, range(first, len(entry.slots)), -1)
         del entry.slots[first:]
 

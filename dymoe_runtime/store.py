@@ -20,7 +20,7 @@ from dymoe_runtime.eviction import Eviction
 from dymoe_runtime.kernels.job import Coming
 from dymoe_runtime.memory import memory_at
 from dymoe_runtime.read_queue import Reader, Urgency
-from dymoe_runtime.residency import Entry, Prepare, Residency, StoreStats
+from dymoe_runtime.residency import Entry, Prepare, Residency, Shown, StoreStats
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.tiers import RecordLayout
 
@@ -35,7 +35,7 @@ class Held(NamedTuple):
 
     experts: list[Any]
     coming: Coming | None = None
-    entries: Sequence[Entry] = ()  # of those
+    entries: Sequence[tuple[Entry, int]] = ()  # of all and their tiers, where some are coming
 
 
 class ExpertStore:
@@ -181,15 +181,31 @@ class ExpertStore:
                 else:
                     reads.append((rank, entry.read))
         prepared = [self._memory.prepared(e, want.tier, coming=True) for want, e in zip(wants, entries, strict=True)]
-        return Held(prepared, self._memory.reads.coming(reads), [entries[rank] for rank, _ in reads])
+        tiers = [want.tier for want in wants]
+        return Held(prepared, self._memory.reads.coming(reads), list(zip(entries, tiers, strict=True)))
 
     def arrived(self, held: Held) -> None:
         """Raises what kept something from coming that was waited for."""
         if held.coming is None:
             return
         self._memory.counts.wait_s += held.coming.wait_s
-        for entry in held.entries:
-            self._memory.finish(entry)
+        for rank, _ in held.coming.tickets:
+            self._memory.finish(held.entries[rank][0])
+        for entry, tier in held.entries:
+            self._memory.show(entry, tier)
+
+    def show(self, shown: Shown) -> None:
+        """Tell `shown` of what need not be asked for here; `used` is to be told what was."""
+        self._memory.shown = shown
+
+    def used(self, wants: Sequence[Want]) -> None:
+        """A token has used `wants`, which were shown."""
+        self._let_go()
+        self._count_hits(wants)
+        if not self._roomy:
+            for key, tier, tokens in wants:
+                self._eviction.use(key, self._segments_of[tier], tokens)
+                self._memory.refresh(self._memory.entries[key])
 
     def _lend(self, wants: Sequence[Want]) -> None:
         """Use what is resident, and keep it in its place."""

@@ -13,6 +13,7 @@ import pytest
 
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels import native
 from dymoe_runtime.policy import (
     ALWAYS,
     NEVER,
@@ -93,16 +94,31 @@ def test_a_token_alone_gets_the_tiers_that_it_gets_in_company(ladder: tuple[int,
         thresholds = sorted(shares[token, 1 : 1 + len(ladder)].tolist())
         expected = tiers_by_mass(gates, thresholds, ladder).tolist()
         assert [tiers_of_token(row, thresholds, ladder) for row in gates.tolist()] == expected
+        assert [compiled_tiers(row, thresholds, ladder) for row in gates.tolist()] == expected
     assert tiers_of_token([0.0, 0.0], (0.5, ALWAYS, ALWAYS), (2, 3, 4)) == [4, 4]
 
 
+def compiled_tiers(
+    gates: Sequence[float], thresholds: Sequence[float], ladder: Sequence[int], pinned: Sequence[int] = ()
+) -> list[int]:
+    """What compiled code gives the experts 0, 1, ... of a token; without it the reference."""
+    if native is None:
+        tiers = tiers_of_token(gates, thresholds, ladder)
+        return [ladder[-1] if expert in pinned else tier for expert, tier in enumerate(tiers)]
+    table = native._native.AtHand(2, len(gates), ladder)
+    table.rule(1, thresholds, pinned)
+    return table.tiers(1, list(range(len(gates))), gates)
+
+
 def test_a_token_alone_obeys_pins_and_depth() -> None:
-    thresholds = ((0.3, 0.7, ALWAYS), (0.9, 0.95, ALWAYS))
-    rule = TierRule((2, 3, 4), thresholds, thresholds, ((1,), ()))
-    for layer in range(2):
-        given = routing([[2, 1, 0]], [[0.5, 0.3, 0.2]])
-        alone = rule.choose_for_token(layer, [2, 1, 0], given.gates[0].tolist())
-        assert alone == rule.choose(layer, given)[0].tolist()
+    thresholds = ((0.3, 0.7, ALWAYS), (0.9, 0.95, ALWAYS), (0.1, 0.2, NEVER))
+    rule = TierRule((2, 3, 4), thresholds, thresholds, ((1,), (), (0, 2)))
+    for layer in range(3):
+        given = routing([[0, 1, 2]], [[0.5, 0.3, 0.2]])
+        gates = given.gates[0].tolist()
+        expected = rule.choose(layer, given)[0].tolist()
+        assert rule.choose_for_token(layer, [0, 1, 2], gates) == expected
+        assert compiled_tiers(gates, thresholds[layer], (2, 3, 4), rule.pinned[layer]) == expected
 
 
 @pytest.mark.parametrize("thresholds", [*itertools.combinations_with_replacement((NEVER, 0.4, 1.0, ALWAYS), 3)])
@@ -112,6 +128,7 @@ def test_where_gates_do_not_matter_their_shares_are_not_asked_for(thresholds: tu
     for row in gates:
         expected = tiers_of_token(row, thresholds, LADDER)
         assert only is None or set(expected) == {only}
+        assert compiled_tiers(row, thresholds, LADDER) == expected
         assert rule.choose_for_token(0, [0, 1, 2], row) == expected
     assert (only is None) == any(NEVER < threshold <= 1 for threshold in thresholds)
 

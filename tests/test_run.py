@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
 from dymoe_runtime.store import least_arena_bytes
 
+COMPILED = kernels.native is not None
 PROMPT = "The river flows through the town of"
 BENCH_KEYS = {
     "ttft_s",
@@ -244,6 +246,43 @@ def test_how_a_prompt_is_divided_changes_nothing_but_what_is_read(
     assert found[2][2] == [*whole, 1]
     if whole[0] > 64:
         assert found[2][1] < 0.8 * found[0][1]
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.1])
+@pytest.mark.parametrize("setting", [{"point": "3"}, {"tier": 2}, {"point": "2.25"}], ids=str)
+def test_experts_that_need_not_be_asked_for_change_nothing(
+    setting: dict, share: float, shipped: Bundle, tmp_path: Path
+) -> None:
+    """A trace has every layer asked for; without it the same comes out, and the same is counted."""
+    ids, found = list(range(3, 40)), []
+    for trace in (None, tmp_path / "trace.jsonl"):
+        arena = int(shipped.expert_bytes() * share)
+        options = RunOptions(context=128, arena_bytes=arena, look_ahead=False, trace=trace, **setting)
+        with Model(shipped, options) as model:
+            logits = [model.prefill(ids)]
+            asked: list[int] = []
+            experts = model.decoder.experts
+
+            def note(layer: int, *args: Any, experts: Any = experts, asked: list[int] = asked) -> np.ndarray:
+                asked.append(layer)
+                y: np.ndarray = experts(layer, *args)
+                return y
+
+            model.decoder.experts = note
+            for _ in range(60):
+                logits.append(model.decode(int(logits[-1].argmax())))
+            stats, costs = model.store.stats, model._eviction._cost.copy()
+            stats.wait_s = 0.0
+            found.append((logits, stats, model.experts.stats.used, costs, len(asked)))
+    (first, *counts, few), (second, *other, many) = found
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert counts[:2] == other[:2]
+    layers = 60 * len(shipped.spec.moe_layers)
+    assert many == layers and few < layers and (share < 1 or few < 0.5 * layers)
+    if share < 1:
+        free = np.isfinite(counts[2]) & np.isfinite(other[2])  # the last layer's are held where they were asked for
+        assert free.sum() > 0.5 * free.size * share and np.allclose(counts[2][free], other[2][free])
 
 
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:

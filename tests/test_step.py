@@ -69,7 +69,8 @@ def test_a_step_equals_the_decoder(isa: str, bits: int, family: str, changes: di
         for layer in range(spec.num_layers):
             x, more = g.standard_normal((2, 1, spec.hidden_size), np.float32)
             expected, _ = decoder.attend(layer, x + more, caches[0])
-            got, asked = step.run(layer, x, more, caches[1])
+            reached, got, asked = step.run(layer, x, more, caches[1])
+            assert reached == layer
             # An activation on the edge between two int8 codes may fall to either side.
             assert np.abs(got - expected).max() <= 1e-2 * np.abs(expected - x - more).max()
             assert (asked is None) == (layer in spec.dense_layers)
@@ -107,7 +108,7 @@ def test_a_guess_equals_the_decoder(isa: str, tmp_path: Path) -> None:
     predictor = g.standard_normal((spec.num_experts, spec.hidden_size + 1), np.float32)
     step.correct(1, predictor)
     for _ in range(5):
-        x, asked = step.run(0, g.standard_normal((1, spec.hidden_size), np.float32), None, KVCache(spec, 4))
+        _, x, asked = step.run(0, g.standard_normal((1, spec.hidden_size), np.float32), None, KVCache(spec, 4))
         assert asked is not None
         h, routing = asked
         before = h.copy(), routing.experts.copy()
@@ -147,7 +148,7 @@ def test_what_is_not_finite_stays_so(isa: str, tmp_path: Path) -> None:
     step = DecodeStep(checkpoint.spec, dense, isa)
     x = np.ones((1, checkpoint.spec.hidden_size), np.float32)
     x[0, 3] = float("nan")
-    y, asked = step.run(0, x, None, KVCache(checkpoint.spec, 4))
+    _, y, asked = step.run(0, x, None, KVCache(checkpoint.spec, 4))
     assert np.isnan(y).all() and asked is not None
     h, routing = asked
     assert np.isnan(h).all() and np.isnan(routing.gates).all()

@@ -614,6 +614,85 @@ def test_what_is_held_is_counted_and_kept_as_what_is_delivered(make: Make, name:
         assert first == second and 0 < first[0].hits < first[0].requests
 
 
+class Table:
+    """Keeps what a store shows, which must be what it says at any time."""
+
+    def __init__(self, reader: FakeReader) -> None:
+        self.reader = reader
+        self.shown: dict[tuple[ExpertKey, int], list[np.ndarray]] = {}
+
+    def put(self, key: ExpertKey, tier: int, prepared: list[np.ndarray]) -> None:
+        assert (key, tier) not in self.shown
+        self.shown[key, tier] = prepared
+
+    def remove(self, key: ExpertKey, tier: int) -> None:
+        del self.shown[key, tier]
+
+    def check(self) -> None:
+        for (key, tier), segments in self.shown.items():
+            check(self.reader, Want(key, tier), lambda _: segments)  # noqa: B023
+
+
+@on_compiled_threads
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_shown_is_there(make: Make, name: str) -> None:
+    """At any time, whatever else is read, leaves or moves; and using it is counted as asking for it is."""
+    layout, used, removed = LAYOUTS[name], 0, 0
+    for seed in range(6):
+        rng = random.Random(seed)
+        arena = least_arena_bytes(layout) * (1 + seed) + seed * chunk_bytes(layout.segment_spans)
+        store, reader = make(layout=layout, shape=(3, 16), arena_bytes=arena)
+        reader.jitter = random.Random(seed)
+        table = Table(reader)
+        store.show(table)
+        for turn in range(60):
+            wants = [wanted for wanted in random_wants(rng, layout, 5) if wanted.tier]
+            before = store.stats.requests, store.stats.hits
+            if wants and all((wanted.key, wanted.tier) in table.shown for wanted in wants):
+                store.used(wants)
+                used += len(wants)
+                assert (store.stats.requests, store.stats.hits) == tuple(n + len(wants) for n in before)
+            else:
+                reader.failing = {key(rng.randrange(16)): broken(0)} if rng.random() < 0.1 else {}
+                try:
+                    have(store, reader, wants)
+                except DymoeError:
+                    reader.failing = {}
+            table.check()
+            if rng.random() < 0.5:
+                store.look_ahead(random_wants(rng, layout, 6), wants)
+            if turn % 20 == 10:
+                store.resize(arena - rng.randrange(3) * chunk_bytes(layout.segment_spans))
+            table.check()
+            store.tick()
+        removed += sum(1 for entry in store._memory.entries.values() if not entry.shown)
+        assert {k for k, _ in table.shown} <= set(store._memory.entries)
+        shown = {(e.key, tier) for e in store._memory.entries.values() for tier in layout.ladder if e.shown >> tier & 1}
+        assert shown == set(table.shown)
+    assert used > 15 and removed > 0
+
+
+def test_using_what_is_shown_keeps_it_as_asking_for_it_does(make: Make) -> None:
+    for shows in False, True:
+        store, reader = make(segments=9)
+        table = Table(reader)
+        store.show(table)
+        for _ in range(5):
+            have(store, reader, [want(1)])
+            store.tick()
+        have(store, reader, [want(2)])
+        have(store, reader, [want(3)])
+        for _ in range(10):
+            if shows:
+                store.used([want(2)])
+            else:
+                have(store, reader, [want(2)])
+            store.tick()
+        have(store, reader, [want(4)])
+        have(store, reader, [want(5)])
+        assert key(2) in store._memory.entries and store.stats.hits == 14
+
+
 def test_what_was_prepared_serves_until_a_segment_leaves(make: Make) -> None:
     store, reader = make(segments=9)
     asked = []

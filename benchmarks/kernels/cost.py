@@ -9,9 +9,11 @@ equally fast all the time. Everything is in memory.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,10 @@ def main() -> None:
     print(f"{'':<12}{'work':<12}{'us/call':>9}{'predicted':>11}{'range':>13}")
     settings: list[dict[str, Any]] = [{"tier": tier} for tier in bundle.manifest.ladder] + [{}]
     for setting in settings:
-        with Model(bundle, RunOptions(threads=args.threads, context=context, **setting)) as model:
+        # Only a run that is traced asks for the experts of every layer here.
+        with Model(
+            bundle, RunOptions(threads=args.threads, context=context, trace=Path(os.devnull), **setting)
+        ) as model:
             load(model)
             model.prefill(ids[: max(args.prompts)])
             model.reset()

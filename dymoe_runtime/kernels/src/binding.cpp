@@ -214,9 +214,6 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
-// experts, gates
-using ChosenTuple = std::tuple<std::vector<int64_t>, std::vector<double>>;
-
 /// A layer as a decoded token goes through it. step.py has checked the shapes.
 struct DecodeLayer {
   const Kernels* kernels;
@@ -249,21 +246,73 @@ DecodeLayer make_decode_layer(const std::string& isa, const std::tuple<int64_t, 
   return {&find_isa(isa), w};
 }
 
-/// The token's attention and then, where the layer has a router, the normalized h for its experts, [hidden], and these
-/// with their gates, [top_k], which are returned too. `more`, unless it is 0, is added to x.
-ChosenTuple run_layer(const DecodeLayer& layer, uintptr_t x, uintptr_t more, int64_t position, uintptr_t cosines,
-                      uintptr_t sines, const CacheTuple& cache, uintptr_t out, uintptr_t h, uintptr_t experts,
-                      uintptr_t gates) {
-  const LayerWeights& w = layer.weights;
-  const LayerCache rows = cache_from(cache, position + 1);
+/// The layers of a model, and the cache of the sequence that tokens are decoded of.
+struct DecodeStack {
+  const Kernels* kernels;
+  Activation activation;
+  std::vector<LayerWeights> layers;
+  std::vector<LayerCache> caches;
+};
+
+DecodeStack make_decode_stack(const std::vector<const DecodeLayer*>& layers, const std::string& activation) {
+  if (layers.empty()) reject("a model has at least one layer");
+  DecodeStack stack{layers[0]->kernels, activation_from(activation), {}, {}};
+  for (const DecodeLayer* layer : layers) {
+    if (layer->weights.hidden != layers[0]->weights.hidden) reject("layers: their shapes differ");
+    stack.layers.push_back(layer->weights);
+  }
+  return stack;
+}
+
+void keep_caches(DecodeStack& stack, const std::vector<CacheTuple>& caches) {
+  if (caches.size() != stack.layers.size()) reject("a cache has its rows for each layer");
+  stack.caches.clear();
+  for (const CacheTuple& cache : caches) stack.caches.push_back(cache_from(cache, 1));
+}
+
+// layer, experts, tiers
+using UsedTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<int>>;
+// layer reached; experts and gates there, none where it has no router; what was used before it
+using ReachedTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<double>, std::vector<UsedTuple>>;
+
+/// See run_layers; out and h [hidden], experts and gates [top_k]. `more`, unless it is 0, is added to x.
+ReachedTuple run_stack(const DecodeStack& stack, const AtHand* at_hand, int64_t first, uintptr_t x, uintptr_t more,
+                       int64_t position, uintptr_t cosines, uintptr_t sines, uintptr_t out, uintptr_t h,
+                       uintptr_t experts, uintptr_t gates) {
+  const int64_t count = int64_t(stack.layers.size());
+  if (first < 0 || first >= count || stack.caches.empty()) reject("there is no such layer, or no cache");
+  for (const LayerCache& cache : stack.caches)
+    if (position < 0 || position >= cache.capacity) reject("the cache has no such position");
+  const LayerWeights& some = stack.layers[0];
+  for (const LayerWeights& layer : stack.layers)
+    if (at_hand && layer.experts && !at_hand->fits(count, layer.experts, some.hidden))
+      reject("the experts are of another model");
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
-  auto* chosen = reinterpret_cast<int64_t*>(experts);
+  const TokenState state{floats(out), floats(h), reinterpret_cast<int64_t*>(experts), floats(gates)};
+  std::vector<Used> used;
+  int64_t reached = 0;
   {
     nb::gil_scoped_release unlocked;
-    attend(*layer.kernels, w, floats(x), floats(more), position, floats(cosines), floats(sines), rows, floats(out));
-    if (w.experts) route(*layer.kernels, w, {w.router, nullptr}, floats(out), floats(h), chosen, floats(gates));
+    reached = run_layers(*stack.kernels, stack.layers, stack.caches, at_hand, stack.activation, first, floats(x),
+                         floats(more), position, floats(cosines), floats(sines), state, used);
   }
-  return {{chosen, chosen + w.top_k}, {floats(gates), floats(gates) + w.top_k}};
+  const int64_t top_k = reached < count ? stack.layers[reached].top_k : 0;
+  std::vector<UsedTuple> before;
+  for (Used& layer : used) before.emplace_back(layer.layer, std::move(layer.experts), std::move(layer.tiers));
+  return {reached, {state.experts, state.experts + top_k}, {state.gates, state.gates + top_k}, std::move(before)};
+}
+
+void put_at_hand(AtHand& at_hand, int64_t layer, int64_t expert, int tier, const Expert* views) {
+  check_prepared(views);
+  at_hand.put(layer, expert, tier, *views);
+}
+
+std::vector<int> tiers_at_hand(const AtHand& at_hand, int64_t layer, const std::vector<int64_t>& experts,
+                               const std::vector<float>& gates) {
+  if (experts.size() != gates.size()) reject("expected a gate for each expert");
+  std::vector<int> tiers(experts.size());
+  at_hand.tiers(layer, experts.data(), gates.data(), int64_t(experts.size()), tiers.data());
+  return tiers;
 }
 
 int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
@@ -452,8 +501,18 @@ NB_MODULE(_native, m) {
   nb::class_<DecodeLayer>(m, "DecodeLayer")
       .def_static("make", &make_decode_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a,
                   "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
-      .def("run", &run_layer)
       .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
+  nb::class_<AtHand>(m, "AtHand")
+      .def(nb::init<int64_t, int64_t, std::vector<int>>(), "layers"_a, "experts"_a, "ladder"_a)
+      .def("put", &put_at_hand, "layer"_a, "expert"_a, "tier"_a, "views"_a)
+      .def("remove", &AtHand::remove, "layer"_a, "expert"_a, "tier"_a)
+      .def("rule", &AtHand::rule, "layer"_a, "thresholds"_a, "pinned"_a)
+      .def("tiers", &tiers_at_hand, "layer"_a, "experts"_a, "gates"_a);
+  nb::class_<DecodeStack>(m, "DecodeStack")
+      .def_static("make", &make_decode_stack, "layers"_a, "activation"_a)
+      .def("keep", &keep_caches, "caches"_a)
+      .def("run", &run_stack, "at_hand"_a.none(), "first"_a, "x"_a, "more"_a, "position"_a, "cosines"_a, "sines"_a,
+           "out"_a, "h"_a, "experts"_a, "gates"_a);
   nb::class_<Reads>(m, "Reads")
       .def("__init__", &make_reads, "threads"_a)
       .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none())

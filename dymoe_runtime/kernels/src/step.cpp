@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <vector>
+#include <stdexcept>
 
 #include "ops.h"
 #include "workspace.h"
@@ -13,7 +13,7 @@ namespace {
 
 struct Workspace {
   QuantizedTokens quantized;
-  Buffer<float> residual, h, heads, attended, scores, logits;
+  Buffer<float> residual, h, heads, attended, scores, logits, sum;
 };
 
 thread_local Workspace workspace;
@@ -126,6 +126,109 @@ void route(const Kernels& isa, const LayerWeights& layer, const Router& router, 
   if (router.bias)
     for (int64_t e = 0; e < layer.experts; ++e) logits[e] += router.bias[e];
   choose(isa, logits, layer.experts, layer.top_k, layer.norm_topk, experts, gates);
+}
+
+AtHand::AtHand(int64_t layers, int64_t experts, std::vector<int> ladder)
+    : layers_(layers), experts_(experts), ladder_(std::move(ladder)), places_(layers * experts * ladder_.size()),
+      thresholds_(layers), pinned_(layers, std::vector<bool>(experts)) {}
+
+int64_t AtHand::place(int64_t layer, int64_t expert, int tier) const {
+  const auto rung = std::find(ladder_.begin(), ladder_.end(), tier);
+  if (layer < 0 || layer >= layers_ || expert < 0 || expert >= experts_ || rung == ladder_.end())
+    throw std::invalid_argument("there is no such expert");
+  return (layer * experts_ + expert) * int64_t(ladder_.size()) + (rung - ladder_.begin());
+}
+
+void AtHand::put(int64_t layer, int64_t expert, int tier, const Expert& views) {
+  if (!hidden_) hidden_ = views.gate.cols, width_ = views.gate.rows;
+  if (views.gate.cols != hidden_ || views.gate.rows != width_) throw std::invalid_argument("experts: their shapes differ");
+  places_[place(layer, expert, tier)] = {views, true};
+}
+
+void AtHand::remove(int64_t layer, int64_t expert, int tier) { places_[place(layer, expert, tier)].there = false; }
+
+const Expert* AtHand::find(int64_t layer, int64_t expert, int tier) const {
+  const Place& found = places_[place(layer, expert, tier)];
+  return found.there ? &found.views : nullptr;
+}
+
+bool AtHand::fits(int64_t layers, int64_t experts, int64_t hidden) const {
+  return layers == layers_ && experts == experts_ && (!hidden_ || hidden == hidden_);
+}
+
+void AtHand::rule(int64_t layer, const std::vector<double>& thresholds, const std::vector<int64_t>& pinned) {
+  if (layer < 0 || layer >= layers_ || thresholds.size() != ladder_.size())
+    throw std::invalid_argument("a rule has a threshold for each tier");
+  std::vector<bool> always(experts_);
+  for (int64_t expert : pinned) {
+    if (expert < 0 || expert >= experts_) throw std::invalid_argument("there is no such expert");
+    always[expert] = true;
+  }
+  thresholds_[layer] = thresholds, pinned_[layer] = always;
+}
+
+void AtHand::tiers(int64_t layer, const int64_t* experts, const float* gates, int64_t count, int* tiers) const {
+  const std::vector<double>& thresholds = thresholds_.at(layer);
+  const size_t rungs = ladder_.size();
+  if (thresholds.empty()) throw std::invalid_argument("the layer has no rule");
+  const bool all = *std::min_element(thresholds.begin(), thresholds.end()) >= 1;
+  double total = 0;
+  for (int64_t j = 0; j < count; ++j) total += gates[j];
+  total = std::max(total, 1e-30);
+  double upto = 0;
+  size_t rung = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    upto += gates[j];
+    const double share = (upto - gates[j]) / total;
+    while (!all && rung < rungs && !(share < thresholds[rung])) ++rung;
+    tiers[j] = pinned_[layer].at(experts[j]) ? ladder_.back() : rung < rungs ? ladder_[rungs - 1 - rung] : 0;
+  }
+}
+
+namespace {
+
+/// What the token uses of a layer with these experts and gates; false where not all of that is at hand, or nothing is
+/// used, or the gates are no numbers.
+bool find_all(const AtHand& at_hand, int64_t layer, const TokenState& state, int64_t top_k, Used& used,
+              std::vector<const Expert*>& found, std::vector<float>& gates) {
+  if (!std::isfinite(state.gates[0])) return false;
+  used = {layer, {state.experts, state.experts + top_k}, std::vector<int>(top_k)};
+  at_hand.tiers(layer, state.experts, state.gates, top_k, used.tiers.data());
+  for (int64_t j = 0; j < top_k; ++j) {
+    if (!used.tiers[j]) continue;
+    found.push_back(at_hand.find(layer, state.experts[j], used.tiers[j]));
+    if (!found.back()) return false;
+    gates.push_back(state.gates[j]);
+  }
+  return !found.empty();
+}
+
+}  // namespace
+
+int64_t run_layers(const Kernels& isa, const std::vector<LayerWeights>& layers, const std::vector<LayerCache>& caches,
+                   const AtHand* at_hand, Activation activation, int64_t first, const float* x, const float* more,
+                   int64_t position, const float* cosines, const float* sines, const TokenState& state,
+                   std::vector<Used>& used) {
+  for (int64_t n = first; n < int64_t(layers.size()); ++n) {
+    const LayerWeights& layer = layers[n];
+    attend(isa, layer, x, more, position, cosines, sines, caches[n], state.out);
+    if (!layer.experts) return n;
+    route(isa, layer, {layer.router, nullptr}, state.out, state.h, state.experts, state.gates);
+    Used now;
+    std::vector<const Expert*> found;
+    std::vector<float> gates;
+    if (!at_hand || !find_all(*at_hand, n, state, layer.top_k, now, found, gates)) return n;
+    std::vector<int64_t> ranks(found.size());
+    std::iota(ranks.begin(), ranks.end(), 0);
+    TokenMoe token(isa, found, state.h, activation);
+    token.run(ranks);
+    float* sum = workspace.sum.reserve(layer.hidden);
+    token.combine(gates.data(), sum);
+    used.push_back(std::move(now));
+    x = state.out, more = sum;
+  }
+  for (int64_t i = 0; i < layers.back().hidden; ++i) state.out[i] += more[i];
+  return int64_t(layers.size());
 }
 
 }  // namespace dymoe

@@ -1,7 +1,10 @@
-// Attention and routing of one decoded token, a layer a call.
+// One decoded token: attention and routing of a layer, and of layers in a row as long as their experts are at hand.
 #pragma once
 
+#include <vector>
+
 #include "attention.h"
+#include "moe.h"
 
 namespace dymoe {
 
@@ -42,5 +45,65 @@ struct Router {
 /// h = norm(x), [hidden]; the experts that `router` chooses and their gates, [top_k], by falling gate.
 void route(const Kernels& isa, const LayerWeights& layer, const Router& router, const float* x, float* h,
            int64_t* experts, float* gates);
+
+/// Which experts are in memory, and the tiers that a token gives to those it chooses. Who keeps the books of memory
+/// tells it of all that comes, leaves or moves.
+class AtHand {
+ public:
+  /// All experts have the shape of the first one that is put here.
+  AtHand(int64_t layers, int64_t experts, std::vector<int> ladder);
+
+  void put(int64_t layer, int64_t expert, int tier, const Expert& views);
+  void remove(int64_t layer, int64_t expert, int tier);
+
+  /// As in policy.py: thresholds of a layer from the highest tier on, and the experts that always get that.
+  void rule(int64_t layer, const std::vector<double>& thresholds, const std::vector<int64_t>& pinned);
+
+  /// The tiers of the experts of a token, whose gates fall; 0 is skipped. `tiers_of_token` is the reference.
+  void tiers(int64_t layer, const int64_t* experts, const float* gates, int64_t count, int* tiers) const;
+
+  /// Null where it is not there.
+  const Expert* find(int64_t layer, int64_t expert, int tier) const;
+
+  /// Whether it is for such a model.
+  bool fits(int64_t layers, int64_t experts, int64_t hidden) const;
+
+ private:
+  struct Place {
+    Expert views;
+    bool there = false;
+  };
+  const int64_t layers_, experts_;
+  const std::vector<int> ladder_;
+  int64_t hidden_ = 0, width_ = 0;  // of the experts; 0 before the first
+  std::vector<Place> places_;                    // [layers, experts, tiers]
+  std::vector<std::vector<double>> thresholds_;  // by layer
+  std::vector<std::vector<bool>> pinned_;        // [layers, experts]
+
+  int64_t place(int64_t layer, int64_t expert, int tier) const;
+};
+
+/// What a token chose in a layer.
+struct Used {
+  int64_t layer;
+  std::vector<int64_t> experts;
+  std::vector<int> tiers;  // 0 is skipped
+};
+
+/// Where a token is in its layers: `out` is the residual stream after the attention of a layer, the rest what `route`
+/// makes of it.
+struct TokenState {
+  float *out, *h;
+  int64_t* experts;
+  float* gates;
+};
+
+/// A token through layers from number `first` on. Returns the first one whose experts are not all at hand, or that has
+/// none, after its attention and routing, what was used before, and `layers.size()` where all are done; `out` is the
+/// residual stream then. x and `more` are as in `attend`; without `at_hand` it is for one layer.
+int64_t run_layers(const Kernels& isa, const std::vector<LayerWeights>& layers, const std::vector<LayerCache>& caches,
+                   const AtHand* at_hand, Activation activation, int64_t first, const float* x, const float* more,
+                   int64_t position, const float* cosines, const float* sines, const TokenState& state,
+                   std::vector<Used>& used);
 
 }  // namespace dymoe
