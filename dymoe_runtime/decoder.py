@@ -19,7 +19,7 @@ from dymoe_runtime.rope import Rotary
 from dymoe_runtime.spec import ModelSpec
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # not frozen, which takes longer: one is made for each layer of a decoded token
 class Routing:
     """What the router decided for T tokens of one layer."""
 
@@ -79,7 +79,7 @@ class Decoder:
     """A decoder-only MoE transformer over `dense` weights and an `experts` function."""
 
     def __init__(self, spec: ModelSpec, dense: Dense, experts: Experts, step: Step | None = None) -> None:
-        """With `step`, a single token that continues a cache goes through it."""
+        """With `step`, a single token that continues a cache goes through it; that may do without `experts`."""
         self._step = step
         self.spec = spec
         self.dense = dense
@@ -120,7 +120,7 @@ class Decoder:
             elif layer < self.spec.num_layers:
                 x = self.feed_forward(layer, x)
             layer += 1
-        return x if more is None else x + more
+        return x.copy() if more is None else x + more
 
     def _layer_of_groups(self, layer: int, x: np.ndarray, cache: KVCache, weigh_tokens: bool, group: int) -> np.ndarray:
         start, parts = cache.length, []

@@ -105,6 +105,7 @@ class StoredExperts:
 
     def ran(self, used: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> None:
         """A token has chosen, in a layer, experts at tiers that the store had shown; 0 is skipped."""
+        self._left = None
         for layer, experts, tiers in used:
             self.stats.add_each(tiers)
             pairs = zip(experts, tiers, strict=True)

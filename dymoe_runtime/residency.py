@@ -138,8 +138,8 @@ class Residency:
             assert len(entry.slots) >= needed, entry.key
             assert coming or entry.read is None or entry.read.first >= needed, entry.key
             found = entry.prepared[tier] = self._prepare(tier, [slot.place for slot in entry.slots[:needed]])
-            if not coming:
-                self.show(entry, tier)
+        if not coming:
+            self.show(entry, tier)
         return found
 
     def show(self, entry: Entry, tier: int) -> None:
@@ -151,10 +151,10 @@ class Residency:
     def _forget(self, entry: Entry, segments: int) -> None:
         """Of what was prepared only what needs no more than so many segments still holds."""
         for tier in [tier for tier in entry.prepared if self.segments_of[tier] > segments]:
-            del entry.prepared[tier]
             if self.shown is not None and entry.shown >> tier & 1:
+                self.shown.remove(entry.key, tier)  # before it is gone
                 entry.shown &= ~(1 << tier)
-                self.shown.remove(entry.key, tier)
+            del entry.prepared[tier]
 
     def pin(self, entry: Entry) -> None:
         entry.pins += 1
@@ -234,11 +234,12 @@ class Residency:
 
     def _drop(self, entry: Entry, first: int) -> None:
         """Give back the segments of an entry from `first` on."""
-        for slot in entry.slots[first:]:
-            self.arena.free(slot)
         self._forget(entry, first)
         self._hold(entry.key.layer, range(first, len(entry.slots)), -1)
+        gone = entry.slots[first:]
         del entry.slots[first:]
+        for slot in gone:
+            self.arena.free(slot)
 
     def _hold(self, layer: int, segments: Iterable[int], more: int) -> None:
         for segment in segments:

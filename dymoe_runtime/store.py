@@ -168,7 +168,8 @@ class ExpertStore:
             self.observer(wants)
         there = [want for want in wants if want not in missing]
         self._lend(there)
-        self._count_hits(there)
+        self._memory.counts.requests += len(there)
+        self._memory.counts.hits += len(there)
         wanted = {want.key for want in wants}
         for want in missing:
             self._lent.append(self._delivery.demand(want, wanted))

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +22,11 @@ from dymoe_runtime import kernels
 from dymoe_runtime import model as model_module
 from dymoe_runtime.budget import Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.decoder import Routing
 from dymoe_runtime.evaluate import log_softmax
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
+from dymoe_runtime.policy import ALWAYS, TierRule
 from dymoe_runtime.store import least_arena_bytes
 
 COMPILED = kernels.native is not None
@@ -255,34 +256,97 @@ def test_experts_that_need_not_be_asked_for_change_nothing(
     setting: dict, share: float, shipped: Bundle, tmp_path: Path
 ) -> None:
     """A trace has every layer asked for; without it the same comes out, and the same is counted."""
-    ids, found = list(range(3, 40)), []
+    found = []
     for trace in (None, tmp_path / "trace.jsonl"):
         arena = int(shipped.expert_bytes() * share)
         options = RunOptions(context=128, arena_bytes=arena, look_ahead=False, trace=trace, **setting)
         with Model(shipped, options) as model:
-            logits = [model.prefill(ids)]
-            asked: list[int] = []
-            experts = model.decoder.experts
-
-            def note(layer: int, *args: Any, experts: Any = experts, asked: list[int] = asked) -> np.ndarray:
-                asked.append(layer)
-                y: np.ndarray = experts(layer, *args)
-                return y
-
-            model.decoder.experts = note
-            for _ in range(60):
-                logits.append(model.decode(int(logits[-1].argmax())))
+            logits, asked = decode_some(model, 100)
             stats, costs = model.store.stats, model._eviction._cost.copy()
             stats.wait_s = 0.0
-            found.append((logits, stats, model.experts.stats.used, costs, len(asked)))
+            found.append((logits, stats, model.experts.stats.used, costs, asked))
     (first, *counts, few), (second, *other, many) = found
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert counts[:2] == other[:2]
-    layers = 60 * len(shipped.spec.moe_layers)
-    assert many == layers and few < layers and (share < 1 or few < 0.5 * layers)
+    assert many == 100 * len(shipped.spec.moe_layers) and few < many and (share < 1 or few < 0.5 * many)
     if share < 1:
         free = np.isfinite(counts[2]) & np.isfinite(other[2])  # the last layer's are held where they were asked for
         assert free.sum() > 0.5 * free.size * share and np.allclose(counts[2][free], other[2][free])
+
+
+def decode_some(model: Model, tokens: int, change: Callable[[int], None] = lambda token: None) -> tuple[list, int]:
+    """Logits of the likeliest tokens, one after another, and how many layers had their experts asked for."""
+    asked, experts = 0, model.decoder.experts
+
+    def note(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
+        nonlocal asked
+        asked += 1
+        return experts(layer, h, routing)
+
+    model.decoder.experts = note
+    logits = [np.eye(1, model.spec.vocab_size, 3, np.float32)[0]]
+    for token in range(tokens):
+        change(token)
+        logits.append(model.decode(int(logits[-1].argmax())))
+    return logits, asked
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_rule_that_changes_holds_for_experts_that_are_not_asked_for(
+    looks_ahead: bool, shipped: Bundle, tmp_path: Path
+) -> None:
+    """And one that skips experts; whether others are read ahead changes nothing."""
+    found = []
+    for trace in (None, tmp_path / "trace.jsonl"):
+        arena = int(shipped.expert_bytes() * (0.5 if looks_ahead else 1.1))
+        with Model(shipped, RunOptions(arena_bytes=arena, look_ahead=looks_ahead, trace=trace)) as model:
+            layers = shipped.spec.num_layers
+            skips = TierRule(model.rule.ladder, ((0.3, 0.5, 0.8),) * layers, ((ALWAYS,) * 3,) * layers)
+            rules = [model.rule, skips, TierRule.uniform(3, model.rule.ladder, layers), skips]
+
+            def change(token: int, model: Model = model, rules: list[TierRule] = rules) -> None:
+                model.experts.rule = rules[token // 30]
+
+            logits, asked = decode_some(model, 120, change)
+            found.append((logits, model.experts.stats.used, asked))
+    assert all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] == found[1][1] and {0, 3} <= found[0][1].keys()
+    assert found[0][2] < found[1][2] == 120 * len(shipped.spec.moe_layers)
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+@pytest.mark.parametrize("dense", [[0], [1], [2], [0, 2]], ids=str)
+def test_dense_layers_stand_between_experts_that_are_not_asked_for(
+    dense: list[int], tmp_path: Path, calibration_text: Path
+) -> None:
+    save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=3, mlp_only_layers=dense)
+    outcome = compile_cli(tmp_path / "model", "-o", tmp_path / "bundle", "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    bundle, found = Bundle.open(tmp_path / "bundle"), []
+    for trace in (None, tmp_path / "trace.jsonl"):
+        with Model(bundle, RunOptions(trace=trace)) as model:
+            found.append(decode_some(model, 20))
+    assert all(np.array_equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert found[0][1] < found[1][1] == 20 * (3 - len(dense))
+
+
+def test_decisions_hold_for_experts_in_memory(shipped: Bundle, tmp_path: Path) -> None:
+    """Also where no trace is written, and whatever point is asked for."""
+    first = answer(shipped.path, "--point", 3, "--trace", tmp_path / "trace.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    last = max(line.get("layer", 0) for line in lines)
+    for line in lines:
+        if line.get("layer") == last and line["tokens"] == 1:  # so that no layer after it routes otherwise
+            line["wants"] = [[expert, 2, tokens] for expert, _, tokens in line["wants"]]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = answer(shipped.path, "--point", 3, "--decisions", tmp_path / "trace.jsonl")
+    assert (again["text"], again["bits_mean"]) == (first["text"], first["bits_mean"])
+    shares = [
+        answer(shipped.path, "--point", 3, "--decisions", tmp_path / name, tokens=2)["tier_shares"]["2"]
+        for name in ("trace.jsonl", "other.jsonl")
+    ]
+    assert shares[0] < shares[1]
 
 
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:

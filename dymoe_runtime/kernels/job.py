@@ -41,9 +41,9 @@ class Coming:
     tickets: list[tuple[int, int]]  # number of the expert in the call, ticket of its read
     wait_s: float = 0.0  # how long the call has waited for them
 
-    def wait(self) -> None:
-        """For all of them."""
+    def wait(self, *tickets: int) -> None:
+        """For these, or for all."""
         started = time.perf_counter()
-        for _, ticket in self.tickets:
+        for ticket in tickets or [ticket for _, ticket in self.tickets]:
             self.reads.wait(ticket)
         self.wait_s += time.perf_counter() - started

@@ -74,11 +74,14 @@ def moe_token(
 ) -> np.ndarray:
     if x.shape[0] != 1 or gates.shape != (1, len(experts)):
         raise ValueError(f"x: expected one token and a gate for each expert, got {list(x.shape)}, {list(gates.shape)}")
-    if coming is not None:
-        coming.wait()
-    y = np.empty((len(experts), x.shape[1]), np.float32)
-    jobs = [Job(expert, row, 1) for row, expert in enumerate(experts)]
-    moe(jobs, x, np.zeros(len(experts), np.int64), y, activation)
+    y, tokens = np.empty((len(experts), x.shape[1]), np.float32), np.zeros(len(experts), np.int64)
+    late = [] if coming is None else coming.tickets
+    there = set(range(len(experts))) - {rank for rank, _ in late}
+    moe([Job(experts[rank], rank, 1) for rank in there], x, tokens, y, activation)
+    for rank, ticket in late:
+        assert coming is not None
+        coming.wait(ticket)
+        moe([Job(experts[rank], rank, 1)], x, tokens, y, activation)
     return combine(y, np.arange(len(experts))[None], gates)
 
 

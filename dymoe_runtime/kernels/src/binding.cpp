@@ -79,7 +79,8 @@ double run_moe_token(const std::string& isa, const std::vector<const Expert*>& e
   const MatrixView& gate = experts[0]->gate;
   for (const Expert* expert : experts)
     if (expert->gate.rows != gate.rows || expert->gate.cols != gate.cols) reject("experts: their shapes differ");
-  const Matrix from = matrix_from(x, "x", gate.cols), mass = matrix_from(gates, "gates", int64_t(experts.size()));
+  const Matrix from = matrix_from(x, "x", gate.cols);
+  const Matrix mass = matrix_from(gates, "gates", int64_t(experts.size()));
   if (from.rows != 1 || mass.rows != 1) reject("x: expected one token");
   float* to = output_from(out, 1, gate.cols);
   std::vector<int64_t> there;
@@ -91,7 +92,8 @@ double run_moe_token(const std::string& isa, const std::vector<const Expert*>& e
   for (int64_t rank = 0; rank < int64_t(experts.size()); ++rank)
     if (std::none_of(left.begin(), left.end(), [&](const auto& read) { return read.second == rank; }))
       there.push_back(rank);
-  if (left.size() != coming.size() || there.size() + left.size() != experts.size()) reject("coming: an expert or a read twice");
+  if (left.size() != coming.size() || there.size() + left.size() != experts.size())
+    reject("coming: an expert or a read twice");
   const Kernels& kernels = find_isa(isa);
   TokenMoe token(kernels, experts, from.data, activation_from(activation));
   double waited = 0;
@@ -302,9 +304,10 @@ ReachedTuple run_stack(const DecodeStack& stack, const AtHand* at_hand, int64_t 
   return {reached, {state.experts, state.experts + top_k}, {state.gates, state.gates + top_k}, std::move(before)};
 }
 
+/// Who puts it there keeps the expert.
 void put_at_hand(AtHand& at_hand, int64_t layer, int64_t expert, int tier, const Expert* views) {
   check_prepared(views);
-  at_hand.put(layer, expert, tier, *views);
+  at_hand.put(layer, expert, tier, views);
 }
 
 std::vector<int> tiers_at_hand(const AtHand& at_hand, int64_t layer, const std::vector<int64_t>& experts,

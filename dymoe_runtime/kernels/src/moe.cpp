@@ -102,8 +102,10 @@ void moe(const Kernels& isa, const std::vector<Job>& jobs, const float* x, const
   flush();
 }
 
-TokenMoe::TokenMoe(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x, Activation activation)
-    : isa_(isa), experts_(experts), x_(x), activation_(activation), tokens_(experts.size(), 0), rows_(experts.size(), -1) {
+TokenMoe::TokenMoe(const Kernels& isa, const std::vector<const Expert*>& experts, const float* x,
+                   Activation activation)
+    : isa_(isa), experts_(experts), x_(x), activation_(activation), tokens_(experts.size(), 0),
+      rows_(experts.size(), -1) {
   thread_local Buffer<float> each;
   y_ = each.reserve(int64_t(experts.size()) * experts[0]->gate.cols);
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <stdexcept>
 
 #include "ops.h"
 #include "workspace.h"
@@ -126,63 +125,6 @@ void route(const Kernels& isa, const LayerWeights& layer, const Router& router, 
   if (router.bias)
     for (int64_t e = 0; e < layer.experts; ++e) logits[e] += router.bias[e];
   choose(isa, logits, layer.experts, layer.top_k, layer.norm_topk, experts, gates);
-}
-
-AtHand::AtHand(int64_t layers, int64_t experts, std::vector<int> ladder)
-    : layers_(layers), experts_(experts), ladder_(std::move(ladder)), places_(layers * experts * ladder_.size()),
-      thresholds_(layers), pinned_(layers, std::vector<bool>(experts)) {}
-
-int64_t AtHand::place(int64_t layer, int64_t expert, int tier) const {
-  const auto rung = std::find(ladder_.begin(), ladder_.end(), tier);
-  if (layer < 0 || layer >= layers_ || expert < 0 || expert >= experts_ || rung == ladder_.end())
-    throw std::invalid_argument("there is no such expert");
-  return (layer * experts_ + expert) * int64_t(ladder_.size()) + (rung - ladder_.begin());
-}
-
-void AtHand::put(int64_t layer, int64_t expert, int tier, const Expert& views) {
-  if (!hidden_) hidden_ = views.gate.cols, width_ = views.gate.rows;
-  if (views.gate.cols != hidden_ || views.gate.rows != width_) throw std::invalid_argument("experts: their shapes differ");
-  places_[place(layer, expert, tier)] = {views, true};
-}
-
-void AtHand::remove(int64_t layer, int64_t expert, int tier) { places_[place(layer, expert, tier)].there = false; }
-
-const Expert* AtHand::find(int64_t layer, int64_t expert, int tier) const {
-  const Place& found = places_[place(layer, expert, tier)];
-  return found.there ? &found.views : nullptr;
-}
-
-bool AtHand::fits(int64_t layers, int64_t experts, int64_t hidden) const {
-  return layers == layers_ && experts == experts_ && (!hidden_ || hidden == hidden_);
-}
-
-void AtHand::rule(int64_t layer, const std::vector<double>& thresholds, const std::vector<int64_t>& pinned) {
-  if (layer < 0 || layer >= layers_ || thresholds.size() != ladder_.size())
-    throw std::invalid_argument("a rule has a threshold for each tier");
-  std::vector<bool> always(experts_);
-  for (int64_t expert : pinned) {
-    if (expert < 0 || expert >= experts_) throw std::invalid_argument("there is no such expert");
-    always[expert] = true;
-  }
-  thresholds_[layer] = thresholds, pinned_[layer] = always;
-}
-
-void AtHand::tiers(int64_t layer, const int64_t* experts, const float* gates, int64_t count, int* tiers) const {
-  const std::vector<double>& thresholds = thresholds_.at(layer);
-  const size_t rungs = ladder_.size();
-  if (thresholds.empty()) throw std::invalid_argument("the layer has no rule");
-  const bool all = *std::min_element(thresholds.begin(), thresholds.end()) >= 1;
-  double total = 0;
-  for (int64_t j = 0; j < count; ++j) total += gates[j];
-  total = std::max(total, 1e-30);
-  double upto = 0;
-  size_t rung = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    upto += gates[j];
-    const double share = (upto - gates[j]) / total;
-    while (!all && rung < rungs && !(share < thresholds[rung])) ++rung;
-    tiers[j] = pinned_[layer].at(experts[j]) ? ladder_.back() : rung < rungs ? ladder_[rungs - 1 - rung] : 0;
-  }
 }
 
 namespace {
