@@ -332,21 +332,29 @@ def test_dense_layers_stand_between_experts_that_are_not_asked_for(
 
 
 def test_decisions_hold_for_experts_in_memory(shipped: Bundle, tmp_path: Path) -> None:
-    """Also where no trace is written, and whatever point is asked for."""
-    first = answer(shipped.path, "--point", 3, "--trace", tmp_path / "trace.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-    last = max(line.get("layer", 0) for line in lines)
-    for line in lines:
-        if line.get("layer") == last and line["tokens"] == 1:  # so that no layer after it routes otherwise
-            line["wants"] = [[expert, 2, tokens] for expert, _, tokens in line["wants"]]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    again = answer(shipped.path, "--point", 3, "--decisions", tmp_path / "trace.jsonl")
-    assert (again["text"], again["bits_mean"]) == (first["text"], first["bits_mean"])
-    shares = [
-        answer(shipped.path, "--point", 3, "--decisions", tmp_path / name, tokens=2)["tier_shares"]["2"]
-        for name in ("trace.jsonl", "other.jsonl")
-    ]
-    assert shares[0] < shares[1]
+    """Whatever the rule would have chosen, and also where no trace is written."""
+    traces = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    ids, found = [token % 90 + 3 for token in range(60)], []
+    for trace, decisions in ((traces[0], None), (None, traces[1]), (traces[2], traces[1])):
+        options = RunOptions(point="3", look_ahead=False, trace=trace, decisions=decisions)
+        with Model(shipped, options) as model:
+            if decisions is not None:  # once without, for all that the rule chooses to be in memory
+                kept = model._decisions, model.experts.decided
+                model._decisions = model.experts.decided = None
+                assert [model.decode(token) for token in ids]
+                model.reset()
+                model.reset_stats()
+                model._decisions, model.experts.decided = kept
+            logits = [model.decode(token) for token in ids]
+            found.append((logits, model.experts.stats.used))
+        if decisions is None:
+            lines = [json.loads(line) for line in traces[0].read_text().splitlines()]
+            for line in lines:
+                if line.get("layer") == shipped.spec.num_layers - 1:  # so that no layer after it routes otherwise
+                    line["wants"] = [[expert, 2, tokens] for expert, _, tokens in line["wants"]]
+            traces[1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert all(np.array_equal(a, b) for a, b in zip(found[1][0], found[2][0], strict=True))
+    assert found[1][1] == found[2][1] != found[0][1]
 
 
 def test_a_larger_arena_reads_less(shipped: Bundle) -> None:
