@@ -24,7 +24,7 @@ from dymoe_runtime.arena import chunk_bytes
 from dymoe_runtime.delivery import WINDOW, Delivered, Want
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.eviction import Eviction
-from dymoe_runtime.read_queue import IN_FLIGHT, Source
+from dymoe_runtime.read_queue import IN_FLIGHT, Read, Source
 from dymoe_runtime.read_threads import PythonThreads, read_threads
 from dymoe_runtime.residency import Entry
 from dymoe_runtime.spec import ExpertKey
@@ -1511,7 +1511,13 @@ def test_waiting_for_room_is_waiting(make: Make) -> None:
     reader.hold(key(0), key(1))
     store.look_ahead([want(0), want(1), want(2)])
     reader.wait_for(key(0), key(1))
-    threading.Timer(0.1, reader.release).start()
+    wait = store._memory.reads.wait
+
+    def wait_and_release(read: Read) -> None:
+        threading.Timer(0.1, reader.release).start()  # not before: this thread may stand still for long
+        wait(read)
+
+    store._memory.reads.wait = wait_and_release  # type: ignore[method-assign]
     fetch(store, reader, want(5), want(6), want(7))
     assert store.stats.wait_s > 0.02
 
