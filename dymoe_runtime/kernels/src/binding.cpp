@@ -4,16 +4,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <chrono>
 #include <cstring>
-#include <map>
 
 #include "arguments.h"
+#include "binding.h"
 #include "isa.h"
 #include "ops.h"
 #include "pool.h"
-#include "reads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -30,10 +27,6 @@ Expert make_expert(const Plan& plan, int tier, const SegmentTuples& tuples) {
       expert.down.rows != expert.gate.cols || expert.down.cols != expert.gate.rows)
     reject("the shapes of 'gate', 'up' and 'down' do not match");
   return expert;
-}
-
-void check_prepared(const Expert* expert) {
-  if (!expert) reject("an expert was not prepared by the compiled kernels");
 }
 
 // expert, first row, rows
@@ -63,60 +56,6 @@ void run_moe(const std::string& isa, const std::vector<JobTuple>& tuples, const 
   const Activation function = activation_from(activation);
   nb::gil_scoped_release unlocked;
   moe(kernels, jobs, from.data, wanted, function, to);
-}
-
-constexpr double kLook = 0.05;  // seconds after which signals are looked for: a disk may never answer
-
-// rank, ticket
-using ComingTuple = std::tuple<int64_t, uint64_t>;
-
-/// The experts that are there, then those that come with reads as these end; returns the seconds waited for them.
-double run_moe_token(const std::string& isa, const std::vector<const Expert*>& experts, const MatrixTuple& x,
-                     const MatrixTuple& gates, const MatrixTuple& out, const std::string& activation, Reads* reads,
-                     const std::vector<ComingTuple>& coming) {
-  if (experts.empty()) reject("experts: expected at least one");
-  for (const Expert* expert : experts) check_prepared(expert);
-  const MatrixView& gate = experts[0]->gate;
-  for (const Expert* expert : experts)
-    if (expert->gate.rows != gate.rows || expert->gate.cols != gate.cols) reject("experts: their shapes differ");
-  const Matrix from = matrix_from(x, "x", gate.cols);
-  const Matrix mass = matrix_from(gates, "gates", int64_t(experts.size()));
-  if (from.rows != 1 || mass.rows != 1) reject("x: expected one token");
-  float* to = output_from(out, 1, gate.cols);
-  std::vector<int64_t> there;
-  std::map<uint64_t, int64_t> left;
-  for (const auto& [rank, ticket] : coming) {
-    if (!reads || rank < 0 || rank >= int64_t(experts.size())) reject("coming: expected experts that are read");
-    left[ticket] = rank;
-  }
-  for (int64_t rank = 0; rank < int64_t(experts.size()); ++rank)
-    if (std::none_of(left.begin(), left.end(), [&](const auto& read) { return read.second == rank; }))
-      there.push_back(rank);
-  if (left.size() != coming.size() || there.size() + left.size() != experts.size())
-    reject("coming: an expert or a read twice");
-  const Kernels& kernels = find_isa(isa);
-  TokenMoe token(kernels, experts, from.data, activation_from(activation));
-  double waited = 0;
-  while (true) {
-    {
-      nb::gil_scoped_release unlocked;
-      if (!there.empty()) token.run(there);
-      if (left.empty()) {
-        token.combine(mass.data, to);
-        return waited;
-      }
-      std::vector<uint64_t> tickets;
-      for (const auto& read : left) tickets.push_back(read.first);
-      const auto begun = std::chrono::steady_clock::now();
-      there.clear();
-      for (uint64_t ticket : reads->wait_any(tickets, kLook)) {
-        there.push_back(left.at(ticket));
-        left.erase(ticket);
-      }
-      waited += std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
-    }
-    if (there.empty() && PyErr_CheckSignals()) throw nb::python_error();
-  }
 }
 
 void run_combine(const MatrixTuple& y, const MatrixTuple& gates, uintptr_t rows, const MatrixTuple& out) {
@@ -216,108 +155,6 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
-/// A layer as a decoded token goes through it. step.py has checked the shapes.
-struct DecodeLayer {
-  const Kernels* kernels;
-  LayerWeights weights;
-};
-
-DecodeLayer make_decode_layer(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& heads,
-                              int64_t window, const std::tuple<int64_t, int64_t, bool>& routing, float eps, float clip,
-                              const std::string& qk_norm, const std::vector<uintptr_t>& vectors, uintptr_t router,
-                              const std::vector<LinearTuple>& matrices) {
-  if (vectors.size() != 4 || matrices.size() != 4) reject("a layer has four vectors and four matrices");
-  LayerWeights w{};
-  std::tie(w.hidden, w.heads, w.kv_heads, w.head_dim) = heads;
-  std::tie(w.experts, w.top_k, w.norm_topk) = routing;
-  if (w.heads < 1 || w.kv_heads < 1 || w.heads % w.kv_heads || w.head_dim < 2 || w.head_dim % 2 || w.top_k > w.experts)
-    reject("heads and experts do not fit");
-  w.window = window, w.eps = eps, w.clip = clip, w.qk_norm = qk_norm_from(qk_norm);
-  const float** norms[] = {&w.attn_norm, &w.q_norm, &w.k_norm, &w.mlp_norm};
-  Linear* linears[] = {&w.q, &w.k, &w.v, &w.o};
-  for (int i = 0; i < 4; ++i) {
-    *norms[i] = reinterpret_cast<const float*>(vectors[i]);
-    *linears[i] = linear_from(matrices[i]);
-  }
-  w.router = reinterpret_cast<const float*>(router);
-  const auto fits = [](const Linear& m, int64_t rows, int64_t cols) { return m.weight.rows == rows && m.weight.cols == cols; };
-  const int64_t queries = w.heads * w.head_dim, keys = w.kv_heads * w.head_dim;
-  if (!fits(w.q, queries, w.hidden) || !fits(w.k, keys, w.hidden) || !fits(w.v, keys, w.hidden) ||
-      !fits(w.o, w.hidden, queries))
-    reject("the shapes of the attention's matrices do not match");
-  return {&find_isa(isa), w};
-}
-
-/// The layers of a model, and the cache of the sequence that tokens are decoded of.
-struct DecodeStack {
-  const Kernels* kernels;
-  Activation activation;
-  std::vector<LayerWeights> layers;
-  std::vector<LayerCache> caches;
-};
-
-DecodeStack make_decode_stack(const std::vector<const DecodeLayer*>& layers, const std::string& activation) {
-  if (layers.empty()) reject("a model has at least one layer");
-  DecodeStack stack{layers[0]->kernels, activation_from(activation), {}, {}};
-  for (const DecodeLayer* layer : layers) {
-    if (layer->weights.hidden != layers[0]->weights.hidden) reject("layers: their shapes differ");
-    stack.layers.push_back(layer->weights);
-  }
-  return stack;
-}
-
-void keep_caches(DecodeStack& stack, const std::vector<CacheTuple>& caches) {
-  if (caches.size() != stack.layers.size()) reject("a cache has its rows for each layer");
-  stack.caches.clear();
-  for (const CacheTuple& cache : caches) stack.caches.push_back(cache_from(cache, 1));
-}
-
-// layer, experts, tiers
-using UsedTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<int>>;
-// layer reached; experts and gates there, none where it has no router; what was used before it
-using ReachedTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<double>, std::vector<UsedTuple>>;
-
-/// See run_layers; out and h [hidden], experts and gates [top_k]. `more`, unless it is 0, is added to x.
-ReachedTuple run_stack(const DecodeStack& stack, const AtHand* at_hand, int64_t first, uintptr_t x, uintptr_t more,
-                       int64_t position, uintptr_t cosines, uintptr_t sines, uintptr_t out, uintptr_t h,
-                       uintptr_t experts, uintptr_t gates) {
-  const int64_t count = int64_t(stack.layers.size());
-  if (first < 0 || first >= count || stack.caches.empty()) reject("there is no such layer, or no cache");
-  for (const LayerCache& cache : stack.caches)
-    if (position < 0 || position >= cache.capacity) reject("the cache has no such position");
-  const LayerWeights& some = stack.layers[0];
-  for (const LayerWeights& layer : stack.layers)
-    if (at_hand && layer.experts && !at_hand->fits(count, layer.experts, some.hidden))
-      reject("the experts are of another model");
-  const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
-  const TokenState state{floats(out), floats(h), reinterpret_cast<int64_t*>(experts), floats(gates)};
-  std::vector<Used> used;
-  int64_t reached = 0;
-  {
-    nb::gil_scoped_release unlocked;
-    reached = run_layers(*stack.kernels, stack.layers, stack.caches, at_hand, stack.activation, first, floats(x),
-                         floats(more), position, floats(cosines), floats(sines), state, used);
-  }
-  const int64_t top_k = reached < count ? stack.layers[reached].top_k : 0;
-  std::vector<UsedTuple> before;
-  for (Used& layer : used) before.emplace_back(layer.layer, std::move(layer.experts), std::move(layer.tiers));
-  return {reached, {state.experts, state.experts + top_k}, {state.gates, state.gates + top_k}, std::move(before)};
-}
-
-/// Who puts it there keeps the expert.
-void put_at_hand(AtHand& at_hand, int64_t layer, int64_t expert, int tier, const Expert* views) {
-  check_prepared(views);
-  at_hand.put(layer, expert, tier, views);
-}
-
-std::vector<int> tiers_at_hand(const AtHand& at_hand, int64_t layer, const std::vector<int64_t>& experts,
-                               const std::vector<float>& gates) {
-  if (experts.size() != gates.size()) reject("expected a gate for each expert");
-  std::vector<int> tiers(experts.size());
-  at_hand.tiers(layer, experts.data(), gates.data(), int64_t(experts.size()), tiers.data());
-  return tiers;
-}
-
 int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
                             int64_t last) {
   return receiving_parts(find_isa(isa), prompt_from(shape, 0, 0, last));
@@ -336,17 +173,6 @@ void run_attend_prompt(const std::string& isa, const std::tuple<int64_t, int64_t
   nb::gil_scoped_release unlocked;
   append(kernels, prompt, floats(1), floats(2), rows);
   attend_prompt(kernels, prompt, floats(0), rows, floats(3), parts);
-}
-
-/// router and bias [experts] in place of the layer's own, unless they are 0.
-void run_route(const DecodeLayer& layer, uintptr_t x, uintptr_t h, uintptr_t experts, uintptr_t gates,
-               uintptr_t router, uintptr_t bias) {
-  const LayerWeights& w = layer.weights;
-  if (!w.experts) reject("this layer has no router");
-  const Router chosen{router ? reinterpret_cast<const float*>(router) : w.router, reinterpret_cast<const float*>(bias)};
-  nb::gil_scoped_release unlocked;
-  route(*layer.kernels, w, chosen, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(h),
-        reinterpret_cast<int64_t*>(experts), reinterpret_cast<float*>(gates));
 }
 
 void run_fit(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
@@ -391,83 +217,6 @@ uint64_t run_read_memory(const VectorTuple& data) {
   return read_memory(reinterpret_cast<const uint8_t*>(address), nbytes);
 }
 
-/// A function of Python's as a thread calls it that has no GIL.
-std::function<void()> callback(nb::object function) {
-  if (function.is_none()) return {};
-  std::shared_ptr<nb::object> held(new nb::object(std::move(function)), [](nb::object* last) {
-    nb::gil_scoped_acquire locked;
-    delete last;
-  });
-  return [held] {
-    nb::gil_scoped_acquire locked;
-    try {
-      (*held)();
-    } catch (nb::python_error& error) {
-      error.discard_as_unraisable("the end of a read");
-    }
-  };
-}
-
-void check_urgency(int urgency) {
-  if (urgency < 0 || urgency >= kUrgencies) reject("urgency: expected 0.." + std::to_string(kUrgencies - 1));
-}
-
-void make_reads(Reads* reads, int threads) {
-  if (threads < 1) reject("threads: expected at least one");
-  new (reads) Reads(threads);
-}
-
-uint64_t submit_read(Reads& reads, int fd, int64_t offset, const SegmentTuples& tuples, int urgency, nb::object then) {
-  check_urgency(urgency);
-  std::vector<Span> spans;
-  for (const auto& [address, nbytes] : tuples) {
-    if (nbytes < 0) reject("places: expected no fewer than 0 bytes");
-    spans.push_back({reinterpret_cast<uint8_t*>(address), nbytes});
-  }
-  return reads.submit(fd, offset, std::move(spans), urgency, callback(std::move(then)));
-}
-
-bool hurry_read(Reads& reads, uint64_t ticket, int now, int urgency) {
-  check_urgency(now), check_urgency(urgency);
-  return reads.hurry(ticket, now, urgency);
-}
-
-bool cancel_read(Reads& reads, uint64_t ticket, int urgency) {
-  check_urgency(urgency);
-  return reads.cancel(ticket, urgency);
-}
-
-std::vector<std::tuple<uint64_t, int, int64_t, double>> finished_reads(Reads& reads) {
-  std::vector<std::tuple<uint64_t, int, int64_t, double>> tuples;
-  for (const Outcome& o : reads.finished()) tuples.emplace_back(o.ticket, o.error, o.done, o.seconds);
-  return tuples;
-}
-
-void wait_for_read(Reads& reads, uint64_t ticket) {
-  while (true) {
-    {
-      nb::gil_scoped_release unlocked;
-      if (reads.wait(ticket, kLook)) return;
-    }
-    if (PyErr_CheckSignals()) throw nb::python_error();
-  }
-}
-
-bool close_reads(Reads& reads, double patience_s) {
-  bool ended = false, interrupted = false;
-  do {
-    {
-      nb::gil_scoped_release unlocked;
-      ended = reads.stop(std::min(patience_s, kLook));
-    }
-    interrupted = PyErr_CheckSignals();
-    patience_s -= kLook;
-  } while (!ended && !interrupted && patience_s > 0);
-  reads.abandon();
-  if (interrupted) throw nb::python_error();
-  return ended;
-}
-
 /// Address, rows and columns of a contiguous array [rows, cols] of float32; None if it is anything else.
 nb::object matrix_at(nb::handle array) {
   Py_buffer view;
@@ -501,34 +250,9 @@ NB_MODULE(_native, m) {
       .def("linear", &run_linear, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a)
       .def("embed", &run_embed, "isa"_a, "tier"_a, "segments"_a, "ids"_a, "y"_a)
       .def("dequantize", &run_dequantize, "isa"_a, "tier"_a, "segments"_a, "name"_a, "y"_a);
-  nb::class_<DecodeLayer>(m, "DecodeLayer")
-      .def_static("make", &make_decode_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a,
-                  "qk_norm"_a, "vectors"_a, "router"_a, "matrices"_a)
-      .def("route", &run_route, "x"_a, "h"_a, "experts"_a, "gates"_a, "router"_a = 0, "bias"_a = 0);
-  nb::class_<AtHand>(m, "AtHand")
-      .def(nb::init<int64_t, int64_t, std::vector<int>>(), "layers"_a, "experts"_a, "ladder"_a)
-      .def("put", &put_at_hand, "layer"_a, "expert"_a, "tier"_a, "views"_a)
-      .def("remove", &AtHand::remove, "layer"_a, "expert"_a, "tier"_a)
-      .def("rule", &AtHand::rule, "layer"_a, "thresholds"_a, "pinned"_a)
-      .def("tiers", &tiers_at_hand, "layer"_a, "experts"_a, "gates"_a);
-  nb::class_<DecodeStack>(m, "DecodeStack")
-      .def_static("make", &make_decode_stack, "layers"_a, "activation"_a)
-      .def("keep", &keep_caches, "caches"_a)
-      .def("run", &run_stack, "at_hand"_a.none(), "first"_a, "x"_a, "more"_a, "position"_a, "cosines"_a, "sines"_a,
-           "out"_a, "h"_a, "experts"_a, "gates"_a);
-  nb::class_<Reads>(m, "Reads")
-      .def("__init__", &make_reads, "threads"_a)
-      .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none())
-      .def("hurry", &hurry_read, "ticket"_a, "now"_a, "urgency"_a)
-      .def("cancel", &cancel_read, "ticket"_a, "urgency"_a)
-      .def("started", &Reads::started)
-      .def("finished", &finished_reads)
-      .def("pending", &Reads::pending)
-      .def("wait", &wait_for_read, "ticket"_a)
-      .def("close", &close_reads, "patience_s"_a);
+  bind_reads(m);
+  bind_decode(m);
   m.def("moe", &run_moe, "isa"_a, "jobs"_a, "x"_a, "tokens"_a, "y"_a, "activation"_a);
-  m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "gates"_a, "out"_a, "activation"_a,
-        "reads"_a.none() = nb::none(), "coming"_a = std::vector<ComingTuple>());
   m.def("combine", &run_combine, "y"_a, "gates"_a, "rows"_a, "out"_a);
   m.def("matmul", &run_matmul, "isa"_a, "x"_a, "weight"_a, "narrow"_a, "y"_a);
   m.def("activate", &run_activate, "isa"_a, "hidden"_a, "ups"_a, "activation"_a);
