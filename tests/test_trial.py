@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dymoe_runtime.trial import Trial
 
 
@@ -14,28 +16,37 @@ def run(trial: Trial, tokens: int, on_s: float, off_s: float) -> list[bool]:
     return said
 
 
-def test_what_is_faster_is_kept_for_long() -> None:
-    for on_s, off_s, faster in ((1.0, 2.0, True), (2.0, 1.0, False)):
-        said = run(Trial(tokens=3, kept=4), 18, on_s, off_s)
-        assert sorted(said[:6]) == [False] * 3 + [True] * 3
-        assert said[6:] == [faster] * 12
+@pytest.mark.parametrize(("on_s", "off_s", "faster"), [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_what_is_faster_is_kept_for_long(on_s: float, off_s: float, faster: bool) -> None:
+    said = run(Trial(turn=3, kept=2), 36, on_s, off_s)
+    assert said[:12] == [False] * 3 + [True] * 6 + [False] * 3
+    assert said[12:] == [faster] * 24
 
 
 def test_a_single_slow_token_does_not_decide() -> None:
-    trial = Trial(tokens=3, kept=1)
-    for seconds in (1.0, 2.0, 90.0, 2.0, 1.0, 2.0):
-        trial.took(seconds)
+    trial = Trial(turn=3, kept=1)
+    for token in range(12):
+        trial.took(90.0 if token == 5 else 1.0 if trial.on else 2.0)
     assert trial.on
 
 
 def test_tokens_that_become_faster_anyway_do_not_decide() -> None:
-    trial = Trial(tokens=8, kept=1)
-    for token in range(16):
-        trial.took((1.0 if trial.on else 1.2) * (2 - token / 16))
+    trial = Trial(turn=8, kept=1)
+    for token in range(32):
+        trial.took((1.0 if trial.on else 1.1) * (2 - token / 32))
     assert trial.on
 
 
+def test_what_the_token_before_left_does_not_decide() -> None:
+    trial, before = Trial(turn=2, kept=1), None
+    for _ in range(8):
+        now = trial.on
+        trial.took(9.0 if now is not before else 2.0 if now else 1.0)
+        before = now
+    assert not trial.on
+
+
 def test_it_is_tried_again() -> None:
-    trial = Trial(tokens=2, kept=3)
-    assert not any(run(trial, 10, 2.0, 1.0)[4:])
-    assert run(trial, 10, 1.0, 2.0)[4:] == [True] * 6
+    trial = Trial(turn=2, kept=1)
+    assert not any(run(trial, 16, 2.0, 1.0)[8:])
+    assert run(trial, 16, 1.0, 2.0)[8:] == [True] * 8
