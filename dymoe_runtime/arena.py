@@ -47,7 +47,7 @@ class Arena:
     """Slots of `sizes[c]` bytes for each class c inside `budget_bytes`.
 
     `movable(slot)` says whether a slot's memory may be moved elsewhere in the arena just now; `moved(slot)` is called
-    after it was.
+    after it was. Without `backed` there is no memory at the places.
     """
 
     def __init__(
@@ -56,12 +56,14 @@ class Arena:
         budget_bytes: int,
         movable: Callable[[Slot], bool] = lambda slot: True,
         moved: Callable[[Slot], None] = lambda slot: None,
+        backed: bool = True,
     ) -> None:
         self.sizes = tuple(sizes)
         self.chunk_bytes = chunk_bytes(sizes)
         self.chunks = budget_bytes // self.chunk_bytes
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
-        self._memory = map_memory(self.chunks * self.chunk_bytes)
+        self._backed = backed
+        self._memory = map_memory(self.chunks * self.chunk_bytes if backed else 0)
         self.memory = np.frombuffer(self._memory, np.uint8)
         self._start = address_of(self.memory)
         self._chunks = [_Chunk() for _ in range(self.chunks)]
@@ -117,7 +119,7 @@ class Arena:
         # Whole pages only: the system would round the end up, into the next chunk.
         first = -(-chunk * self.chunk_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (chunk + 1) * self.chunk_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < end:
+        if self._backed and first < end:
             with contextlib.suppress(AttributeError, OSError):
                 self._memory.madvise(mmap.MADV_DONTNEED, first, end - first)
         return True
@@ -155,7 +157,8 @@ class Arena:
         self._partial[size_class].discard(number)
         for slot in slots:
             target = self._take(min(self._partial[size_class]), size_class)
-            target.memory[:] = slot.memory
+            if self._backed:
+                target.memory[:] = slot.memory
             self._chunks[target.chunk].slots[target.index] = slot
             slot.chunk, slot.index, slot.place = target.chunk, target.index, target.place
             self._moved(slot)

@@ -105,7 +105,7 @@ def plan_budget(
         dense=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
         kv_cache=KVCache.bytes_needed(bundle.spec, window or context, kv_bits, one_layer=bool(window)),
         workspace=workspace + (TORCH_RESERVE_BYTES if kernels.isa() == kernels.REFERENCE else RESERVE_BYTES),
-        least_arena=least_arena_bytes(bundle.layout),
+        least_arena=least_arena_bytes(bundle.layout, experts),
         full_arena=full_arena_bytes(bundle.layout, experts),
         chunk=CHUNK * (4 * (bundle.spec.top_k + 6) * bundle.spec.hidden_size + 64 * bundle.spec.top_k),
         spare=0 if window else max(0, workspace - workspace_bytes(bundle.spec, context, 1) - kept_bytes(bundle.spec)),

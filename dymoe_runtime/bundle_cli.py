@@ -83,7 +83,7 @@ def replay_command(
 ) -> None:
     """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
     opened = Bundle.open(bundle)
-    lines = read_trace(trace, opened)
+    lines = list(read_trace(trace, opened))
     if plot is not None:
         plot.write_text(plot_split(lines, trace.name), encoding="utf-8")
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]

@@ -102,11 +102,11 @@ def _answer(bundle: Bundle, o: dict[str, Any]) -> None:
     with _load(bundle, o, len(ids) + o["max_tokens"]) as model:
         text, finish, timing = _stream(_generate(model, tokenizer, ids, params, o))
         statistics = model.statistics() | timing
+        if o["stats"]:
+            click.echo(format_statistics(statistics), err=True)
+        if o["as_json"]:
+            print_json({"text": text, "finish": finish, **statistics})
         model.remember()
-    if o["stats"]:
-        click.echo(format_statistics(statistics), err=True)
-    if o["as_json"]:
-        print_json({"text": text, "finish": finish, **statistics})
 
 
 def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
@@ -128,9 +128,9 @@ def _converse(bundle: Bundle, o: dict[str, Any]) -> None:
             statistics = model.statistics() | timing
             if o["stats"]:
                 click.echo(format_statistics(statistics), err=True)
+        if o["as_json"]:
+            print_json({"messages": messages, **statistics})
         model.remember()
-    if o["as_json"]:
-        print_json({"messages": messages, **statistics})
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -224,11 +224,11 @@ def _bench(bundle: Bundle, o: dict[str, Any]) -> None:
             "tpot_s": model.stats.decode.seconds / o["new_tokens"],
             "decode_read_bytes_per_token": (model.store.stats.read_bytes - read) / o["new_tokens"],
         }
+        if o["as_json"]:
+            print_json(statistics)
+        else:
+            click.echo(format_statistics(statistics))
         model.remember()
-    if o["as_json"]:
-        print_json(statistics)
-    else:
-        click.echo(format_statistics(statistics))
 
 
 def _probe(bundle: Bundle, o: dict[str, Any]) -> None:
@@ -252,8 +252,11 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
     with ExitStack() as stack:
         path: Path | None = o["reference"]
         window = min(length, max(map(len, texts.values())))
-        reference = None if path is None else stack.enter_context(open_reference(path, bundle.spec, window))
-        model = stack.enter_context(Model(bundle, _run_options(o, length), window))
+        options, reference = _run_options(o, length), None
+        if path is not None:
+            reference, memory = stack.enter_context(open_reference(path, bundle.spec, window, o["memory"]))
+            options = replace(options, memory_bytes=memory)
+        model = stack.enter_context(Model(bundle, options, window))
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:
             result = evaluate(model, job, whole_table, advance)

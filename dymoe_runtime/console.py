@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import gc
+import io
 import json
 import os
 import re
@@ -21,7 +22,9 @@ from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
 
 INTERRUPTED, TERMINATED = 130, 143
-OUT_OF_MEMORY = "out of memory; give a smaller --memory or a smaller --context"
+OUT_OF_MEMORY = (
+    "out of memory; give dymoe-run a smaller --memory or --context, dymoe-compile fewer --calibration-tokens or --jobs"
+)
 MOST_THREADS = 1024
 MOST_SEED = (1 << 63) - 1
 
@@ -106,6 +109,8 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="replace")  # of a model's text, not every terminal has all
         try:
             with _termination_raised():
                 command(*args, **kwargs)
@@ -123,7 +128,9 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             if error.errno == errno.ENOMEM:
                 fail(OUT_OF_MEMORY, 1)
             where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}; check the path and its permissions", 1)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free some space" if full else "check the path and its permissions"
+            fail(f"{where}{error.strerror or error}; {remedy}", 1)
         except MemoryError:
             fail(OUT_OF_MEMORY, 1)
         except RuntimeError as error:  # torch's

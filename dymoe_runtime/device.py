@@ -99,7 +99,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in UNITS:
         raise ValueError(f"'{text}' is not a size; write it like 4GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    nbytes = float(match[1]) * UNITS[match[2].lower()]
+    if nbytes >= 1 << 63:
+        raise ValueError(f"'{text[:20]}{'…' * (len(text) > 20)}' is more than there can be")
+    return int(nbytes)
 
 
 def format_size(nbytes: float) -> str:
@@ -179,7 +182,8 @@ def peak_resident_bytes() -> int:
             return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def return_large_blocks() -> None:

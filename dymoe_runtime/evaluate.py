@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dymoe_runtime.budget import SCORED_ROWS
+from dymoe_runtime.budget import SCORED_ROWS, plan_budget
 from dymoe_runtime.bundle import MANIFEST, Bundle
 from dymoe_runtime.decoder import Decoder
-from dymoe_runtime.device import memory_limit
+from dymoe_runtime.device import format_size, memory_limit, resident_bytes
 from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.model import Model
 from dymoe_runtime.options import RunOptions
@@ -185,18 +185,21 @@ class DecoderReference:
 
 
 @contextmanager
-def open_reference(path: Path, spec: ModelSpec, window: int) -> Iterator[Reference]:
+def open_reference(path: Path, spec: ModelSpec, window: int, beside: int | None) -> Iterator[tuple[Reference, int]]:
     """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`.
 
-    For windows of so many tokens.
+    For windows of so many tokens. With it comes the budget, in bytes, of a process that holds it and a model of a
+    budget of `beside`, by default of about half of what there is.
     """
     with ExitStack() as stack:
+        limit, before = memory_limit(), resident_bytes()
         if (path / MANIFEST).exists():
             with importing():  # what it attends with, before memory is divided
                 import dymoe_runtime.attention  # noqa: F401
             bundle = Bundle.open(path)
-            options = RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=memory_limit())
-            decoder = stack.enter_context(Model(bundle, options, window)).decoder
+            model = stack.enter_context(Model(bundle, _options_of_reference(bundle, window, limit, beside), window))
+            decoder = model.decoder
+            limit -= max(0, model.budget.memory - resident_bytes())  # what it has not taken yet
         else:
             decoder = _open_checkpoint(path)
         if decoder.spec.vocab_size != spec.vocab_size:
@@ -204,7 +207,21 @@ def open_reference(path: Path, spec: ModelSpec, window: int) -> Iterator[Referen
                 f"{path}: its vocabulary has {decoder.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
                 "give the model that the bundle was compiled from"
             )
-        yield DecoderReference(decoder)
+        wanted = limit if beside is None else beside + max(0, resident_bytes() - before)
+        yield DecoderReference(decoder), min(limit, wanted)
+
+
+def _options_of_reference(bundle: Bundle, window: int, limit: int, beside: int | None) -> RunOptions:
+    """Within a memory limit; DymoeError where that is too little beside so many bytes."""
+    least = plan_budget(bundle, window, limit, window=window).floor
+    both = limit + resident_bytes()  # for the process itself is in the budgets of both
+    left = max(both // 2, least) if beside is None else both - beside
+    if left < least:
+        raise DymoeError(
+            f"{bundle.path}: as the reference it needs {format_size(least)}, of which {format_size(max(0, left))} are "
+            f"left beside --memory {format_size(beside or 0)}; give a smaller --memory, or a smaller --context"
+        )
+    return RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=left)
 
 
 def _open_checkpoint(path: Path) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -45,7 +46,7 @@ def check_flags(o: dict[str, Any]) -> None:
         raise click.UsageError("--decisions and --trace name the same file")
     if o["warm_set"] is not None and (o["eval_files"] or o["probing"]):
         raise click.UsageError("--warm-set goes with neither --eval nor --probe")
-    if o["tiers"] != "auto" and not (o["tiers"].isascii() and o["tiers"].isdecimal()):
+    if o["tiers"] != "auto" and not re.fullmatch("[0-9]{1,2}", o["tiers"]):
         raise click.UsageError(f"--tiers {o['tiers']}: expected auto or one tier, such as 4")
     if o["point"] not in (None, "auto") and not _is_bits(o["point"]):
         raise click.UsageError(f"--point {o['point']}: expected auto or mean bits, such as 3.0")

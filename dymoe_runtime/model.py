@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,9 @@ class Model:
         self.bundle = bundle
         self.spec = bundle.spec
         self.max_context = min(options.context or bundle.spec.max_context, bundle.spec.max_context)
+        self._decisions: Decisions | None = None
+        if options.decisions is not None:  # before memory is divided, of which it takes some
+            self._decisions = Decisions(read_trace(options.decisions, bundle), str(options.decisions))
         budget = plan_budget(bundle, self.max_context, options.memory_bytes, window=window, kv_bits=options.kv_bits)
         if options.arena_bytes is None:
             check_budget(budget)
@@ -78,14 +82,24 @@ class Model:
         if options.arena_bytes is not None:
             budget = budget.with_arena(options.arena_bytes)
         self._trial = Trial()  # of looking ahead
-        self._decisions: Decisions | None = None
-        if options.decisions is not None:
-            self._decisions = Decisions(read_trace(options.decisions, bundle), str(options.decisions))
-        stream = None if options.trace is None else options.trace.open("w", encoding="utf-8")
-        self.reader = RecordReader(bundle)
         self._warm_set = options.warm_set
         known = None if options.warm_set is None else read_warm_set(options.warm_set, bundle)
         self._expected = expected_uses(bundle) if known is None else known
+        self._pace: Pace | None = None
+        self._paced: tuple[OperatingPoint, ...] = ()
+        self._parts = ExitStack()  # threads and files, closed with the model
+        try:
+            self._open_store(options, budget)
+            self._load(options)
+            self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_store(self, options: RunOptions, budget: Budget) -> None:
+        """The experts, none of which is in memory yet."""
+        bundle, parts = self.bundle, self._parts
+        self.reader = parts.enter_context(closing(RecordReader(bundle)))
         self._eviction = make_eviction(bundle, options.fade, options.eviction, self._expected)
         self.store = ExpertStore(
             bundle.layout,
@@ -97,6 +111,8 @@ class Model:
             partial(kernels.prepare_at, bundle.layout),
             options.overlap,
         )
+        parts.pop_all()
+        parts.callback(self._close_store)
         self._room = Room(budget, self.store, heeds_limit=options.arena_bytes is None)
         self.experts = StoredExperts(self.store, self.rule, bundle.spec.activation)
         self.experts.latency = options.latency
@@ -104,15 +120,13 @@ class Model:
             self.experts.decided = self._decisions.tiers
         if options.look_ahead and not self.store.roomy and kernels.isa() != kernels.REFERENCE:
             self.experts.cost = self.measure_cost((1,), cost.QUICK_SWEEP_BYTES)
-        self._tracer = None if stream is None else Tracer(stream, self.store)
-        self._pace: Pace | None = None
-        self._paced: tuple[OperatingPoint, ...] = ()
-        try:
-            self._load(options)
-            self._cache = KVCache(bundle.spec, window or self.max_context, options.kv_bits, one_layer=bool(window))
-        except BaseException:
-            self.close()
-            raise
+        self._tracer = None if options.trace is None else Tracer(options.trace, self.store)
+        if self._tracer is not None:
+            parts.callback(self._tracer.close)
+
+    def _close_store(self) -> None:
+        if self.store.close():  # else a thread still reads
+            self.reader.close()
 
     def _load(self, options: RunOptions) -> None:
         """Everything but the experts, and these meanwhile."""
@@ -146,10 +160,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        if self.store.close():
-            self.reader.close()
-        if self._tracer is not None:
-            self._tracer.close()
+        self._parts.close()
 
     def remember(self) -> None:
         """Write the warm set, if there is to be one and what is used was counted: not where everything fits."""

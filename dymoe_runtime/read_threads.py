@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from dymoe_runtime import kernels
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.tensorfile import fill
 
@@ -54,10 +55,13 @@ class ReadThreads(Protocol):
 
 
 def read_threads(count: int) -> ReadThreads:
-    """The compiled ones where the compiled kernels are in use."""
-    if kernels.isa() == kernels.REFERENCE:
-        return PythonThreads(count)
-    return kernels.native.Reads(count)
+    """The compiled ones where the compiled kernels are in use; DymoeError where there can be none."""
+    try:
+        return PythonThreads(count) if kernels.isa() == kernels.REFERENCE else kernels.native.Reads(count)
+    except RuntimeError as error:
+        raise DymoeError(
+            f"the system allows no thread more ({error}); raise the limit of this process's cgroup or user (ulimit -u)"
+        ) from error
 
 
 class _Read(NamedTuple):

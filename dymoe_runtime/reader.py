@@ -51,6 +51,12 @@ class RecordReader:
                 self._bundle.check_segment(key, segment, memoryview(buffer))
                 self._checked[key.layer][key.expert] |= 1 << segment
 
+    def forget(self) -> None:
+        """Drop what the page cache has of the files, as far as the system can be told, where reads go through it."""
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            for fd in self._files.values():
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         for fd in self._files.values():
             os.close(fd)

@@ -68,9 +68,12 @@ def replay(
     memory is lent to long prompts.
     """
     spec = bundle.spec
-    arena = max(arena_bytes, least_arena_bytes(bundle.layout))
-    eviction = make_eviction(bundle, fade, policy)
-    store = ExpertStore(bundle.layout, (spec.num_layers, spec.num_experts), _read_nothing, arena, eviction)
+    experts = len(bundle.manifest.layers) * spec.num_experts
+    arena = max(arena_bytes, least_arena_bytes(bundle.layout, experts))
+    eviction, shape = make_eviction(bundle, fade, policy), (spec.num_layers, spec.num_experts)
+    store = ExpertStore(
+        bundle.layout, shape, _read_nothing, arena, eviction, experts, lambda tier, places: tier, backed=False
+    )
     decoded, before = [], np.zeros(3)
     try:
         for line in lines:

@@ -80,13 +80,15 @@ class Residency:
         eviction: Eviction,
         prepare: Prepare,
         moved: Callable[[], None],
+        backed: bool = True,
     ) -> None:
         self.asked_bytes = 0  # of reads that were submitted
         self.counts = StoreStats()  # but for reads under way: `stats` has all
-        self.arena = Arena(layout.segment_spans, arena_bytes, _movable, self._forget_prepared)
+        self.arena = Arena(layout.segment_spans, arena_bytes, _movable, self._forget_prepared, backed)
         self.eviction = eviction
         self.reads = ReadQueue(reader, self.arena.memory)
         self.entries: dict[ExpertKey, Entry] = {}
+        self.failed: dict[ExpertKey, BaseException] = {}  # reads in the background that nobody has waited for
         self.held = [[0] * len(layout.ladder) for _ in range(shape[0])]  # experts of each layer with each segment
         self.segments_of = {tier: layout.segments_of(tier) for tier in (0, *layout.ladder)}
         self.spans = layout.segment_spans
@@ -170,6 +172,8 @@ class Residency:
         read = entry.read
         if read is not None and read.done and not entry.pins:
             if read.error is not None:
+                if read.purpose is Urgency.BACKGROUND:
+                    self.failed[read.key] = read.error
                 self.undo(read)
                 return
             entry.read = None

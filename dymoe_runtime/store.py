@@ -44,7 +44,8 @@ class ExpertStore:
     `shape` is (layers, experts per layer); `experts` is how many there are where some layers have
     none. `eviction` says what leaves, by default what was used least. `prepare(tier, places)` makes
     what is delivered of the leading segments of an expert; it is asked again only after segments have
-    left or moved. Without `overlap` nothing is delivered before all that is held at once has arrived.
+    left or moved. Without `overlap` nothing is delivered before all that is held at once has arrived. Without
+    `backed` the arena is only counted: for a `reader` without files and a `prepare` that does not look.
     """
 
     def __init__(
@@ -57,19 +58,23 @@ class ExpertStore:
         experts: int | None = None,
         prepare: Prepare = lambda tier, places: list(map(memory_at, places)),
         overlap: bool = True,
+        backed: bool = True,
     ) -> None:
-        least = least_arena_bytes(layout)
-        if arena_bytes < least:
-            raise DymoeError(f"expert arena of {arena_bytes} bytes is too small; the least that works is {least} bytes")
+        experts = experts or shape[0] * shape[1]
+        self._least_bytes = least_arena_bytes(layout, experts)
+        if arena_bytes < self._least_bytes:
+            raise DymoeError(
+                f"expert arena of {arena_bytes} bytes is too small; the least that works is {self._least_bytes} bytes"
+            )
         self.layout = layout
         self.observer: Callable[[Sequence[Want]], None] | None = None  # told of what is demanded
         self._shape = shape
         self._eviction = eviction or Eviction(shape, len(layout.ladder))
         arena_bytes = min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1]))
-        self._memory = Residency(layout, shape, arena_bytes, reader, self._eviction, prepare, self._forget)
+        self._memory = Residency(layout, shape, arena_bytes, reader, self._eviction, prepare, self._forget, backed)
         self._admission = Admission(self._memory)
         self._delivery = Delivery(self._memory, self._admission, overlap)
-        self._full_bytes = full_arena_bytes(layout, experts or shape[0] * shape[1])
+        self._full_bytes = full_arena_bytes(layout, experts)
         self._roomy = self.arena_bytes >= self._full_bytes
         self._lent: list[Entry] = []  # pinned until the next are asked for
         self._staying: dict[Want, Any] = {}  # prepared, where nothing ever has to leave
@@ -117,7 +122,7 @@ class ExpertStore:
         self._recent.clear()
         for entry in list(self._memory.entries.values()):
             self._memory.refresh(entry)
-        self._admission.resize(max(arena_bytes, least_arena_bytes(self.layout)))
+        self._admission.resize(max(arena_bytes, self._least_bytes))
         self._roomy = self.arena_bytes >= self._full_bytes
 
     def begin(self, wants: Sequence[Want]) -> Generator[list[Delivered], None, None]:
@@ -269,9 +274,15 @@ class ExpertStore:
                 break
 
     def promote(self, wants: Sequence[Want], needed_now: Sequence[Want] = ()) -> None:
-        """Read in the background what `wants` lacked just now, in place of what is used less."""
+        """Read in the background what `wants` lacked just now, in place of what is used less.
+
+        Raises what kept it from coming when it was read before: else nobody would ever be told.
+        """
         if not wants:
             return
+        for want in wants:
+            if (error := self._memory.failed.pop(want.key, None)) is not None:
+                raise error
         keep = {want.key for want in (*wants, *needed_now)}
         for want in wants:
             there = len(self._memory.entry(want.key).slots)
@@ -307,9 +318,10 @@ class ExpertStore:
         yield [self._delivery.delivered(want) for want in wants]
 
 
-def least_arena_bytes(layout: RecordLayout) -> int:
-    """The smallest arena that can always hold the experts in use."""
-    return WINDOW * len(layout.ladder) * chunk_bytes(layout.segment_spans)
+def least_arena_bytes(layout: RecordLayout, experts: int | None = None) -> int:
+    """The smallest arena that can always hold the experts in use: all, if there are no more than these few."""
+    least = WINDOW * len(layout.ladder) * chunk_bytes(layout.segment_spans)
+    return least if experts is None else min(least, full_arena_bytes(layout, experts))
 
 
 def full_arena_bytes(layout: RecordLayout, experts: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,9 @@ class Tracer:
     `prompt`, whether it is of one.
     """
 
-    def __init__(self, stream: IO[str], store: ExpertStore) -> None:
-        self._stream = stream
+    def __init__(self, path: Path, store: ExpertStore) -> None:
+        self._path = path
+        self._stream = path.open("w", encoding="utf-8")
         self._store = store
         self._pass = 0
         self._wants: Sequence[Want] = ()
@@ -67,25 +69,43 @@ class Tracer:
         self._pass += 1
 
     def close(self) -> None:
-        self._stream.close()
+        with self._writing():
+            self._stream.close()
 
     def _note(self, wants: Sequence[Want]) -> None:
         self._wants = wants
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
+        with self._writing():
+            self._stream.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                self._stream.close()
+            raise DymoeError(
+                f"{self._path}: cannot be written ({error.strerror}); free some space, or leave --trace out"
+            ) from error
 
 
-def read_trace(path: Path, bundle: Bundle) -> list[dict[str, Any]]:
-    """The lines of a trace of `bundle`; DymoeError where it is not one."""
+def read_trace(path: Path, bundle: Bundle) -> Iterator[dict[str, Any]]:
+    """The lines of a trace of `bundle`, of which there is at least one; DymoeError where it is not one."""
+    fits = False
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        sound = all(_fits(line, bundle) for line in lines)
+        with path.open(encoding="utf-8") as lines:
+            for text in lines:
+                line = json.loads(text)
+                fits = _fits(line, bundle)
+                if not fits:
+                    break
+                yield line
     except (ValueError, TypeError, KeyError) as error:
         raise DymoeError(f"{path}: not a trace ({error!r}); make one with dymoe-run --trace") from error
-    if not lines or not sound:
+    if not fits:
         raise DymoeError(f"{path}: not a trace of this bundle; make one with dymoe-run --trace")
-    return lines
 
 
 def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
@@ -105,14 +125,15 @@ def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
 class Decisions:
     """The tiers that a traced run chose, for a run of the same prompt to choose them again."""
 
-    def __init__(self, lines: Sequence[Mapping[str, Any]], where: str) -> None:
+    def __init__(self, lines: Iterable[Mapping[str, Any]], where: str) -> None:
         self._where = where
-        self._passes = [line for line in lines if "layer" not in line]
-        self._tiers = {
-            (line["pass"], line["layer"]): {expert: tier for expert, tier, _ in line["wants"]}
-            for line in lines
-            if "layer" in line and line["tokens"] == 1
-        }
+        self._passes: list[Mapping[str, Any]] = []
+        self._tiers: dict[tuple[int, int], dict[int, int]] = {}  # by pass and layer, of single tokens
+        for line in lines:
+            if "layer" not in line:
+                self._passes.append(line)
+            elif line["tokens"] == 1:
+                self._tiers[line["pass"], line["layer"]] = {expert: tier for expert, tier, _ in line["wants"]}
         self._next = 0  # pass
         self._left = 0  # tokens of the pass before that
 

@@ -110,5 +110,9 @@ def write_warm_set(path: Path, uses: np.ndarray) -> None:
     try:
         partial.write_text(json.dumps({"uses": np.round(uses, 5).tolist()}) + "\n", encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        raise DymoeError(
+            f"{path}: the warm set cannot be written ({error.strerror}); free some space, or leave --warm-set out"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,6 +59,12 @@ GOOD = {
 )
 def test_sizes_are_read(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
+
+
+def test_a_size_beyond_all_numbers_is_refused() -> None:
+    for text in ("9" * 400, "9" * 5000 + "GiB", "9999999999TiB"):
+        with pytest.raises(ValueError, match="more than there can be"):
+            parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -327,3 +334,12 @@ def test_resident_memory_grows_with_what_is_touched() -> None:
 
 def test_there_is_at_least_one_thread() -> None:
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
+
+
+def test_the_largest_resident_set_is_in_bytes_without_proc_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS counts in bytes what Linux counts in kilobytes."""
+    known = device.peak_resident_bytes()
+    monkeypatch.setattr(device, "_STATUS", tmp_path / "none")
+    assert abs(device.peak_resident_bytes() - known) < known / 10
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert abs(device.peak_resident_bytes() * 1024 - known) < known / 10

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,14 @@ import numpy as np
 import pytest
 from conftest import Outcome, assert_one_sentence, reader_threads, run_cli
 
+from dymoe_runtime import commands as commands_module
+from dymoe_runtime import evaluate as evaluate_module
+from dymoe_runtime import kernels, read_queue
 from dymoe_runtime import model as model_module
-from dymoe_runtime import read_queue
 from dymoe_runtime import room as room_module
 from dymoe_runtime.budget import plan_budget
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.device import MARGIN
+from dymoe_runtime.device import MARGIN, resident_bytes
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.experts import StoredExperts
 from dymoe_runtime.model import Model
@@ -333,3 +337,96 @@ while not begun:
 def test_a_program_that_leaves_a_model_open_ends_after_its_reads() -> None:
     done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=PATIENCE_S + 20)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+ALONE = """
+import numpy as np
+from dymoe_runtime import kernels
+kernels.set_threads(8)
+assert (kernels.matmul(np.ones((64, 2048), np.float32), np.ones((512, 2048), np.float32)) == 2048).all()
+print(kernels.threads())
+from dymoe_runtime.__main__ import run
+run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how large the stacks of threads are")
+@pytest.mark.skipif(kernels.isa() == kernels.REFERENCE, reason="the reference's threads are torch's")
+def test_where_no_thread_can_be_had_kernels_do_without_and_reads_say_so(tiny_path: Path) -> None:
+    def no_room_for_another_stack() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 44, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tiny_path, "--prompt", "a"],
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=no_room_for_another_stack,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "1\n"
+    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "no thread more", "ulimit")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
+def test_a_trace_on_a_full_disk_is_named_and_costs_no_result(shipped_path: Path) -> None:
+    args = ("--prompt", PROMPT, "--ignore-eos", "--trace", "/dev/full", "--json", "--max-tokens")
+    short = run_cli(shipped_path, *args, 2)
+    assert short.json["text"]  # what was traced is written at the end
+    assert_one_sentence(short, "/dev/full", "No space left", "--trace")
+    assert_one_sentence(run_cli(shipped_path, *args, 200), "/dev/full", "No space left", "--trace")
+    assert not reader_threads()
+
+
+def test_a_warm_set_on_a_disk_that_is_full_is_named_and_costs_no_result(
+    shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    outcome = short_of_memory(shipped_path, "--warm-set", tmp_path / "warm.json", "--json")
+    assert outcome.json["text"] and not (tmp_path / "warm.json").exists()
+    assert_one_sentence(outcome, "warm.json", "No space left", "--warm-set")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how many files are open")
+@pytest.mark.parametrize("what", ["arena", "warm set", "trace", "decisions"])
+def test_a_model_that_cannot_be_had_leaves_no_files_open(what: str, shipped: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("{}")
+    options = {
+        "arena": RunOptions(arena_bytes=1),
+        "warm set": RunOptions(warm_set=file),
+        "trace": RunOptions(trace=tmp_path),
+        "decisions": RunOptions(decisions=file),
+    }[what]
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises((DymoeError, OSError)):
+        Model(shipped, options)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not reader_threads()
+
+
+@pytest.mark.parametrize("memory", [None, 300 << 20])
+def test_a_reference_and_the_model_share_the_memory_that_there_is(
+    memory: int | None, shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, models = resident_bytes() + (500 << 20), []
+
+    class Noted(Model):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            models.append((self.budget.memory, resident_bytes()))
+
+    for module in (evaluate_module, commands_module):
+        monkeypatch.setattr(module, "Model", Noted)
+    monkeypatch.setattr(evaluate_module, "memory_limit", lambda: limit)
+    text = tmp_path / "text.txt"
+    text.write_text(PROMPT)
+    args = () if memory is None else ("--memory", resident_bytes() + memory)
+    assert run_cli(shipped_path, "--eval", text, "--tiers", 4, "--reference", shipped_path, *args).code == 0
+    (reference, taken), (model, _) = models
+    assert model + max(0, reference - taken) <= limit
+    too_much = run_cli(shipped_path, "--eval", text, "--reference", shipped_path, "--memory", limit)
+    assert_one_sentence(too_much, "as the reference it needs", "--memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from conftest import EXAMPLES, MODEL, Outcome, assert_one_sentence, bundle_cli, 
 from dymoe_runtime import budget as budget_module
 from dymoe_runtime import kernels
 from dymoe_runtime import model as model_module
-from dymoe_runtime.budget import Budget, plan_budget
+from dymoe_runtime.budget import SPREAD_BYTES, Budget, plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.decoder import Routing
 from dymoe_runtime.evaluate import log_softmax
@@ -707,3 +708,36 @@ def test_verify_says_that_a_sound_bundle_is_sound(tiny_path: Path, tmp_path: Pat
     copy = Path(shutil.copytree(tiny_path, tmp_path / "moved elsewhere.dymoe"))
     outcome = bundle_cli("verify", copy)
     assert outcome.code == 0 and "sound" in outcome.out
+
+
+def test_numbers_beyond_all_bounds_are_wrong_usage(shipped_path: Path, tmp_path: Path) -> None:
+    for flag, value in (("--memory", "9" * 400), ("--tiers", "9" * 5000), ("--arena", "9" * 400 + "GiB")):
+        outcome = run_cli(shipped_path, "--prompt", "a", flag, value)
+        assert outcome.code == 2 and not outcome.out and "Traceback" not in outcome.err
+
+
+def test_a_text_that_the_output_cannot_take_is_no_error(shipped_path: Path) -> None:
+    """A model may answer with any character, wherever it is asked."""
+    script = """
+import dymoe_runtime.commands as commands
+from dymoe_runtime.generate import Token
+commands.generate = lambda *args, **options: iter([Token(1, "caf\\u00e9 \\u2014", "length")])
+from dymoe_runtime.__main__ import run
+run()
+"""
+    command = [sys.executable, "-c", script, str(shipped_path), "--prompt", "a"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9 ?\n"), done.stderr
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_a_model_of_a_few_experts_runs(experts: int, tmp_path: Path, calibration_text: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0], num_experts=experts)
+    outcome = compile_cli(model, "-o", tmp_path / "bundle", "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert plan_budget(bundle, 64).full_arena <= least_arena_bytes(bundle.layout)
+    for memory in ((), ("--memory", plan_budget(bundle, 64).floor + 2 * SPREAD_BYTES)):
+        args = ("--max-tokens", 8, "--ignore-eos", "--context", 64, *memory)
+        assert run_cli(bundle.path, "--prompt", "abc", *args).code == 0

@@ -1536,3 +1536,29 @@ def test_memory_stays_as_long_as_a_thread_may_write_to_it(monkeypatch: pytest.Mo
     gc.collect()
     assert memory() is not None
     reader.release()
+
+
+def test_a_promotion_that_failed_is_raised_where_it_is_wanted_again(make: Make) -> None:
+    """Nobody waits for it, so the error would not be seen otherwise."""
+    store, reader = make(segments=9)
+    fetch(store, reader, want(1, 2), want(2, 2))
+    reader.failing[key(1)] = broken(1)
+    store.promote([want(1, 4)])
+    wait_until(lambda: store.tier_at_hand(want(1)) == 2 and bool(store._memory.failed))
+    store.promote([want(2, 4)])
+    with pytest.raises(DymoeError) as caught:
+        store.promote([want(1, 4)])
+    assert caught.value is reader.failing[key(1)]
+    assert store.tier_at_hand(want(1, 2)) == 2
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_a_model_of_few_experts_needs_no_more_than_all_of_them(make: Make, experts: int) -> None:
+    layout = flat_layout()
+    full = full_arena_bytes(layout, experts)
+    store, reader = make(layout=layout, shape=(1, experts), arena_bytes=full)
+    assert store.roomy and least_arena_bytes(layout, experts) <= full
+    for tier in (2, 4, 3):
+        fetch(store, reader, *(want(expert, tier) for expert in range(experts)))
+    store.resize(0)
+    fetch(store, reader, *(want(expert, 4) for expert in range(experts)))

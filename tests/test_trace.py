@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
 from conftest import assert_one_sentence, bundle_cli, run_cli
 
+from dymoe_runtime import arena as arena_module
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.eviction import POLICIES
 from dymoe_runtime.replay import parts_of_tokens
@@ -80,6 +82,23 @@ def test_a_replay_tries_memory_and_ways_to_forget(shipped_path: Path, tmp_path: 
     assert min(row["decode_hit_rate"] for row in rows[3:]) > max(row["decode_hit_rate"] for row in rows[:3])
     assert outcome.json["traced"]["tokens"] == TOKENS - 1
     assert "hit rate" in bundle_cli("replay", shipped_path, path).out
+
+
+def test_a_replay_needs_none_of_the_memory_that_it_tries(
+    shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    sizes: list[int] = []
+    real = arena_module.map_memory
+
+    def mapped(nbytes: int) -> mmap.mmap:
+        sizes.append(nbytes)
+        return real(nbytes)
+
+    monkeypatch.setattr(arena_module, "map_memory", mapped)
+    assert bundle_cli("replay", shipped_path, path, "--arena", "3MiB", "1GiB").code == 0
+    assert sizes == [0, 0]
 
 
 def test_a_replay_tries_policies(shipped_path: Path, tmp_path: Path) -> None:
@@ -162,9 +181,12 @@ def test_what_is_no_trace_is_refused(shipped_path: Path, tmp_path: Path) -> None
         "wants": [[1, 4, 1]],
         "hits": 0,
         "read_bytes": 0,
+        "look_ahead_bytes": 0,
         "wait_s": 0,
         "seconds": 1,
     }
+    (tmp_path / "trace.jsonl").write_text(json.dumps(layer))
+    assert bundle_cli("replay", shipped_path, tmp_path / "trace.jsonl").code == 0
     wrong = [
         {"wants": [[9999, 4, 1]]},
         {"wants": [[1, 7, 1]]},

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -106,10 +107,14 @@ class Pool {
 
   void start() {
     while (int(workers_.size()) < size_ - 1) {
-      workers_.emplace_back([this, seen = gate_.load() / kLoop, worker = int(workers_.size())] {
-        if (pinned_) stay(worker);
-        serve(seen);
-      });
+      try {
+        workers_.emplace_back([this, seen = gate_.load() / kLoop, worker = int(workers_.size())] {
+          if (pinned_) stay(worker);
+          serve(seen);
+        });
+      } catch (const std::system_error&) {  // the system allows no more
+        size_ = int(workers_.size()) + 1;
+      }
     }
   }
 

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <unordered_set>
 #include <utility>
@@ -144,13 +145,18 @@ struct Reads::State {
 Reads::Reads(int threads) : state_(std::make_shared<State>()) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   for (int i = 0; i < threads; ++i) {
-    ++state_->alive;
-    state_->threads.emplace_back([state = state_] {
+    try {
+      state_->threads.emplace_back([state = state_] {
 #if defined(__linux__)
-      pthread_setname_np(pthread_self(), "dymoe-reader");
+        pthread_setname_np(pthread_self(), "dymoe-reader");
 #endif
-      state->serve();
-    });
+        state->serve();
+      });
+    } catch (const std::system_error&) {  // the system allows no more; fewer do, if more slowly
+      if (!i) throw;
+      return;
+    }
+    ++state_->alive;
   }
 }
 
