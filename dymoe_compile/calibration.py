@@ -225,7 +225,7 @@ class LayerRun:
         square = (gates * out).square().sum().item()
         for tier, errors in self._errors.items():
             off = torch.from_numpy(kernels.ffn(self._layout, tier, segments, x.numpy(), self.spec.activation)) - out
-            errors.append(_significant((gates * off).square().sum().item() / square) if square > 0 else 0.0)
+            errors.append(significant((gates * off).square().sum().item() / square) if square > 0 else 0.0)
 
     def _note(self, layer: int) -> tuple[LayerStatistics, LayerEntry]:
         assert self._routing is not None and self._entry is not None and self._routing.token_weights is not None
@@ -316,7 +316,8 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _significant(value: float, digits: int = 4) -> float:
+def significant(value: float, digits: int = 4) -> float:
+    """Rounded to so many digits, as figures are written down."""
     return float(f"{value:.{digits}g}")
 
 

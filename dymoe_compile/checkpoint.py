@@ -53,11 +53,6 @@ class Checkpoint:
         spec = family.spec(Config(values))
         return Checkpoint(directory, spec, family.names(spec))
 
-    def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
-
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor outside the experts by our name, in its stored precision."""
         return self._read(*self._find(self._candidates(name), name))

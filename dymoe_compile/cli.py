@@ -45,7 +45,9 @@ DEFAULT_PROFILE = "laptop-8gb"
     "--jobs", type=click.IntRange(1, MOST_THREADS), help="Threads. Default: all cores that this process may use."
 )
 @click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping what is up to date.")
-@click.option("--max-kl", type=float, help="Exit with 3 unless an operating point reaches this KL.")
+@click.option(
+    "--max-kl", type=float, help="Exit with 3 unless an operating point that fits the profile's memory reaches this KL."
+)
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @click.version_option(package_name="dymoe")
 @one_sentence

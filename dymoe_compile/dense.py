@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from dymoe_compile.calibration import significant
 from dymoe_compile.checkpoint import DTYPES, Checkpoint
 from dymoe_compile.progress import Progress
 from dymoe_compile.quantize import quantize_matrix
@@ -132,7 +133,7 @@ def _cheapest(added: Mapping[int, float], nbytes: Mapping[int, int], price: floa
 
 def _shown(added: Mapping[int, float]) -> dict[str, float]:
     """Four digits of what is finite, for JSON; without MOST_BITS, which adds nothing."""
-    return {str(bits): float(f"{kl:.4g}") for bits, kl in added.items() if bits != MOST_BITS and math.isfinite(kl)}
+    return {str(bits): significant(kl) for bits, kl in added.items() if bits != MOST_BITS and math.isfinite(kl)}
 
 
 def kind_bytes(spec: ModelSpec) -> dict[str, dict[int, int]]:

@@ -32,13 +32,6 @@ class LookAheadFit:
     two_ahead: list[float] = field(default_factory=list)  # the router asked two layers early
     predictor: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))  # [experts, H + 1], or empty
 
-    @property
-    def used(self) -> str:
-        """What the runtime is to ask."""
-        if not self.router:
-            return "none"
-        return "linear" if self.predictor.size else "router"
-
 
 class LookAheadProbe:
     """Follows a sample of tokens through the layers."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dymoe_compile.calibration import LayerStatistics
+from dymoe_compile.calibration import LayerStatistics, significant
 from dymoe_compile.candidates import Candidates
 from dymoe_compile.progress import Progress
 from dymoe_compile.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
@@ -81,7 +81,7 @@ def fit_policy(
     kept = [replace(point, prefill=fitted.get(point.name, point.prefill)) for point in kept]
     with progress("prompt reading", spec.num_layers) as advance:
         reading = measurer.measure([Prefilling(_rule_of(point, ladder, pinned)) for point in kept], advance)
-    kept = [replace(point, prefill_kl=_significant(result.kl)) for point, result in zip(kept, reading, strict=True)]
+    kept = [replace(point, prefill_kl=significant(result.kl)) for point, result in zip(kept, reading, strict=True)]
     flat = not any(point.kind == "mixed" for point in kept)
     policy = Policy(
         ladder=ladder,
@@ -182,9 +182,9 @@ def make_point(name: str, kind: str, rule: Rule, result: Measurement, bundle: Bu
         bits_mean=round(mean(float), 4),
         effective_bits=round(mean(layout.bits_per_weight), 4),
         bytes_per_token=round(mean(layout.prefix_bytes) * active),
-        kl=_significant(score["kl"]),
-        nll=_significant(score["nll"], 6),
-        top1_agreement=_significant(score["top1_agreement"]),
+        kl=significant(score["kl"]),
+        nll=significant(score["nll"], 6),
+        top1_agreement=significant(score["top1_agreement"]),
         prefill_kl=math.nan,
     )
 
@@ -268,14 +268,12 @@ def layer_policy(layer: int, statistics: Mapping[int, LayerStatistics], sensitiv
     early = "linear" if seen.predictor.size else "router"
     return LayerPolicy(
         layer=layer,
-        sensitivity={str(tier): _significant(row[tier].kl) for tier in sorted(row)},
+        sensitivity={str(tier): significant(row[tier].kl) for tier in sorted(row)},
         frequency=tuple(seen.frequency),
         gate_mass=tuple(seen.gate_mass),
         expert_error={tier: tuple(errors) for tier, errors in seen.expert_error.items()},
         router_overlap={
-            str(tier): _significant(overlap)
-            for tier in sorted(row)
-            if (overlap := row[tier].router_overlap) is not None
+            str(tier): significant(overlap) for tier in sorted(row) if (overlap := row[tier].router_overlap) is not None
         },
         pinned=ruined_experts(seen.expert_error),
         data_free=tuple(seen.data_free),
@@ -317,7 +315,7 @@ def _reference_nll(held_out: np.ndarray, original: Original) -> float:
     total = Score()
     for ids, hidden in zip(held_out, original.hidden, strict=True):
         total.add(score_window(ids, hidden, original.head))
-    return _significant(total.nll_sum / total.tokens, 6)
+    return significant(total.nll_sum / total.tokens, 6)
 
 
 def _rule_of(point: OperatingPoint, ladder: tuple[int, ...], pinned: tuple[tuple[int, ...], ...]) -> TierRule:
@@ -331,7 +329,3 @@ def _with_layer(rule: TierRule, layer: int, other: TierRule) -> TierRule:
         return (*rows[:layer], row, *rows[layer + 1 :])
 
     return TierRule(rule.ladder, swap(rule.decode, other.decode[layer]), swap(rule.prefill, other.prefill[layer]))
-
-
-def _significant(value: float, digits: int = 4) -> float:
-    return float(f"{value:.{digits}g}")

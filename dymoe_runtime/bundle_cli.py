@@ -11,7 +11,7 @@ import click
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.console import ManyValues, Size, one_sentence, print_json, progress_bar
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH, POLICIES
+from dymoe_runtime.eviction import EVICTIONS, GROWTH
 from dymoe_runtime.inspect import describe, format_description
 from dymoe_runtime.replay import format_replay, plot_split, replay, split
 from dymoe_runtime.trace import read_trace
@@ -20,7 +20,7 @@ from dymoe_runtime.trace import read_trace
 @click.group()
 @click.version_option(package_name="dymoe")
 def bundle() -> None:
-    """Look at a bundle or check it."""
+    """Look at a bundle, check it, or replay a trace of it with other memory."""
 
 
 @bundle.command("inspect")
@@ -64,11 +64,29 @@ def verify_command(bundle: Path, as_json: bool) -> None:
 @bundle.command("replay", cls=ManyValues)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("trace", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--arena", "arenas", type=Size(), multiple=True, metavar="SIZE…", help="Memory for experts.")
 @click.option(
-    "--fade", "fades", type=click.FloatRange(1, 100), multiple=True, metavar="X…", help="1: LFU; 2: LRU, nearly."
+    "--arena",
+    "arenas",
+    type=Size(),
+    multiple=True,
+    metavar="SIZE…",
+    help="Memory for experts. Default: 10, 25, 50 and 75% of all.",
 )
-@click.option("--policy", "policies", type=click.Choice(POLICIES), multiple=True, help="What leaves memory first.")
+@click.option(
+    "--fade",
+    "fades",
+    type=click.FloatRange(1, 100),
+    multiple=True,
+    metavar="X…",
+    help=f"Factor by which a use counts more with each token: 1 is LFU, 2 nearly LRU. Default: {GROWTH}.",
+)
+@click.option(
+    "--eviction",
+    "evictions",
+    type=click.Choice(EVICTIONS),
+    multiple=True,
+    help=f"What leaves memory first. Default: {EVICTIONS[0]}.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Write where each token's time went, as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
 @one_sentence
@@ -77,21 +95,21 @@ def replay_command(
     trace: Path,
     arenas: Sequence[int],
     fades: Sequence[float],
-    policies: Sequence[str],
+    evictions: Sequence[str],
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """What other memory and other ways to choose what leaves it would have made of a TRACE of BUNDLE."""
+    """How a TRACE of BUNDLE would have fared with other memory."""
     opened = Bundle.open(bundle)
     lines = list(read_trace(trace, opened))
     if plot is not None:
         plot.write_text(plot_split(lines, trace.name), encoding="utf-8")
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
-    settings = list(itertools.product(sizes, policies or POLICIES[:1], fades or (GROWTH,)))
+    settings = list(itertools.product(sizes, evictions or EVICTIONS[:1], fades or (GROWTH,)))
     rows = []
     with progress_bar("replay", len(settings)) as advance:
-        for size, policy, fade in settings:
-            rows.append(replay(opened, lines, size, fade, policy))
+        for size, eviction, fade in settings:
+            rows.append(replay(opened, lines, size, fade, eviction))
             advance()
     if as_json:
         print_json({"traced": split(lines), "replayed": rows})

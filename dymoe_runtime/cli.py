@@ -11,7 +11,7 @@ import click
 
 from dymoe_runtime.console import MOST_SEED, MOST_THREADS, Duration, ManyValues, Size, one_sentence, sparing_imports
 from dymoe_runtime.errors import importing
-from dymoe_runtime.eviction import GROWTH, POLICIES
+from dymoe_runtime.eviction import EVICTIONS, GROWTH
 from dymoe_runtime.flags import check_flags
 
 
@@ -42,7 +42,7 @@ from dymoe_runtime.flags import check_flags
 @click.option("--memory", type=Size(), help="Budget of the whole process; default: what the cgroup or the machine has.")
 @click.option("--arena", type=Size(), hidden=True, help="For tests: the expert arena alone.")
 @click.option("--fade", type=click.FloatRange(1, 100), default=GROWTH, hidden=True, help="To compare: 1 LFU, 2 LRU.")
-@click.option("--eviction", type=click.Choice(POLICIES), default=POLICIES[0], hidden=True, help="To compare.")
+@click.option("--eviction", type=click.Choice(EVICTIONS), default=EVICTIONS[0], hidden=True, help="To compare.")
 @click.option("--no-overlap", is_flag=True, hidden=True, help="To compare: compute no expert before all are read.")
 @click.option("--warm-set", type=click.Path(path_type=Path), help="Keep in this file which experts to read first.")
 @click.option("--no-preload", is_flag=True, help="Do not read likely experts before they are asked for.")

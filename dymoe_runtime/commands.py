@@ -22,7 +22,7 @@ from dymoe_runtime.evaluate import Evaluation, evaluate, format_table, open_refe
 from dymoe_runtime.files import read_text
 from dymoe_runtime.generate import Token, generate
 from dymoe_runtime.model import Model, check_ids
-from dymoe_runtime.options import RunOptions
+from dymoe_runtime.options import RunOptions, label_of
 from dymoe_runtime.probe import format_probe, hold_pace, probe
 from dymoe_runtime.sampling import SamplingParams
 from dymoe_runtime.text import Tokenizer
@@ -273,7 +273,7 @@ def format_statistics(s: dict[str, Any]) -> str:
     ahead = s["look_ahead"]
     return "\n".join(
         (
-            f"precision   point {s['point']}: {s['bits_mean']:.2f} bits per active expert ({shares})",
+            f"precision   {label_of(s['point'])}: {s['bits_mean']:.2f} bits per active expert ({shares})",
             f"experts     {format_size(s['read_bytes'])} read, {format_size(s['read_bytes_per_token'])} per token, "
             f"hit rate {s['hit_rate']:.1%}, {s['evictions']} evictions, "
             f"{format_size(s['resident_bytes'])} resident of {format_size(s['arena_bytes'])}",

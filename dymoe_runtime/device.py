@@ -51,7 +51,7 @@ class Profile:
     ladder: tuple[int, ...]
     dense_bits: int | str  # of every kind, or "auto": measured
     memory_bytes: int  # for the whole process
-    disk_bytes_per_s: int
+    disk_bytes_per_s: int  # recorded with the bundle, as threads are; they decide nothing
     threads: int
 
 

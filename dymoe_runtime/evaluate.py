@@ -17,7 +17,7 @@ from dymoe_runtime.decoder import Decoder
 from dymoe_runtime.device import format_size, memory_limit, resident_bytes
 from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.model import Model
-from dymoe_runtime.options import RunOptions
+from dymoe_runtime.options import RunOptions, label_of
 from dymoe_runtime.policy import TierRule
 from dymoe_runtime.spec import ModelSpec
 
@@ -248,7 +248,7 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 
 def _format_row(name: str, bits: float | None, score: Mapping[str, Any]) -> str:
-    label = name if name == ORIGINAL or name.startswith("tier") else f"point {name}"
+    label = name if name == ORIGINAL else label_of(name)
     shown = "" if bits is None else f"{bits:.2f}"
     line = f"  {label:<12}{shown:>6}{score['nll']:>9.4f}{score['perplexity']:>12.3f}"
     if "kl" in score:

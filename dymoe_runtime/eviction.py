@@ -14,7 +14,7 @@ GROWTH = 1.01
 RESCALE_AT = 1e30
 
 # What leaves memory: what was used least, in all layers or in the layer that needs room, or what costs least to lose.
-POLICIES = ("global", "per-layer", "by-cost")
+EVICTIONS = ("global", "per-layer", "by-cost")
 
 
 class Eviction:

@@ -8,13 +8,18 @@ from pathlib import Path
 from dymoe_runtime.budget import Budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH, POLICIES
+from dymoe_runtime.eviction import EVICTIONS, GROWTH
 from dymoe_runtime.policy import TierRule
 
 # What a uniform setting is called, before its bits.
 TIER = "tier "
 # What is added to the name of a point whose thresholds are the same in all layers.
 NO_DEPTH = " without depth"
+
+
+def label_of(name: str) -> str:
+    """What was asked for as a person reads it: 'tier 4', 'point 3'."""
+    return name if name.startswith(TIER) else f"point {name}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class RunOptions:
     trace: Path | None = None  # where to write what every layer does
     decisions: Path | None = None  # a trace whose tiers to choose again
     fade: float = GROWTH  # of uses in the store, by a token
-    eviction: str = POLICIES[0]
+    eviction: str = EVICTIONS[0]
     overlap: bool = True  # compute experts while others are read
     preload: bool = False  # start to read likely experts before anything else is loaded
     warm_set: Path | None = None  # uses of the last session, read at the start and replaced at the end

@@ -1,4 +1,4 @@
-"""What a traced run spent its time on, and how it would have fared with other memory and other policies."""
+"""What a traced run spent its time on, and how it would have fared with other memory, and other things leaving it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def plot_split(lines: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def replay(
-    bundle: Bundle, lines: Sequence[Mapping[str, Any]], arena_bytes: int, fade: float, policy: str
+    bundle: Bundle, lines: Sequence[Mapping[str, Any]], arena_bytes: int, fade: float, eviction: str
 ) -> dict[str, Any]:
-    """How a store of `arena_bytes` with one of `POLICIES` would have fared, without look-ahead and preloading.
+    """How a store of `arena_bytes` with one of `EVICTIONS` would have fared, without look-ahead and preloading.
 
     It is the store itself with a reader that reads nothing, so it does what it would have done; but where more
     experts of a layer are wanted than can be held at once, what leaves depends on how fast reads are, and no
@@ -70,9 +70,9 @@ def replay(
     spec = bundle.spec
     experts = len(bundle.manifest.layers) * spec.num_experts
     arena = max(arena_bytes, least_arena_bytes(bundle.layout, experts))
-    eviction, shape = make_eviction(bundle, fade, policy), (spec.num_layers, spec.num_experts)
+    leaving, shape = make_eviction(bundle, fade, eviction), (spec.num_layers, spec.num_experts)
     store = ExpertStore(
-        bundle.layout, shape, _read_nothing, arena, eviction, experts, lambda tier, places: tier, backed=False
+        bundle.layout, shape, _read_nothing, arena, leaving, experts, lambda tier, places: tier, backed=False
     )
     decoded, before = [], np.zeros(3)
     try:
@@ -93,7 +93,7 @@ def replay(
     return {
         "arena_bytes": arena,
         "fade": fade,
-        "policy": policy,
+        "eviction": eviction,
         "hits": store.stats.hits,
         "read_bytes": store.stats.read_bytes,
         "decode_hit_rate": float(hits / max(requests, 1)),
@@ -106,11 +106,11 @@ def format_replay(parts: Mapping[str, float], rows: Sequence[Mapping[str, Any]])
         f"traced      {parts['tokens']:.0f} tokens decoded, {parts['total_ms']:.2f} ms each: "
         f"waiting {parts['wait_ms']:.2f}, experts {parts['experts_ms']:.2f}, the rest {parts['rest_ms']:.2f}",
         "",
-        f"{'arena MiB':>10}{'policy':>11}{'fade':>8}{'hit rate':>10}{'MB/token':>10}",
+        f"{'arena MiB':>10}{'eviction':>11}{'fade':>8}{'hit rate':>10}{'MB/token':>10}",
     ]
     for row in rows:
         lines.append(
-            f"{row['arena_bytes'] / (1 << 20):>10.0f}{row['policy']:>11}{row['fade']:>8g}"
+            f"{row['arena_bytes'] / (1 << 20):>10.0f}{row['eviction']:>11}{row['fade']:>8g}"
             f"{row['decode_hit_rate']:>10.1%}{row['decode_read_bytes_per_token'] / 1e6:>10.1f}"
         )
     return "\n".join(lines)

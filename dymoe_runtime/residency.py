@@ -1,15 +1,15 @@
 """What of which expert is in memory: slots of the arena, and reads on their way.
 
-Only the caller's thread changes the books; reader threads fill buffers and nothing else. What leaves is always the
-last segment that an expert has: refinement planes are used no more often than the base plane below them, so they
-go first.
+Only the caller's thread changes the books; reader threads fill buffers and check what they read. What leaves is
+always the last segment that an expert has: refinement planes are used no more often than the base plane below them,
+so they go first.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dymoe_runtime.arena import Arena, Slot
@@ -25,7 +25,7 @@ Prepare = Callable[[int, list[Place]], Any]
 
 @dataclass
 class StoreStats:
-    """Counts since the start or the last `reset`."""
+    """Counts since the start or the last `reset_stats`."""
 
     requests: int = 0  # experts asked for
     hits: int = 0  # of these, those that needed no read of their own
@@ -33,13 +33,10 @@ class StoreStats:
     look_ahead_reads: int = 0
     look_ahead_bytes: int = 0
     look_ahead_hits: int = 0  # look-ahead reads that were used
-    look_ahead_waste: int = 0  # look-ahead reads that were evicted unused
+    look_ahead_evicted: int = 0  # look-ahead reads that were evicted unused
     background_bytes: int = 0  # read before anybody wanted it, but not for the next layer
     evictions: int = 0
     wait_s: float = 0.0  # for the reads of demanded experts
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Shown(Protocol):
@@ -259,7 +256,7 @@ class Residency:
         self._drop(entry, left)
         if entry.guessed:
             used = [first for first in entry.guessed if first < left]
-            self.counts.look_ahead_waste += len(entry.guessed) - len(used)
+            self.counts.look_ahead_evicted += len(entry.guessed) - len(used)
             entry.guessed = used
         self.refresh(entry)
         return freed

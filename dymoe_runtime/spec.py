@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from dymoe_runtime.errors import DymoeError
@@ -111,9 +111,6 @@ class ModelSpec:
                 yield f"mlp.{name}", shape
         else:
             yield "router", (self.num_experts, hidden)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ModelSpec:

@@ -13,7 +13,7 @@ import numpy as np
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.delivery import Want
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.eviction import GROWTH, POLICIES, Eviction
+from dymoe_runtime.eviction import EVICTIONS, GROWTH, Eviction
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.spec import ExpertKey
 
@@ -35,13 +35,13 @@ def expected_uses(bundle: Bundle) -> np.ndarray:
 
 
 def make_eviction(
-    bundle: Bundle, growth: float = GROWTH, policy: str = POLICIES[0], uses: np.ndarray | None = None
+    bundle: Bundle, growth: float = GROWTH, eviction: str = EVICTIONS[0], uses: np.ndarray | None = None
 ) -> Eviction:
-    """One of POLICIES for a bundle, starting from `uses` per token, else from what calibration saw."""
+    """One of EVICTIONS for a bundle, starting from `uses` per token, else from what calibration saw."""
     shape, segments = (bundle.spec.num_layers, bundle.spec.num_experts), len(bundle.layout.ladder)
     prior = expected_uses(bundle) if uses is None else uses
-    worth = loss_without(bundle) if policy == "by-cost" else None
-    return Eviction(shape, segments, growth, prior, PRIOR_TOKENS, worth, per_layer=policy == "per-layer")
+    worth = loss_without(bundle) if eviction == "by-cost" else None
+    return Eviction(shape, segments, growth, prior, PRIOR_TOKENS, worth, per_layer=eviction == "per-layer")
 
 
 def loss_without(bundle: Bundle) -> np.ndarray:

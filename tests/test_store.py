@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -283,7 +284,7 @@ def test_content_is_right_under_random_use(make: Make, name: str, arena: str) ->
     look_ahead(store, reader)
     stats = store.stats
     assert stats.requests > stats.hits > 0
-    assert stats.look_ahead_hits + stats.look_ahead_waste <= stats.look_ahead_reads
+    assert stats.look_ahead_hits + stats.look_ahead_evicted <= stats.look_ahead_reads
     assert (stats.evictions == 0) == (arena == "all")
     assert stats.read_bytes == sum(sum(layout.segment_spans[c.first : c.first + c.segments]) for c in reader.calls)
 
@@ -883,7 +884,7 @@ def test_a_look_ahead_that_is_used_is_a_hit(make: Make) -> None:
     assert fetch(store, reader, want(1, 4), want(2, 2)) == []
     stats = store.stats
     assert (stats.requests, stats.hits) == (2, 2)
-    assert (stats.look_ahead_reads, stats.look_ahead_hits, stats.look_ahead_waste) == (2, 2, 0)
+    assert (stats.look_ahead_reads, stats.look_ahead_hits, stats.look_ahead_evicted) == (2, 2, 0)
     assert stats.look_ahead_bytes == stats.read_bytes == 4 * SPAN
 
 
@@ -929,7 +930,7 @@ def test_a_look_ahead_that_is_evicted_is_waste(make: Make) -> None:
     look_ahead(store, reader, want(15, 2))
     for expert in range(9):
         fetch(store, reader, want(expert, 2))
-    assert (store.stats.look_ahead_hits, store.stats.look_ahead_waste) == (0, 1)
+    assert (store.stats.look_ahead_hits, store.stats.look_ahead_evicted) == (0, 1)
     assert fetch(store, reader, want(15, 2)) == [(key(15), 0, 1)]
     assert store.stats.look_ahead_hits == 0
 
@@ -947,7 +948,7 @@ def test_a_look_ahead_that_was_not_started_is_taken_back_and_its_memory_freed(ma
     reader.release()
     assert fetch(store, reader, *(want(e, 4) for e in range(10))) != []
     assert [c.expert for c in reader.calls].count(key(2)) == 1
-    assert (store.stats.look_ahead_hits, store.stats.look_ahead_waste) == (2, 0)
+    assert (store.stats.look_ahead_hits, store.stats.look_ahead_evicted) == (2, 0)
 
 
 def test_look_ahead_evicts_nothing_that_is_needed_now(make: Make) -> None:
@@ -1468,7 +1469,7 @@ def test_counts_begin_anew_after_a_reset(make: Make) -> None:
     store, reader = make(segments=9)
     fetch(store, reader, want(1), want(2))
     store.reset_stats()
-    assert set(store.stats.to_json().values()) == {0}
+    assert set(asdict(store.stats).values()) == {0}
     fetch(store, reader, want(1), want(3))
     assert (store.stats.requests, store.stats.hits, store.stats.read_bytes) == (2, 1, 3 * SPAN)
 
@@ -1481,7 +1482,7 @@ def test_counts_never_fall_below_zero(make: Make) -> None:
     reader.wait_for(key(0), key(1))
     store.reset_stats()
     store.look_ahead([])
-    assert min(store.stats.to_json().values()) >= 0
+    assert min(asdict(store.stats).values()) >= 0
 
 
 def test_what_is_queued_counts_once_it_is_read(make: Make) -> None:
@@ -1495,7 +1496,7 @@ def test_what_is_queued_counts_once_it_is_read(make: Make) -> None:
     threading.Timer(0.05, reader.release).start()
     fetch(store, reader, want(2), want(7), want(8))
     assert store.stats.read_bytes == 9 * SPAN and store.stats.background_bytes == 3 * SPAN
-    assert min(store.stats.to_json().values()) >= 0
+    assert min(asdict(store.stats).values()) >= 0
 
 
 def test_guesses_before_a_reset_are_none_after_it(make: Make) -> None:

@@ -11,7 +11,7 @@ from conftest import assert_one_sentence, bundle_cli, run_cli
 
 from dymoe_runtime import arena as arena_module
 from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.eviction import POLICIES
+from dymoe_runtime.eviction import EVICTIONS
 from dymoe_runtime.replay import parts_of_tokens
 
 TOKENS = 30
@@ -101,16 +101,16 @@ def test_a_replay_needs_none_of_the_memory_that_it_tries(
     assert sizes == [0, 0]
 
 
-def test_a_replay_tries_policies(shipped_path: Path, tmp_path: Path) -> None:
+def test_a_replay_tries_ways_to_choose_what_leaves(shipped_path: Path, tmp_path: Path) -> None:
     """They differ where memory is short, and not at all where nothing has to leave."""
     path = tmp_path / "trace.jsonl"
     traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
-    policies = [word for policy in POLICIES for word in ("--policy", policy)]
-    rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "1GiB", *policies, "--json").json["replayed"]
-    assert [row["policy"] for row in rows] == [*POLICIES, *POLICIES]
+    evictions = [word for eviction in EVICTIONS for word in ("--eviction", eviction)]
+    rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "1GiB", *evictions, "--json").json["replayed"]
+    assert [row["eviction"] for row in rows] == [*EVICTIONS, *EVICTIONS]
     assert len({row["read_bytes"] for row in rows[:3]}) > 1
     assert len({(row["hits"], row["read_bytes"]) for row in rows[3:]}) == 1
-    assert bundle_cli("replay", shipped_path, path, "--policy", "random").code == 2
+    assert bundle_cli("replay", shipped_path, path, "--eviction", "random").code == 2
 
 
 def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_a_warm_set_of_numbers_that_are_none_is_refused(shipped: Bundle, tmp_pat
 
 
 def test_a_policy_by_layer_lets_each_layer_have_its_share(shipped: Bundle) -> None:
-    for policy, layer in (("global", 1), ("per-layer", 0)):
-        eviction = make_eviction(shipped, policy=policy)
+    for name, layer in (("global", 1), ("per-layer", 0)):
+        eviction = make_eviction(shipped, eviction=name)
         for expert in range(4):
             for place, tokens in ((0, 9), (1, 1)):
                 eviction.use(ExpertKey(place, expert), 1, 10_000 * tokens)

@@ -2,9 +2,10 @@
 
     python benchmarks/quality/table.py BUNDLE MODEL --calibration TEXT... --held-out TEXT... [--llama LOG]
 
-BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG is what
-shared quality_llama.sh printed for the same held-out bytes. Points run on the kernels; RTN and
-GPTQ are simulated in float32 beside the bundle's own dense weights, with 0.25 bits of metadata.
+BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG has a line for
+each type of llama.cpp's, TYPE imatrix no|yes bytes N PPL(Q)/PPL(base) : X … Mean KLD: Y, as llama-perplexity
+--kl-divergence says of the same held-out bytes. Points run on the kernels; RTN and GPTQ are simulated in
+float32 beside the bundle's own dense weights, with 0.25 bits of metadata.
 --report writes the bundle's report with baselines and llama.cpp in its plot, as a page of its own.
 A second table has fitted thresholds against uniform, static, flat and cosine ones at equal bytes.
 """
@@ -131,7 +132,7 @@ def baseline_rows(
 
 
 def llama_rows(log: Path) -> list[list[object]]:
-    """Rows from the lines of quality_llama.sh, whose texts are judged as one."""
+    """Rows from the lines of LOG, whose texts are judged as one."""
     rows: list[list[object]] = []
     for line in log.read_text().splitlines():
         found = re.match(r"(\S+) imatrix (no|yes) bytes .*PPL\(Q\)/PPL\(base\) : ([\d.]+).*Mean KLD: ([\d.]+)", line)

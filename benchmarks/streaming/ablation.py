@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from limited import run
+from limited import checked, run
 
 ROWS = {
     "4 bits, LRU": ["--tiers", "4", "--fade", "2", "--no-look-ahead", "--no-overlap"],
@@ -44,9 +44,7 @@ def main() -> None:
         for number in range(args.rounds):
             print(f"limit {limit:.0f} MB, round {number + 1} of {args.rounds}", file=sys.stderr)
             for name, options in ROWS.items():
-                outcome = run([*command, *options], int(limit * 1e6))
-                if outcome.code or outcome.oom_kills:
-                    raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
+                outcome = checked(run([*command, *options], int(limit * 1e6)))
                 found[name].append(json.loads(outcome.out.splitlines()[-1]))
         print(f"\n{limit:.0f} MB{'':<13}{'bits':>6}{'ms/token':>10}{'range':>16}{'MB/token':>10}{'hit rate':>10}")
         for name, results in found.items():

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from limited import Outcome, run
+from limited import checked, run
 
 # test -> tokens per second of each round
 Rates = dict[str, list[float]]
@@ -89,12 +89,6 @@ def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float
         found[test] = outcome.seconds if test == "cold s" else rate
         found["peak MB"] = max(found.get("peak MB", 0.0), outcome.peak_bytes / 1e6)
     return found
-
-
-def checked(outcome: Outcome) -> Outcome:
-    if outcome.code or outcome.oom_kills:
-        raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
-    return outcome
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from typing import Any
 
 from limited import Outcome, run
 
-# What the runtime leaves free of a cgroup's limit.
-MARGIN = 0.03
+from dymoe_runtime.device import MARGIN
+
 WORSE = 0.05
 PROMPT = "The river flows through the town of"
 

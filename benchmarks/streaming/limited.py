@@ -70,6 +70,13 @@ def run(
         return Outcome(code, out, err, seconds, peak, kills, _disk_bytes() - disk)
 
 
+def checked(outcome: Outcome) -> Outcome:
+    """The same, of a command that did what it should."""
+    if outcome.code or outcome.oom_kills:
+        raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
+    return outcome
+
+
 @contextmanager
 def memory_limit(limit_bytes: int) -> Iterator[Path | None]:
     """A cgroup whose processes have so much memory together; None for 0."""

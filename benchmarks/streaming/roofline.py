@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from limited import run
+from limited import checked, run
 
 Line = Mapping[str, Any]
 COLUMNS = (
@@ -83,10 +83,7 @@ def traced(args: argparse.Namespace, setting: str, limit: float) -> list[Line]:
 
 def succeed(command: Sequence[str | Path], limit: float) -> str:
     """The last line that it prints."""
-    outcome = run(command, int(limit * 1e6))
-    if outcome.code or outcome.oom_kills:
-        raise SystemExit(f"exit code {outcome.code}, {outcome.oom_kills} kills: {outcome.err[-500:]}")
-    return outcome.out.splitlines()[-1]
+    return checked(run(command, int(limit * 1e6))).out.splitlines()[-1]
 
 
 def experts_per_token(bundle: Path) -> int:

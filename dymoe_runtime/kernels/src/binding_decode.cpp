@@ -71,7 +71,7 @@ double run_moe_token(const std::string& isa, const std::vector<const Expert*>& e
   }
 }
 
-/// A layer as a decoded token goes through it. step.py has checked the shapes.
+/// A layer as a decoded token goes through it. dense.py has checked the shapes of vectors and router, which are addresses.
 struct DecodeLayer {
   const Kernels* kernels;
   LayerWeights weights;
