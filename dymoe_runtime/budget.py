@@ -82,11 +82,14 @@ def plan_budget(
     bundle: Bundle,
     context: int,
     memory: int | None = None,
+    beside: int = 0,
     fixed: int | None = None,
     window: int | None = None,
     kv_bits: int = 16,
 ) -> Budget:
     """Divide `memory` bytes (None: what this process may use) of which `fixed` (None: what it needs now) are taken.
+
+    `beside` bytes of what it needs now are not to be taken from them.
 
     Room is made for a KV cache of `context` tokens, or for passes of `window` tokens that are not continued.
     """
@@ -94,10 +97,10 @@ def plan_budget(
     workspace = workspace_bytes(bundle.spec, window or context, window or CHUNK)
     if window:  # logits, what is left of them by their largest, and its exponentials
         workspace += 3 * 4 * min(SCORED_ROWS, window) * bundle.spec.vocab_size
-    begun = fixed if fixed is not None else resident_bytes()
+    begun = fixed if fixed is not None else resident_bytes() - beside
     if fixed is None:
         release_code()
-        fixed = resident_bytes()
+        fixed = resident_bytes() - beside
     return Budget(
         memory=memory if memory is not None else memory_limit(),
         begun=begun,

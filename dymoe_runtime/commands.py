@@ -254,8 +254,8 @@ def _evaluate(bundle: Bundle, o: dict[str, Any]) -> None:
         window = min(length, max(map(len, texts.values())))
         options, reference = _run_options(o, length), None
         if path is not None:
-            reference, memory = stack.enter_context(open_reference(path, bundle.spec, window, o["memory"]))
-            options = replace(options, memory_bytes=memory)
+            reference, left, held = stack.enter_context(open_reference(path, bundle.spec, window, o["memory"]))
+            options = replace(options, memory_bytes=min(left, o["memory"] or left), beside_bytes=held)
         model = stack.enter_context(Model(bundle, options, window))
         job = Evaluation(texts, length, o["eval_phase"] == "prefill", reference)
         with progress_bar("eval", job.windows) as advance:

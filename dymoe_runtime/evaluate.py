@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -184,12 +184,20 @@ class DecoderReference:
         return self._decoder.forward(ids)
 
 
+class Beside(NamedTuple):
+    """A reference, how many bytes are left for a model beside it, and how many of the process's it holds now."""
+
+    reference: Reference
+    left_bytes: int
+    held_bytes: int
+
+
 @contextmanager
-def open_reference(path: Path, spec: ModelSpec, window: int, beside: int | None) -> Iterator[tuple[Reference, int]]:
+def open_reference(path: Path, spec: ModelSpec, window: int, memory: int | None) -> Iterator[Beside]:
     """A bundle at its highest tier, or a checkpoint through an entry point of the group `dymoe.references`.
 
-    For windows of so many tokens. With it comes the budget, in bytes, of a process that holds it and a model of a
-    budget of `beside`, by default of about half of what there is.
+    For windows of so many tokens. A bundle leaves `memory` bytes to the model, by default about half of what there
+    is; what a checkpoint will take is not known.
     """
     with ExitStack() as stack:
         limit, before = memory_limit(), resident_bytes()
@@ -197,7 +205,7 @@ def open_reference(path: Path, spec: ModelSpec, window: int, beside: int | None)
             with importing():  # what it attends with, before memory is divided
                 import dymoe_runtime.attention  # noqa: F401
             bundle = Bundle.open(path)
-            model = stack.enter_context(Model(bundle, _options_of_reference(bundle, window, limit, beside), window))
+            model = stack.enter_context(Model(bundle, _options_of_reference(bundle, window, limit, memory), window))
             decoder = model.decoder
             limit -= max(0, model.budget.memory - resident_bytes())  # what it has not taken yet
         else:
@@ -207,19 +215,20 @@ def open_reference(path: Path, spec: ModelSpec, window: int, beside: int | None)
                 f"{path}: its vocabulary has {decoder.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
                 "give the model that the bundle was compiled from"
             )
-        wanted = limit if beside is None else beside + max(0, resident_bytes() - before)
-        yield DecoderReference(decoder), min(limit, wanted)
+        held = max(0, resident_bytes() - before)
+        yield Beside(DecoderReference(decoder), limit - held, held)
 
 
-def _options_of_reference(bundle: Bundle, window: int, limit: int, beside: int | None) -> RunOptions:
-    """Within a memory limit; DymoeError where that is too little beside so many bytes."""
+def _options_of_reference(bundle: Bundle, window: int, limit: int, memory: int | None) -> RunOptions:
+    """Within a memory limit; DymoeError where that is too little, or what is left beside `memory`."""
     least = plan_budget(bundle, window, limit, window=window).floor
     both = limit + resident_bytes()  # for the process itself is in the budgets of both
-    left = max(both // 2, least) if beside is None else both - beside
+    left = min(limit, max(both // 2, least) if memory is None else both - memory)
     if left < least:
+        beside = "" if memory is None else f" beside --memory {format_size(memory)}"
         raise DymoeError(
-            f"{bundle.path}: as the reference it needs {format_size(least)}, of which {format_size(max(0, left))} are "
-            f"left beside --memory {format_size(beside or 0)}; give a smaller --memory, or a smaller --context"
+            f"{bundle.path}: as the reference it needs {format_size(least)}, and there are {format_size(max(0, left))}"
+            f"{beside}; give it less to score at once with --context, or more memory"
         )
     return RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=left)
 

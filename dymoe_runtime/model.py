@@ -67,7 +67,8 @@ class Model:
         self._decisions: Decisions | None = None
         if options.decisions is not None:  # before memory is divided, of which it takes some
             self._decisions = Decisions(read_trace(options.decisions, bundle), str(options.decisions))
-        budget = plan_budget(bundle, self.max_context, options.memory_bytes, window=window, kv_bits=options.kv_bits)
+        memory, beside = options.memory_bytes, options.beside_bytes
+        budget = plan_budget(bundle, self.max_context, memory, beside, window=window, kv_bits=options.kv_bits)
         if options.arena_bytes is None:
             check_budget(budget)
         if options.memory_bytes is not None and options.memory_bytes > (
@@ -193,6 +194,7 @@ class Model:
     def _run_point(self, point: OperatingPoint) -> None:
         self.point, self.rule = point.name, TierRule.of(point, self.bundle.policy)
         self.experts.rule = self.rule
+        self._trial.changed()
 
     def _prompt_bytes(self) -> int:
         """Of the experts that a long prompt uses, about all at the highest tier that it may choose."""

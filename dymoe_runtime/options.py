@@ -27,6 +27,7 @@ class RunOptions:
     """How to run a bundle; None means the measured or detected default."""
 
     memory_bytes: int | None = None
+    beside_bytes: int = 0  # of what the process holds already, what is no part of that
     arena_bytes: int | None = None  # for tests: the expert arena alone, whatever the process uses
     context: int | None = None
     kv_bits: int = 16

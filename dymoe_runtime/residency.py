@@ -174,6 +174,7 @@ class Residency:
                 self.undo(read)
                 return
             entry.read = None
+            self.failed.pop(read.key, None)
         if entry.free and entry.slots:
             self.eviction.offer(entry.key, len(entry.slots) - 1)
             return
@@ -191,6 +192,7 @@ class Residency:
         if read.error is not None:
             self._drop(entry, read.first)
             raise read.error
+        self.failed.pop(read.key, None)
 
     def _wait(self, read: Read) -> None:
         self.reads.hurry(read)

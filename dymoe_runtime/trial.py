@@ -14,19 +14,26 @@ class Trial:
 
     What is tried must not change results. The first token of a turn, for which it still matters what the token before
     it did, does not count. Both ways come equally late on average, for a cache that fills makes later tokens faster;
-    medians decide, for single tokens are disturbed.
+    medians decide, for single tokens are disturbed. What a prompt leaves in memory is replaced in the first tokens,
+    which are run without it and not tried.
     """
 
     def __init__(self, turn: int = TURN, kept: int = KEPT) -> None:
         self._turns = [False] * turn + [True] * 2 * turn + [False] * turn
         self._kept = kept
         self._begin()
+        self._left = len(self._turns)
 
     def _begin(self) -> None:
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._tokens = 0  # of this trial
         self._left = 0  # tokens for which the decision stands
         self.on = self._turns[0]
+
+    def changed(self) -> None:
+        """What is timed is something else from now on: a trial that is under way begins anew."""
+        if not self._left:
+            self._begin()
 
     def took(self, seconds: float) -> None:
         """A token has taken so long, done as `on` said."""

@@ -353,8 +353,12 @@ run()
 @pytest.mark.skipif(sys.platform != "linux", reason="how large the stacks of threads are")
 @pytest.mark.skipif(kernels.isa() == kernels.REFERENCE, reason="the reference's threads are torch's")
 def test_where_no_thread_can_be_had_kernels_do_without_and_reads_say_so(tiny_path: Path) -> None:
+    size, most = 1 << 46, resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1" or -1 < most < size:
+        pytest.skip("stacks may be of any size here, or of none that is too large")
+
     def no_room_for_another_stack() -> None:
-        resource.setrlimit(resource.RLIMIT_STACK, (1 << 44, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+        resource.setrlimit(resource.RLIMIT_STACK, (size, most))
 
     done = subprocess.run(
         [sys.executable, "-c", ALONE, tiny_path, "--prompt", "a"],
@@ -424,9 +428,12 @@ def test_a_reference_and_the_model_share_the_memory_that_there_is(
     monkeypatch.setattr(evaluate_module, "memory_limit", lambda: limit)
     text = tmp_path / "text.txt"
     text.write_text(PROMPT)
-    args = () if memory is None else ("--memory", resident_bytes() + memory)
+    began = resident_bytes()
+    args = () if memory is None else ("--memory", began + memory)
     assert run_cli(shipped_path, "--eval", text, "--tiers", 4, "--reference", shipped_path, *args).code == 0
     (reference, taken), (model, _) = models
-    assert model + max(0, reference - taken) <= limit
+    assert model + (taken - began) + max(0, reference - taken) <= limit + (1 << 20)
     too_much = run_cli(shipped_path, "--eval", text, "--reference", shipped_path, "--memory", limit)
     assert_one_sentence(too_much, "as the reference it needs", "--memory")
+    monkeypatch.setattr(evaluate_module, "memory_limit", lambda: 100 << 20)
+    assert_one_sentence(run_cli(shipped_path, "--eval", text, "--reference", shipped_path), "it needs", "100.0 MiB")

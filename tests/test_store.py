@@ -1563,3 +1563,15 @@ def test_a_model_of_few_experts_needs_no_more_than_all_of_them(make: Make, exper
         fetch(store, reader, *(want(expert, tier) for expert in range(experts)))
     store.resize(0)
     fetch(store, reader, *(want(expert, 4) for expert in range(experts)))
+
+
+def test_a_promotion_that_failed_and_was_read_since_is_forgotten(make: Make) -> None:
+    store, reader = make(segments=9)
+    fetch(store, reader, want(1, 2))
+    reader.failing[key(1)] = broken(1)
+    store.promote([want(1, 4)])
+    wait_until(lambda: store.tier_at_hand(want(1)) == 2 and bool(store._memory.failed))
+    reader.failing.clear()
+    fetch(store, reader, want(1, 3))
+    store.promote([want(1, 4)])
+    wait_until(lambda: store.tier_at_hand(want(1)) == 4)
