@@ -129,11 +129,12 @@ def _best_common(options: Sequence[Sequence[Choice]], factors: Sequence[float], 
     """Thresholds per layer: the base of least modelled cost whose scaled forms have mean bits of at most `bits`."""
     by_thresholds = [{choice.thresholds: choice for choice in layer} for layer in options]
     grid = sorted({value for choice in options[0] for value in choice.thresholds})
+    scaled_by = [{value: _on_grid(value, factor, grid) for value in grid} for factor in factors]
     best: tuple[float, list[Choice]] | None = None
     for base in options[0]:
         scaled = [
-            layer[tuple(_on_grid(value, factor, grid) for value in base.thresholds)]
-            for layer, factor in zip(by_thresholds, factors, strict=True)
+            layer[tuple(to[value] for value in base.thresholds)]
+            for layer, to in zip(by_thresholds, scaled_by, strict=True)
         ]
         if sum(choice.bits for choice in scaled) <= bits * len(scaled) + 1e-9:
             cost = sum(choice.cost for choice in scaled)

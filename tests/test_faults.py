@@ -27,7 +27,7 @@ from dymoe_runtime import evaluate as evaluate_module
 from dymoe_runtime import kernels, read_queue
 from dymoe_runtime import model as model_module
 from dymoe_runtime import room as room_module
-from dymoe_runtime.budget import plan_budget
+from dymoe_runtime.budget import SPREAD_BYTES, plan_budget
 from dymoe_runtime.bundle import Bundle
 from dymoe_runtime.device import MARGIN, resident_bytes
 from dymoe_runtime.errors import DymoeError
@@ -432,7 +432,7 @@ def test_a_reference_and_the_model_share_the_memory_that_there_is(
     args = () if memory is None else ("--memory", began + memory)
     assert run_cli(shipped_path, "--eval", text, "--tiers", 4, "--reference", shipped_path, *args).code == 0
     (reference, taken), (model, _) = models
-    assert model + (taken - began) + max(0, reference - taken) <= limit + (1 << 20)
+    assert model + (taken - began) + max(0, reference - taken) <= limit + SPREAD_BYTES
     too_much = run_cli(shipped_path, "--eval", text, "--reference", shipped_path, "--memory", limit)
     assert_one_sentence(too_much, "as the reference it needs", "--memory")
     monkeypatch.setattr(evaluate_module, "memory_limit", lambda: 100 << 20)
