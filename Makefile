@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := build/demo.dymoe
 PROMPT ?= def __init__(self, name):
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/*)
+CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/* dymoe_runtime/kernels/src/*/*)
+
+CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
 
 .PHONY: demo test lint bench clean
 
@@ -21,6 +24,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/house.py
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/cppcheck --quiet --error-exitcode=1 -j2 --std=c++17 --enable=warning,performance,portability \
+	    --inline-suppr --suppress=missingIncludeSystem --suppress=duplInheritedMember \
+	    --suppress=uninitMemberVarNoCtor --suppress=useInitializationList \
+	    -I dymoe_runtime/kernels/src dymoe_runtime/kernels/src tests/kernels/kernel_check.cpp
 
 bench: $(VENV)/.runtime $(BUNDLE)
 	$(BIN)/python benchmarks/quality/table.py $(BUNDLE) examples/model \
@@ -39,7 +49,7 @@ $(VENV)/.runtime: $(SOURCES)
 	    echo 'no C++ compiler found: going on with slower kernels (Debian: apt install g++ python3-dev, then make clean)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[compile]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

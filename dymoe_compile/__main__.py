@@ -1,10 +1,10 @@
-"""dymoe-compile, also as python -m dymoe_compile."""
+"""Entry point of dymoe-compile and of python -m dymoe_compile."""
 
 import sys
 
 
 def main() -> None:
-    """Load the command, which takes a moment, without a traceback if that is interrupted."""
+    """Run the command; an interrupt during its imports exits with 130, without a traceback."""
     try:
         from dymoe_compile.cli import main as command
     except KeyboardInterrupt:

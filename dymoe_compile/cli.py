@@ -1,88 +1,162 @@
-"""dymoe-compile: options in, a bundle out."""
+"""The dymoe-compile command: read the flags, compile a checkpoint, print a description of the bundle."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dymoe_runtime import kernels
-from dymoe_runtime.console import MOST_SEED, MOST_THREADS, ManyValues, one_sentence, print_json, progress_bar
-from dymoe_runtime.device import check_dense_bits, load_profile
-from dymoe_runtime.errors import DymoeError, importing
-from dymoe_runtime.inspect import describe, format_description
-from dymoe_runtime.spec import check_ladder
+from dymoe_compile.checkpoint.tensors import CheckpointTensors
+from dymoe_compile.job.profile import check_dense_bits, load_profile
+from dymoe_runtime.bundle.tiers import check_ladder
+from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, flag, options_of, with_flags
+from dymoe_runtime.console import MAX_SEED, one_sentence, print_json, stage_progress
+from dymoe_runtime.errors import DymoeError, needing_extra
+from dymoe_runtime.process import MAX_THREADS
 
 DEFAULT_PROFILE = "laptop-8gb"
+DEVICE, CALIBRATION, PRECISION, WORK, OUTPUT = "Device", "Calibration", "Precision", "Work", "Output"
+EXAMPLES = (
+    "dymoe-compile path/to/checkpoint -o my.dymoe",
+    "dymoe-compile path/to/checkpoint -o my.dymoe --profile laptop-16gb --calibration my-texts.jsonl",
+    "dymoe-compile path/to/checkpoint -o my.dymoe --profile board.toml --max-kl 0.05 --json",
+)
+OWN_EXIT_CODES = (
+    ("3", "no operating point that fits the profile's memory reaches --max-kl"),
+    ("4", "the profile's device has too little memory for the bundle"),
+)
 
 
-@click.command(cls=ManyValues)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle, by convention NAME.dymoe."
-)
-@click.option("--profile", default=DEFAULT_PROFILE, show_default=True, help="Device: a shipped name or a .toml file.")
-@click.option(
-    "--calibration",
-    multiple=True,
-    metavar="FILE…",
-    help="Plain text, or JSONL with a `text` field. Default: a shipped mix.",
-)
-@click.option(
-    "--calibration-tokens", type=click.IntRange(256), default=65536, show_default=True, help="How much of it to use."
-)
-@click.option("--tiers", help="Bits of the expert tiers, such as 2,3,4. Default: the profile's.")
-@click.option(
-    "--dense-bits",
-    metavar="BITS",
-    help="Bits of everything else: 4 to 8, 16, or auto: 8 if all fits the profile's memory, else by what fewer cost. "
-    "Default: the profile's.",
-)
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
-@click.option(
-    "--jobs", type=click.IntRange(1, MOST_THREADS), help="Threads. Default: all cores that this process may use."
-)
-@click.option("--fresh", is_flag=True, help="Start over instead of going on or keeping what is up to date.")
-@click.option(
-    "--max-kl", type=float, help="Exit with 3 unless an operating point that fits the profile's memory reaches this KL."
-)
-@click.option("--json", "as_json", is_flag=True, help="End stdout with one JSON object.")
-@click.version_option(package_name="dymoe")
+@dataclass(frozen=True)
+class CompileFlags:
+    """All flags of dymoe-compile."""
+
+    output: Path = flag(
+        "-o",
+        "--output",
+        group=OUTPUT,
+        type=click.Path(path_type=Path),
+        required=True,
+        help="The bundle, by convention NAME.dymoe.",
+    )
+    profile: str = flag(
+        "--profile",
+        group=DEVICE,
+        default=DEFAULT_PROFILE,
+        show_default=True,
+        help="Device to compile for: a shipped name or a .toml file.",
+    )
+    calibration: tuple[str, ...] = flag(
+        "--calibration",
+        group=CALIBRATION,
+        default=(),
+        multiple=True,
+        metavar="FILE…",
+        help="Plain text, or JSONL with a `text` field. Default: a shipped mix.",
+    )
+    calibration_tokens: int = flag(
+        "--calibration-tokens",
+        group=CALIBRATION,
+        default=65536,
+        type=click.IntRange(256),
+        show_default=True,
+        help="How much of it to use.",
+    )
+    seed: int = flag(
+        "--seed",
+        group=CALIBRATION,
+        default=0,
+        type=click.IntRange(0, MAX_SEED),
+        show_default=True,
+        help="Seed of the samples that are taken from it.",
+    )
+    tiers: str | None = flag(
+        "--tiers", group=PRECISION, help="Bits of the expert tiers, such as 2,3,4. Default: the profile's."
+    )
+    dense_bits: str | None = flag(
+        "--dense-bits",
+        group=PRECISION,
+        metavar="BITS",
+        help="Bits of everything else: 4 to 8, 16, or auto: 8 if the bundle fits the profile's memory, else what costs "
+        "least quality. Default: the profile's.",
+    )
+    max_kl: float | None = flag(
+        "--max-kl",
+        group=PRECISION,
+        type=float,
+        help="Fail unless an operating point that fits the profile's memory reaches this KL.",
+    )
+    jobs: int | None = flag(
+        "--jobs",
+        group=WORK,
+        type=click.IntRange(1, MAX_THREADS),
+        help="Threads. Default: all cores that this process may use.",
+    )
+    fresh: bool = flag(
+        "--fresh", group=WORK, default=False, help="Start over instead of going on or keeping what is up to date."
+    )
+    as_json: bool = flag("--json", group=OUTPUT, default=False, help="Print one JSON object, alone, to stdout.")
+
+
 @one_sentence
-def main(model: Path, output: Path, as_json: bool, **o: Any) -> None:
+@with_flags(CompileFlags)
+def compile_command(flags: CompileFlags, model: Path) -> None:
     """Compile the Hugging Face MoE checkpoint MODEL into a bundle."""
-    values = _checked(o)
-    # Importing torch takes seconds, which neither --help nor a wrong flag waits for.
-    with importing():
+    values = _checked(flags)
+    CheckpointTensors.open(model)
+    # PyTorch takes seconds to load; --help, a wrong flag and a wrong directory must not wait for it.
+    with needing_extra("compile", "compiling"):
         from dymoe_compile.compile import CompileOptions, compile_bundle
+    from dymoe_runtime.kernels import load_kernels
+    from dymoe_runtime.tools.describe import describe, format_description
 
-    if kernels.isa() == kernels.REFERENCE and kernels.missing_reason:
-        click.echo(f"note: {kernels.missing_reason}", err=True)
-    bundle, changed = compile_bundle(CompileOptions(model=model, output=output, **values), progress_bar)
-    description = describe(bundle)
-    if as_json:
+    kernels = load_kernels(threads=flags.jobs)
+    if kernels.notice is not None:
+        click.echo(f"note: {kernels.notice}", err=True)
+    options = CompileOptions(model=model, output=flags.output, **values)
+    bundle, changed = compile_bundle(options, kernels, stage_progress)
+    description = describe(bundle, kernels)
+    if flags.as_json:
         print_json({"changed": changed, **description})
     elif changed:
         click.echo(format_description(description))
     else:
-        click.echo(f"{output}: up to date")
+        click.echo(f"{flags.output}: up to date")
 
 
-def _checked(o: dict[str, Any]) -> dict[str, Any]:
-    """The values of CompileOptions."""
-    profile = load_profile(o["profile"])
-    given = o["dense_bits"]
+main = click.version_option(package_name="dymoe")(
+    FlagsCommand(
+        "dymoe-compile",
+        params=[click.Argument(["model"], type=click.Path(path_type=Path)), *options_of(CompileFlags)],
+        callback=compile_command,
+        help=compile_command.__doc__,
+        examples=EXAMPLES,
+        exit_codes=(*EXIT_CODES[:3], *OWN_EXIT_CODES, *EXIT_CODES[3:]),
+    )
+)
+
+
+def _checked(flags: CompileFlags) -> dict[str, Any]:
+    """Return the checked fields of CompileOptions, without model and output."""
+    profile = load_profile(flags.profile)
+    given = flags.dense_bits
     dense_bits = profile.dense_bits if given is None else int(given) if given.isdecimal() else given
     check_dense_bits(dense_bits, "--dense-bits")
-    if o["max_kl"] is not None and not 0 < o["max_kl"] < math.inf:
-        raise DymoeError(f"--max-kl {o['max_kl']}: expected a number above 0")
+    if flags.max_kl is not None and not 0 < flags.max_kl < math.inf:
+        raise DymoeError(f"--max-kl {flags.max_kl}: expected a number above 0")
     return {
         "profile": profile,
-        "ladder": profile.ladder if o["tiers"] is None else _ladder(o["tiers"]),
+        "ladder": profile.ladder if flags.tiers is None else _ladder(flags.tiers),
         "dense_bits": dense_bits,
-        **{name: o[name] for name in ("calibration", "calibration_tokens", "seed", "jobs", "fresh", "max_kl")},
+        "calibration": flags.calibration,
+        "calibration_tokens": flags.calibration_tokens,
+        "seed": flags.seed,
+        "jobs": flags.jobs,
+        "fresh": flags.fresh,
+        "max_kl": flags.max_kl,
     }
 
 

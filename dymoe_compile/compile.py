@@ -17,18 +17,26 @@ from safetensors.numpy import save
 
 import dymoe_compile
 import dymoe_runtime
-from dymoe_compile.calibration import LayerStatistics, calibrate, spilled
-from dymoe_compile.checkpoint import Checkpoint
-from dymoe_compile.dense import MOST_BITS, DenseChoice, choose_dense_bits, keep_choice, known_choice, write_dense
-from dymoe_compile.findings import collect
-from dymoe_compile.points import SENSITIVITY_TOKENS, excerpt_for, fit_policy, fits
-from dymoe_compile.progress import Progress, silent
-from dymoe_compile.report import render
-from dymoe_compile.texts import Windows, load_texts, make_windows
-from dymoe_compile.writer import BundleWriter, check_space, explaining_full_disk
-from dymoe_runtime import kernels
-from dymoe_runtime.budget import PROCESS_BYTES, Budget, plan_budget
-from dymoe_runtime.bundle import (
+from dymoe_compile.calibrate.calibration import calibrate, spilled
+from dymoe_compile.calibrate.statistics import LayerStatistics
+from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
+from dymoe_compile.checkpoint.checkpoint import Checkpoint
+from dymoe_compile.job.profile import AUTO, DEVICE_PROCESS_BYTES, Profile
+from dymoe_compile.job.progress import Progress, silent
+from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
+from dymoe_compile.policy.dense_bits import (
+    MAX_BITS,
+    DenseChoice,
+    choose_dense_bits,
+    keep_choice,
+    known_choice,
+    write_dense,
+)
+from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy, fits
+from dymoe_compile.policy.sensitivity import Original
+from dymoe_compile.report.findings import collect
+from dymoe_compile.report.page import render
+from dymoe_runtime.bundle.bundle import (
     FINDINGS,
     LOOK_AHEAD,
     MANIFEST,
@@ -44,26 +52,32 @@ from dymoe_runtime.bundle import (
     file_entry,
     read_manifest,
 )
-from dymoe_runtime.device import AUTO, Profile, default_threads, format_size
+from dymoe_runtime.bundle.policy import Policy
+from dymoe_runtime.engine.budget import Budget
+from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
-from dymoe_runtime.model import check_ids
-from dymoe_runtime.policy import Policy
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.process import default_threads
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.text import Tokenizer
+from dymoe_runtime.text.tokenizer import Tokenizer
+from dymoe_runtime.units import format_size
 
-# Context for which the profile's memory is checked.
+# Tokens of context for which the profile's memory is checked.
 PROFILE_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What to compile, for which device, and how; `ladder` and `dense_bits` override the profile's."""
+    """The checkpoint, the device and the settings of a compilation.
+
+    `ladder` and `dense_bits` override those of the profile.
+    """
 
     model: Path
     output: Path
     profile: Profile
     ladder: tuple[int, ...]
-    dense_bits: int | str  # of every kind of dense weights, or AUTO
+    dense_bits: int | str  # bits of every kind of dense weights, or AUTO
     calibration: tuple[str, ...] = ()
     calibration_tokens: int = 65536
     seed: int = 0
@@ -72,12 +86,17 @@ class CompileOptions:
     max_kl: float | None = None
 
 
-def compile_bundle(options: CompileOptions, progress: Progress = silent) -> tuple[Bundle, bool]:
-    """Compile `options.model` to the bundle `options.output`; the bundle, and whether anything had to be done."""
-    # A link at the output is followed: what it points to is replaced, not the link.
+def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress = silent) -> tuple[Bundle, bool]:
+    """Compile `options.model` to the bundle `options.output`.
+
+    Returns the bundle, and whether it was compiled now; False means that it was up to date.
+
+    Raises DymoeError for errors that the user can fix, QualityError if no operating point reaches `options.max_kl`, and
+    BudgetError if the profile's device cannot run the bundle.
+    """
+    # Follow a link at the output, so that its target is replaced and not the link.
     options = replace(options, output=options.output.resolve())
     torch.set_num_threads(options.jobs or default_threads())
-    kernels.set_threads(options.jobs or default_threads())
     check_output(options.output)
     checkpoint = Checkpoint.open(options.model)
     tokenizer = Tokenizer.load(options.model)
@@ -88,48 +107,64 @@ def compile_bundle(options: CompileOptions, progress: Progress = silent) -> tupl
         options.calibration_tokens,
         options.seed,
     )
-    check_ids([*windows.train.reshape(-1).tolist(), *windows.held_out.reshape(-1).tolist()], checkpoint.spec)
+    checkpoint.spec.check_ids([*windows.train.reshape(-1).tolist(), *windows.held_out.reshape(-1).tolist()])
     provenance = describe(options, checkpoint, windows, progress)
     if not options.fresh and (bundle := up_to_date(options.output, provenance)):
-        check_quality(bundle, options)
+        check_quality(bundle, options, kernels)
         return bundle, False
-    return build(options, checkpoint, windows, provenance, progress), True
+    return build(options, checkpoint, windows, provenance, kernels, progress), True
 
 
 @torch.inference_mode()
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite gets a sentence
+@np.errstate(over="ignore", invalid="ignore")  # the checks for finite values raise DymoeError
 def build(
-    options: CompileOptions, checkpoint: Checkpoint, windows: Windows, provenance: dict[str, Any], progress: Progress
+    options: CompileOptions,
+    checkpoint: Checkpoint,
+    windows: Windows,
+    provenance: dict[str, Any],
+    kernels: Kernels,
+    progress: Progress,
 ) -> Bundle:
-    """Write the bundle; a run that was interrupted goes on with its last whole layer."""
+    """Write the bundle; an interrupted run continues after its last complete layer.
+
+    Raises the same errors as `compile_bundle`.
+    """
     needed = bundle_bytes(checkpoint.spec, options, windows.train.size + windows.held_out.size)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         explaining_full_disk(options.output, needed),
-        contextlib.closing(BundleWriter(options.output, provenance | progress_key(), options.fresh)) as writer,
+        contextlib.closing(BundleWriter(options.output, provenance | progress_key(kernels), options.fresh)) as writer,
     ):
         check_space(writer.directory, needed - writer.used_bytes())
         copy_tokenizer(options.model, writer)
         known = known_choice(checkpoint.spec, options.dense_bits, writer)
-        choice = known or DenseChoice.alike(checkpoint.spec, MOST_BITS)
-        dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
-        original, statistics, layers = calibrate(checkpoint, windows, options.ladder, options.seed, writer, progress)
+        choice = known or DenseChoice.alike(checkpoint.spec, MAX_BITS)
+        dense_crc32 = write_dense(checkpoint, choice.bits, writer, kernels, progress)
+        done = calibrate(checkpoint, windows, options.ladder, options.seed, writer, kernels, progress)
+        original, statistics = Original(done.hidden, done.head), done.statistics
         writer.write_small(LOOK_AHEAD, look_ahead_bytes(statistics))
         manifest = Manifest(
-            checkpoint.spec, options.ladder, choice.bits, files_of(writer.directory), dense_crc32, layers, provenance
+            checkpoint.spec,
+            options.ladder,
+            choice.bits,
+            files_of(writer.directory),
+            dense_crc32,
+            done.layers,
+            provenance,
         )
         draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
         if known is None:
             excerpt = excerpt_for(checkpoint.spec, windows.held_out, original, SENSITIVITY_TOKENS)
-            choice = choose_dense_bits(draft, checkpoint, *excerpt, profile_budget(draft, options.profile), progress)
+            budget = profile_budget(draft, options.profile, kernels)
+            choice = choose_dense_bits(draft, checkpoint, *excerpt, budget, kernels, progress)
             keep_choice(choice, writer)
-            dense_crc32 = write_dense(checkpoint, choice.bits, writer, progress)
+            dense_crc32 = write_dense(checkpoint, choice.bits, writer, kernels, progress)
             manifest = replace(
                 manifest, dense_bits=choice.bits, files=files_of(writer.directory), dense_crc32=dense_crc32
             )
             draft = Bundle(writer.directory, manifest, draft.policy)
-        fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, progress)
-        check_quality(Bundle(writer.directory, manifest, fitted.policy), options)
+        fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, kernels, progress)
+        check_quality(Bundle(writer.directory, manifest, fitted.policy), options, kernels)
         findings = collect(manifest, choice.added_kl, statistics, fitted)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
@@ -139,7 +174,7 @@ def build(
 
 
 def check_output(output: Path) -> None:
-    """DymoeError where writing to `output` would destroy something that is not a bundle."""
+    """Raise DymoeError if writing to `output` would destroy something that is not a bundle."""
     if not output.exists():
         return
     if not output.is_dir() or output.is_mount() or not _holds_only_a_bundle(output):
@@ -147,7 +182,7 @@ def check_output(output: Path) -> None:
 
 
 def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> dict[str, Any]:
-    """Provenance: all that decides the bytes of the bundle."""
+    """Return the provenance: everything that decides the bytes of the bundle."""
     tokenizer = hashlib.sha256()
     for name in (TOKENIZER, *TOKENIZER_EXTRAS):
         if (options.model / name).exists():
@@ -168,21 +203,21 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
     }
 
 
-def progress_key() -> dict[str, str]:
-    """What an interrupted run must share with the one that goes on with it, beside the provenance.
+def progress_key(kernels: Kernels) -> dict[str, str]:
+    """Return the values that an interrupted run and its continuation must share, in addition to the provenance.
 
-    A finished bundle is good whatever made it; but half a bundle continued by another version, or by
-    other kernels, would be one that neither of them makes.
+    A finished bundle is valid whichever version made it. But if one version, or one set of kernels, continued what
+    another began, the result would be a bundle that neither makes alone.
     """
     sources = hashlib.sha256()
     for package in (dymoe_compile, dymoe_runtime):
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             sources.update(path.read_bytes())
-    return {"sources_sha256": sources.hexdigest(), "kernels": kernels.isa()}
+    return {"sources_sha256": sources.hexdigest(), "kernels": kernels.name}
 
 
 def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
-    """The bundle at `output` if it is whole and made from the same things."""
+    """Return the bundle at `output` if it is complete and has this provenance, else None."""
     try:
         if read_manifest(output).provenance == provenance:
             return Bundle.open(output)
@@ -192,31 +227,32 @@ def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
 
 
 def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
-    """About what the bundle and the state of an interrupted run take on the disk."""
+    """Return an estimate of the disk bytes of the bundle and of the state for an interrupted run."""
     auto = options.dense_bits == AUTO
-    bits = min(MOST_BITS if auto else int(options.dense_bits), 15) + 1
+    bits = min(MAX_BITS if auto else int(options.dense_bits), 15) + 1
     dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * bits // 8
-    # Dense weights may be written once more at other bits, beside what is there.
+    # Dense weights may be written a second time, at other bits, while the first file still exists.
     dense *= 2 if auto else 1
-    records = len(spec.moe_layers) * spec.num_experts * expert_layout(spec, options.ladder).record_bytes
+    records = spec.total_experts * expert_layout(spec, options.ladder).record_bytes
     state = (4 if spilled(tokens, spec.hidden_size) else 2) * 4 * tokens * spec.hidden_size
     return dense + records + state + (1 << 20)
 
 
 def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
+    """Copy the tokenizer files of the checkpoint `model` to the bundle."""
     for name in (TOKENIZER, *TOKENIZER_EXTRAS):
         if (model / name).exists():
             writer.write_small(name, (model / name).read_bytes())
 
 
 def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
-    """The predictors of those layers that have one, by layer, as a safetensors file."""
+    """Return the bytes of a safetensors file of the predictors: layer -> predictor, for the layers that have one."""
     return save({str(layer): seen.predictor for layer, seen in statistics.items() if seen.predictor.size})
 
 
-def check_quality(bundle: Bundle, options: CompileOptions) -> None:
-    """BudgetError if the profile's device cannot run the bundle; QualityError if no point reaches --max-kl."""
-    floor = profile_budget(bundle, options.profile).floor
+def check_quality(bundle: Bundle, options: CompileOptions, kernels: Kernels) -> None:
+    """Raise BudgetError if the profile's device cannot run the bundle, QualityError if no point reaches --max-kl."""
+    floor = profile_budget(bundle, options.profile, kernels).floor_bytes
     if floor > options.profile.memory_bytes:
         raise BudgetError(
             f"profile {options.profile.name}: {format_size(options.profile.memory_bytes)} of memory are too little, "
@@ -233,14 +269,14 @@ def check_quality(bundle: Bundle, options: CompileOptions) -> None:
         )
 
 
-def profile_budget(bundle: Bundle, profile: Profile) -> Budget:
-    """How the memory of the profile's device would be divided."""
+def profile_budget(bundle: Bundle, profile: Profile, kernels: Kernels) -> Budget:
+    """Return the memory budget of a run on the profile's device."""
     context = min(PROFILE_CONTEXT, bundle.spec.max_context)
-    return plan_budget(bundle, context, memory=profile.memory_bytes, fixed=PROCESS_BYTES)
+    return plan_budget(bundle, kernels, context, profile.memory_bytes, process_bytes=DEVICE_PROCESS_BYTES)
 
 
 def files_of(directory: Path) -> dict[str, FileEntry]:
-    """The files of a bundle, as its manifest lists them."""
+    """Return the files of a bundle as its manifest lists them; only small files get a digest."""
     small = {POLICY, FINDINGS, REPORT, LOOK_AHEAD, TOKENIZER, *TOKENIZER_EXTRAS}
     return {
         path.name: file_entry(path, digest=path.name in small)
@@ -254,7 +290,7 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _holds_only_a_bundle(directory: Path) -> bool:
-    """Whether a directory is empty, or has a manifest of ours and nothing that it does not name."""
+    """Return whether a directory is empty, or has a bundle's manifest and only files that the manifest names."""
     present = {path.name for path in directory.iterdir()}
     try:
         if not present:

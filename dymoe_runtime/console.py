@@ -1,4 +1,4 @@
-"""What the commands share: errors as one sentence, options that take several values, progress."""
+"""Helpers that all commands share: errors as one sentence, options that take several values, progress."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import click
 
-from dymoe_runtime.device import parse_size
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.units import parse_size
 
 INTERRUPTED, TERMINATED = 130, 143
 OUT_OF_MEMORY = (
     "out of memory; give dymoe-run a smaller --memory or --context, dymoe-compile fewer --calibration-tokens or --jobs"
 )
-MOST_THREADS = 1024
-MOST_SEED = (1 << 63) - 1
+MAX_SEED = (1 << 63) - 1
+# Time between the progress lines of a stage, where stderr is not a terminal.
+LINE_INTERVAL_S = 30.0
 
 
 class ManyValues(click.Command):
@@ -51,14 +53,14 @@ def _spread(args: list[str], many: set[str], needs_argument: bool) -> list[str]:
         else:
             spread.append(arg)
             positional += 1
-    # `--calibration text.txt MODEL`: the last value was meant as the argument that is missing.
+    # `--calibration text.txt MODEL`: the last value is the missing argument.
     if needs_argument and positional == 0 and values > 1:
         spread[-2:] = [spread[-1]]
     return spread
 
 
-class Size(click.ParamType):
-    """A number of bytes: 4GiB, 500MB, 123."""
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A click type for a number of bytes: 4GiB, 500MB, 123."""
 
     name = "size"
 
@@ -69,8 +71,8 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Duration(click.ParamType):
-    """Seconds: 100ms, 0.1s."""
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """A click type for a positive time, converted to seconds: 100ms, 0.1s."""
 
     name = "time"
 
@@ -84,12 +86,12 @@ class Duration(click.ParamType):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as orderly as an interrupt does."""
+    """SIGTERM as an exception, so that it ends a command in the same orderly way as an interrupt."""
 
 
 @contextlib.contextmanager
 def _termination_raised() -> Iterator[None]:
-    """SIGTERM raises Terminated in the main thread."""
+    """Raise Terminated in the main thread on SIGTERM, within this context."""
 
     def terminate(signum: int, frame: object) -> NoReturn:
         raise Terminated
@@ -105,12 +107,12 @@ def _termination_raised() -> Iterator[None]:
 
 
 def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can mend into one sentence on stderr and its exit code."""
+    """Wrap a command so that an error which the user can fix becomes one sentence on stderr and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-            sys.stdout.reconfigure(errors="replace")  # of a model's text, not every terminal has all
+            sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a model's text
         try:
             with _termination_raised():
                 command(*args, **kwargs)
@@ -121,7 +123,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
-            # The reader of our output has gone; keep Python from complaining at exit.
+            # The reader of stdout is gone; flushing it at exit must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:
@@ -133,7 +135,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             fail(f"{where}{error.strerror or error}; {remedy}", 1)
         except MemoryError:
             fail(OUT_OF_MEMORY, 1)
-        except RuntimeError as error:  # torch's
+        except RuntimeError as error:  # how torch reports it
             if "can't allocate memory" not in str(error):
                 raise
             fail(OUT_OF_MEMORY, 1)
@@ -142,36 +144,93 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def fail(message: str, code: int) -> NoReturn:
+    """Print the command's name and `message` on one line of stderr, and exit with `code`."""
     name = click.get_current_context().find_root().info_name
     click.echo(f"{name}: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
 def print_json(values: Any) -> None:
-    """One object on the last line of stdout."""
+    """Print `values` as JSON on one line of stdout."""
     click.echo(json.dumps(values, allow_nan=False))
 
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr with the time left, where that is a terminal."""
-    from tqdm import tqdm  # a run that shows none does not wait for it
+    """Show a bar with the time left on stderr; yield the function that counts one step.
+
+    Nothing is shown if stderr is not a terminal.
+    """
+    from tqdm import tqdm  # imported here so that commands without a bar do not wait for it
 
     with tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr) as bar:
         yield bar.update
 
 
-def spare_imports() -> None:
-    """Keep the garbage collector from what is imported: going through all of it takes as long as dozens of tokens.
+@contextlib.contextmanager
+def stage_progress(title: str, total: int) -> Iterator[Callable[[], object]]:
+    """Show the progress of a long stage on stderr; yield the function that counts one step.
 
-    At the exit too, where Python would go through it again and again before it ends.
+    On a terminal it is a bar. Elsewhere it is one line every LINE_INTERVAL_S and one at the end of a successful stage.
+    """
+    if sys.stderr.isatty():
+        with progress_bar(title, total) as advance:
+            yield advance
+        return
+    with _StageLines(title, total) as stage:
+        yield stage.advance
+
+
+class _StageLines:
+    """The progress lines of one stage, written by a thread of their own."""
+
+    def __init__(self, title: str, total: int, interval_s: float = LINE_INTERVAL_S) -> None:
+        self._title, self._total, self._interval_s = title, total, interval_s
+        self._done = 0
+        self._started = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True)
+
+    def __enter__(self) -> _StageLines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if kind is None:
+            self._say(f"{self._total} done in {self._seconds():.1f} s")
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._done += 1
+
+    def _report(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self._say(f"{self._done} of {self._total} after {self._seconds():.0f} s")
+
+    def _say(self, what: str) -> None:
+        click.echo(f"{self._title}: {what}", err=True)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+def spare_imports() -> None:
+    """Exclude all objects that exist now from garbage collection.
+
+    After the imports there are so many that one collection takes as long as dozens of tokens, and Python would collect
+    several times at exit.
     """
     gc.freeze()
 
 
 @contextlib.contextmanager
 def sparing_imports() -> Iterator[None]:
-    """The same of what is imported meanwhile, which the collector does not go through while it grows either."""
+    """Disable the garbage collector during imports within this context, then exclude the imported objects from it.
+
+    Otherwise the collector would scan them again and again while their number grows.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,10 @@
-"""Small files of users and models: text and JSON, with errors that name the file and the remedy."""
+"""Small text and JSON files, with errors that name the file and the remedy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ from dymoe_runtime.errors import DymoeError
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """A UTF-8 file that is not blank; DymoeError that ends with `remedy` otherwise."""
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises DymoeError if the file cannot be read, is not UTF-8, or is blank. `remedy` ends the message unless the
+    encoding is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -24,7 +30,10 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def parse_json(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in `text`; DymoeError that names `where` and ends with `remedy` if it is none."""
+    """Return the JSON object in `text`.
+
+    Raises DymoeError if `text` is anything else. Its message starts with `where` and ends with `remedy`.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -32,3 +41,17 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DymoeError(f"{where}: not a JSON object; {remedy}")
     return values
+
+
+def strict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Build dataclass `cls` from `data`.
+
+    Raises DymoeError if a key is unknown or missing. Its message starts with `where` and names the key.
+    """
+    known = {field.name for field in fields(cls)}
+    if unknown := sorted(set(data) - known):
+        raise DymoeError(f"{where}: unknown key '{unknown[0]}'; known keys are {', '.join(sorted(known))}")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise DymoeError(f"{where}: {error}") from error

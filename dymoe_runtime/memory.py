@@ -1,4 +1,4 @@
-"""Memory by its address: mapped, and what is in it."""
+"""Raw memory: mapping it, viewing it by address, locking it."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ import mmap
 
 import numpy as np
 
-# Address and bytes of memory.
+# (address, bytes) of some memory.
 Place = tuple[int, int]
 
 
 def map_memory(nbytes: int) -> mmap.mmap:
-    """Memory of this process alone, zeros, in large pages where the system has them; at least a byte."""
-    # What is shared counts as cache, and has no large pages.
+    """Map `nbytes` of private memory filled with zeros, at least one byte, in huge pages where the system allows."""
+    # Shared memory would count as page cache, and would not get huge pages.
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not everywhere to be had
+    with contextlib.suppress(AttributeError, OSError):  # fewer page faults; not available everywhere
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def memory_at(place: Place) -> np.ndarray:
-    """uint8 [bytes], which whoever made the memory must keep."""
+    """Return a view of the memory at `place`, uint8 [bytes].
+
+    The view does not keep the memory alive; its owner must.
+    """
     address, nbytes = place
     return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
 
 
 def address_of(array: np.ndarray) -> int:
-    """Where the memory of an array begins."""
+    """Return the address of an array's first byte."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
 def lock_in_memory(address: int, nbytes: int) -> bool:
-    """Keep so many bytes from being swapped out; False where the system does not allow it."""
+    """Lock memory so that it is not swapped out; return whether the system allowed it."""
     try:
-        return ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == 0
+        return bool(ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == 0)
     except (OSError, AttributeError):
         return False

@@ -1,155 +1,82 @@
-"""Shared fixtures: the shipped model, tiny random checkpoints, and a compiled bundle."""
+"""Shared fixtures: the shipped model, a tiny random checkpoint, and both compiled.
+
+Compiling the shipped model takes a minute. It begins with the first test, in a process of its own; the tests that need
+it come last.
+"""
 
 from __future__ import annotations
 
 import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it is loaded
 
 # isort: split
-import json
 import shutil
-import threading
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import EXAMPLES, MODEL, compile_cli, save_tiny
 
-from dymoe_compile.cli import main as compile_command
-from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.bundle_cli import bundle as bundle_command
-from dymoe_runtime.cli import run as run_command
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-MODEL = EXAMPLES / "model"
+from dymoe_runtime.bundle.bundle import Bundle
 
 assert dymoe_runtime.__version__
 torch.set_num_threads(2)
 
 
-def tiny_config(family: str, **changes: object) -> object:
-    """A transformers configuration small enough to run in milliseconds."""
-    transformers = pytest.importorskip("transformers")
-    common = dict(
-        vocab_size=97,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        eos_token_id=0,
-        bos_token_id=0,
-        pad_token_id=0,
-    )
-    own = {
-        "qwen3_moe": dict(
-            moe_intermediate_size=40, intermediate_size=72, head_dim=16, num_experts=6, norm_topk_prob=True
-        ),
-        "olmoe": dict(intermediate_size=40, num_experts=6),
-        "mixtral": dict(intermediate_size=40, num_local_experts=6),
-    }[family]
-    config_class = {
-        "qwen3_moe": transformers.Qwen3MoeConfig,
-        "olmoe": transformers.OlmoeConfig,
-        "mixtral": transformers.MixtralConfig,
-    }[family]
-    return config_class(**{**common, **own, **changes})
+@dataclass
+class Compiling:
+    """A running `dymoe-compile` of the shipped model."""
 
-
-def tiny_model(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
-    """A random transformers model whose norms and biases are not trivial."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    config = tiny_config(family, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "bias" in name:
-                parameter.normal_(0, 0.1)
-            else:
-                parameter.normal_(0, 0.3 if "experts" in name or "gate" in name else 0.15)
-    return model
-
-
-def save_tiny(directory: Path, family: str, seed: int = 0, tokenizer: bool = True, **changes: object) -> Path:
-    """Save a tiny random checkpoint of `family` with a byte tokenizer of its vocabulary."""
-    tiny_model(family, seed, **{"vocab_size": 256, **changes}).save_pretrained(directory)
-    if tokenizer:
-        save_byte_tokenizer(directory)
-    return directory
-
-
-def save_byte_tokenizer(directory: Path) -> None:
-    """A tokenizer whose tokens are the 256 bytes; token 0 ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": alphabet[0]}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
+    folder: tempfile.TemporaryDirectory[str]
+    process: subprocess.Popen[bytes]
 
     @property
-    def json(self) -> Any:
-        """The object on the last line of stdout."""
-        return json.loads(self.out.strip().splitlines()[-1])
+    def bundle(self) -> Path:
+        return Path(self.folder.name) / "demo.dymoe"
+
+    @property
+    def log(self) -> Path:
+        return Path(self.folder.name) / "log.txt"
 
 
-def invoke(command: Any, args: Sequence[object], stdin: str | None = None) -> Outcome:
-    """Run a command in this process; a traceback fails the test."""
-    result = CliRunner().invoke(command, [str(arg) for arg in args], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Outcome(result.exit_code, result.stdout, result.stderr)
+COMPILING = pytest.StashKey[Compiling]()
 
 
-def compile_cli(*args: object) -> Outcome:
-    return invoke(compile_command, args)
+def needs_shipped(item: pytest.Item) -> bool:
+    return "shipped_path" in getattr(item, "fixturenames", ())
 
 
-def run_cli(*args: object, stdin: str | None = None) -> Outcome:
-    return invoke(run_command, args, stdin)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=needs_shipped)
 
 
-def bundle_cli(*args: object) -> Outcome:
-    return invoke(bundle_command, args)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly or not any(map(needs_shipped, session.items)):
+        return
+    folder = tempfile.TemporaryDirectory(prefix="dymoe-shipped-")
+    with (Path(folder.name) / "log.txt").open("wb") as log:
+        command = [sys.executable, "-m", "dymoe_compile", MODEL, "-o", Path(folder.name) / "demo.dymoe"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    session.config.stash[COMPILING] = Compiling(folder, process)
 
 
-def assert_one_sentence(outcome: Outcome, *words: str, code: int = 1) -> None:
-    """The command failed with `code` and one line on stderr that has all `words`."""
-    assert outcome.code == code, outcome
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1, outcome.err
-    assert "Traceback" not in outcome.err
-    for word in words:
-        assert word in lines[0], (word, lines[0])
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    compiling = session.config.stash.get(COMPILING, None)
+    if compiling is not None:
+        compiling.process.kill()
+        compiling.process.wait()
+        compiling.folder.cleanup()
 
 
 @pytest.fixture(scope="session")
-def shipped_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shipped_path(request: pytest.FixtureRequest) -> Path:
     """The shipped model, compiled with the defaults. Read only."""
-    path = tmp_path_factory.mktemp("shipped") / "demo.dymoe"
-    outcome = compile_cli(MODEL, "-o", path)
-    assert outcome.code == 0, outcome.err
-    return path
+    compiling = request.config.stash[COMPILING]
+    assert compiling.process.wait() == 0, compiling.log.read_text(encoding="utf-8")
+    return compiling.bundle
 
 
 @pytest.fixture(scope="session")
@@ -184,20 +111,3 @@ def tiny_path(tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: p
 def damaged(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may harm."""
     return Path(shutil.copytree(tiny_path, tmp_path / "damaged.dymoe"))
-
-
-def reader_threads(expected: int = 0) -> set[int]:
-    """Threads that read experts, by numbers, once there are as many as expected or some time has passed.
-
-    The compiled ones are none of Python's, and are found only where the system lists them.
-    """
-    deadline = time.monotonic() + 2.0
-    while True:
-        found = {thread.native_id for thread in threading.enumerate() if thread.name.startswith("reader-")}
-        for task in Path("/proc/self/task").glob("*"):
-            with suppress(OSError):  # it has just ended
-                if (task / "comm").read_text() == "dymoe-reader\n":
-                    found.add(int(task.name))
-        if len(found) == expected or time.monotonic() > deadline:
-            return found
-        time.sleep(0.001)

@@ -1,120 +1,125 @@
-"""The compiled kernels of one instruction set, with the signatures of the reference."""
+"""The compiled kernels of one instruction set: `interface.Kernels`."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dymoe_runtime.kernels import _native
-from dymoe_runtime.kernels.job import Coming, Expert, Job
-from dymoe_runtime.kv_cache import HEAVY_HITTER_QUERIES, KVCache, row_bytes
+import dymoe_runtime.kernels._native as _native
+from dymoe_runtime.bundle.tiers import MatrixLayout, Part, RecordLayout
+from dymoe_runtime.kernels.interface import Reached
+from dymoe_runtime.kernels.kv_cache import HEAVY_HITTER_QUERIES, KVCache, row_bytes
+from dymoe_runtime.kernels.prepared import DecodeWeights, ExpertRows, LinearWeights, PreparedExpert
+from dymoe_runtime.kernels.reads import PendingReads
 from dymoe_runtime.memory import Place, address_of
-from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.tiers import MatrixLayout, Part, RecordLayout
-
-if TYPE_CHECKING:
-    import torch
-
-    from dymoe_runtime.kernels.descent import Descent, Grid
-
-Reads = _native.Reads
-available_isas = _native.available_isas
-pin_threads = _native.pin_threads
 
 
-class StoredDense(Protocol):
-    """Dense weights as a bundle keeps them; None for what there is not."""
-
-    def record(self, name: str) -> tuple[RecordLayout, np.ndarray] | None: ...
-
-    def optional(self, name: str) -> np.ndarray | None: ...
+def available() -> list[str]:
+    """Return the instruction sets that were compiled and run on this machine, best first."""
+    return _native.available_isas()
 
 
-class Native:
-    """Activations are quantized to int8 in blocks of 64; bad arguments raise ValueError."""
+def load(name: str, notice: str | None = None) -> NativeKernels:
+    """Return the kernels of the instruction set `name`."""
+    return NativeKernels(name)
 
-    def __init__(self, isa: str) -> None:
-        self.isa = isa
-        self.threads = _native.threads
-        self.set_threads = _native.set_threads
 
-    def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray]) -> Expert:
-        return Expert(layout, tier, segments, _plan_of(layout).expert(tier, _segments(segments)))
+class NativeKernels:
+    """`Kernels` of one instruction set. Activations are quantized to int8 in blocks of 64 columns."""
 
-    def prepare_at(self, layout: RecordLayout, tier: int, places: Sequence[Place]) -> Expert:
-        return Expert(layout, tier, (), _plan_of(layout).expert(tier, places))
+    batch_invariant = True
+    reserve_bytes = 24 << 20
+    frees_large_blocks = False
+    timed_at_start = True
+    notice: str | None = None
+    reads: Callable[[int], _native.ReadThreads] | None = _native.ReadThreads
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.compiled_isa: str | None = name
+        self._plans: WeakKeyDictionary[RecordLayout, _native.Plan] = WeakKeyDictionary()
+
+    def threads(self) -> int:
+        return _native.threads()
+
+    def set_threads(self, count: int) -> None:
+        _native.set_threads(count)
+
+    def pin_threads(self) -> bool:
+        return _native.pin_threads(True)
+
+    def prepare(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray]) -> PreparedExpert:
+        return PreparedExpert(layout, tier, segments, self._plan(layout).expert(tier, _segments(segments)))
+
+    def prepare_at(self, layout: RecordLayout, tier: int, places: Sequence[Place]) -> PreparedExpert:
+        return PreparedExpert(layout, tier, (), self._plan(layout).expert(tier, places))
 
     def moe(
-        self,
-        jobs: Sequence[Job],
-        x: np.ndarray,
-        tokens: np.ndarray,
-        y: np.ndarray,
-        activation: str = "silu",
+        self, parts: Sequence[ExpertRows], x: np.ndarray, tokens: np.ndarray, y: np.ndarray, activation: str
     ) -> None:
-        work = [(expert.views, first, rows) for expert, first, rows in jobs]
+        rows = [(expert.views, first, count) for expert, first, count in parts]
         where = _vector(tokens, np.int64, "tokens")
-        _native.moe(self.isa, work, _matrix(x, "x"), where, _matrix(y, "y"), activation)
+        _native.moe(self.name, rows, _matrix(x, "x"), where, _matrix(y, "y"), activation)
 
     def moe_token(
         self,
-        experts: Sequence[Expert],
+        experts: Sequence[PreparedExpert],
         x: np.ndarray,
-        gates: np.ndarray,
-        activation: str = "silu",
-        coming: Coming | None = None,
+        weights: np.ndarray,
+        activation: str,
+        pending: PendingReads | None = None,
     ) -> np.ndarray:
         out = np.empty(x.shape, np.float32)
         views = [expert.views for expert in experts]
-        where = _matrix(x, "x"), _matrix(gates, "gates"), _matrix(out, "out")
-        if coming is not None and isinstance(coming.reads, Reads):
-            coming.wait_s += _native.moe_token(self.isa, views, *where, activation, coming.reads, coming.tickets)
-            return out
-        if coming is not None:
-            coming.wait()
-        _native.moe_token(self.isa, views, *where, activation)
+        where = _matrix(x, "x"), _matrix(weights, "weights"), _matrix(out, "out")
+        if pending is None:
+            _native.moe_token(self.name, views, *where, activation)
+        elif isinstance(pending.reads, _native.ReadThreads):
+            pending.wait_s += _native.moe_token(self.name, views, *where, activation, pending.reads, pending.tickets)
+        else:
+            pending.wait()
+            _native.moe_token(self.name, views, *where, activation)
         return out
 
-    def combine(self, y: np.ndarray, rows: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    def combine(self, y: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
         _check(rows, np.int64, 2, "rows")
-        if rows.shape != gates.shape:
-            raise ValueError(f"rows: expected {list(gates.shape)}, got {list(rows.shape)}")
         out = np.empty((len(rows), y.shape[1]), np.float32)
-        _native.combine(_matrix(y, "y"), _matrix(gates, "gates"), address_of(rows), _matrix(out, "out"))
+        where = address_of(rows), *rows.shape
+        _native.combine(_matrix(y, "y"), _matrix(weights, "weights"), where, _matrix(out, "out"))
         return out
 
     def matmul(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        narrow = weight.dtype == np.uint16
-        _check(weight, np.uint16 if narrow else np.float32, 2, "weight")
+        is_bf16 = weight.dtype == np.uint16
+        _check(weight, np.uint16 if is_bf16 else np.float32, 2, "weight")
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x: expected {weight.shape[1]} columns, got {x.shape[-1]}")
         y = np.empty((len(x), len(weight)), np.float32)
-        _native.matmul(self.isa, _matrix(x, "x"), address_of(weight), narrow, _matrix(y, "y"))
+        _native.matmul(self.name, _matrix(x, "x"), address_of(weight), is_bf16, _matrix(y, "y"))
         return y
 
     def activate(self, gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
         if gate.shape != up.shape:
             raise ValueError(f"up: expected {list(gate.shape)}, got {list(up.shape)}")
         hidden = gate.copy()
-        _native.activate(self.isa, _matrix(hidden, "gate"), _address(up), activation)
+        _native.activate(self.name, _matrix(hidden, "gate"), _address(up), activation)
         return hidden
 
-    def choose(self, logits: np.ndarray, top_k: int, norm_topk: bool) -> tuple[np.ndarray, np.ndarray]:
+    def route(self, logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
         experts = np.empty((len(logits), top_k), np.int64)
-        gates = np.empty((len(logits), top_k), np.float32)
+        weights = np.empty((len(logits), top_k), np.float32)
         used_up = logits.copy()
-        _native.choose(self.isa, _matrix(used_up, "logits"), norm_topk, address_of(experts), _matrix(gates, "gates"))
-        return experts, gates
+        where = address_of(experts), _matrix(weights, "weights")
+        _native.route(self.name, _matrix(used_up, "logits"), normalize, *where)
+        return experts, weights
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty(rows.shape, np.float32)
-        _native.norm(self.isa, _matrix(rows, "x"), _address(weight), eps, _matrix(out, "out"))
+        _native.norm(self.name, _matrix(rows, "x"), _address(weight), eps, _matrix(out, "out"))
         return out.reshape(x.shape)
 
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
@@ -131,12 +136,12 @@ class Native:
         k: np.ndarray,
         v: np.ndarray,
         cache: KVCache,
-        layer: int,
+        start: int,
         window: int | None = None,
         weigh: bool = False,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         heads, tokens, head_dim = q.shape
-        kv_heads = cache.rows.shape[2]
+        kv_heads = cache.rows.shape[1]
         if row_bytes(head_dim, cache.bits) != cache.rows.shape[-1] or k.shape != (kv_heads, tokens, head_dim):
             raise ValueError(f"k: {list(k.shape)} does not fit q, {list(q.shape)}, and the cache")
         if v.shape != k.shape:
@@ -146,77 +151,140 @@ class Native:
             _check(x, np.float32, 3, "q, k, v")
         shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
         out = np.empty(rows[0].shape, np.float32)
-        mass = np.empty((_native.receiving_parts(self.isa, shape, last), tokens), np.float32)
+        mass = np.empty((_native.receiving_parts(self.name, shape, last), tokens), np.float32)
         vectors = [address_of(x) for x in (*rows, out)]
-        where, received = cache.addresses[layer], _matrix(mass, "received")
-        _native.attend_prompt(self.isa, shape, cache.length, window or 0, last, vectors, where, received)
+        received = _matrix(mass, "received")
+        _native.attend_prompt(self.name, shape, start, window or 0, last, vectors, cache.address, received)
         return out.transpose(1, 0, 2), mass.sum(0) if weigh else None
 
     def linear(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
         rows = _matrix(x, "x")
         y = np.empty((x.shape[0], layout.matrices["weight"].rows), np.float32)
-        _plan_of(layout).linear(self.isa, tier, _segments(segments), rows, _matrix(y, "y"))
+        self._plan(layout).linear(self.name, tier, _segments(segments), rows, _matrix(y, "y"))
         return y
 
     def embed(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
         wanted = _vector(ids, np.int64, "ids")
         y = np.empty((ids.shape[0], layout.matrices["weight"].cols), np.float32)
-        _plan_of(layout).embed(self.isa, tier, _segments(segments), wanted, _matrix(y, "y"))
+        self._plan(layout).embed(self.name, tier, _segments(segments), wanted, _matrix(y, "y"))
         return y
 
     def dequantize(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], name: str) -> np.ndarray:
         where = layout.matrices[name]
         y = np.empty((where.rows, where.cols), np.float32)
-        _plan_of(layout).dequantize(self.isa, tier, _segments(segments), name, _matrix(y, "y"))
+        self._plan(layout).dequantize(self.name, tier, _segments(segments), name, _matrix(y, "y"))
         return y
 
-    def fit(self, weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        from dymoe_runtime.kernels import fitting  # imports torch
+    def decode_stack(self, layers: Sequence[DecodeWeights | None], activation: str) -> NativeStack:
+        known = [None if layer is None else self._decode_layer(layer) for layer in layers]
+        stack = _native.DecodeStack(self.name, known, activation)
+        return NativeStack(stack, layers)
 
-        return fitting.fit(self.isa, weight, grid)
+    def resident_table(self, layers: int, experts: int, ladder: Sequence[int]) -> _native.ResidentTable:
+        return _native.ResidentTable(layers, experts, ladder)
 
-    def descend(self, block: Descent) -> None:
-        from dymoe_runtime.kernels import fitting
+    def attention_bytes(self, heads: int, kv_heads: int, head_dim: int, tokens: int, context: int) -> int:
+        """Return the bytes of one decoded token's scores, and of the received attention of a prompt.
 
-        fitting.descend(self.isa, block)
+        The last HEAVY_HITTER_QUERIES tokens of a prompt are computed in tiles of at least 8 rows. Each tile has its
+        own float32 [tokens] of received attention.
+        """
+        return 4 * (heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens) + kv_heads * tokens)
+
+    def product_bytes(self) -> int:
+        return 0
+
+    def kept_bytes(self, tokens: int, expert_width: int, widest: int) -> int:
+        """Return the bytes of the experts' hidden activations and of the quantized tokens.
+
+        There are two float32 arrays of hidden activations, for gate and up. There are two buffers of int8 tokens, for
+        `moe` and `linear`; scales and sums add less than a quarter to them.
+        """
+        return tokens * (2 * 4 * expert_width + 2 * widest * 5 // 4)
+
+    def _plan(self, layout: RecordLayout) -> _native.Plan:
+        """Return the layout as the compiled kernels know it; each layout is checked only once."""
+        plan = self._plans.get(layout)
+        if plan is None:
+            plan = _native.Plan.make([_layout(name, where) for name, where in layout.matrices.items()])
+            self._plans[layout] = plan
+        return plan
+
+    def _decode_layer(self, layer: DecodeWeights) -> _native.DecodeLayer:
+        def linear(weights: LinearWeights) -> tuple[_native.Plan, int, list[tuple[int, int]], int]:
+            layout, data, bias = weights
+            return self._plan(layout), layout.ladder[0], _segments([data]), _address_or_0(bias)
+
+        attention, router = layer.attention, layer.router
+        return _native.DecodeLayer.make(
+            self.name,
+            (layer.hidden, attention.heads, attention.kv_heads, attention.head_dim),
+            attention.window or 0,
+            (0, 0, False) if router is None else (router.experts, router.top_k, router.normalize),
+            layer.eps,
+            attention.clip or 0.0,
+            attention.qk_norm,
+            [_address_or_0(norm) for norm in (layer.attn_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)],
+            _address_or_0(layer.router_weight),
+            [linear(weights) for weights in (layer.q, layer.k, layer.v, layer.o)],
+        )
+
+
+class NativeStack:
+    """`LayerStack` of the compiled kernels."""
+
+    def __init__(self, stack: _native.DecodeStack, layers: Sequence[DecodeWeights | None]) -> None:
+        """Keep a reference to `layers`, because `stack` points to their arrays."""
+        self._stack, self._layers = stack, layers
+        known = [layer for layer in layers if layer is not None]
+        hidden, top_k = known[0].hidden, max(layer.router.top_k if layer.router else 1 for layer in known)
+        # Kept, because allocating them takes as long as the norm of a small layer.
+        self.residual, self.h = np.empty((1, hidden), np.float32), np.empty((1, hidden), np.float32)
+        self.experts, self.weights = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
+        self._residual = address_of(self.residual)
+        self._buffers = self._residual, address_of(self.h), address_of(self.experts), address_of(self.weights)
+        self._guessed = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
+        self._guessed_h = np.empty((1, hidden), np.float32)
+        self._guess_buffers = address_of(self._guessed_h), address_of(self._guessed[0]), address_of(self._guessed[1])
+        self._guessers: dict[int, tuple[int, int]] = {}  # by layer, the addresses of router and bias
+        self._kept: list[np.ndarray] = []  # what they point to
+
+    def knows(self, layer: int) -> bool:
+        known = self._layers[layer]
+        return known is not None and known.router is not None
+
+    def set_caches(self, caches: Sequence[KVCache | None]) -> None:
+        self._stack.set_caches([(0, 0, 0, 16) if cache is None else cache.address for cache in caches])
+
+    def run(
+        self,
+        table: _native.ResidentTable | None,
+        first: int,
+        x: np.ndarray,
+        more: np.ndarray | None,
+        position: tuple[int, int, int],
+    ) -> Reached:
+        address = self._residual if x is self.residual else _matrix(x, "x")[0]
+        added = 0 if more is None else _matrix(more, "more")[0]
+        return self._stack.run(table, first, address, added, position, self._buffers)
+
+    def set_guesser(self, layer: int, router: np.ndarray, bias: np.ndarray) -> None:
+        self._kept += router, bias
+        self._guessers[layer] = _address(router), _address(bias)
+
+    def guess(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        address = self._residual if x is self.residual else _address(x)
+        router, bias = self._guessers.get(layer, (0, 0))
+        self._stack.route(layer, address, *self._guess_buffers, router, bias)
+        return self._guessed
 
 
 def read_memory(data: np.ndarray) -> int:
-    """Read all of `data`, uint8 [n], with all threads: how fast this is bounds every kernel."""
+    """Read `data`, uint8 [n], with all threads and return the sum of its 64-bit words, modulo 2 ** 64.
+
+    No kernel can read the same memory faster. Up to 127 bytes at the end are left out.
+    """
     return _native.read_memory(_vector(data, np.uint8, "data"))
-
-
-def row_address(x: np.ndarray) -> int:
-    """Of x, float32 [1, n], as `address_of` but several times as fast."""
-    return _matrix(x, "x")[0]
-
-
-def decode_layer(isa: str, spec: ModelSpec, dense: StoredDense, layer: int) -> _native.DecodeLayer:
-    """Points into the tensors of `dense`, which must outlive it."""
-
-    def address(name: str) -> int:
-        vector = dense.optional(f"layers.{layer}.{name}")
-        return 0 if vector is None else _address(vector)
-
-    def linear(name: str) -> tuple[_native.Plan, int, list[tuple[int, int]], int]:
-        record = dense.record(f"layers.{layer}.attn.{name}")
-        assert record is not None
-        layout, data = record
-        return _plan_of(layout), layout.ladder[0], _segments([data]), address(f"attn.{name}_bias")
-
-    routed = layer not in spec.dense_layers
-    return _native.DecodeLayer.make(
-        isa,
-        (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim),
-        spec.sliding_window or 0,
-        (spec.num_experts, spec.top_k, spec.norm_topk) if routed else (0, 0, False),
-        spec.norm_eps,
-        spec.clip_qkv or 0.0,
-        spec.qk_norm,
-        [address(name) for name in ("attn_norm", "attn.q_norm", "attn.k_norm", "mlp_norm")],
-        address("router"),
-        [linear(name) for name in "qkvo"],
-    )
 
 
 def _address(array: np.ndarray) -> int:
@@ -224,18 +292,22 @@ def _address(array: np.ndarray) -> int:
     return address_of(array)
 
 
+def _address_or_0(array: np.ndarray | None) -> int:
+    return 0 if array is None else _address(array)
+
+
 def _segments(segments: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     return [_vector(segment, np.uint8, "segments") for segment in segments]
 
 
 def _vector(array: np.ndarray, dtype: type, name: str) -> tuple[int, int]:
-    """Address and length of an array that is safe to read there."""
+    """Return (address, length) of a vector; raise ValueError unless it is contiguous and of this dtype."""
     _check(array, dtype, 1, name)
     return address_of(array), array.size
 
 
 def _matrix(array: np.ndarray, name: str) -> tuple[int, int, int]:
-    """Address, rows and columns of an array that is safe to read there."""
+    """Return (address, rows, columns) of a matrix; raise ValueError unless it is contiguous float32."""
     found = _native.matrix_at(array)
     if found is None:
         _check(array, np.float32, 2, name)
@@ -254,24 +326,10 @@ def _check(array: np.ndarray, dtype: type, dims: int, name: str) -> None:
     )
 
 
-# By identity: a layout holds a dict and has no hash. An entry goes when its layout does, before
-# another object can have that id.
-_plans: dict[int, _native.Plan] = {}
-
-
-def _plan_of(layout: RecordLayout) -> _native.Plan:
-    plan = _plans.get(id(layout))
-    if plan is None:
-        plan = _native.Plan.make([_layout(name, where) for name, where in layout.matrices.items()])
-        _plans[id(layout)] = plan
-        weakref.finalize(layout, _plans.pop, id(layout), None).atexit = False
-    return plan
-
-
 def _layout(name: str, where: MatrixLayout) -> _native._Layout:
     planes = [(plane.width, plane.tier, _part(plane.part)) for plane in where.planes]
-    steps = [_part(part) for part in where.steps]
-    return name, where.rows, where.cols, list(where.ladder), planes, steps, _part(where.multiplier)
+    indices = [_part(part) for part in where.scale_indices]
+    return name, where.rows, where.cols, list(where.ladder), planes, indices, _part(where.multiplier)
 
 
 def _part(part: Part) -> tuple[int, int, int]:

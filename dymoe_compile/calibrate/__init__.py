@@ -1,0 +1,1 @@
+"""One pass of the calibration text through the original model."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: their tensors, their weights, and the original model."""

@@ -1,0 +1,1 @@
+"""Parts of a compile job: device profiles, progress reports, and the writer of bundles."""

@@ -1,0 +1,1 @@
+"""The report of a compilation: compile.json and report.html."""

@@ -1,0 +1,90 @@
+"""compile.json: everything measured during compilation, for machines and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dymoe_compile.calibrate.statistics import LayerStatistics
+from dymoe_compile.policy.operating_points import Fitted, point_json
+from dymoe_compile.policy.sensitivity import Decoding, Rule, Static
+from dymoe_compile.quantize import quantize
+from dymoe_compile.quantize.grid import tier_weights
+from dymoe_runtime.bundle.bundle import DENSE, Manifest, expert_layout
+from dymoe_runtime.bundle.policy import LayerPolicy
+from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED
+
+VERSION = 2
+
+
+def collect(
+    manifest: Manifest,
+    dense_kl: Mapping[str, Mapping[str, float]],
+    statistics: Mapping[int, LayerStatistics],
+    fitted: Fitted,
+) -> dict[str, Any]:
+    """Return the findings as JSON types; equal input gives equal findings."""
+    spec, ladder, policy = manifest.spec, manifest.ladder, fitted.policy
+    layout = expert_layout(spec, ladder)
+    return {
+        "version": VERSION,
+        "model": {
+            "name": f"{spec.model_type} {spec.num_layers} x {spec.num_experts}",
+            "family": spec.model_type,
+            "num_layers": spec.num_layers,
+            "num_experts": spec.num_experts,
+            "top_k": spec.top_k,
+            "hidden_size": spec.hidden_size,
+            "expert_width": spec.expert_width,
+        },
+        "ladder": list(ladder),
+        "storage": {
+            "bits_per_weight": {str(tier): round(layout.bits_per_weight(tier), 4) for tier in ladder},
+            "expert_bytes": layout.record_bytes * spec.num_experts * len(spec.moe_layers),
+            "dense_bytes": manifest.files[DENSE].nbytes,
+            "dense_bits": dict(manifest.dense_bits),
+            "dense_kl": {kind: dict(row) for kind, row in dense_kl.items()},
+        },
+        "quantizer": {
+            "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",
+            "levels": "curved: least squared error for normal weights" if ladder[-1] <= MAX_CURVED else "even",
+            "block": BLOCK,
+            "steps": "4 bits a block and tier, one bf16 multiplier a row",
+            "sweeps": quantize.SWEEPS,
+            "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder)),
+        },
+        "layers": [_layer(layer, statistics) for layer in policy.layers],
+        "points": [point_json(point) for point in policy.points],
+        "default_point": policy.default_point,
+        "compared": [{**point_json(point), **_setting(rule)} for point, rule in fitted.compared],
+        "peers": [],
+        "notes": list(policy.notes),
+        "provenance": dict(manifest.provenance),
+        "reference_nll": fitted.reference_nll,
+        "measured_tokens": fitted.tokens,
+    }
+
+
+def _setting(rule: Rule) -> dict[str, Any]:
+    """Return the setting of a rule: thresholds per layer, or the tier of each expert."""
+    if isinstance(rule, Static):
+        return {"tiers": [list(row) for row in rule.tiers]}
+    assert isinstance(rule, Decoding)
+    return {"decode": [list(row) for row in rule.rule.decode], "prefill": [list(row) for row in rule.rule.prefill]}
+
+
+def _layer(layer: LayerPolicy, statistics: Mapping[int, LayerStatistics]) -> dict[str, Any]:
+    if layer.layer not in statistics:
+        return {"layer": layer.layer, "dense": True}
+    return {
+        "layer": layer.layer,
+        "dense": False,
+        "frequency": list(layer.frequency),
+        "gate_mass": list(layer.gate_mass),
+        "sensitivity": dict(layer.sensitivity),
+        "router_overlap": dict(layer.router_overlap),
+        "expert_error": {tier: list(errors) for tier, errors in layer.expert_error.items()},
+        "pinned": list(layer.pinned),
+        "data_free": list(layer.data_free),
+        "look_ahead": {**statistics[layer.layer].look_ahead, "used": layer.look_ahead_by},
+    }

@@ -1,0 +1,1 @@
+"""The bundle format on disk: layout of records, and reading with checks."""

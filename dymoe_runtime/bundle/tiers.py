@@ -1,0 +1,356 @@
+"""Nested precision tiers: a quantized matrix and its layout in bytes.
+
+A matrix is quantized once, to codes of the highest tier T of its ladder. The code of a lower tier t is the top t bits
+of the code of T, so tiers share storage: a *plane* holds the bits that lead from one tier to the next. For each row r
+and block g of 64 columns
+
+    value = scale_t[r, g] * level_t[code_t]
+    scale_t[r, g] = multiplier[r] * unit_t * SCALE_SIZES[index_t[r, g]]
+
+with a 4-bit scale index for each tier and one bf16 multiplier for each row. SCALE_SIZES is a table of 15 sizes, and 0
+for an all-zero block. Levels are symmetric around zero; there is no zero point. If T is more than 4, levels are
+code_t - (2^t - 1) / 2, and unit_t is 2^(T - t). Otherwise levels come from CURVED, which is denser around zero, and
+unit_t is 2^(T - t) times CURVED_UNITS. Columns are padded to whole blocks.
+
+A *record* holds all planes of all matrices of one expert, in one segment per tier, lowest first. Each segment is
+padded to whole pages, so that one read brings any run of segments. Segment i holds the planes that lead to tier i,
+then the scale indices of tier i; segment 0 also holds the row multipliers.
+
+Planes are 8, 4, 2 or 1 bits wide and stored block by block, 8 * width bytes each:
+
+    width 8   byte i is column i
+    width 4   byte i (0..31): low nibble is column i, high nibble column i + 32
+    width 2   byte i (0..15): bits 2k, 2k+1 are column i + 16 k
+    width 1   bit i of the little-endian 64-bit word is column i
+
+Scale indices are two to a byte: the low nibble of byte i is block 2 i, the high one block 2 i + 1.
+
+The functions of this module define the format. They are plain and slow; the kernels are tested against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 64
+PAGE = 4096
+ALIGN = 64
+WIDTHS = (8, 4, 2, 1)
+# Scale of each 4-bit index. The fine steps, at a ratio of 1.108, cover the blocks of a usual row; exact scales would be
+# no better, because codes are chosen for the scale as stored. The coarse steps, at a ratio of 2.5, are for the rare
+# block whose outliers dwarf the rest of its row.
+SCALE_SIZES = np.array(
+    [0, 1, 1.108, 1.229, 1.362, 1.51, 1.673, 1.855, 2.056, 2.279, 2.526, 2.8, 7, 17.5, 43.75, 109.375], np.float32
+)
+FINE_SCALES = 11
+# Levels of ladders up to 4 bits: those of least squared error for normally distributed weights (Lloyd 1982, Max 1960),
+# as 6-bit whole numbers around 31.5. The bins of a tier are unions of the next tier's bins. With these levels such
+# unions are nearly optimal at fewer bits too; with bins of equal width they would not be.
+CURVED = {
+    2: (4, 23, 40, 59),
+    3: (10, 18, 24, 29, 34, 39, 45, 53),
+    4: (1, 9, 14, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 49, 54, 62),
+}
+CURVED_CENTRE = 31.5
+# Factor of the scales of each tier, so that one multiplier per row suits all tiers.
+CURVED_UNITS = {2: 0.0433, 3: 0.1539, 4: 0.2590}
+MAX_CURVED = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A byte range of one segment of a record."""
+
+    segment: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plane: `width` bits of each code of a matrix, which `tier` and all higher tiers need."""
+
+    width: int
+    tier: int
+    part: Part
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """The places of the planes, scale indices and multipliers of one [rows, cols] matrix in a record."""
+
+    rows: int
+    cols: int
+    ladder: tuple[int, ...]
+    planes: tuple[Plane, ...]  # most significant first
+    scale_indices: tuple[Part, ...]  # u8 [rows, ceil(blocks / 2)], one per tier of the ladder
+    multiplier: Part  # bf16 [rows]
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks in a row."""
+        return blocks_of(self.cols)
+
+    def planes_of(self, tier: int) -> Iterator[Plane]:
+        """Return the planes that `tier` needs, most significant first."""
+        return (plane for plane in self.planes if plane.tier <= tier)
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: kernels cache a plan for each layout
+class RecordLayout:
+    """The layout that all records of one kind share.
+
+    `segment_bytes` are the sizes of the segments' content. `segment_spans` are those sizes rounded up to whole pages,
+    as stored. Each segment holds its matrices in the order of `matrices`.
+    """
+
+    ladder: tuple[int, ...]
+    matrices: Mapping[str, MatrixLayout]
+    segment_bytes: tuple[int, ...]
+    segment_spans: tuple[int, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Return the bytes of a record, padding included."""
+        return sum(self.segment_spans)
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights in a record."""
+        return sum(m.rows * m.cols for m in self.matrices.values())
+
+    def segments_of(self, tier: int) -> int:
+        """Return how many leading segments `tier` needs, 0 for tier 0."""
+        return sum(t <= tier for t in self.ladder)
+
+    def prefix_bytes(self, tier: int) -> int:
+        """Return the bytes of the leading segments that `tier` needs, padding included."""
+        return sum(self.segment_spans[: self.segments_of(tier)])
+
+    def bits_per_weight(self, tier: int) -> float:
+        """Return the effective bits per weight at `tier`.
+
+        Scale indices and multipliers count; padding to whole pages does not.
+        """
+        return 8 * sum(self.segment_bytes[: self.segments_of(tier)]) / self.weights
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A quantized matrix: codes of the highest tier, and the numbers that scale them."""
+
+    codes: np.ndarray  # uint8 [rows, cols]
+    scale_indices: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks], indices into SCALE_SIZES
+    multiplier: np.ndarray  # float32 [rows], exact in bf16
+
+
+def blocks_of(cols: int) -> int:
+    """Return the number of blocks in a row of `cols` columns."""
+    return -(-cols // BLOCK)
+
+
+def scale_index_bytes(blocks: int) -> int:
+    """Return the bytes of the scale indices of a row."""
+    return -(-blocks // 2)
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Split `bits` (1..8) into plane widths, widest first.
+
+    >>> plane_widths(3)
+    (2, 1)
+    """
+    widths = []
+    for width in WIDTHS:
+        if bits >= width:
+            widths.append(width)
+            bits -= width
+    return tuple(widths)
+
+
+def make_layout(shapes: Mapping[str, tuple[int, int]], ladder: Sequence[int], page: int = PAGE) -> RecordLayout:
+    """Return the layout of a record of matrices with `shapes` (name -> (rows, cols)) for `ladder`.
+
+    Each segment is padded to a multiple of `page` bytes. Raises ValueError if the ladder is not valid.
+
+    >>> layout = make_layout({"gate": (64, 128), "up": (64, 128), "down": (128, 64)}, (2, 3, 4))
+    >>> layout.segment_spans, round(layout.bits_per_weight(2), 2)
+    ((8192, 4096, 4096), 2.25)
+    """
+    ladder = check_ladder(ladder)
+    planes: dict[str, list[Plane]] = {name: [] for name in shapes}
+    indices: dict[str, list[Part]] = {name: [] for name in shapes}
+    multipliers: dict[str, Part] = {}
+    sizes = []
+    below = 0
+    for segment, tier in enumerate(ladder):
+        cursor = 0
+
+        def take(nbytes: int, segment: int = segment) -> Part:
+            nonlocal cursor
+            part = Part(segment, cursor, nbytes)
+            cursor += _round_up(nbytes, ALIGN)
+            return part
+
+        for name, (rows, cols) in shapes.items():
+            for width in plane_widths(tier - below):
+                planes[name].append(Plane(width, tier, take(rows * blocks_of(cols) * 8 * width)))
+        for name, (rows, cols) in shapes.items():
+            indices[name].append(take(rows * scale_index_bytes(blocks_of(cols))))
+        if segment == 0:
+            for name, (rows, _) in shapes.items():
+                multipliers[name] = take(2 * rows)
+        sizes.append(cursor)
+        below = tier
+    matrices = {
+        name: MatrixLayout(rows, cols, ladder, tuple(planes[name]), tuple(indices[name]), multipliers[name])
+        for name, (rows, cols) in shapes.items()
+    }
+    return RecordLayout(ladder, matrices, tuple(sizes), tuple(_round_up(size, page) for size in sizes))
+
+
+def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -> np.ndarray:
+    """Return the bytes of one record, uint8 [record_bytes]; padding is zero."""
+    record = np.zeros(layout.record_bytes, np.uint8)
+    segments = split_record(layout, record)
+    for name, where in layout.matrices.items():
+        matrix = matrices[name]
+        assert matrix.codes.shape == (where.rows, where.cols)
+        shift = where.ladder[-1]
+        for plane in where.planes:
+            shift -= plane.width
+            bits = (matrix.codes >> shift) & ((1 << plane.width) - 1)
+            _put(segments, plane.part, pack_plane(bits.astype(np.uint8), plane.width))
+        for tier, part in zip(where.ladder, where.scale_indices, strict=True):
+            _put(segments, part, pack_scale_indices(matrix.scale_indices[tier]))
+        _put(segments, where.multiplier, (matrix.multiplier.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    return record
+
+
+def split_record(layout: RecordLayout, record: np.ndarray) -> list[np.ndarray]:
+    """Return views of the segments of `record`, or of those that a shorter prefix holds whole."""
+    segments, start = [], 0
+    for span in layout.segment_spans:
+        if start + span > record.size:
+            break
+        segments.append(record[start : start + span])
+        start += span
+    return segments
+
+
+def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
+    """Return the codes of `tier`, uint8 [rows, cols], from the segments of a record."""
+    codes = np.zeros((where.rows, where.blocks * BLOCK), np.uint8)
+    for plane in where.planes_of(tier):
+        packed = _get(segments, plane.part).reshape(where.rows, where.blocks, 8 * plane.width)
+        codes = (codes << plane.width) | unpack_plane(packed, plane.width)
+    return np.ascontiguousarray(codes[:, : where.cols])
+
+
+def tier_scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
+    """Return scale_t of a matrix, float32 [rows, blocks], from the segments of a record."""
+    packed = _get(segments, where.scale_indices[where.ladder.index(tier)]).reshape(where.rows, -1)
+    indices = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.blocks]
+    multiplier = widen_bf16(_get(segments, where.multiplier).view(np.uint16))
+    return tier_scales(indices, multiplier, tier, where.ladder[-1])
+
+
+def tier_scales(indices: np.ndarray, multiplier: np.ndarray, tier: int, top: int) -> np.ndarray:
+    """Return scale_t = multiplier * unit_t * SCALE_SIZES[index], float32 [..., rows, blocks].
+
+    indices [..., rows, blocks], multiplier float32 [..., rows]; `top` is the highest tier of the ladder.
+    """
+    scales: np.ndarray = (multiplier * np.float32(unit_of(tier, top)))[..., None] * SCALE_SIZES[indices]
+    return scales
+
+
+def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
+    """Return the matrix at `tier`, float32 [rows, cols], from the segments of a record."""
+    codes = unpack_codes(segments, where, tier)
+    scales = tier_scales_of(segments, where, tier).repeat(BLOCK, axis=1)[:, : where.cols]
+    values: np.ndarray = scales * levels_of(tier, where.ladder[-1])[codes]
+    return values
+
+
+def levels_of(tier: int, top: int) -> np.ndarray:
+    """Return the level of each code of `tier` in a ladder up to `top`, float32 [2^tier], rising."""
+    if top <= MAX_CURVED:
+        return np.array(CURVED[tier], np.float32) - np.float32(CURVED_CENTRE)
+    return np.arange(2**tier, dtype=np.float32) - np.float32((2**tier - 1) / 2)
+
+
+def widen_bf16(bits: np.ndarray) -> np.ndarray:
+    """Return as float32 the bf16 numbers whose bits are given as uint16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def unit_of(tier: int, top: int) -> float:
+    """Return unit_t, a factor of all scales of `tier` in a ladder up to `top`; it is exact in float32."""
+    curved = float(np.float32(CURVED_UNITS[tier])) if top <= MAX_CURVED else 1.0
+    return curved * 2.0 ** (top - tier)
+
+
+def pack_scale_indices(indices: np.ndarray) -> np.ndarray:
+    """Pack indices below 16, uint8 [rows, blocks], two to a byte, uint8 [rows, ceil(blocks / 2)]."""
+    rows, blocks = indices.shape
+    assert indices.max(initial=0) < len(SCALE_SIZES)
+    padded = np.zeros((rows, 2 * scale_index_bytes(blocks)), np.uint8)
+    padded[:, :blocks] = indices
+    return padded[:, ::2] | padded[:, 1::2] << 4
+
+
+def pack_plane(bits: np.ndarray, width: int) -> np.ndarray:
+    """Pack `width`-bit values, uint8 [rows, cols], into a plane, uint8 [rows, blocks, 8 * width]."""
+    rows, cols = bits.shape
+    padded = np.zeros((rows, blocks_of(cols) * BLOCK), np.uint8)
+    padded[:, :cols] = bits
+    blocks = padded.reshape(rows, -1, BLOCK)
+    if width == 1:
+        return np.packbits(blocks, axis=-1, bitorder="little")
+    lanes = blocks.reshape(rows, blocks.shape[1], 8 // width, 8 * width)
+    packed = np.zeros((rows, blocks.shape[1], 8 * width), np.uint8)
+    for k in range(8 // width):
+        packed |= lanes[:, :, k] << (width * k)
+    return packed
+
+
+def unpack_plane(packed: np.ndarray, width: int) -> np.ndarray:
+    """Unpack a plane, uint8 [rows, blocks, 8 * width], into its values, uint8 [rows, blocks * 64]."""
+    rows = packed.shape[0]
+    if width == 1:
+        return np.unpackbits(packed, axis=-1, bitorder="little").reshape(rows, -1)
+    lanes = [(packed >> (width * k)) & ((1 << width) - 1) for k in range(8 // width)]
+    return np.concatenate(lanes, axis=-1).reshape(rows, -1)
+
+
+def _put(segments: Sequence[np.ndarray], part: Part, values: np.ndarray) -> None:
+    segments[part.segment][part.offset : part.offset + part.nbytes] = values.reshape(-1)
+
+
+def _get(segments: Sequence[np.ndarray], part: Part) -> np.ndarray:
+    return np.asarray(segments[part.segment])[part.offset : part.offset + part.nbytes]
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def check_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
+    """Return `ladder` as a tuple.
+
+    Raises ValueError unless its tiers are whole numbers from 2 to 8 that rise strictly.
+
+    >>> check_ladder([2, 3, 4])
+    (2, 3, 4)
+    >>> check_ladder([4, 3])
+    Traceback (most recent call last):
+    ValueError: tiers [4, 3]: expected increasing bits between 2 and 8, such as 2,3,4
+    """
+    tiers = tuple(ladder)
+    whole = all(type(tier) is int for tier in tiers)
+    if not whole or not tiers or list(tiers) != sorted(set(tiers)) or tiers[0] < 2 or tiers[-1] > 8:
+        raise ValueError(f"tiers {list(ladder)}: expected increasing bits between 2 and 8, such as 2,3,4")
+    return tiers

@@ -1,0 +1,1 @@
+"""The command line: dymoe-run and dymoe-bundle."""

@@ -1,0 +1,122 @@
+"""dymoe-bundle: inspects a bundle, verifies it, and replays a trace of it with other memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.records import verify
+from dymoe_runtime.cli.flags import FlagsCommand
+from dymoe_runtime.console import Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.engine.options import MAX_DECAY
+from dymoe_runtime.engine.trace import read_trace
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.store import DECAY, EVICTIONS
+from dymoe_runtime.tools.describe import describe, format_description
+from dymoe_runtime.tools.replay import format_replay, plot_split, replay, split
+
+
+@click.group()
+@click.version_option(package_name="dymoe")
+def bundle() -> None:
+    """Look at a bundle, check it, or replay a trace of it with other memory."""
+
+
+@bundle.command("inspect", cls=FlagsCommand, examples=("dymoe-bundle inspect my.dymoe",))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
+@one_sentence
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Sizes, effective bits, tiers and policy of BUNDLE."""
+    description = describe(Bundle.open(bundle), load_kernels())
+    if as_json:
+        print_json(description)
+    else:
+        click.echo(format_description(description))
+
+
+@bundle.command("verify", cls=FlagsCommand, examples=("dymoe-bundle verify my.dymoe",))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
+@one_sentence
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Check every tensor and record of BUNDLE against its checksum."""
+    opened = Bundle.open(bundle)
+    checked, problems = 0, []
+    pieces = len(opened.manifest.dense_crc32) + opened.spec.total_experts + len(opened.manifest.layers) + 1
+    with progress_bar("verify", pieces) as advance:
+        for _, problem in verify(opened):
+            advance()
+            checked += 1
+            if problem:
+                problems.append(problem)
+    if as_json:
+        print_json({"ok": not problems, "checked": checked, "problems": problems})
+    if problems:
+        for problem in problems[1:]:
+            click.echo(problem, err=True)
+        raise DymoeError(problems[0])
+    if not as_json:
+        click.echo(f"{bundle}: {checked} pieces checked, all sound")
+
+
+@bundle.command("replay", cls=FlagsCommand, examples=("dymoe-bundle replay my.dymoe trace.jsonl --arena 1GiB",))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("trace", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--arena",
+    "arenas",
+    type=Size(),
+    multiple=True,
+    metavar="SIZE…",
+    help="Memory for experts. Default: 10, 25, 50 and 75% of all.",
+)
+@click.option(
+    "--decay",
+    "--fade",
+    "decays",
+    type=click.FloatRange(1, MAX_DECAY),
+    multiple=True,
+    metavar="X…",
+    help=f"Factor by which a use counts more with each token: 1 is LFU, 2 nearly LRU. Default: {DECAY}.",
+)
+@click.option(
+    "--eviction",
+    "evictions",
+    type=click.Choice(EVICTIONS),
+    multiple=True,
+    help=f"What leaves memory first. Default: {EVICTIONS[0]}.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write where each token's time went, as an HTML page.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
+@one_sentence
+def replay_command(
+    bundle: Path,
+    trace: Path,
+    arenas: Sequence[int],
+    decays: Sequence[float],
+    evictions: Sequence[str],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """How a TRACE of BUNDLE would have fared with other memory."""
+    opened = Bundle.open(bundle)
+    lines = list(read_trace(trace, opened))
+    if plot is not None:
+        plot.write_text(plot_split(lines, trace.name), encoding="utf-8")
+    sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
+    settings = list(itertools.product(sizes, evictions or EVICTIONS[:1], decays or (DECAY,)))
+    rows = []
+    with progress_bar("replay", len(settings)) as advance:
+        for size, eviction, decay in settings:
+            rows.append(replay(opened, lines, size, decay, eviction))
+            advance()
+    if as_json:
+        print_json({"traced": split(lines), "replayed": rows})
+    else:
+        click.echo(format_replay(split(lines), rows))

@@ -1,0 +1,311 @@
+"""The flags of dymoe-run, and which of them go together."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from dymoe_runtime.cli.flags import flag, names_of
+from dymoe_runtime.console import MAX_SEED, Duration, Size
+from dymoe_runtime.engine.options import MAX_DECAY, MIN_CONTEXT
+from dymoe_runtime.process import MAX_THREADS
+from dymoe_runtime.spec import KV_BITS
+from dymoe_runtime.store import DECAY, EVICTIONS
+
+MODE, INPUT, OUTPUT, SAMPLING = "What to do", "Input", "Output", "Sampling"
+MEMORY, PRECISION, SPEED, TRACING = "Memory", "Precision", "Speed", "Tracing"
+EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
+
+
+@dataclass(frozen=True, eq=False)
+class RunFlags:
+    """All flags of dymoe-run; each subcommand has a part of them."""
+
+    chat: bool = flag(
+        "--chat",
+        group=MODE,
+        default=False,
+        help="Converse by the model's chat template, a line a turn; with a prompt, answer once.",
+    )
+    eval_files: tuple[str, ...] = flag(
+        "--eval", group=MODE, default=(), multiple=True, metavar="FILE…", help="Score texts, teacher-forced."
+    )
+    bench: bool = flag("--bench", group=MODE, default=False, help="Time random tokens.")
+    probe: bool = flag(
+        "--probe", group=MODE, default=False, help="Measure this machine with BUNDLE and say what to expect."
+    )
+    prompt: str | None = flag("--prompt", group=INPUT, help="Text to continue, or with chat to answer.")
+    prompt_file: Path | None = flag(
+        "--prompt-file",
+        group=INPUT,
+        type=click.Path(path_type=Path, allow_dash=True),
+        help="Read the prompt from a file; - is stdin.",
+    )
+    system: str | None = flag("--system", group=INPUT, help="System message of the conversation.")
+    max_tokens: int = flag(
+        "--max-tokens",
+        group=SAMPLING,
+        default=128,
+        type=click.IntRange(1),
+        show_default=True,
+        help="Most tokens of an answer.",
+    )
+    temperature: float = flag(
+        "--temperature", group=SAMPLING, default=0.0, type=float, show_default=True, help="0 is greedy."
+    )
+    top_k: int = flag("--top-k", group=SAMPLING, default=0, type=int, metavar="N", show_default=True, help="0 is off.")
+    top_p: float = flag("--top-p", group=SAMPLING, default=1.0, type=float, show_default=True, help="1 is off.")
+    min_p: float = flag("--min-p", group=SAMPLING, default=0.0, type=float, show_default=True, help="0 is off.")
+    repetition_penalty: float = flag(
+        "--repetition-penalty", group=SAMPLING, default=1.0, type=float, show_default=True, help="1 is off."
+    )
+    seed: int = flag(
+        "--seed",
+        group=SAMPLING,
+        default=0,
+        type=click.IntRange(0, MAX_SEED),
+        show_default=True,
+        help="Seed of the sampler.",
+    )
+    stop: tuple[str, ...] = flag(
+        "--stop", group=SAMPLING, default=(), multiple=True, metavar="TEXT…", help="End before this text."
+    )
+    ignore_eos: bool = flag("--ignore-eos", group=SAMPLING, default=False, help="Go on past the end-of-text token.")
+    memory: int | None = flag(
+        "--memory", group=MEMORY, type=Size(), help="Budget of the whole process. Default: what is available."
+    )
+    context: int | None = flag(
+        "--context", group=MEMORY, type=click.IntRange(MIN_CONTEXT), help="Tokens of context to make room for."
+    )
+    kv_bits: str = flag(
+        "--kv-bits",
+        group=MEMORY,
+        default="16",
+        type=click.Choice([str(bits) for bits in KV_BITS]),
+        show_default=True,
+        help="Bits of the KV cache.",
+    )
+    warm_set: Path | None = flag(
+        "--warm-set",
+        group=MEMORY,
+        type=click.Path(path_type=Path),
+        help="Remember in this file which experts to read first.",
+    )
+    no_preload: bool = flag(
+        "--no-preload", group=MEMORY, default=False, help="Do not read likely experts before they are asked for."
+    )
+    point: str | None = flag(
+        "--point",
+        group=PRECISION,
+        help="Operating point: its name or mean bits, or auto to fit the memory. Default: the bundle's.",
+    )
+    quality: float | None = flag(
+        "--quality",
+        group=PRECISION,
+        type=click.FloatRange(0, min_open=True),
+        metavar="KL",
+        help="Run the smallest point with at most this KL.",
+    )
+    tpot: float | None = flag(
+        "--tpot",
+        group=PRECISION,
+        type=Duration(),
+        help="Find and hold the best point that takes at most this per token, such as 100ms.",
+    )
+    tiers: str = flag(
+        "--tiers",
+        group=PRECISION,
+        default="auto",
+        show_default=True,
+        metavar="TIER",
+        help="Run every expert at one tier of the bundle, such as 4.",
+    )
+    latency: bool = flag(
+        "--latency",
+        group=PRECISION,
+        default=False,
+        help="When decoding, run an expert at a lower tier in memory rather than wait for the disk.",
+    )
+    no_dynamic: bool = flag(
+        "--no-dynamic",
+        group=COMPARISON,
+        default=False,
+        help="Run all experts at one tier, the nearest to the point's bits.",
+    )
+    no_depth: bool = flag("--no-depth", group=COMPARISON, default=False, help="Use the same thresholds in all layers.")
+    no_prefetch: bool = flag(
+        "--no-prefetch",
+        "--no-look-ahead",
+        group=SPEED,
+        default=False,
+        help="Do not read the next layer's likely experts early.",
+    )
+    threads: int | None = flag(
+        "--threads",
+        group=SPEED,
+        type=click.IntRange(1, MAX_THREADS),
+        help="Threads to compute with. Default: all cores that this process may use.",
+    )
+    pin_threads: bool = flag(
+        "--pin-threads", group=SPEED, default=False, help="Keep each thread on a processor of its own."
+    )
+    trace: Path | None = flag(
+        "--trace",
+        group=TRACING,
+        type=click.Path(path_type=Path),
+        help="Write what every layer of every pass does, as JSON lines.",
+    )
+    decisions: Path | None = flag(
+        "--decisions",
+        group=TRACING,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Choose the tiers recorded in this trace of the same prompt.",
+    )
+    stats: bool = flag("--stats", group=OUTPUT, default=False, help="Print what the run cost to stderr.")
+    as_json: bool = flag("--json", group=OUTPUT, default=False, help="Print one JSON object, alone, to stdout.")
+    reference: Path | None = flag(
+        "--reference",
+        group=EVALUATION,
+        type=click.Path(path_type=Path),
+        help="Bundle or checkpoint to compare with.",
+    )
+    eval_phase: str = flag(
+        "--eval-phase",
+        group=EVALUATION,
+        default="decode",
+        type=click.Choice(["decode", "prefill"]),
+        show_default=True,
+        help="Rule that chooses tiers: that of decoding, or of prompts.",
+    )
+    prompt_tokens: int = flag(
+        "--prompt-tokens",
+        group=BENCHMARK,
+        default=128,
+        type=click.IntRange(1),
+        show_default=True,
+        help="Tokens of the prompt.",
+    )
+    new_tokens: int = flag(
+        "--new-tokens",
+        group=BENCHMARK,
+        default=64,
+        type=click.IntRange(1),
+        show_default=True,
+        help="Tokens to decode.",
+    )
+    warm_up: bool = flag(
+        "--warm-up",
+        group=BENCHMARK,
+        default=False,
+        help="Run another prompt of that length first.",
+    )
+    arena: int | None = flag(
+        "--arena", group=COMPARISON, type=Size(), help="Memory for experts alone, whatever the budget leaves."
+    )
+    decay: float = flag(
+        "--decay",
+        "--fade",
+        group=COMPARISON,
+        default=DECAY,
+        type=click.FloatRange(1, MAX_DECAY),
+        show_default=True,
+        help="Factor by which a use counts more with each token: 1 is LFU, 2 nearly LRU.",
+    )
+    eviction: str = flag(
+        "--eviction",
+        group=COMPARISON,
+        default=EVICTIONS[0],
+        type=click.Choice(EVICTIONS),
+        show_default=True,
+        help="What leaves memory first.",
+    )
+    no_overlap: bool = flag(
+        "--no-overlap", group=COMPARISON, default=False, help="Compute no expert before all are read."
+    )
+
+    def given(self, name: str) -> bool:
+        """Return whether a flag was given a value other than its default."""
+        return bool(getattr(self, name) != DEFAULTS[name])
+
+
+DEFAULTS = {field.name: field.default for field in fields(RunFlags)}
+
+
+class Conflict(NamedTuple):
+    """Flags that exclude each other, and the reason if it is not obvious."""
+
+    flags: tuple[str, ...]
+    reason: str = ""
+
+
+EXCLUSIVE = (
+    Conflict(("eval_files", "bench", "probe", "chat")),
+    Conflict(("prompt", "prompt_file")),
+    Conflict(("point", "quality", "tpot", "tiers")),
+)
+# (flag, flags that it cannot be combined with, reason if it is not obvious)
+NOT_WITH: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("prompt", ("bench", "probe", "eval_files"), ""),
+    ("prompt_file", ("bench", "probe", "eval_files"), ""),
+    ("tpot", ("eval_files", "probe"), ""),
+    ("tpot", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
+    ("quality", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
+    ("latency", ("eval_files", "probe"), "it depends on what is in memory, which these must not"),
+    ("no_preload", ("eval_files", "probe"), "these never preload"),
+    ("trace", ("eval_files", "probe"), ""),
+    ("decisions", ("latency", "tpot", "eval_files", "probe"), ""),
+    ("warm_set", ("eval_files", "probe"), ""),
+)
+REQUIRES = {
+    "system": "chat",
+    "warm_up": "bench",
+    "prompt_tokens": "bench",
+    "new_tokens": "bench",
+    "reference": "eval_files",
+    "eval_phase": "eval_files",
+}
+
+
+def unfit_for(mode: str) -> set[str]:
+    """Return the fields of RunFlags that cannot be combined with `mode`, a field such as "bench"."""
+    return {name for name, others, _ in NOT_WITH if mode in others}
+
+
+def check_flags(flags: RunFlags) -> None:
+    """Raise UsageError for flags that contradict each other."""
+    names = names_of(RunFlags)
+    for conflict in EXCLUSIVE:
+        given = [names[name] for name in conflict.flags if flags.given(name)]
+        if len(given) > 1:
+            raise click.UsageError(f"{' and '.join(given)} exclude each other")
+    for name, others, reason in NOT_WITH:
+        for other in others:
+            if flags.given(name) and flags.given(other):
+                why = f": {reason}" if reason else ""
+                raise click.UsageError(f"{names[name]} does not go with {names[other]}{why}")
+    for name, other in REQUIRES.items():
+        if flags.given(name) and not flags.given(other):
+            raise click.UsageError(f"{names[name]} goes with {names[other]}")
+    for file in flags.eval_files:
+        if flags.eval_files.count(file) > 1:
+            raise click.UsageError(f"{file} is named twice; each text is scored once")
+    if flags.decisions is not None and flags.decisions == flags.trace:
+        raise click.UsageError("--decisions and --trace name the same file")
+    if flags.tiers != "auto" and not re.fullmatch("[0-9]{1,2}", flags.tiers):
+        raise click.UsageError(f"--tiers {flags.tiers}: expected auto or one tier, such as 4")
+    if flags.point not in (None, "auto") and not is_point(str(flags.point)):
+        raise click.UsageError(f"--point {flags.point}: expected auto, a point's name or mean bits, such as 3.0")
+
+
+def is_point(text: str) -> bool:
+    """Return whether a text could name an operating point."""
+    if re.fullmatch("uniform-[0-9]{1,2}", text):
+        return True
+    try:
+        return 0 < float(text) < 100
+    except ValueError:
+        return False

@@ -1,0 +1,198 @@
+"""Traces: JSON lines of what each layer of each pass requested, found and waited for, and replay of their tiers.
+
+docs/trace.md describes the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.engine.precision import Chosen
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.model.routing import Experts, PromptRouting, Routing
+from dymoe_runtime.store.request import ExpertRequest
+from dymoe_runtime.store.stats import StoreStats
+
+
+class Counted(Protocol):
+    """Anything that has the statistics of a store."""
+
+    @property
+    def stats(self) -> StoreStats:
+        """Return the statistics so far."""
+
+
+class Tracer:
+    """A writer of traces: one JSON line for each layer of a pass, then one for the whole pass.
+
+    Writing and closing raise DymoeError if the file cannot be written.
+    """
+
+    def __init__(self, path: Path, store: Counted) -> None:
+        """Begin a trace at `path`; a file that exists is replaced."""
+        self._path = path
+        try:
+            self._stream = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise DymoeError(f"{path}: the trace cannot be written ({error.strerror}); name another file") from error
+        self._store = store
+        self._pass = 0
+        self._requests: Sequence[ExpertRequest] = ()
+        self._before = replace(store.stats)
+
+    def note_requests(self, requests: Sequence[ExpertRequest]) -> None:
+        """Keep the store requests of the current layer for its line."""
+        self._requests = requests
+
+    def layer(self, layer: int, tokens: int, weights: np.ndarray, run: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the result of `run`, the experts of a layer, and write the layer's line.
+
+        `weights` are the routing weights [T, k].
+        """
+        self.note_requests(())
+        started = time.perf_counter()
+        y = run()
+        seconds = time.perf_counter() - started
+        before, now = self._before, replace(self._store.stats)
+        line: dict[str, Any] = {"pass": self._pass, "tokens": tokens, "layer": layer}
+        line["wants"] = [[request.key.expert, request.tier, request.tokens] for request in self._requests]
+        if tokens == 1:
+            line["gates"] = [round(weight, 6) for weight in weights[0].tolist()]
+        line["hits"] = now.hits - before.hits
+        line["read_bytes"] = now.read_bytes - before.read_bytes
+        line["look_ahead_bytes"] = now.prefetch_bytes - before.prefetch_bytes
+        line["wait_s"] = now.wait_s - before.wait_s
+        self._before = now
+        self._write(line | {"seconds": seconds})
+        return y
+
+    def reset_stats(self) -> None:
+        """Start from 0 again, because the store's statistics were reset."""
+        self._before = StoreStats()
+
+    def end_pass(self, tokens: int, seconds: float, point: str, prompt: bool) -> None:
+        """Write the line of a whole pass, which took `seconds` at the operating point `point`."""
+        line = {"pass": self._pass, "tokens": tokens, "seconds": seconds, "point": point, "prompt": prompt}
+        self._write(line)
+        self._pass += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._writing():
+            self._stream.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with self._writing():
+            self._stream.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                self._stream.close()
+            raise DymoeError(
+                f"{self._path}: cannot be written ({error.strerror}); free some space, or leave --trace out"
+            ) from error
+
+
+class TracedExperts:
+    """`Experts` that write each call to a trace."""
+
+    def __init__(self, experts: Experts, tracer: Tracer) -> None:
+        self._experts, self._tracer = experts, tracer
+
+    def decode(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
+        run = self._experts.decode
+        return self._tracer.layer(layer, len(h), routing.weights, lambda: run(layer, h, routing))
+
+    def prefill(self, layer: int, h: np.ndarray, routing: PromptRouting) -> np.ndarray:
+        run = self._experts.prefill
+        return self._tracer.layer(layer, len(h), routing.weights, lambda: run(layer, h, routing))
+
+
+def read_trace(path: Path, bundle: Bundle) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a trace, at least one; raise DymoeError if it is not a trace of `bundle`."""
+    fits = False
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for text in lines:
+                line = json.loads(text)
+                fits = _fits(line, bundle)
+                if not fits:
+                    break
+                yield line
+    except OSError as error:
+        raise DymoeError(f"{path}: cannot be read ({error.strerror}); make a trace with dymoe-run --trace") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise DymoeError(f"{path}: not a trace ({error!r}); make one with dymoe-run --trace") from error
+    if not fits:
+        raise DymoeError(f"{path}: not a trace of this bundle; make one with dymoe-run --trace")
+
+
+def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
+    counts = [line["pass"], line["tokens"]]
+    if "layer" in line:
+        counts += [line["hits"], line["read_bytes"], line["look_ahead_bytes"]]
+        known = line["layer"] in bundle.manifest.layers and line["wait_s"] >= 0
+        experts, ladder = range(bundle.spec.num_experts), bundle.manifest.ladder
+        if not known or not all(expert in experts and tier in ladder for expert, tier, _ in line["wants"]):
+            return False
+        counts += [tokens for _, _, tokens in line["wants"]]
+    elif not isinstance(line["point"], str) or not isinstance(line["prompt"], bool):
+        return False
+    return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
+
+
+class Decisions:
+    """`TokenTiers` that repeat the tiers of a traced run of the same prompt."""
+
+    by_rule = False
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]], where: str) -> None:
+        """Read the lines of a trace; errors call it `where`."""
+        self._where = where
+        self._passes: list[Mapping[str, Any]] = []
+        self._tiers: dict[tuple[int, int], dict[int, int]] = {}  # (pass, layer) of a single token -> expert -> tier
+        for line in lines:
+            if "layer" not in line:
+                self._passes.append(line)
+            elif line["tokens"] == 1:
+                self._tiers[line["pass"], line["layer"]] = {expert: tier for expert, tier, _ in line["wants"]}
+        self._next = 0  # index of the next pass
+        self._left = 0  # tokens of the previous pass that have not run yet
+
+    def begin(self, tokens: int, prompt: bool) -> str:
+        """Return the operating point of the trace for the next `tokens`.
+
+        A prompt may be divided into other passes than in the trace. Raises DymoeError if the trace has no matching
+        pass.
+        """
+        while self._left < tokens:
+            if self._next == len(self._passes) or self._passes[self._next]["prompt"] != prompt:
+                raise self._foreign()
+            self._left += self._passes[self._next]["tokens"]
+            self._next += 1
+        self._left -= tokens
+        return str(self._passes[self._next - 1]["point"])
+
+    def choose(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> Chosen:
+        chosen = self._tiers.get((self._passes[self._next - 1]["pass"], layer))
+        if chosen is None or not chosen.keys() <= set(experts):
+            raise self._foreign()
+        return Chosen([chosen.get(expert, 0) for expert in experts])
+
+    def _foreign(self) -> DymoeError:
+        return DymoeError(
+            f"{self._where}: the trace is not of this prompt and these options (pass {self._next}); record a new one"
+        )

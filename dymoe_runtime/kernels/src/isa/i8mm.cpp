@@ -1,0 +1,76 @@
+// The kernels for NEON with dot products and int8 matrix products (ARMv8.6).
+#include "isa/isa.h"
+#include "isa/neon.h"
+
+namespace dymoe {
+namespace {
+
+// One instruction multiplies two rows by two tokens, eight columns of each. The eight columns are those that one lane
+// of a dot product sums in two pieces. So floats are rounded as in the NEON kernels, and an element has the same bits
+// whether its token comes alone, through dot products, or with others.
+struct I8mm : Neon {
+  // The sums of eight rows take half of the registers, and tokens are paired only once for all eight.
+  static constexpr int tile_rows = 8, tile_tokens = 2;
+  static constexpr bool pairs = true;
+
+  /// A block of two rows or two tokens, by lanes of four columns. low[j] holds lane j of pieces 0 and 1 of the first,
+  /// then of the second; high[j] holds lane j of pieces 2 and 3.
+  struct Pair {
+    uint8x16_t low[4], high[4];
+  };
+
+  static Pair pair_of(const void* a, const void* b) {
+    const uint32x4x4_t first = vld4q_u32(static_cast<const uint32_t*>(a));
+    const uint32x4x4_t second = vld4q_u32(static_cast<const uint32_t*>(b));
+    Pair pair;
+    DYMOE_UNROLL for (int j = 0; j < 4; ++j) {
+      const uint64x2_t x = vreinterpretq_u64_u32(first.val[j]), y = vreinterpretq_u64_u32(second.val[j]);
+      pair.low[j] = vreinterpretq_u8_u64(vzip1q_u64(x, y));
+      pair.high[j] = vreinterpretq_u8_u64(vzip2q_u64(x, y));
+    }
+    return pair;
+  }
+
+  template <bool Wide>
+  static void pair_rows(const uint8_t* a, const uint8_t* b, uint8_t* out) {
+    const Pair pair = pair_of(a, b);
+    DYMOE_UNROLL for (int j = 0; j < 4; ++j) {
+      const uint8x16_t centre = vdupq_n_u8(Wide ? 128 : 0);
+      vst1q_u8(out + 16 * j, veorq_u8(pair.low[j], centre));
+      vst1q_u8(out + kBlock + 16 * j, veorq_u8(pair.high[j], centre));
+    }
+  }
+
+  using TokenPair = Pair;
+  static TokenPair load_token_pair(const int8_t* a, const int8_t* b) { return pair_of(a, b); }
+
+  static Lanes pair_scales(const float* rows, const float* tokens, int64_t pitch) {
+    const float32x4_t of_rows = vcombine_f32(vld1_dup_f32(rows), vld1_dup_f32(rows + pitch));
+    const float32x2_t both = vld1_lane_f32(tokens + pitch, vld1_dup_f32(tokens), 1);
+    return vmulq_f32(of_rows, vcombine_f32(both, both));
+  }
+
+  DYMOE_INLINE static void pair_dots(const Codes& low, const Codes& high, const TokenPair& tokens, Lanes (&out)[4]) {
+#if !defined(__clang__)
+    asm volatile("");  // else GCC loads the codes of all pairs first and leaves no registers for the sums
+#endif
+    DYMOE_UNROLL for (int j = 0; j < 4; ++j) {
+      const int8x16_t first = vreinterpretq_s8_u8(low.part[j]), second = vreinterpretq_s8_u8(high.part[j]);
+      const int32x4_t sums = vmmlaq_s32(vdupq_n_s32(0), first, vreinterpretq_s8_u8(tokens.low[j]));
+      out[j] = vcvtq_f32_s32(vmmlaq_s32(sums, second, vreinterpretq_s8_u8(tokens.high[j])));
+    }
+  }
+
+  static void part_pair(Lanes (&first)[2], Lanes (&second)[2]) {
+    const float32x4_t rows[4] = {vzip1q_f32(first[0], second[0]), vzip2q_f32(first[0], second[0]),
+                                 vzip1q_f32(first[1], second[1]), vzip2q_f32(first[1], second[1])};
+    first[0] = vzip1q_f32(rows[0], rows[2]), first[1] = vzip2q_f32(rows[0], rows[2]);
+    second[0] = vzip1q_f32(rows[1], rows[3]), second[1] = vzip2q_f32(rows[1], rows[3]);
+  }
+};
+
+}  // namespace
+
+const Kernels kI8mm = make_kernels<I8mm>("i8mm");
+
+}  // namespace dymoe

@@ -1,0 +1,10 @@
+// The kernels for NEON with dot products (ARMv8.2).
+#include "isa/neon.h"
+
+#include "isa/isa.h"
+
+namespace dymoe {
+
+const Kernels kNeon = make_kernels<Neon>("neon");
+
+}  // namespace dymoe

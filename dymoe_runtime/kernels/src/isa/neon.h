@@ -1,0 +1,123 @@
+// The policy of NEON with dot products; product.h says what a policy has.
+//
+// Everything is in an unnamed namespace; product.h says why.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "templates/product.h"
+
+namespace dymoe {
+namespace {
+
+struct Neon {
+  struct Codes {
+    uint8x16_t part[4];  // 16 columns each
+  };
+  using Lanes = float32x4_t;
+
+  static constexpr int64_t at_once = 1;
+  static constexpr int lanes = 4;
+  static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 2, tile_tokens = 2;
+  static constexpr bool pairs = false;
+  static constexpr int64_t unpacked_rows = 8;
+  template <int... Widths>
+  static constexpr bool merges = false;
+  template <bool Wide>
+  static constexpr float offset = Wide ? 128.0f : 0.0f;
+
+  /// Returns -1 in those of 16 columns whose bit is set in the two bytes at p, and 0 in the others.
+  static uint8x16_t spread_bits(const uint8_t* p) {
+    constexpr uint8_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    return vtstq_u8(vcombine_u8(vdup_n_u8(p[0]), vdup_n_u8(p[1])), vld1q_u8(kBits));
+  }
+
+  template <int W>
+  static Codes load(const uint8_t* p, int64_t = 1) {
+    Codes codes;
+    if constexpr (W == 8) {
+      for (int i = 0; i < 4; ++i) codes.part[i] = vld1q_u8(p + 16 * i);
+    } else if constexpr (W == 4) {
+      for (int i = 0; i < 2; ++i) {
+        const uint8x16_t bytes = vld1q_u8(p + 16 * i);
+        codes.part[i] = vandq_u8(bytes, vdupq_n_u8(15));
+        codes.part[i + 2] = vshrq_n_u8(bytes, 4);
+      }
+    } else if constexpr (W == 2) {
+      const uint8x16_t bytes = vld1q_u8(p), mask = vdupq_n_u8(3);
+      codes.part[0] = vandq_u8(bytes, mask);
+      codes.part[1] = vandq_u8(vshrq_n_u8(bytes, 2), mask);
+      codes.part[2] = vandq_u8(vshrq_n_u8(bytes, 4), mask);
+      codes.part[3] = vshrq_n_u8(bytes, 6);
+    } else {
+      for (int i = 0; i < 4; ++i) codes.part[i] = vandq_u8(spread_bits(p + 2 * i), vdupq_n_u8(1));
+    }
+    return codes;
+  }
+
+  template <int W>
+  static Codes append(Codes codes, const uint8_t* p, int64_t) {
+    if constexpr (W == 1) {
+      for (int i = 0; i < 4; ++i)
+        codes.part[i] = vsubq_u8(vaddq_u8(codes.part[i], codes.part[i]), spread_bits(p + 2 * i));
+    } else {
+      const Codes bits = load<W>(p);
+      for (int i = 0; i < 4; ++i) codes.part[i] = vorrq_u8(vshlq_n_u8(codes.part[i], W & 7), bits.part[i]);
+    }
+    return codes;
+  }
+
+  using Table = uint8x16_t;
+  static Table load_table(const uint8_t* numbers) { return vld1q_u8(numbers); }
+  static Codes look_up(Codes codes, Table table) {
+    for (uint8x16_t& part : codes.part) part = vqtbl1q_u8(table, part);
+    return codes;
+  }
+
+  static void store(uint8_t* out, const Codes& codes) {
+    for (int i = 0; i < 4; ++i) vst1q_u8(out + 16 * i, codes.part[i]);
+  }
+
+  static Codes load_stored(const uint8_t* p) { return load<8>(p); }
+
+  struct Tokens {
+    int8x16_t part[4];
+  };
+  static Tokens load_tokens(const int8_t* p) {
+    return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
+  }
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, const Tokens& a) {
+    int32x4_t sums[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+    for (int i = 0; i < 4; ++i) {
+      const uint8x16_t part = Wide ? veorq_u8(codes.part[i], vdupq_n_u8(128)) : codes.part[i];
+      sums[i % 2] = vdotq_s32(sums[i % 2], vreinterpretq_s8_u8(part), a.part[i]);
+    }
+    return vcvtq_f32_s32(vaddq_s32(sums[0], sums[1]));
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<Neon, Wide>(codes, a, out);
+  }
+
+  static Lanes zero() { return vdupq_n_f32(0.0f); }
+  static Lanes broadcast(float value) { return vdupq_n_f32(value); }
+  static Lanes load_scales(const float* p) { return broadcast(*p); }
+  static Lanes load_floats(const float* p) { return vld1q_f32(p); }
+  static Lanes load_scale_sizes(uint64_t word) {
+    const float sizes[4] = {kScaleSizes[word & 15], kScaleSizes[(word >> 4) & 15], kScaleSizes[(word >> 8) & 15],
+                            kScaleSizes[(word >> 12) & 15]};
+    return vld1q_f32(sizes);
+  }
+  static void store_floats(float* p, Lanes v) { vst1q_f32(p, v); }
+  static Lanes multiply(Lanes a, Lanes b) { return vmulq_f32(a, b); }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    for (int r = 0; r < Rows; ++r) out[r] = vaddvq_f32(v[r]);
+  }
+};
+
+}  // namespace
+}  // namespace dymoe

@@ -1,0 +1,87 @@
+// The kernels in portable C++, the reference for the other instruction sets.
+#include "isa/isa.h"
+#include "templates/product.h"
+
+namespace dymoe {
+namespace {
+
+struct Scalar {
+  struct Codes {
+    uint8_t code[kBlock];
+  };
+  using Lanes = float;
+
+  static constexpr int64_t at_once = 1;
+  static constexpr int lanes = 1;
+  static constexpr int direct_rows = 1, direct_step = 1, tile_rows = 1, tile_tokens = 1;
+  static constexpr bool pairs = false;
+  static constexpr int64_t unpacked_rows = 8;
+  template <int... Widths>
+  static constexpr bool merges = false;
+  template <bool Wide>
+  static constexpr float offset = 0.0f;
+
+  template <int W>
+  static Codes load(const uint8_t* plane, int64_t = 1) {
+    Codes codes;
+    if constexpr (W == 1) {
+      for (int i = 0; i < kBlock; ++i) codes.code[i] = (plane[i / 8] >> (i % 8)) & 1;
+    } else {
+      constexpr int bytes = 8 * W;
+      for (int k = 0; k < 8 / W; ++k)
+        for (int i = 0; i < bytes; ++i) codes.code[k * bytes + i] = (plane[i] >> (W * k)) & ((1 << W) - 1);
+    }
+    return codes;
+  }
+
+  template <int W>
+  static Codes append(Codes codes, const uint8_t* plane, int64_t) {
+    const Codes bits = load<W>(plane);
+    for (int i = 0; i < kBlock; ++i) codes.code[i] = uint8_t(codes.code[i] << W) | bits.code[i];
+    return codes;
+  }
+
+  using Table = const uint8_t*;
+  static Table load_table(const uint8_t* numbers) { return numbers; }
+  static Codes look_up(Codes codes, Table table) {
+    for (uint8_t& code : codes.code) code = table[code];
+    return codes;
+  }
+
+  static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
+
+  static Codes load_stored(const uint8_t* p) { return load<8>(p); }
+
+  using Tokens = const int8_t*;
+  static Tokens load_tokens(const int8_t* p) { return p; }
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, Tokens a) {
+    int32_t total = 0;
+    for (int i = 0; i < kBlock; ++i) total += int32_t(codes.code[i]) * a[i];
+    return float(total);
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<Scalar, Wide>(codes, a, out);
+  }
+
+  static Lanes zero() { return 0.0f; }
+  static Lanes broadcast(float value) { return value; }
+  static Lanes load_scales(const float* p) { return broadcast(*p); }
+  static Lanes load_floats(const float* p) { return *p; }
+  static Lanes load_scale_sizes(uint64_t word) { return kScaleSizes[word & 15]; }
+  static void store_floats(float* p, Lanes v) { *p = v; }
+  static Lanes multiply(Lanes a, Lanes b) { return a * b; }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    for (int r = 0; r < Rows; ++r) out[r] = v[r];
+  }
+};
+
+}  // namespace
+
+const Kernels kScalar = make_kernels<Scalar>("scalar");
+
+}  // namespace dymoe

@@ -1,0 +1,286 @@
+// The kernels, written once over a policy V. An instruction set is a policy and a call of `make_kernels`.
+//
+// Everything is in an unnamed namespace and calls no inline library function. Otherwise the linker could take the
+// version of a shared symbol that was compiled for a newer processor.
+//
+// A policy has
+//   at_once                        blocks that are multiplied together, at most kMaxAtOnce. `count` below is at_once,
+//                                  or fewer at the end of a row; missing blocks are 0
+//   Codes, Lanes                   the codes of at_once blocks; `lanes` floats
+//   load<W>(p, count)              the codes of a plane of width W
+//   append<W>(codes, p, count)     (codes << W) | plane
+//   store, load_stored             write codes as bytes, and read them again
+//   Table, load_table, look_up     a table of 16 bytes; replace each code, of at most 4 bits, by its byte of the table
+//   Tokens, load_tokens            one token's activations in the order of stored codes; read them from memory
+//   dots<Wide>(codes, a, out)      for each row's codes and each token, Lanes whose sum is
+//                                  sum((codes - offset<Wide>) * a); codes fit 6 bits unless Wide
+//   load_scales(p)                 p[i] in the lanes that `dots` gives to block i; at_once floats are read
+//   zero, broadcast, load_floats, store_floats, multiply, multiply_add
+//   sum(v, out)                    the sum of each Lanes of an array; does not depend on the other Lanes
+//   load_scale_sizes(word)         scale sizes of `lanes` indices of four bits each, from the lowest on
+//   direct_rows, direct_step       rows of a tile for one token, read from the planes; how many are read together
+//   merges<First, Rest...>         whether such a tile reads planes of these widths as Merged; then Rest are all 1:
+//     merge(planes, words, out)      merges all planes of width 1 for `words` blocks, a multiple of 4; 16 bytes a block
+//     load_merged<N>(p, merged, count, table)  the numbers by a plane of width First and N merged planes of width 1
+//   tile_rows, tile_tokens         rows and tokens of a tile for many tokens, read from unpacked codes
+//   unpacked_rows                  rows that are unpacked together and stay in the L1 cache
+//   pairs                          whether such tiles are multiplied two rows by two tokens. Then tile_tokens is 2,
+//                                  tile_rows is even, and a policy also has:
+//   pair_rows<Wide>(a, b, out)     the stored codes of a block of two rows, in the order of pair_dots
+//   TokenPair, load_token_pair     a block of two tokens in the order of pair_dots; read it from memory
+//   pair_dots(a, b, tokens, out)   four Lanes for two rows and two tokens, with the products mixed
+//   pair_scales(rows, tokens, pitch)  the factors of the four Lanes; scales of rows and of tokens are pitch apart
+//   part_pair(first, second)       turns the summed Lanes of pair_dots, [2] and [2], into those of each row and token
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+#include "templates/activate.h"
+#include "templates/attend.h"
+#include "templates/fit.h"
+#include "templates/quantize.h"
+#include "templates/sources.h"
+#include "templates/vectors.h"
+
+namespace dymoe {
+namespace {
+
+constexpr int64_t kAheadBlocks = 256;  // multiplying as many takes about as long as memory to answer
+
+/// Returns the multiplier of a row times the unit of the tier.
+float row_scale(const MatrixView& m, int64_t row) {
+  uint16_t high;
+  std::memcpy(&high, m.multiplier + 2 * row, sizeof high);
+  const uint32_t bits = uint32_t(high) << 16;
+  float multiplier;
+  std::memcpy(&multiplier, &bits, sizeof bits);
+  return multiplier * m.levels.unit;
+}
+
+/// Returns the scale size of a block by the scale indices of its row.
+float scale_size(const uint8_t* indices, int64_t block) {
+  return kScaleSizes[(indices[block / 2] >> (4 * (block % 2))) & 15];
+}
+
+/// Implements `dots` for a policy that has `dot` for one row and one token.
+template <class V, bool Wide, int Rows, int Tokens>
+DYMOE_INLINE void each_dot(const typename V::Codes (&codes)[Rows], const typename V::Tokens (&a)[Tokens],
+                           typename V::Lanes (&out)[Rows][Tokens]) {
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r][t] =
+      V::template dot<Wide>(codes[r], a[t]);
+}
+
+/// Returns the scale indices of `count` blocks of a row from number `block` on: four bits each, the first in the lowest
+/// bits, 0 after the last.
+inline uint64_t read_scale_indices(const MatrixView& m, int64_t row, int64_t block, int64_t count) {
+  const int64_t at = row * scale_index_bytes(m.blocks) + block / 2;
+  uint64_t word = 0;
+  if (at + int64_t(sizeof word) <= m.rows * scale_index_bytes(m.blocks)) {
+    std::memcpy(&word, m.scale_indices + at, sizeof word);
+  } else {
+    for (int64_t i = 0; i < scale_index_bytes(count); ++i) word |= uint64_t(m.scale_indices[at + i]) << (8 * i);
+  }
+  static_assert(4 * kGroup == 8 * sizeof word, "a group of scale indices is one word");
+  return count < kGroup ? word & ((uint64_t(1) << (4 * count)) - 1) : word;
+}
+
+/// Reads the scale sizes of `count` rows into sizes [count, pitch]; 0 after the last block.
+template <class V>
+void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
+      const uint64_t indices = read_scale_indices(m, row + r, begin, smaller(kGroup, m.blocks - begin));
+      float* out = sizes + r * pitch + begin;
+      DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes)
+          V::store_floats(out + i, V::load_scale_sizes(indices >> (4 * i)));
+    }
+  }
+}
+
+/// Adds the products of one block of Rows rows and two tokens to sums, mixed as by V::pair_dots. All pointers are to
+/// the block.
+template <class V, int Rows>
+DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t codes_pitch, const float* sizes,
+                            const float* scales, int64_t pitch, typename V::Lanes (&sums)[Rows][2]) {
+  const typename V::TokenPair tokens = V::load_token_pair(codes, codes + codes_pitch);
+  DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
+    const typename V::Lanes scale = V::pair_scales(sizes + r * pitch, scales, pitch);
+    typename V::Lanes dots[4];
+    const uint8_t* pair = rows + r * V::at_once * kBlock;
+    V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
+    DYMOE_UNROLL for (int i = 0; i < 4; ++i) {
+      typename V::Lanes& sum = sums[r + i / 2][i % 2];
+      sum = V::multiply_add(scale, dots[i], sum);
+    }
+  }
+}
+
+/// Whether a tile of this shape is multiplied in pairs.
+template <class V, int Rows, int Tokens>
+constexpr bool in_pairs = V::pairs && Rows == V::tile_rows && Tokens == V::tile_tokens;
+
+/// Computes y for Rows rows from `row` on and Tokens tokens from `token` on. The codes are those of rows `source_row`
+/// on of `source`; sizes [Rows, pitch] are the scale sizes.
+template <class V, int Rows, int Tokens, class Source>
+void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
+                   const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
+  using Lanes = typename V::Lanes;
+  Lanes sums[Rows][Tokens], corrections[Rows][Tokens];
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
+      corrections[r][t] = V::zero();
+  const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
+    if constexpr (in_pairs<V, Rows, Tokens>) {
+      const int64_t pitch = codes_pitch(a.blocks);
+      add_pairs<V, Rows>(source.paired(source_row, block), a.codes + token * pitch + block * kBlock, pitch,
+                         sizes + block, a.scales + token * a.pitch + block, a.pitch, sums);
+      return;
+    }
+    // For one token, as many rows at a time as the registers hold.
+    constexpr int Step = Tokens == 1 && Rows == V::direct_rows ? V::direct_step : Rows;
+    DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
+      typename V::Codes codes[Step];
+      typename V::Tokens tokens[Tokens];
+      Lanes dots[Step][Tokens], scales[Step];
+      DYMOE_UNROLL for (int r = 0; r < Step; ++r) {
+        codes[r] = source.load(source_row + first + r, block, count);
+        scales[r] = V::load_scales(sizes + (first + r) * a.pitch + block);
+      }
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] =
+          V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
+      V::template dots<Source::wide>(codes, tokens, dots);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
+        DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[first + r][t] =
+            V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
+      }
+    }
+  };
+  const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
+  int64_t block = 0;
+  for (; block + V::at_once <= m.blocks; block += V::at_once) {
+    // Each step prefetches as much of the rows ahead as it uses, so that memory is always busy.
+    source.template prefetch<Rows * V::at_once>((source_row + ahead) * m.blocks + Rows * block);
+    add(block, V::at_once);
+  }
+  if (block < m.blocks) add(block, m.blocks - block);
+  if constexpr (in_pairs<V, Rows, Tokens>) {
+    DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
+  }
+  // level = number - centre. The centre adds centre * (sum of the activations) to each block, which is subtracted here.
+  const Lanes off_centre = V::broadcast(V::template offset<Source::wide> - m.levels.centre);
+  for (int64_t i = 0; i < m.blocks; i += V::lanes) {
+    Lanes own[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] = V::load_floats(sizes + r * a.pitch + i);
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+      const Lanes of_token = V::load_floats(a.sums + (token + t) * a.pitch + i);
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) corrections[r][t] =
+          V::multiply_add(own[r], of_token, corrections[r][t]);
+    }
+  }
+  float row_scales[Rows];
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) row_scales[r] = row_scale(m, row + r);
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+    Lanes of_rows[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) of_rows[r] = V::multiply_add(off_centre, corrections[r][t], sums[r][t]);
+    float totals[Rows];
+    V::sum(of_rows, totals);
+    float* out = y + (token + t) * stride + row;
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r] = totals[r] * row_scales[r];
+  }
+}
+
+/// Multiplies one token by rows [begin, end), read from the planes.
+template <class V, class Source>
+void multiply_one_token(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
+                        float* y, int64_t stride, uint8_t* scratch, float* sizes) {
+  int64_t row = begin;
+  for (; row + V::direct_rows <= end; row += V::direct_rows) {
+    prefetch_bytes<1>(m.scale_indices + (row + V::direct_rows) * scale_index_bytes(m.blocks));
+    load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
+    read_tile(source, row, scratch, [&](const auto& rows) {
+      multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, 0, y, stride);
+    });
+  }
+  for (; row < end; ++row) {
+    load_sizes<V>(m, row, 1, a.pitch, sizes);
+    multiply_tile<V, 1, 1>(m, source, row, sizes, a, row, 0, y, stride);
+  }
+}
+
+/// Multiplies `Tokens` tokens from `token` on by all `count` rows of a source, which are the rows of m from `row` on.
+template <class V, int Tokens, class Source>
+void multiply_rows(const MatrixView& m, const Source& source, int64_t count, const float* sizes, const Activations& a,
+                   int64_t row, int64_t token, float* y, int64_t stride) {
+  int64_t r = 0;
+  for (; r + V::tile_rows <= count; r += V::tile_rows)
+    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
+  for (; r < count; ++r) multiply_tile<V, 1, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
+}
+
+/// Multiplies all tokens by rows [begin, end), a few unpacked rows at a time.
+template <class V, bool Wide>
+void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+                       uint8_t* codes, float* sizes) {
+  static_assert(V::unpacked_rows % V::tile_rows == 0 && V::unpacked_rows <= kScratchRows, "whole tiles");
+  const Unpacked<V, Wide> source{codes, m.blocks};
+  for (int64_t row = begin; row < end; row += V::unpacked_rows) {
+    const int64_t count = smaller(V::unpacked_rows, end - row);
+    unpack_rows<V>(m, row, count, codes);
+    load_sizes<V>(m, row, count, a.pitch, sizes);
+    const bool pairs = V::pairs && a.tokens >= V::tile_tokens;
+    if constexpr (V::pairs) {
+      if (pairs) pair_rows<V, Wide>(count, m.blocks, codes);
+    }
+    // The outer loop is over tokens: unpacked rows stay in the L1 cache, and each token is loaded once for all of them.
+    int64_t token = 0;
+    for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
+      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
+    if (pairs && token < a.tokens) {
+      // Paired rows need paired tokens: the token before the last is computed again, with the same values.
+      token = a.tokens - V::tile_tokens;
+      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
+      continue;
+    }
+    for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, sizes, a, row, token, y, stride);
+  }
+}
+
+/// See Kernels::product.
+template <class V>
+void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+             uint8_t* scratch) {
+  float* sizes = reinterpret_cast<float*>(scratch + kScratchRows * codes_pitch(m.blocks));
+  const auto one_token = [&](const auto& source) {
+    multiply_one_token<V>(m, source, a, begin, end, y, stride, scratch, sizes);
+  };
+  if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
+  if (m.bits > kNarrowBits) {
+    multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
+  } else {
+    multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
+  }
+}
+
+/// See Kernels::dequantize.
+template <class V>
+void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) {
+  unpack_rows<V>(m, row, 1, scratch);
+  const float middle = m.levels.centre;
+  for (int64_t block = 0; block < m.blocks; ++block) {
+    const float scale = row_scale(m, row) * scale_size(m.scale_indices + row * scale_index_bytes(m.blocks), block);
+    const int64_t end = smaller(m.cols, (block + 1) * kBlock);
+    for (int64_t col = block * kBlock; col < end; ++col)
+      out[col] = scale * (float(scratch[place(V::at_once, block, col % kBlock)]) - middle);
+  }
+}
+
+/// Returns the kernels of a policy.
+template <class V>
+constexpr Kernels make_kernels(const char* name) {
+  return {name, V::at_once,   kTileRows, quantize<V>, product<V>,  activate, dequantize<V>, norm,
+          dots, exponentials, pack_row,  attend,      attend_tile, descend,  fit_rows};
+}
+
+}  // namespace
+}  // namespace dymoe

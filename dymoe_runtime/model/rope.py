@@ -1,0 +1,87 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from dymoe_runtime.spec import Rope
+
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+class Rotary:
+    """Tables of cosines and sines. The last one is cached, because the next layer uses it too."""
+
+    def __init__(self, rope: Rope, head_dim: int) -> None:
+        self._frequencies = inverse_frequencies(rope, head_dim)
+        self._factor = rope.attention_factor
+        # Replaced as a whole, so that threads can share it.
+        self._last: tuple[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+
+    def table(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cosines and sines of the positions [start, stop), float32 [stop - start, head_dim] each."""
+        last = self._last
+        if last is not None and last[0] == (start, stop):
+            return last[1]
+        angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies
+        angles = np.concatenate((angles, angles), axis=-1)  # [T, head_dim]
+        table = (np.cos(angles) * np.float32(self._factor), np.sin(angles) * np.float32(self._factor))
+        self._last = ((start, stop), table)
+        return table
+
+
+@lru_cache(maxsize=8)
+def rotary(rope: Rope, head_dim: int) -> Rotary:
+    """Return the `Rotary` that all layers with this rotary embedding share."""
+    return Rotary(rope, head_dim)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Return the rotation angles per position in radians, float32 [head_dim / 2]."""
+    plain = 1.0 / (np.float32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(plain, rope)
+    if rope.kind == "yarn":
+        return _yarn(plain, rope, head_dim)
+    return plain
+
+
+def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
+    """Divide the frequencies of long wavelengths by `factor`, keep those of short ones, blend the rest (Llama 3.1)."""
+    context = rope.original_max_position_embeddings
+    rotations = context * plain / (2 * math.pi)
+    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clip(0, 1)
+    blended: np.ndarray = (1 - blend) * plain / rope.factor + blend * plain
+    return blended
+
+
+def _yarn(plain: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
+    """Interpolate below `beta_slow` rotations and not above `beta_fast` (YaRN, arXiv 2309.00071, section 3.2)."""
+
+    def dimension(rotations: float) -> float:
+        positions = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(positions) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clip(0, 1)
+    blended: np.ndarray = plain / rope.factor * ramp + plain * (1 - ramp)
+    return blended
+
+
+def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:
+    """Return the factor that YaRN applies to cosines and sines if the configuration gives none."""
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)

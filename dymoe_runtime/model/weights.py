@@ -1,0 +1,101 @@
+"""The dense weights of a bundle, which are all weights outside the experts."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+import numpy as np
+
+from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, Bundle, dense_kind, dense_layout, quantized_bits
+from dymoe_runtime.bundle.records import check_dense
+from dymoe_runtime.bundle.tensorfile import TensorInfo, read_header, read_into
+from dymoe_runtime.bundle.tiers import RecordLayout, widen_bf16
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
+
+# NumPy types of the tensors in a bundle; bf16 stays as its bits.
+DTYPES = {"F32": np.float32, "BF16": np.uint16, "U8": np.uint8}
+# Threads: one reads while the other verifies checksums.
+READERS = 2
+# Each tensor begins at a multiple of a cache line's bytes.
+ALIGN = 64
+
+
+class BundleDense:
+    """The dense weights of a bundle, in memory."""
+
+    def __init__(self, bundle: Bundle, kernels: Kernels) -> None:
+        """Read and verify all dense weights.
+
+        Raises DymoeError if a tensor is missing, has another type or shape, or is damaged.
+        """
+        self._kernels = kernels
+        self._layouts: dict[str, RecordLayout] = {}
+        path, shapes = bundle.path / DENSE, bundle.spec.tensor_shapes()
+        header = read_header(path)
+        for name in shapes:
+            if name not in header:
+                raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        for name, shape in shapes.items():
+            if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
+                self._layouts[name] = dense_layout(shape, bits)
+            if not self._fits(header[name], name, shape):
+                raise DymoeError(
+                    f"{path}: tensor {name} is {header[name].dtype} of shape {header[name].shape}; {DAMAGED}"
+                )
+        starts = [0, *accumulate(-(-header[name].nbytes // ALIGN) * ALIGN for name in shapes)]
+        self._memory = np.frombuffer(map_memory(starts[-1]), np.uint8)
+        fd = os.open(path, os.O_RDONLY)
+
+        def read(name: str, start: int) -> np.ndarray:
+            info = header[name]
+            data = self._memory[start : start + info.nbytes]
+            if info.nbytes:
+                read_into(fd, path, info.start, memoryview(data))
+            check_dense(path, name, data, bundle.manifest.dense_crc32[name])
+            return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                self._tensors = dict(zip(shapes, pool.map(read, shapes, starts), strict=True))
+        finally:
+            os.close(fd)
+
+    def _fits(self, info: TensorInfo, name: str, shape: tuple[int, ...]) -> bool:
+        """Return whether the tensor `name` has the type and the shape that the bundle's specification implies."""
+        if name in self._layouts:
+            return info.dtype == "U8" and info.shape == (self._layouts[name].record_bytes,)
+        return info.dtype == ("BF16" if dense_kind(name, shape) else "F32") and info.shape == shape
+
+    def lock(self) -> int:
+        """Lock the weights in memory; return the bytes locked, 0 if the system does not allow it."""
+        return self._memory.nbytes if lock_in_memory(address_of(self._memory), self._memory.nbytes) else 0
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        weight = self._tensors["embed"]
+        if "embed" in self._layouts:
+            layout = self._layouts["embed"]
+            return self._kernels.embed(layout, layout.ladder[0], [weight], ids)
+        return widen_bf16(weight[ids]) if weight.dtype == np.uint16 else weight[ids]
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def optional(self, name: str) -> np.ndarray | None:
+        return self._tensors.get(name)
+
+    def record(self, name: str) -> tuple[RecordLayout, np.ndarray] | None:
+        """Return the layout and the bytes of a quantized matrix, or None if `name` is not one."""
+        layout = self._layouts.get(name)
+        return None if layout is None else (layout, self._tensors[name])
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        weight, bias = self._tensors[name], self._tensors.get(f"{name}_bias")
+        if layout := self._layouts.get(name):
+            y = self._kernels.linear(layout, layout.ladder[0], [weight], x)
+        else:
+            y = self._kernels.matmul(x, weight)
+        return y if bias is None else y + bias

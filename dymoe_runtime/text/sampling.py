@@ -1,0 +1,168 @@
+"""Sampling of the next token from logits, with the filters and their order as in Hugging Face transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dymoe_runtime.errors import DymoeError
+
+# Inclusive. The bounds of the penalty keep it from scaling a logit of ordinary size beyond float32.
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 1000.0),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "seed": (0, 2**63 - 1),
+}
+WHOLE_NUMBERS = ("top_k", "seed")
+
+# A lower temperature is greedy: dividing by it could overflow float32, and the likeliest token wins in any case.
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Settings of how the next token is chosen; the defaults are greedy.
+
+    Raises DymoeError for a value outside LIMITS.
+
+    >>> SamplingParams(temperature=0.8, top_p=0.95, seed=1).greedy
+    False
+    >>> SamplingParams(top_p=1.5)
+    Traceback (most recent call last):
+    dymoe_runtime.errors.DymoeError: --top-p 1.5: must be a number from 0.0 to 1.0
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # 1 is off; counts the prompt and what was generated
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            kinds = int if name in WHOLE_NUMBERS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                kind = "a whole number" if name in WHOLE_NUMBERS else "a number"
+                flag = "--" + name.replace("_", "-")
+                raise DymoeError(f"{flag} {value}: must be {kind} from {low} to {high}")
+
+    @property
+    def greedy(self) -> bool:
+        """Return whether the likeliest token is always chosen."""
+        return self.temperature < GREEDY_BELOW
+
+
+class Sampler:
+    """A sampler with a random generator of its own: equal seeds and logits give equal tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        # Greedy sampling avoids numpy.random, whose import takes some time and memory.
+        self._generator = None if params.greedy else np.random.default_rng(params.seed)
+
+    def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
+        """Return the next token id from logits float32 [V].
+
+        `history` holds the ids of the prompt and of the tokens generated so far; an `array("q")` is read in place, a
+        list is copied. Raises DymoeError if a logit is NaN or the largest is infinite.
+        """
+        check_logits(logits)
+        scores = penalize_repetition(logits, history, self.params.repetition_penalty)
+        if self._generator is None:
+            return int(scores.argmax())
+        with np.errstate(over="ignore", invalid="ignore"):
+            ids, scores = candidates(scores, self.params)
+        check_logits(scores)
+        return int(ids[draw(scores, self._generator)])
+
+
+def check_logits(logits: np.ndarray) -> None:
+    """Raise DymoeError if a logit is NaN or the largest is infinite."""
+    top = float(logits.max())  # a single NaN makes the maximum NaN
+    if not math.isfinite(top):
+        kind = "NaN" if math.isnan(top) else "infinite"
+        raise DymoeError(f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify")
+
+
+def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Apply temperature, top-k, top-p and min-p, in this order, to scores [V].
+
+    Returns rising ids [C] and their scores [C]; scores that top-p or min-p remove are -inf.
+    """
+    scores = scores / params.temperature
+    if params.top_k:
+        ids = top_k_ids(scores, params.top_k)
+        scores = scores[ids]
+    else:
+        ids = np.arange(len(scores))
+    if params.top_p < 1.0:
+        scores = keep_top_p(scores, params.top_p)
+    if params.min_p:
+        scores = keep_min_p(scores, params.min_p)
+    return ids, scores
+
+
+def penalize_repetition(scores: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
+    """Divide positive and multiply negative scores of ids in `history` by `penalty` (arXiv 1909.05858).
+
+    Returns new scores, or the same array if nothing changes. Ids beyond the scores are ignored.
+    """
+    if penalty == 1.0 or not len(history):
+        return scores
+    ids = np.asarray(history, dtype=np.int64)
+    ids = ids[ids < len(scores)]
+    seen = scores[ids]
+    scores = scores.copy()
+    scores[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
+    return scores
+
+
+def top_k_ids(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return the ids of the k largest scores and of all scores equal to the smallest of them, rising."""
+    k = min(k, len(scores))
+    smallest = np.partition(scores, len(scores) - k)[len(scores) - k]
+    return np.flatnonzero(scores >= smallest)
+
+
+def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Set to -inf all but the fewest tokens whose probabilities reach p (nucleus sampling, arXiv 1904.09751).
+
+    Of equal scores at the boundary the lowest ids stay; transformers leaves that to an unstable sort.
+    """
+    ascending = np.sort(scores)
+    cumulative = weights(ascending).cumsum(dtype=np.float64)
+    removed = min(int(np.searchsorted(cumulative, (1 - p) * cumulative[-1], side="right")), len(scores) - 1)
+    lowest = ascending[removed]
+    kept = scores >= lowest
+    removed_ties = removed - int(np.searchsorted(ascending, lowest))
+    if removed_ties:
+        ties = np.flatnonzero(scores == lowest)
+        kept[ties[-removed_ties:]] = False
+    return np.where(kept, scores, np.float32(-math.inf))
+
+
+def keep_min_p(scores: np.ndarray, min_p: float) -> np.ndarray:
+    """Set to -inf the tokens that are less than `min_p` times as likely as the likeliest (arXiv 2407.01082)."""
+    return np.where(weights(scores) < min_p, np.float32(-math.inf), scores)
+
+
+def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
+    """Draw one index from the softmax of scores [C], by inverting its distribution function."""
+    distribution = weights(scores).cumsum(dtype=np.float64)
+    # Above zero and at most the total, so the first index that reaches it has a probability above zero.
+    point = (1 - generator.random()) * distribution[-1]
+    return int(np.searchsorted(distribution, point))
+
+
+def weights(scores: np.ndarray) -> np.ndarray:
+    """Return numbers proportional to the probabilities of scores [C], 1 for the likeliest."""
+    powers: np.ndarray = np.exp(scores - scores.max())
+    return powers

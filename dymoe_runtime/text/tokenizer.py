@@ -1,0 +1,224 @@
+"""The tokenizer of a model, loaded from its Hugging Face files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+RESTORE = "copy it from the model's repository or recompile the bundle"
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with its special tokens and chat templates.
+
+    `bos_id` is None if there is no such token. `eos_ids` are the ids that end a text. `vocab_size` is one more than the
+    largest id; the model's logits may be wider. `special_ids` maps the text of each special token to its id; decoding
+    skips these ids.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, str],
+        eos_ids: Iterable[int] = (),
+        add_bos: bool = False,
+    ) -> None:
+        """Wrap `backend`; `special_tokens` maps names in SPECIAL_TOKENS to texts in the vocabulary."""
+        _mark_special(backend, special_tokens.values())
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        self._chat_templates = dict(chat_templates)
+        self._add_bos = add_bos
+        self.bos_id = self._named_id("bos_token")
+        eos_id = self._named_id("eos_token")
+        self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else frozenset())
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.vocab_size = max([backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], eos_ids: Iterable[int] = ()) -> Tokenizer:
+        """Load tokenizer.json from the directory `path`, with tokenizer_config.json and other files that may be there.
+
+        `eos_ids` come from the model's configuration and are joined with those of the files. Raises DymoeError
+        naming the file if one is missing or malformed.
+
+        >>> tokenizer = Tokenizer.load("build/demo.dymoe")
+        >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+        'Once upon a time'
+        """
+        directory = Path(path)
+        backend = _load_backend(directory / "tokenizer.json")
+        config = _read_json(directory / "tokenizer_config.json", optional=True)
+        generation = _read_json(directory / "generation_config.json", optional=True)
+        names = {**_read_json(directory / "special_tokens_map.json", optional=True), **config}
+        return cls(
+            backend,
+            _special_tokens(names, backend, directory),
+            _chat_templates(config, directory),
+            {*eos_ids, *_generation_eos_ids(generation, directory)},
+            add_bos=config.get("add_bos_token") is True,
+        )
+
+    def _named_id(self, name: str) -> int | None:
+        text = self._special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        With `add_special_tokens` the post-processor and `add_bos_token` may add special tokens. Raises DymoeError if
+        the text is not valid Unicode, and TypeError if it is no text.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text, got {type(text).__name__}")
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
+            raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
+        wants_bos = add_special_tokens and self._add_bos and self.bos_id is not None
+        return [self.bos_id, *ids] if wants_bos and ids[:1] != [self.bos_id] else ids  # type: ignore[list-item]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; ids outside the vocabulary add nothing."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, token_id: int) -> str | None:
+        """Return the token as the vocabulary spells it, or None if the id is outside the vocabulary."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    @property
+    def decoder_types(self) -> list[str]:
+        """Return the types of the decoders in tokenizer.json, in the order in which they run."""
+        decoder = self._backend.decoder
+        return [] if decoder is None else list(_flatten_decoders(json.loads(decoder.__getstate__())))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Return whether the model has a chat template."""
+        return bool(self._chat_templates)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """Return `messages` as the prompt that the model was trained on; encode it with add_special_tokens=False.
+
+        `kwargs` are passed to the template, such as `tools` or `enable_thinking`. Raises DymoeError if there is no
+        template, or if the template refuses the messages.
+        """
+        from dymoe_runtime.text.chat_template import compiled  # imports jinja2, which plain prompts do not need
+
+        template = self._pick_chat_template(bool(kwargs.get("tools")))
+        variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        try:
+            return compiled(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            )
+        except Exception as error:  # a template is a program of the model's author: it can raise anything
+            raise DymoeError(f"the chat template failed: {error}; change the messages or use --prompt") from error
+
+    def _pick_chat_template(self, tools: bool) -> str:
+        if not self._chat_templates:
+            raise DymoeError("the model has no chat template; give it plain text with --prompt")
+        name = "tool_use" if tools and "tool_use" in self._chat_templates else "default"
+        if name not in self._chat_templates:
+            found = ", ".join(self._chat_templates)
+            raise DymoeError(f"no chat template is named 'default' (found: {found}); use --prompt")
+        return self._chat_templates[name]
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises no narrower type
+        raise DymoeError(f"{path}: not a valid tokenizer ({error}); {RESTORE}") from error
+    # Training settings that would silently shorten or lengthen a prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DymoeError(f"{path}: missing; {RESTORE}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DymoeError(f"{path}: cannot be read ({error}); {RESTORE}") from error
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    return parse_json(_read_text(path), str(path), RESTORE)
+
+
+def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
+    """Return name -> text of the special tokens.
+
+    Raises DymoeError if bos or eos is not in the vocabulary, because generation depends on them.
+    """
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        entry = names.get(name)
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise DymoeError(f"{directory / 'tokenizer_config.json'}: {name} is not a text; {RESTORE}")
+        if backend.token_to_id(text) is None and name in ("bos_token", "eos_token"):
+            raise DymoeError(f"{directory / 'tokenizer.json'}: no token is the {name} {text!r}; {RESTORE}")
+        tokens[name] = text
+    return tokens
+
+
+def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
+    entry = generation.get("eos_token_id")
+    ids = [] if entry is None else entry if isinstance(entry, list) else [entry]
+    if not all(type(i) is int for i in ids):
+        path = directory / "generation_config.json"
+        raise DymoeError(f"{path}: eos_token_id {entry!r} is neither an id nor a list of ids; {RESTORE}")
+    return ids
+
+
+def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Return name -> template; a chat_template.jinja replaces those of tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return {"default": _read_text(path)}
+    entry = config.get("chat_template")
+    if entry is None:
+        return {}
+    if isinstance(entry, str):
+        return {"default": entry}
+    try:
+        return {item["name"]: item["template"] for item in entry}
+    except (TypeError, KeyError) as error:
+        path = directory / "tokenizer_config.json"
+        raise DymoeError(f"{path}: chat_template is not a text or a list of templates; {RESTORE}") from error
+
+
+def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Make decoding skip named special tokens that tokenizer.json lists as ordinary words."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {text: None for text in texts if text not in added and backend.token_to_id(text) is not None}
+    backend.add_special_tokens(list(known))
+
+
+def _flatten_decoders(state: Mapping[str, Any]) -> Iterable[str]:
+    if state["type"] == "Sequence":
+        for inner in state["decoders"]:
+            yield from _flatten_decoders(inner)
+    else:
+        yield state["type"]

@@ -1,0 +1,1 @@
+"""Tools around a model: description, evaluation, speed probe, trace analysis and charts."""

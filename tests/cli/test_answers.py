@@ -1,0 +1,160 @@
+"""What dymoe-run answers, and how: prompts, conversations, sampling, statistics."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import PROMPT, answer, bundle_cli, compile_cli, run_cli, save_tiny
+
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.engine.load import load_model
+from dymoe_runtime.engine.memory_plan import plan_budget
+from dymoe_runtime.engine.options import RunOptions
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.model.score import log_softmax
+from dymoe_runtime.store.arena import min_arena_bytes
+
+BENCH_KEYS = {
+    "ttft_s",
+    "tpot_s",
+    "prompt_tokens_per_s",
+    "tokens_per_s",
+    "read_bytes",
+    "read_bytes_per_token",
+    "hit_rate",
+    "bits_mean",
+    "peak_rss_bytes",
+}
+
+
+def test_a_prompt_comes_as_a_flag_a_file_or_stdin(shipped_path: Path, tmp_path: Path) -> None:
+    expected = answer(shipped_path)["text"]
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    tail = ("--max-tokens", 24, "--ignore-eos", "--json")
+    assert run_cli(shipped_path, "--prompt-file", tmp_path / "prompt.txt", *tail).json["text"] == expected
+    assert run_cli(shipped_path, *tail, stdin=PROMPT).json["text"] == expected
+    assert run_cli(shipped_path, "--prompt-file", "-", *tail, stdin=PROMPT).json["text"] == expected
+
+
+def test_bench_gives_the_keys_of_the_contract(tiny_path: Path) -> None:
+    outcome = run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5, "--json")
+    assert set(outcome.json) >= BENCH_KEYS
+    assert outcome.json["prompt_tokens"] == 9 and outcome.json["new_tokens"] == 5
+    assert "bits per active expert" in run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5).out
+    warm = run_cli(tiny_path, "--bench", "--prompt-tokens", 9, "--new-tokens", 5, "--warm-up", "--json").json
+    assert warm["prompt_tokens"] == 9 and warm["read_bytes"] < outcome.json["read_bytes"]
+    assert run_cli(tiny_path, "--prompt", PROMPT, "--warm-up").code == 2
+
+
+def test_sampling_is_reproducible_by_its_seed(shipped_path: Path) -> None:
+    texts = [answer(shipped_path, "--temperature", 1, "--top-p", 0.9, "--seed", seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_string_ends_the_text_before_it(shipped_path: Path) -> None:
+    whole = answer(shipped_path)["text"]
+    stop = whole[10:14]
+    result = answer(shipped_path, "--stop", stop)
+    assert result["text"] == whole[: whole.index(stop)] and result["finish"] == "stop"
+
+
+def test_max_tokens_and_a_full_context_end_with_length(tmp_path: Path, tiny_path: Path) -> None:
+    assert answer(tiny_path, tokens=3)["finish"] == "length"
+    result = answer(tiny_path, "--context", 40, tokens=100)
+    assert result["finish"] == "length" and result["prompt_tokens"] + result["new_tokens"] <= 40
+
+
+def test_the_cache_takes_the_bits_that_it_is_given(shipped: Bundle) -> None:
+    """About the same probabilities, and the fewer bits the less memory."""
+    ids = np.random.default_rng(0).integers(shipped.spec.vocab_size, size=60).tolist()
+    found = []
+    for bits in (32, 16, 8):
+        with load_model(shipped, RunOptions(context=256, kv_bits=bits)) as model:
+            logits = np.stack([model.prefill(ids[:8]), *(model.decode(token) for token in ids[8:])])
+            found.append((log_softmax(logits), model.budget.state_bytes))
+    (whole, most), *others = found
+    for logits, _ in others:
+        assert 0 < (np.exp(whole) * (whole - logits)).sum(-1).mean() < 0.003
+    assert most > others[0][1] > others[1][1]
+    assert run_cli(shipped.path, "--prompt", PROMPT, "--kv-bits", 4).code == 2
+
+
+def test_chat_answers_by_the_template(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--chat", "--prompt", "Hello", "--max-tokens", 5, "--json")
+    assert outcome.code == 0 and outcome.json["prompt_tokens"] >= 5
+    outcome = run_cli(shipped_path, "--chat", "--max-tokens", 5, "--json", stdin="Hello\nAnd again\n")
+    assert outcome.code == 0, outcome.err
+    roles = [message["role"] for message in outcome.json["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+
+
+def test_a_second_turn_goes_on_as_if_it_were_one_prompt(shipped_path: Path) -> None:
+    """What the KV cache keeps of the first turn changes nothing."""
+    args = ("--chat", "--max-tokens", 6, "--tiers", 4, "--json")
+    turns = run_cli(shipped_path, *args, stdin="Tell me\nAnd more\n").json["messages"]
+    template = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns[:3])
+    prompt = template + "<|im_start|>assistant\n"
+    again = run_cli(shipped_path, "--prompt", prompt, "--max-tokens", 6, "--tiers", 4, "--json").json["text"]
+    assert again == turns[3]["content"]
+
+
+def test_statistics_name_each_mechanism(shipped_path: Path) -> None:
+    outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, "--stats")
+    for word in ("bits per active expert", "read", "hit rate", "prefetch", "tokens/s", "peak", "least that works"):
+        assert word in outcome.err
+
+
+def test_a_text_that_the_output_cannot_take_is_no_error(shipped_path: Path) -> None:
+    """A model may answer with any character, wherever it is asked."""
+    script = """
+import dymoe_runtime.cli.answer as answer
+from dymoe_runtime.text.generate import Token
+answer.generate = lambda *args, **options: iter([Token(1, "caf\\u00e9 \\u2014", "length")])
+from dymoe_runtime.cli.__main__ import run
+run()
+"""
+    command = [sys.executable, "-c", script, str(shipped_path), "--prompt", "a"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9 ?\n"), done.stderr
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_a_model_of_a_few_experts_runs(experts: int, tmp_path: Path, calibration_text: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0], num_experts=experts)
+    outcome = compile_cli(model, "-o", tmp_path / "bundle", "--calibration", calibration_text)
+    assert outcome.code == 0, outcome.err
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert plan_budget(bundle, load_kernels(), 64).full_arena_bytes <= min_arena_bytes(bundle.layout)
+    for memory in ((), ("--memory", plan_budget(bundle, load_kernels(), 64).floor_bytes + (16 << 20))):
+        args = ("--max-tokens", 8, "--ignore-eos", "--context", 64, *memory)
+        assert run_cli(bundle.path, "--prompt", "abc", *args).code == 0
+
+
+def test_a_conversation_that_is_not_utf_8_is_refused(shipped_path: Path) -> None:
+    command = [sys.executable, "-m", "dymoe_runtime", str(shipped_path), "--chat", "--max-tokens", "2"]
+    done = subprocess.run(command, input=b"hello\n\xff\n", capture_output=True, timeout=60)
+    assert done.returncode == 1 and b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_inspect_tells_sizes_bits_and_points(shipped: Bundle) -> None:
+    described = bundle_cli("inspect", shipped.path, "--json").json
+    assert described["expert_weights"] == 18_874_368
+    on_disk = sum(path.stat().st_size for path in shipped.path.iterdir())
+    assert described["total_bytes"] == on_disk
+    bits = {tier["tier"]: tier["effective_bits"] for tier in described["tiers"]}
+    assert bits[2] <= 2.2 and bits[3] <= 3.25 and bits[4] <= 4.3
+    text = bundle_cli("inspect", shipped.path).out
+    assert all(point.name in text for point in shipped.policy.points)
+
+
+def test_verify_says_that_a_sound_bundle_is_sound(tiny_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_path, tmp_path / "moved elsewhere.dymoe"))
+    outcome = bundle_cli("verify", copy)
+    assert outcome.code == 0 and "sound" in outcome.out

@@ -1,0 +1,323 @@
+// Holds the kernels of every instruction set of this machine against the scalar ones, over splits, shapes and numbers
+// of tokens, and a decoded token against the operations that it goes through, in buffers of exactly the size that they
+// need; and sees that threads read what they are asked to. Prints one line for each instruction set and one for the
+// rest; exits with 1 where one is wrong.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "check_reads.h"
+#include "check_stack.h"
+#include "check_token.h"
+#include "isa/isa.h"
+#include "ops/attention.h"
+#include "ops/moe.h"
+#include "ops/ops.h"
+#include "templates/half.h"
+#include "threads/pool.h"
+
+namespace dymoe {
+namespace {
+
+/// Tokens quantized by `isa`, in buffers of their own.
+struct Quantized {
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> scales, sums;
+  Activations view;
+
+  Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
+    const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = (blocks + kGroup - 1) / kGroup * kGroup;
+    codes = buffer<int8_t>(tokens * codes_pitch(blocks));
+    scales = buffer<float>(tokens * pitch), sums = buffer<float>(tokens * pitch);
+    view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get()};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const std::vector<float> row(x.begin() + t * cols, x.begin() + (t + 1) * cols);
+      isa.quantize(row.data(), cols, t, view);
+    }
+  }
+};
+
+/// The codes of all tokens, column by column.
+std::vector<int8_t> codes_of(const Kernels& isa, const Quantized& a) {
+  std::vector<int8_t> codes;
+  for (int64_t t = 0; t < a.view.tokens; ++t)
+    for (int64_t i = 0; i < a.view.blocks * kBlock; ++i)
+      codes.push_back(a.codes[t * codes_pitch(a.view.blocks) + place(isa.at_once, i / kBlock, i % kBlock)]);
+  return codes;
+}
+
+std::vector<float> product_of(const Kernels& isa, const Matrix& m, const Quantized& a) {
+  std::vector<float> y(a.view.tokens * m.view.rows);
+  const auto scratch = buffer<uint8_t>(scratch_bytes(m.view.blocks));
+  const int64_t middle = m.view.rows / 3;
+  isa.product(m.view, a.view, 0, middle, y.data(), m.view.rows, scratch.get());
+  isa.product(m.view, a.view, middle, m.view.rows, y.data(), m.view.rows, scratch.get());
+  return y;
+}
+
+std::vector<float> rows_of(const Kernels& isa, const Matrix& m) {
+  std::vector<float> out(m.view.rows * m.view.cols);
+  const auto scratch = buffer<uint8_t>(scratch_bytes(m.view.blocks));
+  for (int64_t r = 0; r < m.view.rows; ++r) isa.dequantize(m.view, r, out.data() + r * m.view.cols, scratch.get());
+  return out;
+}
+
+/// A product, and what the scalar kernels make of it.
+struct ProductCase {
+  Matrix matrix;
+  int64_t tokens;
+  std::vector<float> x, product, rows;
+  std::string what;
+
+  ProductCase(const std::vector<int>& split, int bits, int64_t row_count, int64_t cols, int64_t token_count)
+      : matrix(row_count, cols, split, bits <= kMaxCurved ? kMaxCurved : bits),
+        tokens(token_count),
+        x(random_floats(tokens * cols)),
+        product(product_of(kScalar, matrix, Quantized(kScalar, x, tokens, cols))),
+        rows(tokens == 1 ? rows_of(kScalar, matrix) : std::vector<float>()) {
+    what = std::to_string(bits) + " bits, " + std::to_string(row_count) + " x " + std::to_string(cols) + ", " +
+           std::to_string(tokens) + " tokens";
+  }
+};
+
+std::vector<ProductCase> make_product_cases() {
+  const std::vector<std::vector<int>> splits = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {4},
+                                                {4, 2}, {4, 2, 1}, {8},       {1, 1, 1},    {4, 1}};
+  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100}};
+  std::vector<ProductCase> cases;
+  for (const auto& split : splits)
+    for (const auto& [rows, cols] : shapes)
+      for (const int64_t tokens : {0, 1, 2, 5, 33})
+        cases.emplace_back(split, std::accumulate(split.begin(), split.end(), 0), rows, cols, tokens);
+  return cases;
+}
+
+void check_products(const Kernels& isa) {
+  static const std::vector<ProductCase> cases = make_product_cases();
+  for (const ProductCase& c : cases) {
+    const int64_t rows = c.matrix.view.rows, cols = c.matrix.view.cols;
+    const std::vector<float> y = product_of(isa, c.matrix, Quantized(isa, c.x, c.tokens, cols));
+    expect(is_close(y, c.product), isa.name, c.what);
+    if (isa.name == std::string("i8mm")) {
+      const Kernels& neon = find_isa("neon");
+      expect(y == product_of(neon, c.matrix, Quantized(neon, c.x, c.tokens, cols)), isa.name,
+             c.what + ": bits of NEON");
+    }
+    for (int64_t t = 0; t < c.tokens; t += 3) {
+      const Quantized one(isa, {c.x.begin() + t * cols, c.x.begin() + (t + 1) * cols}, 1, cols);
+      const std::vector<float> alone = product_of(isa, c.matrix, one);
+      expect(std::equal(alone.begin(), alone.end(), y.begin() + t * rows), isa.name, c.what + ": a token alone");
+    }
+    if (c.tokens == 1) expect(rows_of(isa, c.matrix) == c.rows, isa.name, c.what + ": dequantize");
+  }
+}
+
+void check_quantize(const Kernels& isa) {
+  for (const int64_t cols : {1, 64, 150, 1100}) {
+    std::vector<float> x = random_floats(3 * cols);
+    x[cols] = NAN;
+    const Quantized a(isa, x, 3, cols), b(kScalar, x, 3, cols);
+    const int64_t bytes = a.view.pitch * 3 * int64_t(sizeof(float));
+    expect(codes_of(isa, a) == codes_of(kScalar, b) && !std::memcmp(a.scales.get(), b.scales.get(), bytes) &&
+               !std::memcmp(a.sums.get(), b.sums.get(), bytes),
+           isa.name, "quantize, " + std::to_string(cols) + " columns");
+  }
+}
+
+void check_vectors(const Kernels& isa) {
+  for (const int64_t n : {2, 16, 20, 64, 100, 128}) {
+    const std::vector<float> x = random_floats(n), rows = random_floats(11 * n);
+    std::vector<float> norms[2], dots[2];
+    int at = 0;
+    for (const Kernels* kernels : {&isa, &kScalar}) {
+      norms[at].resize(n), dots[at].resize(11);
+      kernels->norm(x.data(), rows.data(), n, 1e-5f, norms[at].data());
+      kernels->dots(rows.data(), n, 0, 11, x.data(), dots[at].data());
+      ++at;
+    }
+    expect(norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
+  }
+  for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+    const std::vector<float> ups = random_floats(37), hidden = random_floats(37);
+    std::vector<float> a = hidden, b = hidden;
+    isa.activate(activation, 37, ups.data(), a.data());
+    kScalar.activate(activation, 37, ups.data(), b.data());
+    expect(is_close(a, b), isa.name, "activation");
+  }
+}
+
+/// Half precision as the hardware has it, and rounding to it.
+void check_halves(const Kernels& isa) {
+  const int64_t n = 65536;
+  const auto keys = buffer<uint8_t>(2 * n), values = buffer<uint8_t>(2 * n);
+  const auto score = buffer<float>(1), row = buffer<float>(kCacheRows * n), out = buffer<float>(n);
+  const std::vector<float> query(n);
+  for (int64_t h = 0; h < n; ++h) {
+    const uint16_t half = uint16_t(h), zero = 0;
+    std::memcpy(values.get() + 2 * h, &half, 2), std::memcpy(keys.get() + 2 * h, &zero, 2);
+  }
+  isa.attend(query.data(), 1, {keys.get(), values.get(), 2 * n, 16}, 1, n, score.get(), row.get(), out.get());
+  bool same = true, rounded = true;
+  for (int64_t h = 0; h < n; ++h) {
+    const float value = half_to_float(uint16_t(h)), next = half_to_float(uint16_t(h + 1));
+    same &= value == out[h] || (std::isnan(value) && std::isnan(out[h]));
+    if (!std::isfinite(value)) continue;
+    rounded &= float_to_half(value) == h;
+    if (std::isfinite(next)) rounded &= float_to_half(0.5f * (value + next)) == (h % 2 ? h + 1 : h);
+  }
+  expect(same, isa.name, "half to float");
+  expect(rounded && float_to_half(1e9f) == 0x7bff && std::isnan(half_to_float(float_to_half(NAN))), isa.name,
+         "float to half");
+}
+
+/// Rows of the cache, of what is small, large and not finite too.
+void check_rows(const Kernels& isa) {
+  for (const int64_t n : {2, 20, 64, 100, 128})
+    for (const int bits : {8, 16, 32})
+      for (const float size : {0.0f, 1e-7f, 1e-4f, 1.0f, 1e6f, INFINITY, NAN}) {
+        std::vector<float> x = random_floats(n);
+        x[n / 2] = size;
+        if (std::isfinite(size))
+          for (float& value : x) value *= size;
+        const int64_t bytes = cache_row_bytes(n, bits);
+        const auto a = buffer<uint8_t>(bytes), b = buffer<uint8_t>(bytes);
+        isa.pack_row(x.data(), n, bits, a.get());
+        kScalar.pack_row(x.data(), n, bits, b.get());
+        bool same = true;
+        for (int64_t i = 0; i < bytes; i += 2) {
+          uint16_t left, right;
+          std::memcpy(&left, a.get() + i, 2), std::memcpy(&right, b.get() + i, 2);
+          same &= left == right || (bits < 32 && std::isnan(half_to_float(left)) && std::isnan(half_to_float(right)));
+        }
+        expect(same, isa.name, "a row of " + std::to_string(n) + " at " + std::to_string(bits) + " bits");
+      }
+}
+
+/// A prompt after some tokens, a token after it, at all widths of the cache.
+void check_attention(const Kernels& isa) {
+  struct Case {
+    int64_t heads, kv_heads, n, start, tokens, window;
+  };
+  for (const Case& c :
+       {Case{4, 2, 64, 0, 70, 0}, Case{3, 1, 20, 90, 45, 0}, Case{2, 2, 128, 30, 66, 40}, Case{1, 1, 2, 0, 1, 0}})
+    for (const int bits : {8, 16, 32}) {
+      const int64_t end = c.start + c.tokens, pitch = cache_row_bytes(c.n, bits), group = c.heads / c.kv_heads;
+      const auto keys = buffer<uint8_t>(c.kv_heads * end * pitch), values = buffer<uint8_t>(c.kv_heads * end * pitch);
+      const LayerCache cache{keys.get(), values.get(), end, bits};
+      for (int64_t row = 0; row < c.kv_heads * end; ++row) {
+        isa.pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
+        isa.pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
+      }
+      const Prompt prompt{c.tokens, c.heads, c.kv_heads, c.n, c.start, c.window, std::min<int64_t>(c.tokens, 32)};
+      const std::vector<float> queries = random_floats(c.tokens * c.heads * c.n);
+      std::vector<float> prompts[2], masses[2], tokens[2];
+      int at = 0;
+      for (const Kernels* kernels : {&isa, &kScalar}) {
+        const int64_t parts = receiving_parts(*kernels, prompt);
+        std::vector<float> out(queries.size()), received(parts * c.tokens), mass(c.tokens);
+        attend_prompt(*kernels, prompt, queries.data(), cache, out.data(), received.data());
+        for (int64_t i = 0; i < parts * c.tokens; ++i) mass[i % c.tokens] += received[i];
+        prompts[at] = out, masses[at] = mass;
+        const auto scores = buffer<float>(group * end), row = buffer<float>(kCacheRows * c.n);
+        tokens[at].resize(group * c.n);
+        kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, scores.get(),
+                        row.get(), tokens[at].data());
+        ++at;
+      }
+      const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(bits) + " bits";
+      expect(is_close(prompts[0], prompts[1]) && is_close(masses[0], masses[1]), isa.name, "prompt of " + what);
+      expect(tokens[0] == tokens[1], isa.name, "token after " + what);
+    }
+}
+
+/// Codes and scales of a fit, then of a descent from them.
+std::vector<float> quantized_by(const Kernels& isa, unsigned seed) {
+  random_bits.seed(seed);
+  const int64_t rows = 19, cols = 51;
+  const std::vector<float> weight = random_floats(rows * cols), importance(cols, 1.0f);
+  std::vector<float> start(2 * rows), scales(3 * rows), slope(3 * rows * cols, 0.01f), error(3 * rows * cols);
+  for (float& s : start) s = 0.05f * float(1 + random_bits() % 8);
+  std::vector<uint8_t> codes(rows * cols);
+  Fit fit{};
+  fit.tiers = 3, fit.rows = rows, fit.cols = cols, fit.starts = 2;
+  Descent d{};
+  d.tiers = 3, d.rows = rows, d.cols = d.pitch = d.hessian_pitch = cols, d.last = true;
+  for (int t = 0; t < 3; ++t) fit.bits[t] = d.bits[t] = t + 2, fit.weights[t] = d.weights[t] = 1.0f;
+  fit.weight = weight.data(), fit.importance = importance.data(), fit.start = start.data();
+  fit.scales = scales.data(), fit.codes = codes.data();
+  isa.fit(fit, 0, 16), isa.fit(fit, 16, rows - 16);
+  std::vector<float> hessian(cols * cols, 0.1f);
+  for (int64_t i = 0; i < cols; ++i) hessian[i * (cols + 1)] = 1.0f;
+  d.hessian = hessian.data(), d.slope = slope.data(), d.scales = scales.data();
+  d.error = error.data(), d.codes = codes.data();
+  isa.descend(d, 0, 16), isa.descend(d, 16, rows - 16);
+  std::vector<float> all(codes.begin(), codes.end());
+  all.insert(all.end(), scales.begin(), scales.end());
+  all.insert(all.end(), error.begin(), error.end());
+  return all;
+}
+
+/// A layer's experts by threads: the same bits as by one.
+void check_threads(const Kernels& isa) {
+  const Matrix gate(320, 512, {2, 1, 1}, 4), up(320, 512, {2, 1, 1}, 4), down(512, 320, {2, 1, 1}, 4);
+  const Matrix low(320, 512, {2}, 4), low_up(320, 512, {2}, 4), low_down(512, 320, {2}, 4);
+  const std::vector<ExpertRows> parts = {{gate.view, up.view, down.view, 0, 3},
+                                         {low.view, low_up.view, low_down.view, 3, 150}};
+  const std::vector<float> x = random_floats(150 * 512);
+  std::vector<int64_t> tokens(153);
+  for (int64_t i = 0; i < 153; ++i) tokens[i] = i < 3 ? 7 * i : i - 3;
+  std::vector<float> y[2];
+  for (int count : {1, 3}) {
+    set_threads(count);
+    std::vector<float>& out = y[count / 2];
+    out.resize(153 * 512);
+    moe(isa, parts, x.data(), tokens.data(), Activation::silu, out.data());
+  }
+  set_threads(1);
+  expect(y[0] == y[1], isa.name, "threads");
+}
+
+void check_isa(const Kernels& isa) {
+  check_products(isa);
+  check_quantize(isa);
+  check_vectors(isa);
+  check_halves(isa);
+  check_rows(isa);
+  check_attention(isa);
+  for (unsigned seed = 0; seed < 5; ++seed)
+    expect(quantized_by(isa, seed) == quantized_by(kScalar, seed), isa.name, "fit and descent");
+  check_threads(isa);
+  check_stack(isa);
+  check_token(isa);
+}
+
+/// What does not depend on the instruction set.
+void check_rest() {
+  check_table();
+  check_waits();
+  check_reads();
+}
+
+/// Prints whether all is as it should be.
+template <class Check>
+void report(const char* whose, Check check) {
+  const int before = failures;
+  check();
+  std::printf("%s: %s\n", whose, failures == before ? "right" : "WRONG");
+}
+
+}  // namespace
+}  // namespace dymoe
+
+int main() {
+  using namespace dymoe;
+  for (const Kernels* isa : available_isas()) report(isa->name, [&] { check_isa(*isa); });
+  report("rest", check_rest);
+  return failures > 0;
+}

@@ -1,0 +1,212 @@
+"""A kind of mixer is one file and one row in a table: a convolution with a state goes every way that attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from kernel_kit import COMPILED, kernels_of, random_record
+from short_convolution import ShortConvolution, ShortConvolutionSpec
+
+from dymoe_runtime.bundle.tiers import RecordLayout
+from dymoe_runtime.kernels import REFERENCE
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.model.decode_step import CompiledLayers, DecodeStep
+from dymoe_runtime.model.decoder import Decoder
+from dymoe_runtime.model.mixers import MIXERS
+from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
+from dymoe_runtime.model.state import SequenceState
+from dymoe_runtime.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Rope, RouterSpec
+
+HIDDEN, VOCABULARY, TOKENS = 48, 61, 40
+ATTENTION = AttentionSpec(heads=4, kv_heads=2, head_dim=16, rope=Rope(), qk_norm="head")
+WINDOWED = replace(ATTENTION, window=7)
+CONVOLUTION = ShortConvolutionSpec(width=4, channels=32)
+MOE = MoeSpec(RouterSpec(experts=6, top_k=2, normalize=True), width=40)
+LAYERS = (
+    LayerSpec(CONVOLUTION, MOE),
+    LayerSpec(ATTENTION, MOE),
+    LayerSpec(CONVOLUTION, MlpSpec(56)),
+    LayerSpec(WINDOWED, MOE),
+    LayerSpec(CONVOLUTION, MOE),
+)
+SPEC = ModelSpec("toy", VOCABULARY, HIDDEN, 512, 1e-6, LAYERS, dense_width=56)
+ALL = list(dict.fromkeys([*COMPILED[:1], REFERENCE]))
+
+
+@pytest.fixture(autouse=True)
+def row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXERS, ShortConvolutionSpec.kind, ShortConvolution)
+
+
+class RandomDense:
+    """Random dense weights; the attention's matrices are quantized, so that compiled code can run them."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        rng = np.random.default_rng(0)
+        self._tensors: dict[str, np.ndarray] = {}
+        self._records: dict[str, tuple[RecordLayout, np.ndarray]] = {}
+        for number, (name, shape) in enumerate(SPEC.each_tensor()):
+            if ".attn." in name and len(shape) == 2:
+                layout, segments = random_record((("weight", *shape),), (8,), 20.0 + number)
+                self._records[name] = layout, np.concatenate(segments)
+            else:
+                around = 1.0 if "norm" in name else 0.0
+                self._tensors[name] = (around + rng.standard_normal(shape) * 0.2).astype(np.float32)
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return self._tensors["embed"][ids]
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def optional(self, name: str) -> np.ndarray | None:
+        return self._tensors.get(name)
+
+    def record(self, name: str) -> tuple[RecordLayout, np.ndarray] | None:
+        return self._records.get(name)
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        if name in self._records:
+            layout, data = self._records[name]
+            return self._kernels.linear(layout, 8, [data], x)
+        return self._kernels.matmul(x, self._tensors[name])
+
+
+class RandomExperts:
+    """Routed experts that are a random matrix each; it notes how much a prompt's tokens count."""
+
+    def __init__(self) -> None:
+        shape = (SPEC.num_layers, SPEC.num_experts, HIDDEN, HIDDEN)
+        self._matrices = np.random.default_rng(1).standard_normal(shape).astype(np.float32) * 0.05
+        self.token_weights: dict[int, np.ndarray] = {}
+
+    def decode(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
+        return self._run(layer, h, routing.experts, routing.weights)
+
+    def prefill(self, layer: int, h: np.ndarray, routing: PromptRouting) -> np.ndarray:
+        self.token_weights[layer] = routing.token_weights
+        return self._run(layer, h, routing.experts, routing.weights)
+
+    def _run(self, layer: int, h: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        chosen = self._matrices[layer][experts]  # [T, k, H, H]
+        return np.asarray(np.einsum("th,tkhg,tk->tg", h, chosen, weights))
+
+
+class Toy:
+    """The model, and a few tokens with the logits that running them as a whole gives."""
+
+    def __init__(self, name: str) -> None:
+        self.kernels = kernels_of(name)
+        self.experts = RandomExperts()
+        self.dense = RandomDense(self.kernels)
+        self.decoder = Decoder(SPEC, self.dense, self.experts, self.kernels)
+        self.ids = np.random.default_rng(2).integers(0, VOCABULARY, TOKENS)
+        self.whole = self.decoder.logits(self.decoder.forward(self.ids))
+
+    def state(self) -> SequenceState:
+        return SequenceState(SPEC, TOKENS + 8, kv_bits=32)
+
+    def run(self, pieces: list[np.ndarray], state: SequenceState) -> np.ndarray:
+        return np.concatenate([self.decoder.logits(self.decoder.forward(piece, state)) for piece in pieces])
+
+    def check(self, logits: np.ndarray, first: int = 0) -> None:
+        """Check logits of the tokens from `first` on against those of the whole."""
+        assert np.abs(self.whole).max() > 1
+        assert np.abs(logits - self.whole[first : first + len(logits)]).max() < 2e-4
+
+
+@pytest.fixture(params=ALL)
+def toy(request: pytest.FixtureRequest, row: None) -> Iterator[Toy]:
+    yield Toy(request.param)
+
+
+def test_prefill_and_decode_equal_running_it_whole(toy: Toy) -> None:
+    state = toy.state()
+    toy.check(toy.run([toy.ids[:11], toy.ids[11:30], *in_groups(toy.ids[30:], 1)], state))
+    assert state.length == TOKENS
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 64])
+def test_a_prompt_in_chunks_equals_running_it_whole(toy: Toy, group: int) -> None:
+    state = toy.state()
+    hidden = [toy.decoder.prefill(ids, state, group) for ids in (toy.ids[:23], toy.ids[23:])]
+    toy.check(toy.decoder.logits(np.concatenate(hidden)))
+    for layer, weights in toy.experts.token_weights.items():
+        # Without attention all tokens count alike.
+        assert (weights == 1).all() == (SPEC.layers[layer].mixer is CONVOLUTION or group == 1)
+
+
+def test_a_rollback_undoes_all_that_came_after_the_snapshot(toy: Toy) -> None:
+    state = toy.state()
+    toy.run([toy.ids[:15]], state)
+    snapshot = state.snapshot()
+    other = np.random.default_rng(3).integers(0, VOCABULARY, 9)
+    for pieces in ([other], in_groups(other, 1)):
+        toy.run(pieces, state)
+        state.rollback(snapshot)
+        assert state.length == 15
+        toy.check(toy.run(in_groups(toy.ids[15:19], 1), state), 15)
+    state.rollback(snapshot)
+    toy.check(toy.run([toy.ids[15:]], state), 15)
+
+
+def test_snapshots_may_be_nested_and_a_cut_makes_later_ones_invalid(toy: Toy) -> None:
+    state = toy.state()
+    snapshots = [state.snapshot()]
+    for start in (0, 10, 20):
+        toy.run([toy.ids[start : start + 10]], state)
+        snapshots.append(state.snapshot())
+    state.rollback(snapshots[2])
+    toy.check(toy.run([toy.ids[20:25]], state), 20)
+    state.rollback(snapshots[1])
+    with pytest.raises(ValueError, match="since the snapshot"):
+        state.rollback(snapshots[2])
+    toy.check(toy.run([toy.ids[10:]], state), 10)
+    state.rollback(snapshots[0])
+    toy.check(toy.run([toy.ids], state))
+
+
+def test_a_state_that_cannot_be_cut_is_forgotten_as_a_whole(toy: Toy) -> None:
+    state = toy.state()
+    toy.run([toy.ids[:20]], state)
+    assert state.truncate(20) == 20
+    assert state.truncate(12) == 0 and state.length == 0
+    toy.check(toy.run([toy.ids[:9], toy.ids[9:]], state))
+
+
+def test_the_memory_plan_sums_what_each_layer_says_of_itself(row: None) -> None:
+    convolutions = 3 * 4 * 3 * 32
+    for capacity, bits, row_bytes in ((64, 16, 32), (512, 16, 32), (64, 32, 64)):
+        attention = 2 * (2 * ATTENTION.kv_heads * capacity * row_bytes)
+        assert SequenceState.bytes_needed(SPEC, capacity, bits) == convolutions + attention
+    kernels = kernels_of(ALL[0])
+    plain = replace(SPEC, layers=tuple(replace(layer, mixer=CONVOLUTION) for layer in LAYERS))
+    few, many = (Decoder.workspace_bytes(plain, kernels, tokens, 512) for tokens in (1, 256))
+    assert many - few >= 255 * 4 * 8 * 32  # at least what the convolution says
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+def test_compiled_layers_stand_between_layers_that_they_do_not_know(row: None) -> None:
+    toy = Toy(COMPILED[0])
+    layers = CompiledLayers.make(SPEC, toy.dense, toy.kernels)
+    assert layers is not None
+    assert [layers.knows(layer) for layer in range(SPEC.num_layers)] == [False, True, False, True, False]
+    decoder = Decoder(SPEC, toy.dense, toy.experts, toy.kernels, DecodeStep(SPEC, layers))
+    state = toy.state()
+    logits = [decoder.logits(decoder.forward(piece, state)) for piece in (toy.ids[:9], *in_groups(toy.ids[9:], 1))]
+    toy.check(np.concatenate(logits))
+    snapshot = state.snapshot()
+    decoder.forward(toy.ids[:1], state)
+    state.rollback(snapshot)
+    assert state.length == TOKENS
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels are missing")
+def test_a_model_without_attention_has_no_compiled_layers(row: None) -> None:
+    spec = replace(SPEC, layers=tuple(replace(layer, mixer=CONVOLUTION) for layer in LAYERS))
+    kernels = kernels_of(COMPILED[0])
+    assert CompiledLayers.make(spec, RandomDense(kernels), kernels) is None

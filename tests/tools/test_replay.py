@@ -1,0 +1,85 @@
+"""A replay of a trace tells what would have happened with other memory."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+from helpers import bundle_cli
+from trace_kit import TOKENS, half, lines_of, traced
+
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.store import EVICTIONS
+from dymoe_runtime.store import arena as arena_module
+from dymoe_runtime.tools.replay import parts_of_tokens
+
+
+@pytest.mark.parametrize("setting", [("--tiers", 4), ("--point", 3)])
+@pytest.mark.parametrize("share", [3, 5, 9])
+def test_a_replay_fares_as_the_store_did(shipped_path: Path, tmp_path: Path, setting: tuple, share: int) -> None:
+    arena = Bundle.open(shipped_path).expert_bytes() * share // 10
+    path = tmp_path / "trace.jsonl"
+    result = traced(shipped_path, path, *setting, "--arena", arena, "--no-prefetch", "--no-preload")
+    outcome = bundle_cli("replay", shipped_path, path, "--arena", arena, "--json")
+    assert outcome.code == 0, outcome.err
+    (row,) = outcome.json["replayed"]
+    requests = sum(len(line["wants"]) for line in lines_of(path) if "layer" in line)
+    assert row["hits"] == round(result["hit_rate"] * requests)
+    assert row["read_bytes"] == result["read_bytes"]
+
+
+def test_a_replay_tries_memory_and_ways_to_forget(shipped_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    outcome = bundle_cli("replay", shipped_path, path, "--arena", "3MiB", "6MiB", "--decay", 1, 1.01, 2, "--json")
+    rows = outcome.json["replayed"]
+    assert [(row["arena_bytes"], row["fade"]) for row in rows] == [
+        (size << 20, decay) for size in (3, 6) for decay in (1, 1.01, 2)
+    ]
+    assert min(row["decode_hit_rate"] for row in rows[3:]) > max(row["decode_hit_rate"] for row in rows[:3])
+    assert outcome.json["traced"]["tokens"] == TOKENS - 1
+    assert "hit rate" in bundle_cli("replay", shipped_path, path).out
+
+
+def test_a_replay_needs_none_of_the_memory_that_it_tries(
+    shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    sizes: list[int] = []
+    real = arena_module.map_memory
+
+    def mapped(nbytes: int) -> mmap.mmap:
+        sizes.append(nbytes)
+        return real(nbytes)
+
+    monkeypatch.setattr(arena_module, "map_memory", mapped)
+    assert bundle_cli("replay", shipped_path, path, "--arena", "3MiB", "1GiB").code == 0
+    assert sizes == [0, 0]
+
+
+def test_a_replay_tries_ways_to_choose_what_leaves(shipped_path: Path, tmp_path: Path) -> None:
+    """They differ where memory is short, and not at all where nothing has to leave."""
+    path = tmp_path / "trace.jsonl"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    evictions = [word for eviction in EVICTIONS for word in ("--eviction", eviction)]
+    rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "1GiB", *evictions, "--json").json["replayed"]
+    assert [row["eviction"] for row in rows] == [*EVICTIONS, *EVICTIONS]
+    assert len({row["read_bytes"] for row in rows[:3]}) > 1
+    assert len({(row["hits"], row["read_bytes"]) for row in rows[3:]}) == 1
+    assert bundle_cli("replay", shipped_path, path, "--eviction", "random").code == 2
+
+
+def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_path: Path) -> None:
+    path, page = tmp_path / "trace.jsonl", tmp_path / "plot.html"
+    traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
+    outcome = bundle_cli("replay", shipped_path, path, "--plot", page, "--json")
+    assert page.read_text().count("token ") >= 3 * (TOKENS - 1)
+    lines = lines_of(path)
+    parts = parts_of_tokens(lines)
+    total = sum(line["seconds"] for line in lines if "layer" not in line and line["tokens"] == 1)
+    assert sum(map(sum, parts)) == pytest.approx(1e3 * total)
+    assert outcome.json["traced"]["total_ms"] == pytest.approx(1e3 * total / len(parts))
+    assert min(map(min, parts)) >= 0
+    assert bundle_cli("replay", shipped_path, path, "--plot", tmp_path / "no" / "plot.html").code == 1
