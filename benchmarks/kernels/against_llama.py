@@ -25,6 +25,7 @@ Rates = dict[str, list[float]]
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--llama-bench", type=Path, required=True)
@@ -49,12 +50,14 @@ def main() -> None:
 
 
 def run_ours(args: argparse.Namespace, option: tuple[str, str]) -> dict[str, float]:
+    """Return the tokens per second of each test, by `in_memory.py`."""
     command = [sys.executable, str(Path(__file__).with_name("in_memory.py")), str(args.bundle), *option]
     command += ["--threads", str(args.threads), "--new-tokens", str(NEW), *map(str, PROMPTS)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def run_llama(args: argparse.Namespace, path: Path, repack: int) -> dict[str, float]:
+    """Return the tokens per second of each test, by llama-bench."""
     command = [str(args.llama_bench), "-m", str(path), "-t", str(args.threads), "-p", ",".join(map(str, PROMPTS))]
     command += ["-n", str(NEW), "-r", "1", "--repack", str(repack), "-o", "json"]
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -62,6 +65,7 @@ def run_llama(args: argparse.Namespace, path: Path, repack: int) -> dict[str, fl
 
 
 def print_table(results: dict[str, Rates]) -> None:
+    """Print median, range and ratio of each setting and test."""
     tests = [f"tg{NEW}", *(f"pp{tokens}" for tokens in PROMPTS)]
     peers = [rates for name, rates in results.items() if not name.startswith("dymoe")]
     best = {test: max(statistics.median(rates[test]) for rates in peers) for test in tests}

@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/in_memory.py BUNDLE 128 512 --point 3
 
-A pass of each length warms up; then each prompt, and after it `--new-tokens` of random ids.
-`--profile` prints what Python spends its time on while decoding instead.
+A pass of each length warms up. Then come the prompts, and `--new-tokens` of random ids are decoded.
+`--profile` prints instead what Python spends its time on while decoding.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import time
 
 import numpy as np
 
-from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.console import spare_imports
-from dymoe_runtime.delivery import Want
-from dymoe_runtime.model import Model
-from dymoe_runtime.options import RunOptions
+from dymoe_runtime.engine.load import load_model
+from dymoe_runtime.engine.model import Model
+from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.store.request import ExpertRequest
 
 
 def main() -> None:
+    """Print the rates, or the profile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("prompts", type=int, nargs="+")
@@ -35,10 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     spare_imports()
     bundle = Bundle.open(args.bundle)
-    context = max(args.prompts) + args.new_tokens
-    options = RunOptions(tier=args.tiers, point=args.point, threads=args.threads, context=context)
+    context = min(max(args.prompts) + args.new_tokens, bundle.spec.max_context)
+    options = RunOptions(tier=args.tiers, point=args.point, threads=args.threads, context=context, preload=False)
     ids = np.random.default_rng(0).integers(bundle.spec.vocab_size, size=context).tolist()
-    with Model(bundle, options) as model:
+    with load_model(bundle, options) as model:
         load(model)
         for tokens in args.prompts:
             model.prefill(ids[:tokens])
@@ -61,17 +63,19 @@ def main() -> None:
 
 
 def load(model: Model) -> None:
-    """Read every expert whole."""
+    """Read all experts up to the highest tier; exit where they do not fit."""
     top = model.bundle.manifest.ladder[-1]
     for layer in model.spec.moe_layers:
-        for _ in model.store.begin([Want(ExpertKey(layer, e), top) for e in range(model.spec.num_experts)]):
-            pass
-        if not model.store.holds(layer, top):
+        requests = [ExpertRequest(ExpertKey(layer, expert), top) for expert in range(model.spec.num_experts)]
+        with model.store.acquire(requests) as lease:
+            for _ in lease.batches():
+                pass
+        if not model.store.holds_layer(layer, top):
             raise SystemExit("the experts do not fit the memory of this machine")
 
 
 def decode(model: Model, ids: list[int]) -> float:
-    """Seconds."""
+    """Return the seconds that decoding these tokens takes."""
     started = time.perf_counter()
     for token_id in ids:
         model.decode(token_id)

@@ -2,9 +2,9 @@
 
     python benchmarks/kernels/products.py --hidden 2048 --width 1024
 
-Random weights of a layer of `--experts`; each decoding call runs `--top-k` of them for one token, in
-turn, so that what it reads has left the caches. The bandwidth of memory is measured between the
-calls, with the same threads. Medians.
+The weights of a layer of `--experts` are random. Each decoding call runs `--top-k` of them for one token, in turn, so
+that what it reads has left the caches. The bandwidth of memory is measured between the calls, with the same threads.
+All figures are medians. The environment variable DYMOE_ISA names another instruction set than the best.
 """
 
 from __future__ import annotations
@@ -13,21 +13,35 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 import dymoe_runtime
-from dymoe_runtime import kernels
-from dymoe_runtime.kernels.job import Job
+from dymoe_runtime.bundle.tiers import RecordLayout, make_layout, split_record
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.kernels.native import read_memory
+from dymoe_runtime.kernels.prepared import ExpertRows
 from dymoe_runtime.memory import map_memory
-from dymoe_runtime.tiers import RecordLayout, make_layout, split_record
+from dymoe_runtime.spec import mlp_shapes
 
 SWEEP_BYTES = 256 << 20  # more than any cache
 SMALL = 0x38D2  # about 1e-4 in bf16
+ACTIVATION = "silu"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The records of a layer, as lists of segments, and the tier at which they run."""
+
+    layout: RecordLayout
+    tier: int
+    records: Sequence[list[np.ndarray]]
 
 
 def main() -> None:
+    """Print the rates of decoding and of prompts at each tier."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=1024)
@@ -36,26 +50,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    kernels.set_threads(args.threads)
-    print(f"dymoe {dymoe_runtime.__version__}, {kernels.isa()}, {args.threads} threads")
-    shapes = {"gate": (args.width, args.hidden), "up": (args.width, args.hidden), "down": (args.hidden, args.width)}
+    kernels = load_kernels(threads=args.threads)
+    print(f"dymoe {dymoe_runtime.__version__}, {kernels.name}, {kernels.threads()} threads")
+    shapes = mlp_shapes(args.hidden, args.width)
     sweep = np.frombuffer(map_memory(SWEEP_BYTES), np.uint8)
     sweep[:] = 1  # pages that nobody has written to are one and the same
     print(f"{'experts':<16}{'bits':>6}{'us/token':>10}{'GB/s':>8}{'of memory':>11}")
     for ladder, tier in (((2, 3, 4), 2), ((2, 3, 4), 3), ((2, 3, 4), 4), ((8,), 8)):
-        layout = make_layout(shapes, ladder)
-        records = random_records(layout, args.experts)
-        decode(layout, tier, records, sweep, args)
+        decode(kernels, random_experts(shapes, ladder, tier, args.experts), sweep, args)
     print(f"{'prompt':<16}{'bits':>6}{'tokens':>10}{'GOP/s':>8}")
     for ladder, tier in (((2, 3, 4), 2), ((2, 3, 4), 4), ((8,), 8)):
-        layout = make_layout(shapes, ladder)
-        records = random_records(layout, args.experts)
+        experts = random_experts(shapes, ladder, tier, args.experts)
         for tokens in (128, 512):
-            prompt(layout, tier, records, tokens, args)
+            prompt(kernels, experts, tokens, args)
 
 
-def random_records(layout: RecordLayout, count: int) -> list[list[np.ndarray]]:
-    """Segments of each, side by side: any bytes are codes and steps; the multipliers are small numbers."""
+def random_experts(shapes: dict[str, tuple[int, int]], ladder: tuple[int, ...], tier: int, count: int) -> Experts:
+    """Return experts side by side in memory: any bytes are codes and scales; the multipliers are small numbers."""
+    layout = make_layout(shapes, ladder)
     memory = np.frombuffer(map_memory(count * layout.record_bytes), np.uint8)
     memory[:] = np.random.default_rng(0).integers(0, 256, memory.size, np.uint8)
     records = [split_record(layout, record) for record in memory.reshape(count, -1)]
@@ -63,33 +75,30 @@ def random_records(layout: RecordLayout, count: int) -> list[list[np.ndarray]]:
         part = where.multiplier
         for segments in records:
             segments[part.segment][part.offset : part.offset + part.nbytes].view(np.uint16)[:] = SMALL
-    return records
+    return Experts(layout, tier, records)
 
 
 def random_rows(rows: int, cols: int) -> np.ndarray:
+    """Return normal random numbers, float32 [rows, cols]."""
     return np.random.default_rng(0).standard_normal((rows, cols), np.float32)
 
 
-def decode(
-    layout: RecordLayout,
-    tier: int,
-    records: Sequence[list[np.ndarray]],
-    sweep: np.ndarray,
-    args: argparse.Namespace,
-) -> None:
+def decode(kernels: Kernels, experts: Experts, sweep: np.ndarray, args: argparse.Namespace) -> None:
+    """Print what `--top-k` experts take for one token, and how much of memory's bandwidth they use."""
+    layout, tier, records = experts.layout, experts.tier, experts.records
     hidden = layout.matrices["gate"].cols
     x, y = random_rows(1, hidden), np.empty((args.top_k, hidden), np.float32)
     tokens = np.zeros(args.top_k, np.int64)
     needed = layout.segments_of(tier)
-    experts = [kernels.prepare(layout, tier, record[:needed]) for record in records]
+    prepared = [kernels.prepare(layout, tier, record[:needed]) for record in records]
     groups = [
-        [Job(expert, row, 1) for row, expert in enumerate(experts[first : first + args.top_k])]
+        [ExpertRows(expert, row, 1) for row, expert in enumerate(prepared[first : first + args.top_k])]
         for first in range(0, len(records) - args.top_k + 1, args.top_k)
     ]
 
     def all_groups() -> None:
-        for jobs in groups:
-            kernels.moe(jobs, x, tokens, y)
+        for parts in groups:
+            kernels.moe(parts, x, tokens, y, ACTIVATION)
 
     ours, memory = interleaved([all_groups, lambda: read_memory(sweep)], args.rounds)
     nbytes = args.top_k * sum(layout.segment_bytes[:needed])
@@ -97,20 +106,21 @@ def decode(
     print(f"{'':<16}{tier:>6}{1e6 * ours / len(groups):>10.0f}{rate:>8.1f}{rate / bandwidth:>11.0%}")
 
 
-def prompt(
-    layout: RecordLayout, tier: int, records: Sequence[list[np.ndarray]], tokens: int, args: argparse.Namespace
-) -> None:
+def prompt(kernels: Kernels, experts: Experts, tokens: int, args: argparse.Namespace) -> None:
+    """Print how many operations per second a layer does for a prompt, whose tokens all experts share alike."""
+    layout, tier, records = experts.layout, experts.tier, experts.records
     hidden, width = layout.matrices["gate"].cols, layout.matrices["gate"].rows
     each = max(1, tokens * args.top_k // len(records))  # tokens of an expert
     x, y = random_rows(tokens, hidden), np.empty((each * len(records), hidden), np.float32)
     where = np.arange(each * len(records)) % tokens
-    jobs = [Job(kernels.prepare(layout, tier, record), each * row, each) for row, record in enumerate(records)]
-    (seconds,) = interleaved([lambda: kernels.moe(jobs, x, where, y)], args.rounds)
+    prepared = [kernels.prepare(layout, tier, record) for record in records]
+    parts = [ExpertRows(expert, each * row, each) for row, expert in enumerate(prepared)]
+    (seconds,) = interleaved([lambda: kernels.moe(parts, x, where, y, ACTIVATION)], args.rounds)
     print(f"{'':<16}{tier:>6}{tokens:>10}{2 * len(y) * 3 * hidden * width / seconds / 1e9:>8.0f}")
 
 
 def interleaved(work: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each, taken in turn after one round to warm up."""
+    """Return the median seconds of each piece of work; they take turns, after one round to warm up."""
     times: list[list[float]] = [[] for _ in work]
     for _ in range(rounds + 1):
         for each, run in zip(times, work, strict=True):

@@ -6,24 +6,26 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dymoe_compile.calibration import moments
-from dymoe_compile.checkpoint import Checkpoint, CheckpointDense
-from dymoe_compile.quantize import Moments
-from dymoe_compile.reference import CheckpointExperts, open_reference
-from dymoe_compile.sensitivity import Decoding, Original, Rule, Static
-from dymoe_runtime.activations import ACTIVATIONS
-from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.decoder import Decoder, Routing, in_groups
-from dymoe_runtime.dense import BundleDense
-from dymoe_runtime.evaluate import Score, score_window
-from dymoe_runtime.policy import TierRule
+from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
+from dymoe_compile.checkpoint.original import CheckpointExperts, open_original
+from dymoe_compile.checkpoint.torch_ops import ACTIVATIONS
+from dymoe_compile.checkpoint.window_decoder import bundle_decoder, window_decoder
+from dymoe_compile.policy.sensitivity import Decoding, Original, Rule, Static
+from dymoe_compile.quantize.moments import Moments, moments
+from dymoe_runtime.bundle.bundle import FINDINGS, Bundle
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.model.decoder import Decoder
+from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
+from dymoe_runtime.model.score import Score, score_window
+from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.text import Tokenizer
+from dymoe_runtime.text.tokenizer import Tokenizer
 
 WINDOW = 512
 SAMPLES = 2000
@@ -34,7 +36,7 @@ Stack = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Whole windows of texts, and what the original model makes of them."""
+    """Whole windows of texts, with the hidden states of the original model."""
 
     ids: np.ndarray  # int64 [n, W]
     domains: list[str]  # of each window
@@ -42,7 +44,7 @@ class HeldOut:
 
 
 def load_windows(model: Path, texts: Sequence[str], nbytes: int) -> tuple[np.ndarray, list[str]]:
-    """The first `nbytes` of each text, cut into whole windows."""
+    """Return whole windows [n, W] of the first `nbytes` of each text, and the name of the text of each."""
     tokenizer = Tokenizer.load(model)
     windows, domains = [], []
     for text in texts:
@@ -55,15 +57,27 @@ def load_windows(model: Path, texts: Sequence[str], nbytes: int) -> tuple[np.nda
     return np.stack(windows), domains
 
 
-def held_out(model: Path, texts: Sequence[str], nbytes: int) -> HeldOut:
+def held_out(model: Path, texts: Sequence[str], nbytes: int, kernels: Kernels) -> HeldOut:
+    """Run the first `nbytes` of each text through the original model."""
     ids, domains = load_windows(model, texts, nbytes)
-    decoder = open_reference(model)
-    return HeldOut(ids, domains, Original([decoder.forward(window) for window in ids], decoder.logits))
+    original = open_original(model, kernels)
+    return HeldOut(ids, domains, Original([original.hidden(window) for window in ids], original.logits))
+
+
+def calibration_windows(bundle: Bundle, model: Path, texts: Sequence[str]) -> np.ndarray:
+    """Return windows [n, W] of as many random tokens of the texts as the bundle was calibrated on."""
+    windows, _ = load_windows(model, texts, 1 << 30)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
+    tokens = int(bundle.manifest.provenance["calibration_tokens"])
+    return windows[order[: tokens // windows.shape[1]]]
 
 
 def compared_rules(bundle: Bundle) -> dict[tuple[str, str], Rule]:
-    """(name, kind) -> every rule that was measured while compiling; kind mixed are the thresholds fitted per layer."""
-    findings = json.loads((bundle.path / "compile.json").read_text())
+    """Return every rule that was measured while compiling, by (name, kind).
+
+    Rules of the kind mixed have thresholds fitted per layer.
+    """
+    findings = json.loads((bundle.path / FINDINGS).read_text())
     pinned = tuple(layer.pinned for layer in bundle.policy.layers)
     rules: dict[tuple[str, str], Rule] = {}
     for entry in findings["compared"]:
@@ -78,83 +92,96 @@ def compared_rules(bundle: Bundle) -> dict[tuple[str, str], Rule]:
 
 
 def emitted_rules(bundle: Bundle) -> dict[str, Rule]:
-    """Name -> the rule of every operating point of the policy."""
-    pinned = tuple(layer.pinned for layer in bundle.policy.layers)
-    ladder = bundle.manifest.ladder
-    return {
-        point.name: Decoding(TierRule(ladder, point.decode, point.prefill, pinned if point.kind == "mixed" else ()))
-        for point in bundle.policy.points
-    }
+    """Return the rule of every operating point of the policy, by its name."""
+    return {point.name: Decoding(TierRule.of(point, bundle.policy)) for point in bundle.policy.points}
 
 
-def calibration_moments(model: Path, windows: np.ndarray) -> list[dict[str, list[Moments]]]:
-    """Per layer and matrix the moments of each expert's inputs, from the original model."""
+def through_layers(
+    decoder: Decoder, windows: np.ndarray, experts: Callable[[int, np.ndarray, Routing], np.ndarray]
+) -> np.ndarray:
+    """Run windows [n, W] through a decoder, layer by layer; return their hidden states [n * W, H].
+
+    `experts(layer, h, routing)` returns what the experts of a layer make of h, [n * W, H] each.
+    """
+    x = decoder.embed(windows.reshape(-1))
+    for layer in range(decoder.spec.num_layers):
+        x = np.concatenate([decoder.mix(layer, window)[0] for window in in_groups(x, windows.shape[1])])
+        if decoder.spec.is_moe(layer):
+            h, chosen, weights = decoder.route(layer, x)
+            x = x + experts(layer, h, Routing(chosen, weights, x))
+        else:
+            x = decoder.feed_forward(layer, x)
+    return x
+
+
+def choose_tiers(rule: Rule, layer: int, routing: Routing) -> np.ndarray:
+    """Return the tiers int64 [T, k] that a rule for decoding chooses; all tokens count alike."""
+    token_weights = np.ones(len(routing.experts), np.float32)
+    whole = PromptRouting(routing.experts, routing.weights, routing.residual, token_weights, len(token_weights))
+    return rule.choose(layer, whole)
+
+
+def calibration_moments(model: Path, windows: np.ndarray, kernels: Kernels) -> list[dict[str, list[Moments]]]:
+    """Return the moments of each expert's inputs in the original model, by MoE layer and matrix."""
     checkpoint = Checkpoint.open(model)
     spec, activation = checkpoint.spec, ACTIVATIONS[checkpoint.spec.activation]
-    experts = CheckpointExperts(checkpoint)
+    original = CheckpointExperts(checkpoint)
     layers: list[dict[str, list[Moments]]] = []
 
     def recording(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         found: dict[str, list[Moments]] = {"gate": [], "up": [], "down": []}
         for expert in range(spec.num_experts):
-            weights = {n: w.float() for n, w in checkpoint.expert(ExpertKey(layer, expert)).items()}
-            tokens, ranks = np.nonzero(routing.experts == expert)
-            x, gates = torch.from_numpy(h[tokens]), torch.from_numpy(routing.gates[tokens, ranks, None])
-            into = moments(x, gates)
-            inside = moments(activation(x @ weights["gate"].T) * (x @ weights["up"].T), gates)
+            matrices = {n: matrix.float() for n, matrix in checkpoint.expert(ExpertKey(layer, expert)).items()}
+            tokens, ranks = np.nonzero(routing.experts == expert)  # a token chooses an expert once
+            x, weights = torch.from_numpy(h[tokens]), torch.from_numpy(routing.weights[tokens, ranks, None])
+            into = moments(x, weights)
+            inside = moments(activation(x @ matrices["gate"].T) * (x @ matrices["up"].T), weights)
             for name, value in (("gate", into), ("up", into), ("down", inside)):
                 found[name].append(value)
         layers.append(found)
-        return experts(layer, h, routing)
+        return original.decode(layer, h, routing)
 
-    decoder = Decoder(spec, CheckpointDense(checkpoint), recording)
-    x = decoder.dense.embed(windows.reshape(-1))
-    for layer in range(spec.num_layers):
-        x = np.concatenate([decoder.attend(layer, window)[0] for window in in_groups(x, windows.shape[1])])
-        x = decoder.feed_forward(layer, x)
+    through_layers(window_decoder(spec, CheckpointDense(checkpoint), kernels), windows, recording)
     return layers
 
 
 class Simulated:
     """The model with the dense weights of a bundle and experts from float matrices, one set per tier."""
 
-    def __init__(self, bundle: Bundle, tiers: Mapping[int, Sequence[Stack]]) -> None:
+    def __init__(self, bundle: Bundle, tiers: Mapping[int, Sequence[Stack]], kernels: Kernels) -> None:
         self._tiers = tiers
         self._spec = bundle.spec
         self._activation = ACTIVATIONS[bundle.spec.activation]
-        self._rule: Rule | None = None
-        self._decoder = Decoder(bundle.spec, BundleDense(bundle), self._experts)
+        self._decoder = bundle_decoder(bundle, kernels)
 
     def measure(self, rule: Rule, texts: HeldOut) -> list[Score]:
-        """A score per window."""
-        self._rule = rule
+        """Return a score per window."""
         scores = []
         for ids, hidden in zip(texts.ids, texts.original.hidden, strict=True):
-            reference = (hidden, texts.original.head)
-            scores.append(score_window(ids, self._decoder.forward(ids), self._decoder.logits, reference))
+            x = through_layers(self._decoder, ids[None], partial(self._experts, rule))
+            scores.append(score_window(ids, x, self._decoder.logits, (hidden, texts.original.head)))
         return scores
 
-    def _experts(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
-        assert self._rule is not None
-        chosen = self._rule.choose(layer, [routing])
+    def _experts(self, rule: Rule, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
+        chosen = choose_tiers(rule, layer, routing)
         y = np.zeros_like(h)
         for tier, layers in self._tiers.items():
             stack = layers[self._spec.moe_layers.index(layer)]
             for expert in np.unique(routing.experts[chosen == tier]).tolist():
-                tokens, ranks = np.nonzero((routing.experts == expert) & (chosen == tier))  # each token once
+                tokens, ranks = np.nonzero((routing.experts == expert) & (chosen == tier))
                 x = torch.from_numpy(h[tokens])
                 middle = self._activation(x @ stack["gate"][expert].T) * (x @ stack["up"][expert].T)
-                y[tokens] += (middle @ stack["down"][expert].T).numpy() * routing.gates[tokens, ranks, None]
+                y[tokens] += (middle @ stack["down"][expert].T).numpy() * routing.weights[tokens, ranks, None]
         return y
 
 
 def uniform(bundle: Bundle, tier: int) -> Rule:
-    """Every expert at `tier`; of any ladder, as far as Simulated is concerned."""
+    """Return the rule that runs every expert at `tier`, which for `Simulated` need not be of the bundle's ladder."""
     return Static(((tier,) * bundle.spec.num_experts,) * bundle.spec.num_layers)
 
 
 def originals(model: Path) -> Iterator[tuple[int, Stack]]:
-    """(index of the MoE layer, its matrices in float32)."""
+    """Yield each MoE layer: its index among them, and its matrices in float32."""
     checkpoint = Checkpoint.open(model)
     for index, layer in enumerate(checkpoint.spec.moe_layers):
         experts = [checkpoint.expert(ExpertKey(layer, e)) for e in range(checkpoint.spec.num_experts)]
@@ -164,7 +191,7 @@ def originals(model: Path) -> Iterator[tuple[int, Stack]]:
 def quantized(
     model: Path, quantize: Callable[[torch.Tensor, Moments], torch.Tensor], found: Sequence[Mapping[str, list[Moments]]]
 ) -> list[Stack]:
-    """Every expert matrix through `quantize`, as floats."""
+    """Return every expert matrix of the model after `quantize`, as floats, by MoE layer."""
     return [
         {
             name: torch.stack([quantize(w, m) for w, m in zip(stack[name], found[index][name], strict=True)])
@@ -175,27 +202,27 @@ def quantized(
 
 
 def rtn(weight: torch.Tensor, bits: int, group: int = 64) -> torch.Tensor:
-    """Plain rounding: best of 20 clips per group, symmetric, exact scales."""
+    """Round a matrix plainly: best of 20 clips per group, symmetric, exact scales."""
     w = weight.view(len(weight), -1, group)
     largest = w.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-    best, least = torch.zeros_like(w), torch.full_like(largest, float("inf"))
+    best, lowest = torch.zeros_like(w), torch.full_like(largest, float("inf"))
     for step in range(20):
         scale = (largest * (1 - 0.03 * step)).clamp_min(1e-12)
         value = ((w / scale + 2 ** (bits - 1)).floor().clamp(0, 2**bits - 1) - (2**bits - 1) / 2) * scale
         error = (value - w).square().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, value, best), torch.minimum(error, least)
+        best, lowest = torch.where(error < lowest, value, best), torch.minimum(error, lowest)
     return best.view_as(weight)
 
 
 def gptq(weight: torch.Tensor, found: Moments, bits: int, group: int = 64) -> torch.Tensor:
-    """GPTQ (arXiv 2210.17323) with groups, scales of each group from its compensated weights."""
+    """Quantize by GPTQ (arXiv 2210.17323) with groups; scales of each group come from its compensated weights."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(found.ridged().double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     w, out = weight.clone(), torch.empty_like(weight)
     for start in range(0, w.shape[1], group):
         columns = w[:, start : start + group]
         largest = columns.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-        grids = [rtn_scale for rtn_scale in (largest * (1 - 0.03 * step) for step in range(20))]
+        grids = [largest * (1 - 0.03 * step) for step in range(20)]
         errors = torch.stack([(_nearest(columns, scale, bits) - columns).square().sum(-1) for scale in grids])
         scale = torch.stack(grids)[errors.argmin(0), torch.arange(len(w))]
         for j in range(start, min(start + group, w.shape[1])):
@@ -210,27 +237,30 @@ def _nearest(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def kl(scores: Sequence[Score]) -> float:
+    """Return the mean KL of all windows, in nats per token."""
     return sum(s.kl_sum for s in scores) / sum(s.compared for s in scores)
 
 
 def perplexity_ratio(scores: Sequence[Score], reference: Sequence[Score]) -> float:
+    """Return the perplexity of all windows over that of a reference."""
     difference = sum(s.nll_sum for s in scores) - sum(s.nll_sum for s in reference)
     return math.exp(difference / sum(s.tokens for s in scores))
 
 
 def interval_of_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval, over windows drawn together, of mean(a) / mean(b)."""
+    """Return the 95% bootstrap interval of mean(a) / mean(b), over windows drawn together."""
     picks = np.random.default_rng(seed).integers(len(a), size=(SAMPLES, len(a)))
     low, high = np.quantile(a[picks].mean(1) / b[picks].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def per_window(scores: Sequence[Score]) -> np.ndarray:
+    """Return the mean KL of each window, [n]."""
     return np.array([s.kl_sum / s.compared for s in scores])
 
 
-def log_softmax_nll(texts: HeldOut) -> list[Score]:
-    """Scores of the original itself."""
+def score_original(texts: HeldOut) -> list[Score]:
+    """Return a score per window of the original itself."""
     return [
         score_window(ids, hidden, texts.original.head)
         for ids, hidden in zip(texts.ids, texts.original.hidden, strict=True)
@@ -238,5 +268,6 @@ def log_softmax_nll(texts: HeldOut) -> list[Score]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -2,8 +2,8 @@
 
     python benchmarks/quality/nesting.py BUNDLE MODEL --calibration TEXT... --held-out TEXT...
 
-KL is simulated in float32 for both, beside the bundle's own dense weights. Bytes read are those of
-an LRU cache of three sizes replaying the routing of the held-out text token by token, at each point.
+KL is simulated in float32 for both, with the bundle's own dense weights. Bytes read are those of an LRU cache of three
+sizes that replays the routing of the held-out text token by token, at each point.
 """
 
 from __future__ import annotations
@@ -19,23 +19,32 @@ from common import (
     HeldOut,
     Simulated,
     calibration_moments,
+    calibration_windows,
+    choose_tiers,
     emitted_rules,
     held_out,
     interval_of_ratio,
     kl,
-    load_windows,
     markdown,
     per_window,
     quantized,
+    through_layers,
     uniform,
 )
 
-from dymoe_compile.quantize import Moments, quantize_matrix
-from dymoe_compile.reference import CheckpointExperts, open_reference
-from dymoe_compile.sensitivity import Rule
-from dymoe_runtime.bundle import Bundle
-from dymoe_runtime.decoder import Decoder, Routing
-from dymoe_runtime.tiers import BLOCK, levels_of, make_layout, tier_scales
+from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
+from dymoe_compile.checkpoint.original import CheckpointExperts
+from dymoe_compile.checkpoint.window_decoder import window_decoder
+from dymoe_compile.policy.sensitivity import Rule
+from dymoe_compile.quantize import load_descent
+from dymoe_compile.quantize.descent import DescentKernels
+from dymoe_compile.quantize.moments import Moments
+from dymoe_compile.quantize.quantize import quantize_matrix
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.tiers import BLOCK, levels_of, make_layout, tier_scales
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.model.routing import Routing
 
 CACHE_SHARES = (0.125, 0.25, 0.5)
 
@@ -50,30 +59,31 @@ Trace = list[tuple[int, int, int]]
 @click.option("--held-out", "texts", multiple=True, required=True)
 @click.option("--bytes", "nbytes", default=20000, show_default=True, help="Of each held-out text.")
 def main(bundle_path: Path, model: Path, calibration: tuple[str, ...], texts: tuple[str, ...], nbytes: int) -> None:
-    bundle = Bundle.open(bundle_path)
-    judged = held_out(model, texts, nbytes)
-    windows, _ = load_windows(model, calibration, 1 << 30)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
-    tokens = int(bundle.manifest.provenance["calibration_tokens"])
-    found = calibration_moments(model, windows[order[: tokens // windows.shape[1]]])
-    print(quality(bundle, model, found, judged))
+    """Print what nesting costs in KL, and what it saves in bytes read."""
+    bundle, kernels = Bundle.open(bundle_path), load_kernels()
+    judged = held_out(model, texts, nbytes, kernels)
+    found = calibration_moments(model, calibration_windows(bundle, model, calibration), kernels)
+    print(quality(bundle, model, found, judged, kernels))
     print()
-    print(reads(bundle, model, judged))
+    print(reads(bundle, model, judged, kernels))
 
 
-def quality(bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], judged: HeldOut) -> str:
-    ladder = bundle.manifest.ladder
+def quality(
+    bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], judged: HeldOut, kernels: Kernels
+) -> str:
+    """Return a table of the KL of nested and of separate tiers."""
+    ladder, descent = bundle.manifest.ladder, load_descent(kernels)
 
     def alone(weight: torch.Tensor, m: Moments, tier: int) -> torch.Tensor:
-        return values(weight, m, (tier,), tier)
+        return values(weight, m, (tier,), tier, descent)
 
     def together(weight: torch.Tensor, m: Moments, tier: int) -> torch.Tensor:
-        return values(weight, m, ladder, tier)
+        return values(weight, m, ladder, tier, descent)
 
     models = []
     for method in (together, alone):
         experts = {t: quantized(model, lambda w, m, f=method, t=t: f(w, m, t), found) for t in ladder}
-        models.append(Simulated(bundle, experts))
+        models.append(Simulated(bundle, experts, kernels))
     cases: dict[str, Rule] = {f"uniform {tier}": uniform(bundle, tier) for tier in ladder}
     mixed = {point.name for point in bundle.policy.points if point.kind == "mixed"}
     cases |= {f"point {name}": rule for name, rule in emitted_rules(bundle).items() if name in mixed}
@@ -90,22 +100,24 @@ def quality(bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], 
     return markdown(["", "nested KL", "separate KL", "nested costs"], rows)
 
 
-def values(weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int) -> torch.Tensor:
-    """The matrix at `tier`, quantized for `ladder`."""
-    matrix = quantize_matrix(weight, ladder, found)
+def values(
+    weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int, descent: DescentKernels
+) -> torch.Tensor:
+    """Return a matrix at `tier`, quantized for `ladder`."""
+    matrix = quantize_matrix(weight, ladder, descent, found)
     levels = levels_of(tier, ladder[-1])[matrix.codes >> (ladder[-1] - tier)]
-    scales = tier_scales(matrix.steps[tier], matrix.multiplier, tier, ladder[-1])
+    scales = tier_scales(matrix.scale_indices[tier], matrix.multiplier, tier, ladder[-1])
     return torch.from_numpy(scales.repeat(BLOCK, axis=1)[:, : weight.shape[1]] * levels)
 
 
-def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:
-    """MB read per token, nested and separate, at each point and cache size."""
+def reads(bundle: Bundle, model: Path, judged: HeldOut, kernels: Kernels) -> str:
+    """Return a table of MB read per token, nested and separate, at each point and cache size."""
     layout, ladder = bundle.layout, bundle.manifest.ladder
     separate = {t: make_layout(bundle.spec.expert_shapes, (t,)).record_bytes for t in ladder}
     nested = {t: layout.prefix_bytes(t) for t in ladder}
     rows = []
     for name, rule in emitted_rules(bundle).items():
-        trace, tokens = record(model, rule, judged)
+        trace, tokens = record(model, rule, judged, kernels)
         row: list[object] = [name]
         for share in CACHE_SHARES:
             cache = int(share * bundle.expert_bytes())
@@ -117,32 +129,28 @@ def reads(bundle: Bundle, model: Path, judged: HeldOut) -> str:
     return markdown(header, rows)
 
 
-def record(model: Path, rule: Rule, judged: HeldOut) -> tuple[Trace, int]:
-    """What decoding the first windows needs, token by token."""
-    original = open_reference(model)
-    experts = original.experts
-    assert isinstance(experts, CheckpointExperts)
-    steps: list[list[tuple[np.ndarray, np.ndarray]]] = []
+def record(model: Path, rule: Rule, judged: HeldOut, kernels: Kernels) -> tuple[Trace, int]:
+    """Return what decoding some windows needs, token by token, and their number of tokens."""
+    checkpoint = Checkpoint.open(model)
+    original = CheckpointExperts(checkpoint)
+    layers: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # experts and tiers of all tokens
 
     def recording(layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
-        steps[-1].append((routing.experts, rule.choose(layer, [routing])))
-        return experts(layer, h, routing)
+        layers[layer] = routing.experts, choose_tiers(rule, layer, routing)
+        return original.decode(layer, h, routing)
 
-    decoder = Decoder(original.spec, original.dense, recording)
-    trace: Trace = []
     some = judged.ids[:: max(1, len(judged.ids) // 8)]
-    for ids in some:
-        steps.append([])
-        decoder.forward(ids)
-        for token in range(len(ids)):
-            for layer, (chosen, tiers) in zip(original.spec.moe_layers, steps[-1], strict=True):
-                pairs = zip(chosen[token].tolist(), tiers[token].tolist(), strict=True)
-                trace += [(layer, expert, tier) for expert, tier in pairs]
+    through_layers(window_decoder(checkpoint.spec, CheckpointDense(checkpoint), kernels), some, recording)
+    trace: Trace = []
+    for token in range(some.size):
+        for layer, (experts, tiers) in layers.items():
+            pairs = zip(experts[token].tolist(), tiers[token].tolist(), strict=True)
+            trace += [(layer, expert, tier) for expert, tier in pairs]
     return trace, some.size
 
 
 def lru(trace: Sequence[tuple[int, int, int]], capacity: int, sizes: dict[int, int], nested: bool) -> int:
-    """Bytes read with `capacity` bytes of least-recently-used cache; nested records grow by their missing planes."""
+    """Return the bytes read with an LRU cache of `capacity` bytes; nested records grow by their missing planes."""
     held: OrderedDict[tuple[int, ...], int] = OrderedDict()
     used = total = 0
     for layer, expert, tier in trace:

@@ -2,19 +2,19 @@
 
     python benchmarks/quality/table.py BUNDLE MODEL --calibration TEXT... --held-out TEXT... [--llama LOG]
 
-BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG has a line for
-each type of llama.cpp's, TYPE imatrix no|yes bytes N PPL(Q)/PPL(base) : X … Mean KLD: Y, as llama-perplexity
---kl-divergence says of the same held-out bytes. Points run on the kernels; RTN and GPTQ are simulated in
-float32 beside the bundle's own dense weights, with 0.25 bits of metadata.
---report writes the bundle's report with baselines and llama.cpp in its plot, as a page of its own.
-A second table has fitted thresholds against uniform, static, flat and cosine ones at equal bytes.
+BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG has a line for each of
+llama.cpp's types, TYPE imatrix no|yes bytes N PPL(Q)/PPL(base) : X … Mean KLD: Y, as llama-perplexity --kl-divergence
+prints for the same held-out bytes. Points run on the kernels; RTN and GPTQ are simulated in float32 with the bundle's
+own dense weights, and 0.25 bits of metadata are added. --report writes a page: the bundle's report with baselines and
+llama.cpp in its plot. A second table compares fitted thresholds with uniform, static, flat and cosine ones at equal
+bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,27 +25,30 @@ from common import (
     HeldOut,
     Simulated,
     calibration_moments,
+    calibration_windows,
     compared_rules,
     emitted_rules,
     gptq,
     held_out,
     interval_of_ratio,
     kl,
-    load_windows,
-    log_softmax_nll,
     markdown,
     per_window,
     perplexity_ratio,
     quantized,
     rtn,
+    score_original,
     uniform,
 )
 
-from dymoe_compile.quantize import Moments
-from dymoe_compile.report import render
-from dymoe_compile.sensitivity import Measurement, Measurer, Rule
-from dymoe_runtime.bundle import FINDINGS, Bundle
-from dymoe_runtime.evaluate import Score
+from dymoe_compile.checkpoint.window_decoder import bundle_decoder
+from dymoe_compile.policy.sensitivity import Measurement, Measurer, Rule
+from dymoe_compile.quantize.moments import Moments
+from dymoe_compile.report.page import render
+from dymoe_runtime.bundle.bundle import FINDINGS, Bundle
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.model.score import Score
 
 # Bits per expert weight of llama.cpp's types, scales included.
 LLAMA_BITS = {"IQ2_XS": 2.31, "Q2_K": 2.9, "IQ3_XXS": 3.06, "Q3_K_M": 3.6, "Q4_0": 4.5, "Q4_K_M": 4.5}
@@ -76,13 +79,17 @@ def main(
     report: Path | None,
     baselines: bool,
 ) -> None:
-    bundle = Bundle.open(bundle_path)
-    judged = held_out(model, texts, nbytes)
-    reference = log_softmax_nll(judged)
+    """Print both tables, and write the report."""
+    bundle, kernels = Bundle.open(bundle_path), load_kernels()
+    judged = held_out(model, texts, nbytes, kernels)
+    reference = score_original(judged)
     rows = []
-    for name, result in measure(bundle, judged, emitted_rules(bundle)).items():
+    for name, result in measure(bundle, judged, emitted_rules(bundle), kernels).items():
         rows.append(row_of(f"point {name}", effective_bits(bundle, result), result.windows, judged, reference))
-    peers = baseline_rows(bundle, model, calibration, judged, reference) if baselines else []
+    peers = []
+    if baselines:
+        found = calibration_moments(model, calibration_windows(bundle, model, calibration), kernels)
+        peers += baseline_rows(bundle, model, found, judged, reference, kernels)
     peers += llama_rows(llama) if llama else []
     rows += peers
     if report:
@@ -91,18 +98,21 @@ def main(
     header = ["", "bits", "KL", "PPL ratio", *(f"{d} {what}" for d in domains for what in ("KL", "PPL ratio"))]
     print(markdown(header, sorted(rows, key=lambda row: (float(str(row[1])), str(row[0])))))
     print()
-    few = held_out(model, texts, compare_bytes)
-    print(compare(bundle, measure(bundle, few, compared_rules(bundle))))
+    few = held_out(model, texts, compare_bytes, kernels)
+    print(compare(bundle, measure(bundle, few, compared_rules(bundle), kernels)))
 
 
-def measure(bundle: Bundle, judged: HeldOut, rules: dict[K, Rule]) -> dict[K, Measurement]:
-    results = Measurer(bundle, judged.ids, judged.original).measure(list(rules.values()))
+def measure(bundle: Bundle, judged: HeldOut, rules: dict[K, Rule], kernels: Kernels) -> dict[K, Measurement]:
+    """Measure all rules on the kernels."""
+    decoder = bundle_decoder(bundle, kernels)
+    results = Measurer(bundle, judged.ids, judged.original, decoder, kernels).measure(list(rules.values()))
     return dict(zip(rules, results, strict=True))
 
 
 def row_of(
     label: str, bits: float, scores: Sequence[Score], judged: HeldOut, reference: Sequence[Score]
 ) -> list[object]:
+    """Return a row of the first table: bits, KL and perplexity ratio, in all and by text."""
     row: list[object] = [label, f"{bits:.2f}", f"{kl(scores):.4f}", f"{perplexity_ratio(scores, reference):.4f}"]
     for domain in sorted(set(judged.domains)):
         mine = [i for i, d in enumerate(judged.domains) if d == domain]
@@ -112,12 +122,14 @@ def row_of(
 
 
 def baseline_rows(
-    bundle: Bundle, model: Path, calibration: Sequence[str], judged: HeldOut, reference: Sequence[Score]
+    bundle: Bundle,
+    model: Path,
+    found: Sequence[Mapping[str, list[Moments]]],
+    judged: HeldOut,
+    reference: Sequence[Score],
+    kernels: Kernels,
 ) -> list[list[object]]:
-    windows, _ = load_windows(model, calibration, 1 << 30)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).numpy()
-    tokens = int(bundle.manifest.provenance["calibration_tokens"])
-    found = calibration_moments(model, windows[order[: tokens // windows.shape[1]]])
+    """Return the rows of RTN and GPTQ at each number of bits."""
     methods: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
         "RTN": lambda w, m, bits: rtn(w, bits),
         "GPTQ": gptq,
@@ -126,13 +138,13 @@ def baseline_rows(
     for name, method in methods.items():
         for bits in (2, 3, 4):
             experts = quantized(model, lambda w, m, method=method, bits=bits: method(w, m, bits), found)
-            scores = Simulated(bundle, {bits: experts}).measure(uniform(bundle, bits), judged)
+            scores = Simulated(bundle, {bits: experts}, kernels).measure(uniform(bundle, bits), judged)
             rows.append(row_of(f"{name} {bits}", bits + BASELINE_METADATA, scores, judged, reference))
     return rows
 
 
 def llama_rows(log: Path) -> list[list[object]]:
-    """Rows from the lines of LOG, whose texts are judged as one."""
+    """Return rows from the lines of LOG, whose texts are scored together."""
     rows: list[list[object]] = []
     for line in log.read_text().splitlines():
         found = re.match(r"(\S+) imatrix (no|yes) bytes .*PPL\(Q\)/PPL\(base\) : ([\d.]+).*Mean KLD: ([\d.]+)", line)
@@ -144,19 +156,19 @@ def llama_rows(log: Path) -> list[list[object]]:
 
 
 def with_peers(bundle: Bundle, rows: Sequence[Sequence[object]]) -> dict[str, Any]:
-    """The findings of the bundle, and what others do at their bits."""
+    """Return the findings of the bundle with these rows as its peers."""
     findings: dict[str, Any] = json.loads((bundle.path / FINDINGS).read_text())
     peers = [{"name": name, "effective_bits": float(str(bits)), "kl": float(str(kl))} for name, bits, kl, *_ in rows]
     return findings | {"peers": peers}
 
 
 def effective_bits(bundle: Bundle, result: Measurement) -> float:
-    pairs = sum(result.used.values())
-    return sum(bundle.layout.bits_per_weight(tier) * count for tier, count in result.used.items()) / pairs
+    """Return the mean bits per active expert weight, scales included."""
+    return result.counts.mean(bundle.layout.bits_per_weight)
 
 
 def compare(bundle: Bundle, measured: dict[Key, Measurement]) -> str:
-    """Dynamic thresholds against others at the bytes of each; KL of uniform tiers is interpolated in its logarithm."""
+    """Return the second table: dynamic thresholds against others, whose KL is interpolated at equal bytes."""
     ladder = bundle.manifest.ladder
     anchors = [(effective_bits(bundle, m), m) for (name, kind), m in measured.items() if kind == "uniform"]
     curves = {
@@ -186,7 +198,7 @@ def compare(bundle: Bundle, measured: dict[Key, Measurement]) -> str:
 
 
 def interpolate(curve: Sequence[tuple[float, Measurement]], bits: float) -> np.ndarray:
-    """KL per window at `bits`, between the neighbours on the curve, linear in the logarithm."""
+    """Return the KL per window at `bits`, between the neighbours on the curve, linear in the logarithm."""
     below = max((pair for pair in curve if pair[0] <= bits + 1e-9), key=lambda pair: pair[0])
     above = min((pair for pair in curve if pair[0] >= bits - 1e-9), key=lambda pair: pair[0])
     share = (bits - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0

@@ -1,9 +1,9 @@
-"""What each mechanism brings where memory is less than the model, added one at a time.
+"""What each mechanism gains where memory is smaller than the model, added one at a time.
 
     python benchmarks/streaming/ablation.py BUNDLE --limit-mb 1964 982
 
-The first rows are what published expert streamers do: one precision, what was used last stays (LRU), no look-ahead.
-Each round runs every row once, with an empty page cache, in a cgroup of the limit, after a prompt to warm up.
+The first rows are what published expert streamers do: one precision, what was used last stays (LRU), no prefetch.
+Each round runs every row once, with an empty page cache, in a cgroup with the limit, after a prompt to warm up.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # where limited.py is
+
 from limited import checked, run
 
 ROWS = {
-    "4 bits, LRU": ["--tiers", "4", "--fade", "2", "--no-look-ahead", "--no-overlap"],
-    "+ overlap": ["--tiers", "4", "--fade", "2", "--no-look-ahead"],
-    "+ LFU that fades": ["--tiers", "4", "--no-look-ahead"],
-    "+ look-ahead": ["--tiers", "4"],
+    "4 bits, LRU": ["--tiers", "4", "--decay", "2", "--no-prefetch", "--no-overlap"],
+    "+ overlap": ["--tiers", "4", "--decay", "2", "--no-prefetch"],
+    "+ LFU with decay": ["--tiers", "4", "--no-prefetch"],
+    "+ prefetch": ["--tiers", "4"],
     "+ mixed precision": ["--point", "3"],
     "+ --latency": ["--point", "3", "--latency"],
 }
 
 
 def main() -> None:
+    """Print a table for each limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--limit-mb", type=float, nargs="+", required=True, help="10^6 bytes, whole process")
@@ -36,7 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--bench", "--warm-up", "--json"]
+    command = [Path(sys.executable).with_name("dymoe-run"), "bench", args.bundle, "--warm-up", "--json"]
     command += ["--prompt-tokens", str(args.prompt), "--new-tokens", str(args.new_tokens)]
     command += ["--threads", str(args.threads)]
     for limit in args.limit_mb:

@@ -1,13 +1,13 @@
-"""Decoding and prompts where memory is less than the model, against llama.cpp in the same limit.
+r"""Decoding and prompts where memory is smaller than the model, against llama.cpp inside the same limit.
 
-    python benchmarks/streaming/against_llama.py BUNDLE --llama-bench PATH --limit-mb 1964 982 \\
+    python benchmarks/streaming/against_llama.py BUNDLE --llama-bench PATH --limit-mb 1964 982 \
         --gguf Q4_0.gguf --gguf Q2_K.gguf
 
-Each round runs every setting once, with an empty page cache, in a cgroup of each limit: this bundle at `--tiers` and
-`--points`, and each GGUF file, mapped, behind a loop device with the read-ahead that suits it (`--read-ahead-kb`,
-tuned; 0: as the disk comes). *decode*: `--new-tokens` random tokens, ours after a prompt; *prompt*: of `--prompt`
-random tokens after another one, as llama-bench does; *cold s*: from the start of the process to the first token after
-a prompt, nothing before it. Prints medians, ranges and ratios, and the peak by the kernel's accounts.
+Each round runs every setting once, with an empty page cache, in a cgroup with each limit. The settings are this bundle
+at `--tiers` and `--points`, and each GGUF file, mapped, behind a loop device with the read-ahead that suits it
+(`--read-ahead-kb`, tuned; 0: as the disk comes). *decode*: `--new-tokens` random tokens, ours after a prompt. *prompt*:
+of `--prompt` random tokens after another one, as llama-bench does. *cold s*: from the start of the process to the first
+token after a prompt, which is its first. Prints medians, ranges and ratios, and the peak by the kernel's accounts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # where limited.py is
+
 from limited import checked, run
 
 # test -> tokens per second of each round
@@ -29,6 +31,7 @@ Rates = dict[str, list[float]]
 
 
 def main() -> None:
+    """Print a table for each limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--llama-bench", type=Path)
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--read-ahead-kb", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--options", default="", help="more for dymoe-run, such as --no-look-ahead")
+    parser.add_argument("--options", default="", help="more for dymoe-run, such as --no-prefetch")
     args = parser.parse_args()
     ours = [("--tiers", tier) for tier in filter(None, args.tiers.split(","))]
     ours += [("--point", point) for point in filter(None, args.points.split(","))]
@@ -57,12 +60,14 @@ def main() -> None:
 
 
 def add(rates: Rates, found: dict[str, float]) -> None:
+    """Add the figures of one round."""
     for test, value in found.items():
         rates[test].append(value)
 
 
 def dymoe(args: argparse.Namespace, setting: Sequence[str], limit: float) -> dict[str, float]:
-    command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--bench", *setting, "--json"]
+    """Return the figures of this bundle, from a run after a warm-up and from a cold one."""
+    command = [Path(sys.executable).with_name("dymoe-run"), "bench", args.bundle, *setting, "--json"]
     command += ["--prompt-tokens", str(args.prompt), "--threads", str(args.threads), *args.options.split()]
     warm = run([*command, "--new-tokens", str(args.new_tokens), "--warm-up"], int(limit * 1e6))
     result = json.loads(checked(warm).out.splitlines()[-1])
@@ -78,6 +83,7 @@ def dymoe(args: argparse.Namespace, setting: Sequence[str], limit: float) -> dic
 
 
 def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float]:
+    """Return the figures of llama.cpp, each from a process of its own."""
     found = {}
     sizes = {"decode": (0, args.new_tokens), "prompt": (args.prompt, 0), "cold s": (args.prompt, 0)}
     for test, (prompt, new) in sizes.items():
@@ -93,7 +99,7 @@ def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float
 
 @contextmanager
 def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
-    """A loop device over the file with that read-ahead; with 0 the file itself."""
+    """Yield a loop device over the file with that read-ahead, or with 0 the file itself."""
     if not read_ahead_kb:
         yield path
         return
@@ -107,6 +113,7 @@ def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
 
 
 def report(limit: float, rates: dict[str, Rates]) -> None:
+    """Print the table of one limit, and our ratios to each peer."""
     tests = ("decode", "prompt", "cold s", "MB/token", "hit rate", "peak MB")
     peers = [name for name in rates if name.startswith("llama")]
     print(f"\n{limit:.0f} MB{'':<12}" + "".join(f"{test:>24}" for test in tests))
@@ -123,6 +130,7 @@ def report(limit: float, rates: dict[str, Rates]) -> None:
 
 
 def cell(values: Sequence[float]) -> str:
+    """Return median and range, or nothing without values."""
     if not values:
         return ""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

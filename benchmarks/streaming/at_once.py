@@ -1,12 +1,12 @@
-"""How long a token takes, all experts in memory, while so many bytes are read beside it: neither waits for the other.
+"""How long a token takes, with all experts in memory, while other bytes are read: neither waits for the other.
 
     python benchmarks/streaming/at_once.py BUNDLE --tiers 4 --read-mb 193
 
-Computing and reading share the memory's bandwidth, and on a virtual machine the host's processors, so that at once
-they take longer than the longer of the two. Tokens with and without reads take turns, 16 each. As JSON, medians in
-milliseconds: *alone*, a token without reads; *beside*, one with reads; *both*, until the reads have ended too; and
-*reads*, the reads alone. Each reads the start of a record, up to about the bits that run, past the page cache; as many
-at the same time as the store reads.
+Computing and reading share the memory's bandwidth, and on a virtual machine the host's processors. So both together
+take longer than the longer of the two. Tokens with and without reads take turns, 16 each. Prints medians in
+milliseconds as JSON: *alone*, a token without reads; *beside*, one with reads; *both*, until the reads have ended too;
+and *reads*, the reads alone. Each reads the start of a record, up to about the bits that run, past the page cache; as
+many are in flight as in the store.
 """
 
 from __future__ import annotations
@@ -22,24 +22,29 @@ from pathlib import Path
 
 import numpy as np
 
-from dymoe_runtime.bundle import Bundle
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.tiers import split_record
 from dymoe_runtime.console import spare_imports
+from dymoe_runtime.engine.load import load_model
+from dymoe_runtime.engine.model import Model
+from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.memory import address_of, map_memory
-from dymoe_runtime.model import Model
-from dymoe_runtime.options import RunOptions
-from dymoe_runtime.read_queue import IN_FLIGHT, Read, ReadQueue
 from dymoe_runtime.spec import ExpertKey
-from dymoe_runtime.tiers import split_record
+from dymoe_runtime.store.arena import IN_FLIGHT
+from dymoe_runtime.store.read_queue import ReadQueue
+from dymoe_runtime.store.read_threads import start_threads
+from dymoe_runtime.store.request import Read
 
 PROMPT = 256
 TURN = 16
 # Until all experts that will be used are there.
-MOST_WARM_UP = 2000
+MAX_WARM_UP = 2000
 # Reads go all over so much memory, more than caches hold.
 MEMORY_BYTES = 256 << 20
 
 
 def main() -> None:
+    """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     chosen = parser.add_mutually_exclusive_group(required=True)
@@ -54,17 +59,15 @@ def main() -> None:
     spare_imports()
     bundle = Bundle.open(args.bundle)
     context = PROMPT + args.tokens
-    options = RunOptions(
-        context=context, tier=args.tiers, point=args.point, threads=args.threads, look_ahead=False, preload=True
-    )
-    with Model(bundle, options) as model:
-        if not model.store.roomy:
+    options = RunOptions(context=context, tier=args.tiers, point=args.point, threads=args.threads, prefetch=False)
+    with load_model(bundle, options) as model:
+        if not model.store.all_fit:
             raise SystemExit("this needs memory for all experts; run it without a limit")
         print(json.dumps(measure(model, args.read_mb * 1e6, args.tokens)))
 
 
 def measure(model: Model, read_bytes: float, tokens: int) -> dict[str, float]:
-    """Medians in milliseconds."""
+    """Return medians in milliseconds."""
     generator = random.Random(0)
     prompt, *others = ([generator.randrange(model.spec.vocab_size) for _ in range(n)] for n in (PROMPT, TURN, tokens))
     model.prefill(prompt)
@@ -97,7 +100,7 @@ def measure(model: Model, read_bytes: float, tokens: int) -> dict[str, float]:
 
 def warm_up(model: Model, ids: Sequence[int]) -> None:
     """Decode until nothing was read for a while."""
-    for _ in range(MOST_WARM_UP // len(ids)):
+    for _ in range(MAX_WARM_UP // len(ids)):
         before = model.store.stats.read_bytes
         for token in ids:
             model.decode(token)
@@ -112,7 +115,7 @@ class Beside:
 
     def __init__(self, model: Model, read_bytes: float) -> None:
         layout, spec = model.bundle.layout, model.spec
-        tier = min(layout.ladder, key=lambda tier: abs(tier - model.experts.stats.bits_mean))
+        tier = min(layout.ladder, key=lambda tier: abs(tier - model.statistics()["bits_mean"]))
         spans = layout.segment_spans[: layout.segments_of(tier)]
         experts = [ExpertKey(layer, expert) for layer in spec.moe_layers for expert in range(spec.num_experts)]
         random.Random(0).shuffle(experts)
@@ -124,10 +127,11 @@ class Beside:
         whole[:] = 0  # pages are had before anything is timed
         records = [split_record(layout, slot) for slot in whole.reshape(slots, -1)]
         self._places = itertools.cycle([[(address_of(part), part.size) for part in record] for record in records])
-        self._queue = ReadQueue(lambda *where: model.reader(*where)._replace(then=None), self._memory)
+        threads = start_threads(model.kernels.reads, IN_FLIGHT)
+        self._queue = ReadQueue(lambda *where: model.reader(*where)._replace(then=None), self._memory, threads)
 
     def start(self) -> Callable[[], None]:
-        """Asks for all of them; what is returned waits for them."""
+        """Start the reads, and return a function that waits for them."""
         reads = [Read(next(self._experts), 0, next(self._places)) for _ in range(self._count)]
         for read in reads:
             self._queue.submit(read)
@@ -141,6 +145,7 @@ class Beside:
         return wait
 
     def close(self) -> None:
+        """End the reading threads."""
         self._queue.close()
 
 

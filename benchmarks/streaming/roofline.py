@@ -1,4 +1,4 @@
-"""How near to what the disk and the kernels allow decoding comes where memory is less than the model, and what is lost.
+"""How near decoding comes to what disk and kernels allow where memory is smaller than the model, and what is lost.
 
     python benchmarks/streaming/roofline.py BUNDLE --limit-mb 1964 982
 
@@ -6,12 +6,13 @@ A token can take no less than
 
     max(bytes read / disk, compute + what cannot overlap)
 
-*disk* is what the probe reads per second inside the limit; *compute* a token in the same bundle wholly in memory. What
-cannot overlap is the time to read, in each layer, the experts that nobody guessed, less the time in which the layer's
-other experts are computed: they are not known before the layer is reached. *wait*: waited for reads beyond that;
-*experts* and *rest*: how much longer these take than in memory, the books of memory included.
+*disk* is what the probe reads per second inside the limit, and *compute* is a token with the whole bundle in memory.
+What cannot overlap is the time to read, in each layer, the experts that were not prefetched, less the time in which the
+layer's other experts are computed: they are not known before the layer is reached. *wait*: the time waited for reads
+beyond that. *experts* and *rest*: how much longer these take than in memory, bookkeeping included.
 
-*at once*: about the same, with reading and computing as slow as `at_once.py` finds them while both go on, untraced,
+*at once* is a bound of the same kind, with reading and computing as slow as `at_once.py` finds them while both go on,
+untraced:
 
     max(both, beside + what cannot overlap)
 """
@@ -28,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # where limited.py is
+
 from limited import checked, run
 
 Line = Mapping[str, Any]
@@ -38,6 +41,7 @@ COLUMNS = (
 
 
 def main() -> None:
+    """Print a row for each limit and setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--limit-mb", type=float, nargs="+", required=True, help="10^6 bytes, whole process")
@@ -63,16 +67,19 @@ def main() -> None:
 
 
 def probed_disk(args: argparse.Namespace, limit: float) -> float:
-    """Bytes per second."""
-    command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--probe", "--json"]
+    """Return the bytes per second that the probe reads inside the limit."""
+    command = [Path(sys.executable).with_name("dymoe-run"), "probe", args.bundle, "--json"]
     return float(json.loads(succeed([*command, "--threads", str(args.threads)], limit))["disk_bytes_per_s"])
 
 
 def traced(args: argparse.Namespace, setting: str, limit: float) -> list[Line]:
-    """The trace of a benchmark after its warm-up; of memory without limit the second half, where nothing is read."""
+    """Return the trace of a benchmark after its warm-up.
+
+    Without a limit it is that of the second half, where nothing is read any more.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        command = [Path(sys.executable).with_name("dymoe-run"), args.bundle, "--bench", "--warm-up", "--json"]
+        command = [Path(sys.executable).with_name("dymoe-run"), "bench", args.bundle, "--warm-up", "--json"]
         command += ["--prompt-tokens", str(args.prompt), "--threads", str(args.threads), "--trace", trace]
         count = args.new_tokens if limit else 2 * args.new_tokens
         succeed([*command, "--new-tokens", str(count), *setting.split()], limit)
@@ -82,16 +89,17 @@ def traced(args: argparse.Namespace, setting: str, limit: float) -> list[Line]:
 
 
 def succeed(command: Sequence[str | Path], limit: float) -> str:
-    """The last line that it prints."""
+    """Run a command; return the last line that it prints."""
     return checked(run(command, int(limit * 1e6))).out.splitlines()[-1]
 
 
 def experts_per_token(bundle: Path) -> int:
+    """Return how many experts a token uses in a layer."""
     return int(json.loads((bundle / "manifest.json").read_text())["spec"]["top_k"])
 
 
 def bound(in_memory: Sequence[Line], limited: Sequence[Line], disk: float, top_k: int) -> dict[str, float]:
-    """One row of the table, in milliseconds but for the bytes and the ratio."""
+    """Return a row of the table, in milliseconds except for the bytes and the ratio."""
     compute, experts_s, _ = parts(in_memory)
     achieved, inside, waited = parts(limited)
     tokens = sum("layer" not in line for line in limited)
@@ -99,8 +107,8 @@ def bound(in_memory: Sequence[Line], limited: Sequence[Line], disk: float, top_k
     each_s = experts_s / (len(layers) / tokens) / top_k  # an expert in memory
     alone = 0.0
     for line in layers:
-        unforeseen = line["read_bytes"] - line["look_ahead_bytes"]
-        alone += max(0.0, unforeseen / disk - line["hits"] * each_s)
+        not_prefetched = line["read_bytes"] - line["look_ahead_bytes"]
+        alone += max(0.0, not_prefetched / disk - line["hits"] * each_s)
     alone /= tokens
     read_bytes = sum(line["read_bytes"] for line in layers) / tokens
     roofline = max(read_bytes / disk, compute + alone)
@@ -119,16 +127,16 @@ def bound(in_memory: Sequence[Line], limited: Sequence[Line], disk: float, top_k
 
 
 def at_once(args: argparse.Namespace, setting: str, row: Mapping[str, float]) -> dict[str, float]:
-    """The last columns of a row."""
+    """Return the last columns of a row."""
     command = [sys.executable, Path(__file__).with_name("at_once.py"), args.bundle, *setting.split()]
     command += ["--read-mb", str(row["MB/token"]), "--threads", str(args.threads)]
     found = json.loads(succeed(command, 0))
-    least = max(found["both"], found["beside"] + row["no overlap"])
-    return {"at once": least, "its ratio": row["achieved"] / least}
+    bound_ms = max(found["both"], found["beside"] + row["no overlap"])
+    return {"at once": bound_ms, "its ratio": row["achieved"] / bound_ms}
 
 
 def parts(lines: Sequence[Line]) -> tuple[float, float, float]:
-    """Mean seconds of a token: all, with experts, and waiting for them."""
+    """Return the mean seconds of a token: in all, in its experts, and waiting for them."""
     tokens = sum("layer" not in line for line in lines)
     total = sum(line["seconds"] for line in lines if "layer" not in line)
     inside = sum(line["seconds"] for line in lines if "layer" in line)
