@@ -1,7 +1,6 @@
 """Shared fixtures: the shipped model, a tiny random checkpoint, and both compiled.
 
-Compiling the shipped model takes a minute. It begins with the first test, in a process of its own; the tests that need
-it come last.
+Tests that need something that takes long come last; `background.py` makes it beside the others.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it
 
 # isort: split
 import shutil
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+import background
 import pytest
 import torch
-from helpers import EXAMPLES, MODEL, compile_cli, save_tiny
+from helpers import EXAMPLES, compile_cli, save_tiny
 
 from dymoe_runtime.bundle.bundle import Bundle
 
@@ -26,57 +22,39 @@ assert dymoe_runtime.__version__
 torch.set_num_threads(2)
 
 
-@dataclass
-class Compiling:
-    """A running `dymoe-compile` of the shipped model."""
-
-    folder: tempfile.TemporaryDirectory[str]
-    process: subprocess.Popen[bytes]
-
-    @property
-    def bundle(self) -> Path:
-        return Path(self.folder.name) / "demo.dymoe"
-
-    @property
-    def log(self) -> Path:
-        return Path(self.folder.name) / "log.txt"
-
-
-COMPILING = pytest.StashKey[Compiling]()
-
-
-def needs_shipped(item: pytest.Item) -> bool:
-    return "shipped_path" in getattr(item, "fixturenames", ())
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=needs_shipped)
+    items.sort(key=lambda item: bool(background.needed(item)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly or not any(map(needs_shipped, session.items)):
-        return
-    folder = tempfile.TemporaryDirectory(prefix="dymoe-shipped-")
-    with (Path(folder.name) / "log.txt").open("wb") as log:
-        command = [sys.executable, "-m", "dymoe_compile", MODEL, "-o", Path(folder.name) / "demo.dymoe"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    session.config.stash[COMPILING] = Compiling(folder, process)
+    jobs = session.config.stash[background.JOBS] = dict[str, background.Job]()
+    needed = {name for item in session.items for name in background.needed(item)}
+    for name, command in background.commands().items():
+        if name in needed and not session.config.option.collectonly:
+            jobs[name] = background.Job.start(command)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    compiling = session.config.stash.get(COMPILING, None)
-    if compiling is not None:
-        compiling.process.kill()
-        compiling.process.wait()
-        compiling.folder.cleanup()
+    for job in session.config.stash.get(background.JOBS, {}).values():
+        job.end()
 
 
 @pytest.fixture(scope="session")
 def shipped_path(request: pytest.FixtureRequest) -> Path:
     """The shipped model, compiled with the defaults. Read only."""
-    compiling = request.config.stash[COMPILING]
-    assert compiling.process.wait() == 0, compiling.log.read_text(encoding="utf-8")
-    return compiling.bundle
+    return background.finish(request, "shipped_path") / background.BUNDLE
+
+
+@pytest.fixture(scope="session")
+def sanitized_check(request: pytest.FixtureRequest) -> Path:
+    """kernel_check.cpp, built with sanitizers."""
+    return background.finish(request, "sanitized_check") / background.CHECK
+
+
+@pytest.fixture(scope="session")
+def arm_check(request: pytest.FixtureRequest) -> Path:
+    """kernel_check.cpp, built for ARM."""
+    return background.finish(request, "arm_check") / background.CHECK
 
 
 @pytest.fixture(scope="session")
