@@ -50,6 +50,7 @@ $(VENV)/.runtime: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[compile]'
+	@$(BIN)/python -m compileall -q dymoe_runtime dymoe_compile  # an editable install leaves that to the first run
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
