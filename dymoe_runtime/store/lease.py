@@ -26,7 +26,8 @@ class Delivered(NamedTuple, Generic[P]):
 class Lease(Generic[P]):
     """Requested experts, pinned while the lease lasts.
 
-    A lease is a context manager. Its exit releases the experts, and raises errors of reads that nobody waited for.
+    A lease is a context manager, whose exit releases the experts. The exit of a lease of all experts at once also waits
+    for reads that nobody waited for, and raises their errors.
 
     If `experts` is not None, it has all requested experts in the order of the requests; `pending` has the reads of
     those that have not arrived. If it is None, not all experts can be held at once. `batches` works in both cases.
