@@ -32,8 +32,8 @@ void pause() {
 #endif
 }
 
-/// Pins the calling thread to one of the processors that it may use: worker 0 to the second one, and so on.
-void stay(int worker) {
+/// Pins a worker to one of the processors that its caller may use: worker 0 to the second one, and so on.
+void pin(std::thread& thread, int worker) {
 #if defined(__linux__)
   cpu_set_t allowed, one;
   if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
@@ -41,9 +41,9 @@ void stay(int worker) {
   while (!CPU_ISSET(cpu, &allowed) || left--) ++cpu;
   CPU_ZERO(&one);
   CPU_SET(cpu, &one);
-  pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+  pthread_setaffinity_np(thread.native_handle(), sizeof one, &one);
 #else
-  (void)worker;
+  (void)thread, (void)worker;
 #endif
 }
 
@@ -109,10 +109,8 @@ class Pool {
   void start() {
     while (int(workers_.size()) < size_ - 1) {
       try {
-        workers_.emplace_back([this, seen = gate_.load() / kLoop, worker = int(workers_.size())] {
-          if (pinned_) stay(worker);
-          serve(seen);
-        });
+        workers_.emplace_back([this, seen = gate_.load() / kLoop] { serve(seen); });
+        if (pinned_) pin(workers_.back(), int(workers_.size()) - 1);
       } catch (const std::system_error&) {  // the system allows no more threads
         size_ = int(workers_.size()) + 1;
       }
