@@ -33,7 +33,7 @@ void pause() {
 }
 
 /// Pins a worker to one of the processors that its caller may use: worker 0 to the second one, and so on.
-void pin(std::thread& thread, int worker) {
+void pin([[maybe_unused]] std::thread& thread, [[maybe_unused]] int worker) {
 #if defined(__linux__)
   cpu_set_t allowed, one;
   if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
@@ -42,8 +42,6 @@ void pin(std::thread& thread, int worker) {
   CPU_ZERO(&one);
   CPU_SET(cpu, &one);
   pthread_setaffinity_np(thread.native_handle(), sizeof one, &one);
-#else
-  (void)thread, (void)worker;
 #endif
 }
 
