@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --max-tokens 60 --stats
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Commands that take long and that few tests need.
 
-They begin with the first test, in processes of their own, and run beside the tests that need none of them.
+They begin with the first test, in processes of their own, and run beside the tests that need none of them. All test
+workers share them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,35 +29,35 @@ ARM = "aarch64-linux-gnu-g++"
 OF_X86 = ("avx2", "avxvnni", "avx512")
 
 
-@dataclass
-class Job:
-    """A command that runs in a folder of its own."""
-
-    folder: tempfile.TemporaryDirectory[str]
-    process: subprocess.Popen[bytes]
-
-    @classmethod
-    def start(cls, command: Sequence[str | Path]) -> Job:
-        folder = tempfile.TemporaryDirectory(prefix="dymoe-test-")
-        with (Path(folder.name) / "log.txt").open("wb") as log:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            process = subprocess.Popen(command, cwd=folder.name, start_new_session=True, **streams)
-        return cls(folder, process)
-
-    def finish(self) -> Path:
-        """Wait until the command has ended; return its folder."""
-        path = Path(self.folder.name)
-        assert self.process.wait() == 0, (path / "log.txt").read_text(encoding="utf-8", errors="replace")
-        return path
-
-    def end(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.folder.cleanup()
+# The folder of all jobs of a run; test workers inherit it.
+FOLDER = "DYMOE_TEST_JOBS"
+# Runs the command of a job, and keeps its exit status where every worker can see it.
+WRAPPER = '"$@" > log.txt 2>&1 < /dev/null; echo $? > status.new; mv status.new status'
 
 
-JOBS = pytest.StashKey[dict[str, Job]]()
+@contextmanager
+def folder() -> Iterator[None]:
+    """Make the folder of all jobs; end them when the run ends."""
+    with tempfile.TemporaryDirectory(prefix="dymoe-test-") as path:
+        os.environ[FOLDER] = path
+        try:
+            yield
+        finally:
+            del os.environ[FOLDER]
+            for pid in Path(path).glob("*/pid"):
+                with suppress(ProcessLookupError):
+                    os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+def start(name: str, command: Sequence[str | Path]) -> None:
+    """Start a command in a folder of its own, unless another worker has done so."""
+    place = Path(os.environ[FOLDER]) / name
+    try:
+        place.mkdir()
+    except FileExistsError:
+        return
+    process = subprocess.Popen(["sh", "-c", WRAPPER, "sh", *command], cwd=place, start_new_session=True)
+    (place / "pid").write_text(str(process.pid))
 
 
 def commands() -> Mapping[str, Sequence[str | Path]]:
@@ -96,9 +97,12 @@ def needed(item: pytest.Item) -> list[str]:
     return [name for name in ("shipped_path", "sanitized_check", "arm_check") if name in names]
 
 
-def finish(request: pytest.FixtureRequest, name: str) -> Path:
+def finish(name: str) -> Path:
     """Wait for the command of a fixture and return its folder; skip the test if its tools are missing."""
-    jobs = request.config.stash[JOBS]
-    if name not in jobs:
+    place = Path(os.environ[FOLDER]) / name
+    if not place.exists():
         pytest.skip("a tool is missing")
-    return jobs[name].finish()
+    while not (place / "status").exists():
+        time.sleep(0.05)
+    assert int((place / "status").read_text()) == 0, (place / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return place

@@ -9,6 +9,7 @@ import dymoe_runtime  # first: it sets what torch's OpenMP library reads when it
 
 # isort: split
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import background
@@ -26,35 +27,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: bool(background.needed(item)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that starts test workers, or the only one
+        jobs = ExitStack()
+        jobs.enter_context(background.folder())
+        config.add_cleanup(jobs.close)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    jobs = session.config.stash[background.JOBS] = dict[str, background.Job]()
     needed = {name for item in session.items for name in background.needed(item)}
     for name, command in background.commands().items():
         if name in needed and not session.config.option.collectonly:
-            jobs[name] = background.Job.start(command)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    for job in session.config.stash.get(background.JOBS, {}).values():
-        job.end()
+            background.start(name, command)
 
 
 @pytest.fixture(scope="session")
-def shipped_path(request: pytest.FixtureRequest) -> Path:
+def shipped_path() -> Path:
     """The shipped model, compiled with the defaults. Read only."""
-    return background.finish(request, "shipped_path") / background.BUNDLE
+    return background.finish("shipped_path") / background.BUNDLE
 
 
 @pytest.fixture(scope="session")
-def sanitized_check(request: pytest.FixtureRequest) -> Path:
+def sanitized_check() -> Path:
     """kernel_check.cpp, built with sanitizers."""
-    return background.finish(request, "sanitized_check") / background.CHECK
+    return background.finish("sanitized_check") / background.CHECK
 
 
 @pytest.fixture(scope="session")
-def arm_check(request: pytest.FixtureRequest) -> Path:
+def arm_check() -> Path:
     """kernel_check.cpp, built for ARM."""
-    return background.finish(request, "arm_check") / background.CHECK
+    return background.finish("arm_check") / background.CHECK
 
 
 @pytest.fixture(scope="session")
