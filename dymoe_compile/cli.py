@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dymoe_compile.checkpoint.tensors import CheckpointTensors
+from dymoe_compile.hub import Repository, fetch
 from dymoe_compile.job.profile import check_dense_bits, load_profile
 from dymoe_runtime.bundle.tiers import check_ladder
-from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, flag, options_of, with_flags
+from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, GroupedOption, flag, options_of, with_flags
 from dymoe_runtime.console import MAX_SEED, one_sentence, print_json, stage_progress
 from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.process import MAX_THREADS
@@ -21,6 +25,7 @@ DEFAULT_PROFILE = "laptop-8gb"
 DEVICE, CALIBRATION, PRECISION, WORK, OUTPUT = "Device", "Calibration", "Precision", "Work", "Output"
 EXAMPLES = (
     "dymoe-compile path/to/checkpoint -o my.dymoe",
+    "dymoe-compile Qwen/Qwen3-30B-A3B -o my.dymoe",
     "dymoe-compile path/to/checkpoint -o my.dymoe --profile laptop-16gb --calibration my-texts.jsonl",
     "dymoe-compile path/to/checkpoint -o my.dymoe --profile board.toml --max-kl 0.05 --json",
 )
@@ -101,12 +106,53 @@ class CompileFlags:
     as_json: bool = flag("--json", group=OUTPUT, default=False, help="Print one JSON object, alone, to stdout.")
 
 
+class SupportedOption(GroupedOption):
+    """A flag that prints what can be compiled, as JSON with --json, and ends the command."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ["--supported"],
+            group=OUTPUT,
+            is_flag=True,
+            is_eager=True,  # MODEL and -o may be missing
+            expose_value=False,
+            help="Print the families and formats that can be compiled, and exit.",
+        )
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        if opts.get(str(self.name)) and not ctx.resilient_parsing:
+            print_supported(as_json=bool(opts.get("as_json")))
+            ctx.exit()
+        return super().handle_parse_result(ctx, opts, args)
+
+
+def print_supported(as_json: bool) -> None:
+    """Print the families and the formats of checkpoints that can be compiled."""
+    from dymoe_compile import catalogue
+
+    if as_json:
+        print_json(catalogue.to_json())
+        return
+    formatter = click.HelpFormatter()
+    with formatter.section("Families, by the model_type of config.json"):
+        families = catalogue.supported_families()
+        formatter.write_dl([(", ".join((family.model_type, *family.aliases)), family.about) for family in families])
+    with formatter.section("Tensors in safetensors files"):
+        formatter.write_dl([(kind.name, kind.about) for kind in catalogue.supported_formats()])
+    with formatter.section("Values of quant_method in config.json"):
+        formatter.write_text(", ".join(catalogue.quant_methods()))
+    click.echo(formatter.getvalue().strip())
+
+
 @one_sentence
 @with_flags(CompileFlags)
-def compile_command(flags: CompileFlags, model: Path) -> None:
-    """Compile the Hugging Face MoE checkpoint MODEL into a bundle."""
+def compile_command(flags: CompileFlags, model: str) -> None:
+    """Compile the Hugging Face MoE checkpoint MODEL, a directory or OWNER/NAME[@REVISION] on the hub, into a bundle."""
     values = _checked(flags)
-    CheckpointTensors.open(model)
+    directory, origin = _located(model)
+    CheckpointTensors.open(directory)
     # PyTorch takes seconds to load; --help, a wrong flag and a wrong directory must not wait for it.
     with needing_extra("compile", "compiling"):
         from dymoe_compile.compile import CompileOptions, compile_bundle
@@ -116,7 +162,7 @@ def compile_command(flags: CompileFlags, model: Path) -> None:
     kernels = load_kernels(threads=flags.jobs)
     if kernels.notice is not None:
         click.echo(f"note: {kernels.notice}", err=True)
-    options = CompileOptions(model=model, output=flags.output, **values)
+    options = CompileOptions(model=directory, output=flags.output, origin=origin, **values)
     bundle, changed = compile_bundle(options, kernels, stage_progress)
     description = describe(bundle, kernels)
     if flags.as_json:
@@ -130,13 +176,25 @@ def compile_command(flags: CompileFlags, model: Path) -> None:
 main = click.version_option(package_name="dymoe")(
     FlagsCommand(
         "dymoe-compile",
-        params=[click.Argument(["model"], type=click.Path(path_type=Path)), *options_of(CompileFlags)],
+        params=[click.Argument(["model"]), *options_of(CompileFlags), SupportedOption()],
         callback=compile_command,
         help=compile_command.__doc__,
         examples=EXAMPLES,
         exit_codes=(*EXIT_CODES[:3], *OWN_EXIT_CODES, *EXIT_CODES[3:]),
     )
 )
+
+
+def _located(model: str) -> tuple[Path, dict[str, str]]:
+    """Return the directory of the checkpoint MODEL, and where on the hub it came from, empty for a directory."""
+    repository = None if os.path.lexists(model) else Repository.parse(model)
+    if repository is None:
+        return Path(model), {}
+    with needing_extra("compile", "compiling"):  # said before many gigabytes are fetched
+        if find_spec("torch") is None:
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    snapshot = fetch(repository, lambda sentence: click.echo(f"note: {sentence}", err=True))
+    return snapshot.directory, snapshot.origin
 
 
 def _checked(flags: CompileFlags) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ from dymoe_runtime.bundle.bundle import (
     REPORT,
     TOKENIZER,
     TOKENIZER_EXTRAS,
-    VERSION,
     Bundle,
     FileEntry,
     Manifest,
     expert_layout,
     file_entry,
+    format_version,
     read_manifest,
 )
 from dymoe_runtime.bundle.policy import Policy
@@ -70,7 +70,8 @@ PROFILE_CONTEXT = 2048
 class CompileOptions:
     """The checkpoint, the device and the settings of a compilation.
 
-    `ladder` and `dense_bits` override those of the profile.
+    `ladder` and `dense_bits` override those of the profile. `origin` is the repository and the commit of a checkpoint
+    that was fetched from the hub, and empty for any other.
     """
 
     model: Path
@@ -84,6 +85,7 @@ class CompileOptions:
     jobs: int | None = None
     fresh: bool = False
     max_kl: float | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress = silent) -> tuple[Bundle, bool]:
@@ -98,7 +100,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
     options = replace(options, output=options.output.resolve())
     torch.set_num_threads(options.jobs or default_threads())
     check_output(options.output)
-    checkpoint = Checkpoint.open(options.model)
+    checkpoint = Checkpoint.open(options.model, options.ladder)
     tokenizer = Tokenizer.load(options.model)
     windows = make_windows(
         load_texts(options.calibration),
@@ -165,7 +167,7 @@ def build(
             draft = Bundle(writer.directory, manifest, draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, kernels, progress)
         check_quality(Bundle(writer.directory, manifest, fitted.policy), options, kernels)
-        findings = collect(manifest, choice.added_kl, statistics, fitted)
+        findings = collect(manifest, choice.added_kl, statistics, fitted, checkpoint.left_out)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
@@ -189,7 +191,7 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
             tokenizer.update(name.encode() + (options.model / name).read_bytes())
     return {
         "dymoe_version": dymoe_runtime.__version__,
-        "format_version": VERSION,
+        "format_version": format_version(checkpoint.spec),
         "source_sha256": _source_digest(checkpoint, progress),
         "tokenizer_sha256": tokenizer.hexdigest(),
         "calibration_sha256": windows.digest,
@@ -200,6 +202,7 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "dense_bits": options.dense_bits,
         "seed": options.seed,
         "profile": {**asdict(options.profile), "ladder": list(options.profile.ladder)},
+        **({"origin": dict(options.origin)} if options.origin else {}),
     }
 
 
@@ -217,9 +220,12 @@ def progress_key(kernels: Kernels) -> dict[str, str]:
 
 
 def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
-    """Return the bundle at `output` if it is complete and has this provenance, else None."""
+    """Return the bundle at `output` if it is complete and has this provenance, else None.
+
+    Another commit of the repository with the same weights and tokenizer is the same.
+    """
     try:
-        if read_manifest(output).provenance == provenance:
+        if {**read_manifest(output).provenance, "origin": None} == {**provenance, "origin": None}:
             return Bundle.open(output)
     except DymoeError:
         pass

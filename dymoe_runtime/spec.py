@@ -1,4 +1,4 @@
-"""The specification of a model: its layers as data, and the form of it that the manifest of a bundle keeps.
+"""The specification of a model: its layers as data. `bundle/bundle.py` has the form that a manifest keeps.
 
 A layer has a mixer (attention, or another operation across tokens) and a feed-forward part (routed experts or a dense
 MLP). `model/mixers/` has the mathematics of each kind of mixer.
@@ -16,8 +16,9 @@ from dymoe_runtime.errors import DymoeError
 MATRICES = ("gate", "up", "down")
 # Bits of a KV cache.
 KV_BITS = (8, 16, 32)
-# Activations of a gated MLP, named as in Hugging Face configurations.
+# Activations of a gated MLP, named as in Hugging Face configurations. `clamped_swiglu` makes another one.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+CLAMPED = "clamped_swiglu"
 
 # (name, shape) of tensors.
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -35,10 +36,14 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding; the names are those of Hugging Face's `rope_parameters`."""
+    """Rotary position embedding; the names are those of Hugging Face's `rope_parameters`.
+
+    The first `dims` columns of a head turn, columns i and i + dims / 2 together. In kind `proportional`, all columns
+    are paired that way, and the frequencies of the pairs from dims / 2 on are 0.
+    """
 
     theta: float = 10000.0
-    kind: str = "default"  # default, linear, llama3 or yarn
+    kind: str = "default"  # default, linear, llama3, yarn or proportional
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -47,6 +52,7 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    dims: int = 0  # 0: all columns of a head
 
 
 class MixerSpec(Protocol):
@@ -67,32 +73,157 @@ class AttentionSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope
+    rope: Rope | None  # None: no position embedding
     window: int | None = None  # positions that a token sees, itself included; None: all
     qk_norm: str = "none"  # none, head (over head_dim) or full (over all heads)
-    bias: bool = False  # in all four projections
+    bias: bool = False  # in the projections to queries, keys and values
     clip: float | None = None  # largest magnitude of queries, keys and values
+    output_bias: bool = False
+    chunk: int | None = None  # a token sees only positions of its own chunk of that many
+    norm_after_rope: bool = False  # whether qk_norm comes after the rotary embedding
+    value_norm: bool = False  # whether values are normalized, over head_dim
+    sinks: bool = False  # a learned score for each head, which takes attention from the positions (arXiv 2309.17453)
+    gate: str = "none"  # of the output before the last projection: none, element (of each value) or head
+    gate_activation: str = "sigmoid"  # or softplus
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    # (floor, scale): queries at position p are multiplied by 1 + scale * log(1 + floor((p + 1) / floor)).
+    temperature: tuple[float, float] | None = None
     kind: ClassVar[str] = "gqa"
 
     def tensor_shapes(self, hidden: int) -> Shapes:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         for name, rows, cols in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
             yield f"attn.{name}", (rows, cols)
-            if self.bias:
+            if self.output_bias if name == "o" else self.bias:
                 yield f"attn.{name}_bias", (rows,)
+        if self.gate != "none":
+            yield "attn.gate", (q if self.gate == "element" else self.heads, hidden)
         if self.qk_norm != "none":
             head = self.qk_norm == "head"
             yield "attn.q_norm", (self.head_dim if head else q,)
             yield "attn.k_norm", (self.head_dim if head else kv,)
+        if self.value_norm:
+            yield "attn.v_norm", (self.head_dim,)
+        if self.sinks:
+            yield "attn.sinks", (self.heads,)
+
+
+@dataclass(frozen=True)
+class GatedDeltaSpec:
+    """A gated delta rule (Gated DeltaNet, arXiv 2412.06464) behind a causal convolution.
+
+    Each head of values has a state [key_dim, value_dim]; `value_heads / key_heads` of them share a head of keys.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int  # positions that the convolution sees, the token's own included
+    kind: ClassVar[str] = "gated_delta"
+
+    @property
+    def keys(self) -> int:
+        """Return the columns of all keys, which is also that of all queries."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Return the columns of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Return the columns that pass the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    def tensor_shapes(self, hidden: int) -> Shapes:
+        yield "delta.qkv", (self.channels, hidden)
+        yield "delta.z", (self.values, hidden)
+        yield "delta.ba_exact", (2 * self.value_heads, hidden)  # update rates, then decays; see `is_exact`
+        yield "delta.conv_exact", (self.channels, self.taps)
+        yield "delta.a_log", (self.value_heads,)
+        yield "delta.dt_bias", (self.value_heads,)
+        yield "delta.norm", (self.value_dim,)
+        yield "delta.o", (hidden, self.values)
+
+
+# How a router turns logits into scores, of which the routing weights are taken.
+SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
+# What a group of experts is ranked by: its two highest scores, or the highest one.
+GROUP_SCORES = ("top2", "max")
 
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """A router: softmax over all experts, of which the `top_k` likeliest run."""
+    """A router, which chooses `top_k` experts for each token.
+
+    1. logits = x @ router.T, plus `router_bias` with `bias`; with `softcap` c they become c * tanh(logits / c).
+    2. scores: the softmax over all experts; the sigmoid of each; or, with `softmax_of_chosen`, the logits.
+    3. The experts of the highest scores are chosen, of equal ones that with the highest logit. With `selection_bias`,
+       `router_select` is added to the scores for that choice alone. With `groups`, only experts of the `top_groups`
+       best of so many equal groups can be chosen.
+    4. Routing weights are the scores of the chosen experts; with `softmax_of_chosen`, the softmax of those scores. With
+       `normalize` they are divided by their sum plus `eps`, or by at least `least_sum`. Then they are multiplied by
+       `scale` and, with `expert_scale`, by the expert's number of `router_scale`.
+    """
 
     experts: int
     top_k: int
     normalize: bool  # routing weights are divided by their sum
+    score: str = "softmax"  # one of SCORES
+    bias: bool = False
+    selection_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2"  # one of GROUP_SCORES
+    scale: float = 1.0
+    eps: float = 0.0
+    least_sum: float = 0.0
+    softcap: float = 0.0  # 0: none
+    expert_scale: bool = False
+    plain_norm: bool = False  # the router reads the residual stream normalized without the norm's weights
+    # The routing weight of the only expert multiplies its input instead of its output.
+    scales_input: bool = False
+
+    @property
+    def weighs_by_share(self) -> bool:
+        """Return whether routing weights are shares of the softmax over all experts, so that tokens compare by them."""
+        return self.score == "softmax" and not self.expert_scale
+
+    def tensor_shapes(self, hidden: int) -> Shapes:
+        """Yield (name, shape) of each tensor of the router in a model of width `hidden`."""
+        yield "router", (self.experts, hidden)
+        if self.bias:
+            yield "router_bias", (self.experts,)
+        if self.selection_bias:
+            yield "router_select", (self.experts,)
+        if self.expert_scale:
+            yield "router_scale", (self.experts,)
+
+
+@dataclass(frozen=True)
+class SharedSpec:
+    """A dense MLP beside the routed experts, through which each token goes. It is a part of the dense weights.
+
+    With `own_norms`, it has a norm before it and one after it, and so do the routed experts: the norm of the layer is
+    theirs.
+    """
+
+    width: int
+    gated: bool = False  # its output is multiplied by the sigmoid of x . shared_gate
+    scale: float = 1.0  # of its output
+    own_norms: bool = False
+
+    def tensor_shapes(self, hidden: int) -> Shapes:
+        """Yield (name, shape) of each tensor of the MLP in a model of width `hidden`."""
+        for name, shape in mlp_shapes(hidden, self.width).items():
+            yield f"shared.{name}", shape
+        if self.gated:
+            yield "shared_gate", (hidden,)
+        if self.own_norms:
+            for name in ("shared_norm", "shared_post_norm", "experts_post_norm"):
+                yield name, (hidden,)
 
 
 @dataclass(frozen=True)
@@ -101,11 +232,15 @@ class MoeSpec:
 
     router: RouterSpec
     width: int  # of each expert
+    shared: SharedSpec | None = None
+    biases: bool = False  # of gate, up and down, which the record of an expert holds
     kind: ClassVar[str] = "moe"
 
     def tensor_shapes(self, hidden: int) -> Shapes:
         """Yield (name, shape) of each tensor outside the experts in a model of width `hidden`."""
-        yield "router", (self.router.experts, hidden)
+        yield from self.router.tensor_shapes(hidden)
+        if self.shared is not None:
+            yield from self.shared.tensor_shapes(hidden)
 
 
 @dataclass(frozen=True)
@@ -123,10 +258,17 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: a mixer, then a feed-forward part, each after a norm of its own."""
+    """One layer: a mixer, then a feed-forward part, each of which adds to the residual stream.
+
+    With `pre_norms`, each reads the norm of the stream. With `post_norms`, its output is normalized.
+    """
 
     mixer: MixerSpec
     feed_forward: MoeSpec | MlpSpec
+    pre_norms: bool = True
+    post_norms: bool = False
+    residual_scale: float = 1.0  # of what each part adds
+    scalar: bool = False  # whether the residual stream leaves the layer multiplied by a learned number
 
 
 @dataclass(frozen=True)
@@ -145,7 +287,11 @@ class ModelSpec:
     activation: str = "silu"  # of experts and dense MLPs
     tie_embeddings: bool = False
     eos_ids: tuple[int, ...] = ()
-    dense_width: int = 0  # of dense MLPs; the manifest keeps it even if no layer has one
+    dense_width: int = 0  # of dense MLPs; version 3 of the bundle format keeps it even if no layer has one
+    embed_scale: float = 1.0  # of embeddings
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
+    expert_grid: str = ""  # of the experts' codes: that of the bundle format, or mxfp4 for weights that were trained so
 
     def __post_init__(self) -> None:
         if len({layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoeSpec)}) != 1:
@@ -192,6 +338,13 @@ class ModelSpec:
         return mlp_shapes(self.hidden_size, self.expert_width)
 
     @property
+    def expert_vectors(self) -> dict[str, int]:
+        """Return vector name -> length of one expert, which its record holds beside its matrices."""
+        if not self.moe.biases:
+            return {}
+        return {f"{name}_bias": rows for name, (rows, _) in self.expert_shapes.items()}
+
+    @property
     def expert_weights(self) -> int:
         """Return the number of weights in all experts."""
         return self.total_experts * 3 * self.hidden_size * self.expert_width
@@ -223,10 +376,19 @@ class ModelSpec:
             yield "lm_head", (self.vocab_size, self.hidden_size)
 
     def _layer_shapes(self, layer: LayerSpec) -> Shapes:
-        yield "attn_norm", (self.hidden_size,)
+        vector = (self.hidden_size,)
+        if layer.pre_norms:
+            yield "attn_norm", vector
         yield from layer.mixer.tensor_shapes(self.hidden_size)
-        yield "mlp_norm", (self.hidden_size,)
+        if layer.post_norms:
+            yield "attn_post_norm", vector
+        if layer.pre_norms:
+            yield "mlp_norm", vector
         yield from layer.feed_forward.tensor_shapes(self.hidden_size)
+        if layer.post_norms:
+            yield "mlp_post_norm", vector
+        if layer.scalar:
+            yield "scalar", (1,)
 
 
 def alike_layers(
@@ -243,3 +405,30 @@ def alike_layers(
 def mlp_shapes(hidden: int, width: int) -> dict[str, tuple[int, int]]:
     """Return matrix name -> (rows, cols) of a gated MLP."""
     return {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+
+
+def is_exact(name: str) -> bool:
+    """Return whether the dense tensor `name` stays float32 though it is a matrix: routers, and names in `_exact`."""
+    return name.endswith((".router", "_exact"))
+
+
+def clamped_swiglu(alpha: float, limit: float) -> str:
+    """Return the name of the activation clamp(g) * sigmoid(alpha * clamp(g)) * (clamp(u) + 1).
+
+    g is the gate, at most `limit`; u is up, from -limit to limit. gpt-oss uses it.
+
+    >>> clamped_swiglu(1.702, 7.0)
+    'clamped_swiglu:1.702:7.0'
+    """
+    return f"{CLAMPED}:{alpha!r}:{limit!r}"
+
+
+def clamped_parameters(activation: str) -> tuple[float, float] | None:
+    """Return (alpha, limit) of a name that `clamped_swiglu` made, or None for another activation.
+
+    Raises ValueError if the name is malformed.
+    """
+    if not activation.startswith(CLAMPED):
+        return None
+    _, alpha, limit = activation.split(":")
+    return float(alpha), float(limit)

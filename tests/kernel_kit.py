@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from dymoe_runtime.bundle import tiers
-from dymoe_runtime.bundle.tiers import BLOCK, QuantizedMatrix, RecordLayout
+from dymoe_runtime.bundle.tiers import BLOCK, MX_BLOCK, MXFP4, QuantizedMatrix, RecordLayout
 from dymoe_runtime.kernels import REFERENCE, available_kernels, load_kernels
 from dymoe_runtime.kernels.interface import Kernels
 
@@ -33,23 +33,27 @@ reference = kernels_of(REFERENCE)
 
 
 @cache
-def random_record(shapes: tuple[tuple[str, int, int], ...], ladder: tuple[int, ...], size: float = 1.0) -> Record:
+def random_record(
+    shapes: tuple[tuple[str, int, int], ...], ladder: tuple[int, ...], size: float = 1.0, grid: str = ""
+) -> Record:
     """A record of random matrices (name, rows, cols), weights about 0.002 * size: layout and segments. Read only."""
     rng = np.random.default_rng(len(shapes) + sum(ladder))
-    layout = tiers.make_layout({name: (rows, cols) for name, rows, cols in shapes}, ladder)
-    matrices = {name: random_matrix(rng, rows, cols, ladder, size) for name, rows, cols in shapes}
+    layout = tiers.make_layout({name: (rows, cols) for name, rows, cols in shapes}, ladder, grid=grid)
+    matrices = {name: random_matrix(rng, rows, cols, ladder, size, grid) for name, rows, cols in shapes}
     return layout, tiers.split_record(layout, tiers.pack_record(layout, matrices))
 
 
 def random_matrix(
-    rng: np.random.Generator, rows: int, cols: int, ladder: tuple[int, ...], size: float
+    rng: np.random.Generator, rows: int, cols: int, ladder: tuple[int, ...], size: float, grid: str = ""
 ) -> QuantizedMatrix:
-    blocks = tiers.blocks_of(cols)
-    return QuantizedMatrix(
-        rng.integers(0, 2 ** ladder[-1], (rows, cols), dtype=np.uint8),
-        {tier: rng.integers(0, 16, (rows, blocks), dtype=np.uint8) for tier in ladder},
-        tiers.widen_bf16(narrow((size * rng.uniform(1e-5, 1e-4, rows)).astype(np.float32))),
-    )
+    """With scales of any size: on the grid of MXFP4 up to 2^15 apart."""
+    scales = -(-cols // (MX_BLOCK if grid == MXFP4 else BLOCK))
+    codes = rng.integers(0, 2 ** ladder[-1], (rows, cols), dtype=np.uint8)
+    indices = {tier: rng.integers(0, 16, (rows, scales), dtype=np.uint8) for tier in ladder}
+    if grid == MXFP4:
+        indices = dict.fromkeys(ladder, indices[ladder[0]])
+    multiplier = narrow((size * rng.uniform(1e-5, 1e-4, rows)).astype(np.float32))
+    return QuantizedMatrix(codes, indices, tiers.widen_bf16(multiplier))
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
@@ -57,17 +61,17 @@ def narrow(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def weight(rows: int, cols: int, ladder: tuple[int, ...]) -> Record:
-    return random_record((("weight", rows, cols),), ladder)
+def weight(rows: int, cols: int, ladder: tuple[int, ...], grid: str = "") -> Record:
+    return random_record((("weight", rows, cols),), ladder, grid=grid)
 
 
-def expert(ladder: tuple[int, ...]) -> Record:
-    return random_record((("gate", WIDTH, HIDDEN), ("up", WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)), ladder)
+def expert(ladder: tuple[int, ...], grid: str = "") -> Record:
+    return random_record((("gate", WIDTH, HIDDEN), ("up", WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)), ladder, grid=grid)
 
 
-def expert_at(tier: int) -> tuple[RecordLayout, int, list[np.ndarray]]:
+def expert_at(tier: int, grid: str = "") -> tuple[RecordLayout, int, list[np.ndarray]]:
     """The expert of the ladder 2, 3, 4 at one tier: layout, tier and the segments that it needs."""
-    layout, segments = expert((2, 3, 4))
+    layout, segments = expert((2, 3, 4), grid)
     return layout, tier, segments[: layout.segments_of(tier)]
 
 

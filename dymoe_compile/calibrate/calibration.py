@@ -15,18 +15,19 @@ from dymoe_compile.calibrate.predictor import LookAheadProbe
 from dymoe_compile.calibrate.statistics import LayerStatistics, layer_statistics, significant
 from dymoe_compile.calibrate.texts import Windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
-from dymoe_compile.checkpoint.torch_ops import ACTIVATIONS
+from dymoe_compile.checkpoint.torch_ops import run_expert
 from dymoe_compile.checkpoint.window_decoder import window_decoder
 from dymoe_compile.job.progress import Advance, Progress
 from dymoe_compile.job.writer import BundleWriter
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.moments import moments
+from dymoe_compile.quantize.mxfp4 import mxfp4_expert
 from dymoe_compile.quantize.quantize import quantize_expert
 from dymoe_runtime.bundle.bundle import LayerEntry, expert_layout
-from dymoe_runtime.bundle.tiers import pack_record, split_record
+from dymoe_runtime.bundle.tiers import MXFP4, pack_record, split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels, ffn
-from dymoe_runtime.model.routing import in_groups
+from dymoe_runtime.model.routing import PromptRouting, in_groups
 from dymoe_runtime.model.score import Head
 from dymoe_runtime.spec import ExpertKey
 
@@ -120,10 +121,8 @@ class LayerRun:
         self._seed = seed
         self._writer = writer
         self._ids = np.concatenate([windows.train, windows.held_out])
-        self._train_windows = len(windows.train)
         self._train = windows.train.size
         self._layout = expert_layout(checkpoint.spec, ladder)
-        self._activation = ACTIVATIONS[checkpoint.spec.activation]
         self._probe = LookAheadProbe(self.decoder, self._train, self._ids.size, seed)
 
     def resume(self) -> tuple[LayerResults, int, np.ndarray]:
@@ -180,7 +179,7 @@ class LayerRun:
     def _run_experts(
         self, layer: int, x: np.ndarray, token_weights: np.ndarray, advance: Advance
     ) -> tuple[LayerStatistics, LayerEntry]:
-        """Add the output of the experts to x [T, H]; quantize and write each expert on the way."""
+        """Run x [T, H] through the experts, in place; quantize and write each expert on the way."""
         h = self._hidden()
         chosen = []
         for window, normed in zip(self._windows(x), self._windows(h), strict=True):
@@ -188,20 +187,29 @@ class LayerRun:
             chosen.append(choice)
         experts, weights = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
         # The probe needs the residual stream before the experts add to it.
-        fit = self._probe.observe(layer, h, experts, x)
+        fit = self._probe.observe(layer, experts, x)
         judged = _Judged({tier: [] for tier in self._ladder})
+        y = x  # what the experts add to
+        if not self.decoder.only_adds(layer):
+            y = self._hidden()
+            y[:] = 0
 
         def records() -> Iterator[np.ndarray]:
             for expert in range(self.spec.num_experts):
-                yield self._expert(ExpertKey(layer, expert), h, (experts, weights), x, judged)
+                yield self._expert(ExpertKey(layer, expert), h, (experts, weights), y, judged)
                 advance()
 
         index = self.spec.moe_layers.index(layer)
         entry = self._writer.write_layer(index, layer, self._layout, records(), self.spec.num_experts)
+        if y is not x:
+            for window, output in zip(self._windows(x), self._windows(y), strict=True):
+                window[:] = self.decoder.finish(layer, window, output)
         train = slice(0, self._train)
-        seen = layer_statistics(
-            experts[train], weights[train], token_weights[train], self._train_windows, self.spec.num_experts, self._seed
+        by_share = self.spec.moe.router.weighs_by_share
+        routing = PromptRouting(
+            experts[train], weights[train], x[train], token_weights[train], self._ids.shape[1], by_share
         )
+        seen = layer_statistics(routing, self.spec.num_experts, self._seed)
         found = replace(
             seen,
             look_ahead={"router": fit.router, "linear": fit.linear, "two_ahead": fit.two_ahead},
@@ -221,14 +229,18 @@ class LayerRun:
         matrices = {name: matrix.float() for name, matrix in self._checkpoint.expert(key).items()}
         tokens, ranks = np.nonzero(chosen[0] == key.expert)  # a token chooses an expert once
         x, weights = torch.from_numpy(h[tokens]), torch.from_numpy(chosen[1][tokens, ranks, None])
-        middle = self._activation(x @ matrices["gate"].T) * (x @ matrices["up"].T)
-        out = middle @ matrices["down"].T
+        middle, out = run_expert(matrices, x, self.spec.activation)
         torch.from_numpy(y).index_add_(0, torch.from_numpy(tokens), out * weights)
         # Tokens come in order, training windows first; held-out tokens must not affect the quantization.
         train = int((tokens < self._train).sum())
         into, inside = moments(x[:train], weights[:train]), moments(middle[:train], weights[:train])
         by_name = {"gate": into, "up": into, "down": inside}
-        record = pack_record(self._layout, quantize_expert(matrices, self._ladder, self._descent, by_name))
+        vectors = {name: matrices.pop(name).numpy() for name in self._layout.vectors}
+        if self.spec.expert_grid == MXFP4:
+            codes = mxfp4_expert(matrices, self._ladder)
+        else:
+            codes = quantize_expert(matrices, self._ladder, self._descent, by_name)
+        record = pack_record(self._layout, codes, vectors)
         self._judge(record, x[-ERROR_SAMPLE:], out[-ERROR_SAMPLE:], weights[-ERROR_SAMPLE:], judged)
         if not (into.enough and inside.enough):
             judged.data_free.append(key.expert)

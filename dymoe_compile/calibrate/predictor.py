@@ -47,8 +47,8 @@ class LookAheadProbe:
         self._fit = len(fit)
         self.past: list[np.ndarray] = []  # residual streams of the sample, latest MoE layer first
 
-    def observe(self, layer: int, h: np.ndarray, experts: np.ndarray, residual: np.ndarray) -> LookAheadFit:
-        """Judge the guesses of `layer` by the experts [T, k] that its router chose for h [T, H], the normed residual.
+    def observe(self, layer: int, experts: np.ndarray, residual: np.ndarray) -> LookAheadFit:
+        """Judge the guesses of `layer` by the experts [T, k] that its router chose for the residual stream [T, H].
 
         Remembers the residual stream [T, H] for the layers to come.
         """
@@ -59,7 +59,7 @@ class LookAheadProbe:
             early = self._normed(layer, self.past[0])
             asked = self._logits(layer, early)
             fit.router = recall(asked[self._fit :], chosen)
-            late = self._logits(layer, h[self._sample[: self._fit]])
+            late = self._logits(layer, self._normed(layer, residual[self._sample[: self._fit]]))
             predictor = ridge(torch.from_numpy(early[: self._fit]), late - asked[: self._fit])
             corrected = asked[self._fit :] + _apply(predictor, torch.from_numpy(early[self._fit :]))
             fit.linear = recall(corrected, chosen)
@@ -80,10 +80,10 @@ class LookAheadProbe:
         self.past = []
 
     def _normed(self, layer: int, residual: np.ndarray) -> np.ndarray:
-        return self._decoder.norm(f"layers.{layer}.mlp_norm", residual)
+        return self._decoder.routers.router_input(layer, residual)
 
     def _logits(self, layer: int, h: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self._decoder.dense.linear(f"layers.{layer}.router", h))
+        return torch.from_numpy(self._decoder.routers.logits(layer, h))
 
 
 def recall(logits: torch.Tensor, chosen: torch.Tensor) -> list[float]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dymoe_runtime.model.routing import PromptRouting
+
 # Tokens per layer whose routing weights are kept, to fit thresholds.
 WEIGHT_SAMPLE = 4096
 
@@ -16,7 +18,7 @@ class LayerStatistics:
     """Statistics of one layer's router on the calibration tokens, and the errors of its quantized experts."""
 
     frequency: list[float]  # [experts], share of tokens
-    weight_mass: list[float]  # [experts], share of all routing weights
+    weight_mass: list[float]  # [experts], mean share of tokens
     weights: np.ndarray  # [sample, k], routing weights of single tokens
     chunk_importance: np.ndarray  # [windows, experts], the importance that decides a prompt's tiers
     chunk_energy: np.ndarray  # [windows, experts], sum of squared routing weights
@@ -27,20 +29,18 @@ class LayerStatistics:
     data_free: list[int]  # experts with too few tokens to calibrate
 
 
-def layer_statistics(
-    experts: np.ndarray, weights: np.ndarray, token_weights: np.ndarray, windows: int, num_experts: int, seed: int
-) -> LayerStatistics:
-    """Return the statistics of one layer from the routing of all training tokens, in `windows` equal windows.
+def layer_statistics(routing: PromptRouting, num_experts: int, seed: int) -> LayerStatistics:
+    """Return the statistics of one layer from the routing of all training tokens, whose windows are its chunks.
 
-    experts is int64 [T, k], weights [T, k], token_weights [T]. The fields about guesses and quantized experts are
-    left empty.
+    The fields about guesses and quantized experts are left empty.
     """
+    experts, weights, windows = routing.experts, routing.weights, len(routing.experts) // routing.group
     tokens = len(experts)
-    chosen, flat = experts.reshape(-1), weights.reshape(-1)
+    chosen = experts.reshape(-1)
     counts = np.bincount(chosen, minlength=num_experts)
-    mass = np.bincount(chosen, flat, num_experts)
-    energy = np.bincount(chosen, np.square(flat), num_experts)
-    importance = weights * token_weights[:, None]
+    mass = np.bincount(chosen, routing.shares.reshape(-1), num_experts)
+    energy = np.bincount(chosen, np.square(weights.reshape(-1)), num_experts)
+    importance = routing.shares * routing.token_weights[:, None]
     sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:WEIGHT_SAMPLE].numpy()
     return LayerStatistics(
         frequency=_rounded(counts / tokens),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dymoe_compile.checkpoint.tensors import CheckpointTensors
-from dymoe_runtime.bundle.tensorfile import read_tensor
-from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.spec import MATRICES, ExpertKey
+from dymoe_compile.checkpoint.directory import CONFIG, INDEX
+from dymoe_compile.checkpoint.formats.read import DTYPES, read
+from dymoe_compile.checkpoint.quantization import MODELOPT
+from dymoe_compile.checkpoint.tensors import CheckpointTensors, Stack
+from dymoe_runtime.bundle.tiers import MXFP4
+from dymoe_runtime.spec import ExpertKey
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+__all__ = ["DTYPES", "Checkpoint", "CheckpointDense", "linear_by_rows"]
+
 # Rows of a matrix converted to float32 at a time.
 ROWS_AT_ONCE = 4096
 
@@ -24,37 +27,67 @@ ROWS_AT_ONCE = 4096
 class Checkpoint:
     """The weights of a checkpoint directory; each tensor is read on demand and must be finite."""
 
-    def __init__(self, tensors: CheckpointTensors) -> None:
-        self.spec = tensors.spec
+    def __init__(self, tensors: CheckpointTensors, expert_grid: str = "") -> None:
+        """Take opened tensors; `expert_grid` is that of the bundle's codes, as in `ModelSpec`."""
+        self.spec = replace(tensors.spec, expert_grid=expert_grid)
         self._tensors = tensors
-        self._files: dict[Path, int] = {}
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Checkpoint:
-        """Open and check the directory `path`.
+    def open(path: str | os.PathLike[str], ladder: Sequence[int] = ()) -> Checkpoint:
+        """Open and check the directory `path`, to compile it with `ladder`.
 
-        Raises a DymoeError that names what is missing or contradictory.
+        Experts that were trained in MXFP4 keep their codes if that is the highest tier. Raises a DymoeError that names
+        what is missing or contradictory.
         """
-        return Checkpoint(CheckpointTensors.open(path))
+        tensors = CheckpointTensors.open(path)
+        kept = bool(ladder) and tensors.trained_bits() == ladder[-1]
+        return Checkpoint(tensors, MXFP4 if kept else "")
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Return kind in words -> number of the checkpoint's tensors that the model does without."""
+        return dict(self._tensors.left_out)
+
+    def trained_bits(self) -> int | None:
+        """Return the bits of the experts' weights if the model was trained with so few, as far as that is known."""
+        return self._tensors.trained_bits()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the tensor outside the experts with this DyMoE name, in its stored precision.
+        """Return the tensor outside the experts with this DyMoE name.
 
-        Raises DymoeError if it is not finite.
+        It is in its stored precision, or in float32 if it is quantized or made of others. Raises DymoeError if it is
+        not finite.
         """
-        return self._read(self._tensors.dense(name))
+        source, stored = self._tensors.dense(name)
+        inputs = [read(self._tensors.files, each) for each in stored]
+        shape = self._tensors.shapes[name]
+        if source is None:
+            return inputs[0][: shape[0]] if shape else inputs[0]  # the rest pads the vocabulary
+        made = source.make(shape, inputs)
+        if made.shape != shape:
+            raise ValueError(f"{name} was made with shape {tuple(made.shape)}, not {shape}")
+        return made
 
     def expert(self, key: ExpertKey) -> dict[str, torch.Tensor]:
-        """Return gate [I, H], up [I, H] and down [H, I] of one routed expert, in their stored precision.
+        """Return gate [I, H], up [I, H] and down [H, I] of one routed expert, and its biases if the model has them.
 
-        Raises DymoeError if one is not finite.
+        Matrices are in their stored precision, or in float32 if they are quantized. The biases `gate_bias` [I],
+        `up_bias` [I] and `down_bias` [H] are in float32. Raises DymoeError if one is not finite.
         """
-        return {name: self._expert_matrix(key, name) for name in MATRICES}
+        if stack := self._tensors.stack(key.layer):
+            return self._of_stack(stack, key.expert)
+        expert = {name: read(self._tensors.files, stored) for name, stored in self._tensors.expert(key).items()}
+        return {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in expert.items()}
 
     def digest(self, advance: Callable[[], object], step: int) -> str:
-        """Return the SHA-256 of config.json and the shards; call `advance` for each `step` bytes."""
+        """Return the SHA-256 of config.json, the shards, and what else says how to read them.
+
+        Calls `advance` for each `step` bytes.
+        """
+        files = self._tensors.files
+        extras = [path for name in (INDEX, MODELOPT) if (path := files.directory / name).exists()]
         sha = hashlib.sha256()
-        for path in (self._tensors.directory / "config.json", *self._tensors.shards):
+        for path in (files.directory / CONFIG, *files.shards, *extras):
             sha.update(path.name.encode())
             with open(path, "rb") as file:
                 while block := file.read(step):
@@ -64,29 +97,28 @@ class Checkpoint:
 
     def total_bytes(self) -> int:
         """Return the bytes of all shards."""
-        return sum(path.stat().st_size for path in self._tensors.shards)
+        return sum(path.stat().st_size for path in self._tensors.files.shards)
 
-    def _expert_matrix(self, key: ExpertKey, name: str) -> torch.Tensor:
-        if found := self._tensors.expert(key, name):
-            return self._read(found)
-        matrix = self._read(self._tensors.stacked(key, name), index=key.expert)
-        if name == "down":
-            return matrix
-        width = self.spec.expert_width
-        return matrix[:width] if name == "gate" else matrix[width:]
+    def _of_stack(self, stack: Stack, expert: int) -> dict[str, torch.Tensor]:
+        gate_up, down = (read(self._tensors.files, stored, expert) for stored in (stack.gate_up, stack.down))
+        if stack.transposed:
+            gate_up, down = gate_up.T, down.T
+        gate, up = _halves(gate_up, stack.interleaved)
+        tensors = {"gate": gate, "up": up, "down": down}
+        if stack.gate_up_bias is not None and stack.down_bias is not None:
+            tensors["gate_bias"], tensors["up_bias"] = _halves(
+                read(self._tensors.files, stack.gate_up_bias, expert).float(), stack.interleaved
+            )
+            tensors["down_bias"] = read(self._tensors.files, stack.down_bias, expert).float()
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
-    def _read(self, name: str, index: int | None = None) -> torch.Tensor:
-        path, info = self._tensors.where(name)
-        data = torch.from_numpy(read_tensor(self._file(path), path, info, name, index))
-        tensor = data.view(DTYPES[info.dtype]).view(info.shape if index is None else info.shape[1:])
-        if not torch.isfinite(tensor).all():
-            raise DymoeError(f"{path}: tensor {name} holds NaN or Inf; the checkpoint is damaged, download it again")
-        return tensor
 
-    def _file(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
+def _halves(rows: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of gate and those of up."""
+    if interleaved:
+        return rows[::2], rows[1::2]
+    half = len(rows) // 2
+    return rows[:half], rows[half:]
 
 
 class CheckpointDense:

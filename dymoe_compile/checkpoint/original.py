@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
-from dymoe_compile.checkpoint.torch_ops import ACTIVATIONS
+from dymoe_compile.checkpoint.torch_ops import run_expert
 from dymoe_compile.checkpoint.window_decoder import window_decoder
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.routing import PromptRouting, Routing
@@ -23,7 +23,7 @@ class CheckpointExperts:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._activation = ACTIVATIONS[checkpoint.spec.activation]
+        self._activation = checkpoint.spec.activation
         self._kept: dict[ExpertKey, dict[str, torch.Tensor]] = {}
         self._room = KEEP_BYTES
 
@@ -37,13 +37,10 @@ class CheckpointExperts:
         y = np.zeros_like(h)
         for expert in np.unique(experts).tolist():
             tokens, ranks = np.nonzero(experts == expert)  # a token chooses an expert once
-            out = self._apply(self._expert(ExpertKey(layer, expert)), torch.from_numpy(h[tokens]))
+            expert_weights = self._expert(ExpertKey(layer, expert))
+            _, out = run_expert(expert_weights, torch.from_numpy(h[tokens]), self._activation)
             y[tokens] += out.numpy() * weights[tokens, ranks, None]
         return y
-
-    def _apply(self, expert: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        hidden = self._activation(x @ expert["gate"].T) * (x @ expert["up"].T)
-        return hidden @ expert["down"].T
 
     def _expert(self, key: ExpertKey) -> dict[str, torch.Tensor]:
         if key in self._kept:
@@ -60,20 +57,20 @@ class OriginalModel:
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
         experts = CheckpointExperts(checkpoint)
-        self._decoder = window_decoder(checkpoint.spec, CheckpointDense(checkpoint), kernels, experts)
+        self.decoder = window_decoder(checkpoint.spec, CheckpointDense(checkpoint), kernels, experts)
 
     @property
     def spec(self) -> ModelSpec:
         """Return the spec of the model."""
-        return self._decoder.spec
+        return self.decoder.spec
 
     def hidden(self, ids: np.ndarray) -> np.ndarray:
         """Return the final hidden states [T, H] of a window of ids [T]."""
-        return self._decoder.forward(ids)
+        return self.decoder.forward(ids)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the logits [rows, vocab] of hidden states [rows, H]."""
-        return self._decoder.logits(hidden)
+        return self.decoder.logits(hidden)
 
 
 def open_original(path: str | os.PathLike[str], kernels: Kernels) -> OriginalModel:

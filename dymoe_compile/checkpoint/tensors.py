@@ -6,42 +6,87 @@ This module does not import PyTorch, so a faulty directory is reported before Py
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dymoe_compile.families import Config, Family, Names, family_of
-from dymoe_runtime.bundle.bundle import MANIFEST
-from dymoe_runtime.bundle.tensorfile import TensorInfo, read_header
-from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_text
+from dymoe_compile.checkpoint.directory import CONFIG, TensorFiles, read_config
+from dymoe_compile.checkpoint.formats import find, main_tensor
+from dymoe_compile.checkpoint.formats.stored import FLOATS, Shape, Stored
+from dymoe_compile.checkpoint.left_out import (
+    FURTHER_TOKENS,
+    SAME_HEAD,
+    ZERO_BIASES,
+    further_layers,
+    kind_of,
+    layer_of,
+)
+from dymoe_compile.checkpoint.quantization import Quantization, read_quantization
+from dymoe_compile.families import family_of, text_config
+from dymoe_compile.families.parts.config import Config
+from dymoe_compile.families.parts.names import Names, Source, Templates
+from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.spec import ExpertKey, ModelSpec
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-REMEDY = "copy it again from the model's repository"
-FLOATS = ("BF16", "F16", "F32")
+# What checkpoints put before the names of the language model, instead of `model.`, and before its output head.
+MODEL, HEAD = "model.", "lm_head."
+MODEL_PREFIXES = (
+    *(MODEL, "model.language_model.", "language_model.model.", "thinker.model.", "language_model.", "backbone."),
+    "",
+)
+HEAD_PREFIXES = (HEAD, "language_model.lm_head.", "thinker.lm_head.", "model.lm_head.", "model.language_model.lm_head.")
+# Keys for the number of layers after the model's own that predict further tokens.
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
+EMBED, LM_HEAD = "embed", "lm_head"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The experts of a layer in one tensor for gate and up, and one for down."""
+
+    gate_up: Stored
+    down: Stored
+    gate_up_bias: Stored | None
+    down_bias: Stored | None
+    transposed: bool  # whether the rows of the matrices are columns here
+    interleaved: bool  # whether the rows of gate and up take turns
+
+    @property
+    def parts(self) -> list[Stored]:
+        """Return all tensors of the experts."""
+        parts = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [part for part in parts if part is not None]
 
 
 class CheckpointTensors:
-    """The tensors of a checkpoint directory. `names` maps DyMoE names to checkpoint names.
+    """The tensors of a checkpoint, by the names that DyMoE has for them.
 
-    Raises DymoeError if a tensor that `spec` needs is missing, or has a wrong shape or an unsupported dtype. Raises
-    it too if a layer has a tensor that `spec` has no place for.
+    Raises DymoeError if a tensor that the model needs is missing, or has a wrong shape or an unsupported type. Raises
+    it too for a tensor that has no place in the model, unless the model does without it; `left_out` counts those.
     """
 
-    def __init__(self, directory: Path, spec: ModelSpec, names: Names) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        files: TensorFiles,
+        spec: ModelSpec,
+        names: Names,
+        quantization: Quantization = Quantization(),  # noqa: B008  # frozen
+        further_layers: int = 0,
+    ) -> None:
+        self.files = files
         self.spec = spec
-        self.shards = _shards(directory)
+        self.left_out: Counter[str] = Counter()  # kind in words -> tensors
         self._names = names
-        self._tensors: dict[str, tuple[Path, TensorInfo]] = {}
-        for shard in self.shards:
-            for name, info in read_header(shard).items():
-                self._tensors[name] = (shard, info)
+        self._quantization = quantization
+        self._prefix = self._find_prefix()
+        self._head = next((head for head in HEAD_PREFIXES if main_tensor(f"{head}weight", files)), HEAD)
         self._placed: set[str] = set()
-        self._check_index()
+        self._keep_own_head()
+        self.shapes = self.spec.tensor_shapes()  # of the tensors outside the experts
         self._check_tensors()
+        self._check_leftovers(further_layers)
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> CheckpointTensors:
@@ -51,155 +96,184 @@ class CheckpointTensors:
         """
         directory = Path(path)
         values = read_config(directory)
-        family: Family = family_of(values)
-        spec = family.spec(Config(values))
-        return CheckpointTensors(directory, spec, family.names(spec))
+        quantization = read_quantization(directory, values)
+        family = family_of(values)
+        config = Config(text_config(values))
+        spec = family.spec(config)
+        config.check_read()
+        files = TensorFiles(directory)
+        with needing_extra("compile", "reading checkpoints"):
+            names = family.names(spec)
+        return CheckpointTensors(files, spec, names, quantization, _further_layers(config.values))
 
-    def where(self, name: str) -> tuple[Path, TensorInfo]:
-        """Return the file and the place of the tensor with this checkpoint name."""
-        return self._tensors[name]
+    def dense(self, name: str) -> tuple[Source | None, list[Stored]]:
+        """Return how the tensor outside the experts with this DyMoE name is made, and of which tensors.
 
-    def dense(self, name: str) -> str:
-        """Return the checkpoint name of the tensor outside the experts with this DyMoE name."""
-        return self._find(self._candidates(name))
-
-    def expert(self, key: ExpertKey, name: str) -> str | None:
-        """Return the checkpoint name of a matrix of one expert, or None if the experts of a layer share one tensor."""
-        return self._present(_format(self._names.expert[name], layer=key.layer, expert=key.expert))
-
-    def stacked(self, key: ExpertKey, name: str) -> str:
-        """Return the checkpoint name of the tensor that holds a matrix of all experts of a layer.
-
-        gate and up share one tensor.
+        It is the one tensor itself if the first is None.
         """
-        stack = "down" if name == "down" else "gate_up"
-        return self._find(_format(self._names.stacked.get(stack, ()), layer=key.layer))
+        shape, source, layer = self.shapes[name], *self._source(name)
+        if not isinstance(source, Source):
+            return None, [self._checked(source, shape, padded=name in (EMBED, LM_HEAD), layer=layer)]
+        inputs = zip(source.inputs, source.shapes(shape), strict=True)
+        return source, [self._checked(templates, theirs, layer=layer) for templates, theirs in inputs]
 
-    def _candidates(self, name: str) -> list[str]:
-        if not name.startswith("layers."):
-            return _format(self._names.dense[name])
-        _, layer, rest = name.split(".", 2)
-        return _format(self._names.dense[rest], layer=int(layer))
+    def expert(self, key: ExpertKey) -> dict[str, Stored]:
+        """Return the matrices and vectors of one expert of a layer that does not stack them."""
+        return {name: self._expert(key, name, shape) for name, shape in self._expert_parts()}
 
-    def _present(self, candidates: list[str]) -> str | None:
-        return next((name for name in candidates if name in self._tensors), None)
+    def stack(self, layer: int) -> Stack | None:
+        """Return the tensors that hold all experts of a layer, or None if each expert has its own."""
+        stacked = self._names.stacked
+        if stacked is None or self._present(self._candidates(stacked.gate_up, layer=layer)) is None:
+            return None
+        experts, width, hidden = self.spec.num_experts, self.spec.expert_width, self.spec.hidden_size
+        biases = self.spec.moe.biases
+        # Gate and up together are not square where down is, so the shapes show whether the matrices are transposed.
+        wanted = (experts, 2 * width, hidden), (experts, hidden, width)
+        turned = (experts, hidden, 2 * width), (experts, width, hidden)
+        usual = turned if stacked.transposed else wanted
+        gate_up = self._find(stacked.gate_up, usual[0], layer=layer)
+        down = self._find(stacked.down, usual[1], layer=layer)
+        shapes = gate_up.shape, down.shape
+        if shapes not in (wanted, turned):
+            self._check_shape(gate_up, usual[0])
+            self._check_shape(down, usual[1])
+        return Stack(
+            gate_up,
+            down,
+            self._checked(stacked.gate_up_bias, (experts, 2 * width), layer=layer) if biases else None,
+            self._checked(stacked.down_bias, (experts, hidden), layer=layer) if biases else None,
+            transposed=shapes == turned,
+            interleaved=stacked.interleaved,
+        )
 
-    def _find(self, candidates: list[str]) -> str:
-        found = self._present(candidates)
-        if found is None:
-            raise DymoeError(f"{self.directory}: tensor {candidates[0]} is missing; download the checkpoint again")
-        return found
+    def trained_bits(self) -> int | None:
+        """Return the bits of the experts' weights if the model was trained with so few, as far as that is known."""
+        layer = self.spec.moe_layers[0]
+        stack = self.stack(layer)
+        parts = stack.parts if stack else self.expert(ExpertKey(layer, 0)).values()
+        return next((part.trained_bits for part in parts if part.trained_bits), None)
 
-    def _check_index(self) -> None:
-        index = self.directory / INDEX
-        if (self.directory / SINGLE).exists() or not index.exists():
-            return
-        for name, shard in _weight_map(index).items():
-            if name not in self._tensors:
-                raise DymoeError(
-                    f"{self.directory / shard}: tensor {name} is missing, though {INDEX} names it there; "
-                    "download the shard again"
-                )
+    def _source(self, name: str) -> tuple[Source | Templates, int]:
+        """Return the source of a tensor outside the experts, and its layer, if it is of one."""
+        _, layer, rest = name.split(".", 2) if name.startswith("layers.") else ("", "0", name)
+        return self._names.dense[rest], int(layer)
 
-    def _check_tensors(self) -> None:
-        for ours, shape in self.spec.each_tensor():
-            self._check_shape(self.dense(ours), shape)
-        for layer in self.spec.moe_layers:
-            for expert in range(self.spec.num_experts):
-                self._check_expert(ExpertKey(layer, expert))
-        self._check_leftovers()
+    def _expert_parts(self) -> Iterator[tuple[str, Shape]]:
+        yield from self.spec.expert_shapes.items()
+        for name, length in self.spec.expert_vectors.items():
+            yield name, (length,)
 
-    def _check_leftovers(self) -> None:
-        """Raise DymoeError for a layer's tensor that has no place in the model: it would silently be left out."""
-        for name in self._tensors:
-            if name.startswith("model.layers.") and name not in self._placed and not name.endswith("inv_freq"):
-                raise DymoeError(
-                    f"{self.directory}: tensor {name} has no place in the model that config.json describes; "
-                    "use the config.json of this checkpoint; if it is the right one, this variant of "
-                    f"{self.spec.model_type} is not supported"
-                )
+    def _expert(self, key: ExpertKey, name: str, shape: Shape) -> Stored:
+        stacked = self._names.stacked
+        templates = self._names.expert.get(name) or (stacked.gate_up if stacked else ())
+        return self._checked(templates, shape, layer=key.layer, expert=key.expert)
 
-    def _check_expert(self, key: ExpertKey) -> None:
-        for name, (rows, cols) in self.spec.expert_shapes.items():
-            if found := self.expert(key, name):
-                self._check_shape(found, (rows, cols))
-                continue
-            down = name == "down"
-            stacked = self._present(
-                _format(self._names.stacked.get("down" if down else "gate_up", ()), layer=key.layer)
-            )
-            if stacked is None:
-                theirs = _format(self._names.expert[name], layer=key.layer, expert=key.expert)[0]
-                raise DymoeError(f"{self.directory}: tensor {theirs} is missing; download the checkpoint again")
-            self._check_shape(stacked, (self.spec.num_experts, rows if down else 2 * rows, cols))
+    def _candidates(self, templates: Templates, **numbers: int) -> list[str]:
+        """Return the names that the checkpoint may have for a tensor, the usual one first."""
+        names = [template.format(**numbers) for template in templates]
+        return [
+            self._head + name.removeprefix(HEAD) if name.startswith(HEAD) else self._prefix + name.removeprefix(MODEL)
+            for name in names
+        ]
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        self._placed.add(name)
-        path, info = self._tensors[name]
-        if info.shape != shape:
+    def _present(self, names: Iterable[str]) -> str | None:
+        """Return the first of these names of which the checkpoint has a tensor, in whatever format."""
+        return next((name for name in names if main_tensor(name, self.files)), None)
+
+    def _find(self, templates: Templates, shape: Shape, **numbers: int) -> Stored:
+        """Return a tensor that should have this shape; raise DymoeError if it is missing, or in no known format."""
+        candidates = self._candidates(templates, **numbers)
+        name = self._present(candidates)
+        if name is None:
             raise DymoeError(
-                f"{path}: tensor {name} has shape {list(info.shape)}, config.json says {list(shape)}; "
-                "use the config.json that belongs to this checkpoint"
+                f"{self.files.directory}: tensor {candidates[0]} is missing; download the checkpoint again"
             )
-        if info.dtype not in FLOATS:
+        stored = find(name, shape, self.files, self._quantization)
+        if stored is None:
+            main = main_tensor(name, self.files) or name
             raise DymoeError(
-                f"{path}: tensor {name} is {info.dtype}, expected one of {', '.join(FLOATS)}; "
+                f"{self.files.path(main)}: tensor {main} is {self.files.info(main).dtype}, expected one of "
+                f"{', '.join(FLOATS)}, or one with the scales of a known quantization; "
                 "start from the unquantized checkpoint"
             )
+        return stored
+
+    def _checked(self, templates: Templates, shape: Shape, padded: bool = False, **numbers: int) -> Stored:
+        """Return a tensor of this shape; with `padded`, it may have more rows. Raise DymoeError if it is another."""
+        stored = self._find(templates, shape, **numbers)
+        self._check_shape(stored, shape, padded)
+        return stored
+
+    def _check_shape(self, stored: Stored, shape: Shape, padded: bool = False) -> None:
+        if stored.shape == shape or (padded and stored.shape[1:] == shape[1:] and stored.shape[0] > shape[0]):
+            return
+        main = next(iter(stored.parts.values()))
+        raise DymoeError(
+            f"{self.files.path(main)}: tensor {stored.name} has shape {list(stored.shape)}, {CONFIG} says "
+            f"{list(shape)}; use the {CONFIG} that belongs to this checkpoint"
+        )
+
+    def _find_prefix(self) -> str:
+        """Return what the checkpoint has before the names of the language model, by its embedding."""
+        source = self._names.dense[EMBED]
+        templates = source.inputs[0] if isinstance(source, Source) else source
+        names = [template.removeprefix(MODEL) for template in templates]
+        return next((prefix for prefix in MODEL_PREFIXES if self._present(prefix + name for name in names)), MODEL)
+
+    def _keep_own_head(self) -> None:
+        """Have the model use an output head of its own if the checkpoint has one, whatever config.json says of it."""
+        sources = [self._names.dense.get(name, ()) for name in (LM_HEAD, EMBED)]
+        head, embed = (
+            None if isinstance(source, Source) else self._present(self._candidates(source)) for source in sources
+        )
+        if not self.spec.tie_embeddings or head is None or embed is None:
+            return
+        if head in self.files and embed in self.files and self.files.are_equal(head, embed):
+            self._placed.add(head)
+            self.left_out[SAME_HEAD] += 1
+        else:
+            self.spec = replace(self.spec, tie_embeddings=False)
+
+    def _check_tensors(self) -> None:
+        for name in self.shapes:
+            self._place(self.dense(name)[1])
+        for layer in self.spec.moe_layers:
+            if stack := self.stack(layer):
+                self._place(stack.parts)
+                continue
+            for expert in range(self.spec.num_experts):
+                self._place(self.expert(ExpertKey(layer, expert)).values())
+
+    def _place(self, tensors: Iterable[Stored]) -> None:
+        for stored in tensors:
+            self._placed.update(stored.parts.values())
+
+    def _check_leftovers(self, declared: int) -> None:
+        """Count the tensors that the model does without; raise DymoeError for one that would be left out silently."""
+        layers = f"{self._prefix}layers."
+        further = further_layers(self.files, layers, self.spec.num_layers, declared)
+        for name in self.files:
+            if name in self._placed:
+                continue
+            kind = FURTHER_TOKENS if layer_of(name, layers) in further else kind_of(name, layers)
+            if kind is None and self._is_zero_bias(name):
+                kind = ZERO_BIASES
+            if kind is None:
+                raise DymoeError(
+                    f"{self.files.directory}: tensor {name} has no place in the model that {CONFIG} describes; "
+                    f"use the {CONFIG} of this checkpoint; if it is the right one, this variant of "
+                    f"{self.spec.model_type} is not supported"
+                )
+            self.left_out[kind] += 1
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """Return whether `name` is a bias without effect; GPTQ adds such biases to matrices that have none."""
+        matrix = f"{name.removesuffix('.bias')}.qweight"
+        return name.endswith(".bias") and matrix in self._placed and self.files.is_zero(name)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return the parsed config.json of a checkpoint directory.
-
-    Raises DymoeError if there is no such directory, or if its config.json is missing or not a JSON object.
-    """
-    if not directory.exists():
-        raise DymoeError(f"{directory}: no such directory; give the directory of a Hugging Face checkpoint")
-    if not directory.is_dir():
-        raise DymoeError(f"{directory}: not a directory; give the directory that holds config.json and the shards")
-    if not (directory / CONFIG).exists():
-        raise DymoeError(f"{directory}: this is no Hugging Face checkpoint: it has no {CONFIG}; {_instead(directory)}")
-    return read_json(directory / CONFIG)
-
-
-def _instead(directory: Path) -> str:
-    """Return advice for a directory that is not a checkpoint."""
-    if (directory / MANIFEST).exists():
-        return "it is a bundle already: run it with dymoe-run"
-    if any(directory.glob("*.gguf")):
-        return "GGUF files are quantized already: give the checkpoint that they were made from"
-    return "give the directory that holds config.json and the model's safetensors files"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint; raise a DymoeError that names the file if it has none."""
-    return parse_json(read_text(path, REMEDY), str(path), REMEDY)
-
-
-def _shards(directory: Path) -> list[Path]:
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    index = directory / INDEX
-    if not index.exists():
-        hint = "convert it to safetensors first" if any(directory.glob("*.bin")) else "download the checkpoint again"
-        raise DymoeError(f"{directory}: neither {SINGLE} nor {INDEX} is there; {hint}")
-    shards = [directory / name for name in sorted(set(_weight_map(index).values()))]
-    for shard in shards:
-        if not shard.exists():
-            raise DymoeError(f"{shard}: shard is missing, though {INDEX} names it; download it")
-    return shards
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name -> file name of its shard."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DymoeError(f"{index}: 'weight_map' is missing; download the file again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or "/" in shard:
-            raise DymoeError(f"{index}: tensor {name} is said to be in {shard!r}; download the file again")
-    return weight_map
-
-
-def _format(templates: tuple[str, ...], **values: int) -> list[str]:
-    return [template.format(**values) for template in templates]
+def _further_layers(values: Mapping[str, Any]) -> int:
+    """Return how many layers after the model's own config.json says to predict further tokens."""
+    counts = [values.get(name) for name in FURTHER_LAYERS]
+    return max((count for count in counts if isinstance(count, int)), default=0)

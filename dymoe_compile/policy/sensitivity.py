@@ -39,6 +39,12 @@ class LayerwiseDecoder(Protocol):
     def feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
         """Return the residual stream [T, H] after the dense MLP of `layer`."""
 
+    def only_adds(self, layer: int) -> bool:
+        """Return whether `finish` does nothing but add the output of the experts."""
+
+    def finish(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the residual stream [T, H] after `layer`, from the one that its experts read and their output."""
+
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits [T, vocab] of hidden states [T, H]."""
 
@@ -183,24 +189,38 @@ class Measurer:
             branch, setting = branches[self._prefix(rule, layer)], rule.setting(layer)
             if setting not in branch.tiers:
                 branch.tiers[setting] = rule.choose(layer, branch.routing)
-                branch.outputs[setting] = branch.routing.residual.copy()
+                branch.outputs[setting] = self._begun(layer, branch.routing.residual)
             result.counts.add(branch.tiers[setting])
             same = (branch.routing.experts[:, :, None] == base[:, None, :]).any(-1)
             result.router_overlap[layer] = float(same.mean())
         for expert in range(self._bundle.spec.num_experts):
             self._run_expert(ExpertKey(layer, expert), list(branches.values()))
         return {
-            (*prefix, setting): in_groups(output, self._windows.shape[1])
+            (*prefix, setting): self._finished(layer, branch.routing.residual, output)
             for prefix, branch in branches.items()
             for setting, output in branch.outputs.items()
         }
+
+    def _begun(self, layer: int, residual: np.ndarray) -> np.ndarray:
+        """Return what the outputs of the experts are added to, [T, H]."""
+        return residual.copy() if self._decoder.only_adds(layer) else np.zeros_like(residual)
+
+    def _finished(self, layer: int, residual: np.ndarray, output: np.ndarray) -> list[np.ndarray]:
+        """Return the residual stream that leaves a layer, by windows."""
+        outputs = in_groups(output, self._windows.shape[1])
+        if self._decoder.only_adds(layer):
+            return outputs
+        pairs = zip(in_groups(residual, self._windows.shape[1]), outputs, strict=True)
+        return [self._decoder.finish(layer, x, y) for x, y in pairs]
 
     def _route(self, layer: int, xs: list[np.ndarray]) -> _Branch:
         """Run the mixer window by window, then the router for all tokens at once."""
         mixed = [self._decoder.mix(layer, window, weigh=True) for window in xs]
         x, token_weights = (np.concatenate(parts) for parts in zip(*mixed, strict=True))
         h, experts, weights = self._decoder.route(layer, x)
-        return _Branch(h, PromptRouting(experts, weights, x, token_weights, self._windows.shape[1]), {}, {})
+        by_share = self._bundle.spec.moe.router.weighs_by_share
+        routing = PromptRouting(experts, weights, x, token_weights, self._windows.shape[1], by_share)
+        return _Branch(h, routing, {}, {})
 
     def _run_expert(self, key: ExpertKey, branches: Sequence[_Branch]) -> None:
         """Add the output of one expert to the outputs of every branch, at each tier that a setting chose."""

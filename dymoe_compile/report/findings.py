@@ -22,8 +22,12 @@ def collect(
     dense_kl: Mapping[str, Mapping[str, float]],
     statistics: Mapping[int, LayerStatistics],
     fitted: Fitted,
+    left_out: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Return the findings as JSON types; equal input gives equal findings."""
+    """Return the findings as JSON types; equal input gives equal findings.
+
+    `left_out` has the checkpoint's tensors that the bundle does without: what they are -> how many.
+    """
     spec, ladder, policy = manifest.spec, manifest.ladder, fitted.policy
     layout = expert_layout(spec, ladder)
     return {
@@ -58,7 +62,7 @@ def collect(
         "default_point": policy.default_point,
         "compared": [{**point_json(point), **_setting(rule)} for point, rule in fitted.compared],
         "peers": [],
-        "notes": list(policy.notes),
+        "notes": [*policy.notes, *(f"left out: {what} ({count} tensors)" for what, count in left_out.items())],
         "provenance": dict(manifest.provenance),
         "reference_nll": fitted.reference_nll,
         "measured_tokens": fitted.tokens,

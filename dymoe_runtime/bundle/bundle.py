@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,29 @@ from dymoe_runtime.bundle.policy import Policy
 from dymoe_runtime.bundle.tiers import RecordLayout, check_ladder, make_layout
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json, read_text, strict
-from dymoe_runtime.spec import AttentionSpec, ExpertKey, MlpSpec, ModelSpec, MoeSpec, Rope, RouterSpec, alike_layers
+from dymoe_runtime.spec import (
+    ACTIVATIONS,
+    AttentionSpec,
+    ExpertKey,
+    GatedDeltaSpec,
+    LayerSpec,
+    MixerSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    Rope,
+    RouterSpec,
+    SharedSpec,
+    alike_layers,
+    is_exact,
+)
 
-VERSION = 3
+# Versions of the format. A bundle is written in the oldest one that can hold its model.
+VERSION, OLDEST = 4, 3
+# Kinds of rotary embeddings that version 3 knows.
+OLD_ROPES = ("default", "linear", "llama3", "yarn")
+# Kinds of mixers that a bundle can hold.
+_MIXERS: dict[str, type] = {spec.kind: spec for spec in (AttentionSpec, GatedDeltaSpec)}
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
 # Bits that a kind of dense matrices may have: 16 is bf16, fewer is quantized.
 DENSE_BITS = (4, 5, 6, 7, 8, 16)
@@ -70,7 +90,6 @@ class Manifest:
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
     provenance: Mapping[str, Any]
-    version: int = VERSION
 
     def to_text(self) -> str:
         """Return JSON with sorted keys; `sha256` holds the digest of all other keys."""
@@ -82,7 +101,7 @@ class Manifest:
             "dense_crc32": dict(self.dense_crc32),
             "layers": {str(layer): asdict(entry) for layer, entry in self.layers.items()},
             "provenance": dict(self.provenance),
-            "version": self.version,
+            "version": format_version(self.spec),
         }
         return json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n"
 
@@ -93,13 +112,14 @@ class Manifest:
         Raises DymoeError if the text is damaged or of another version.
         """
         data = parse_json(text, where, DAMAGED)
-        if data.get("version") != VERSION:
+        version = data.pop("version", None)
+        if version not in (OLDEST, VERSION):
             raise DymoeError(
-                f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
+                f"{where}: version {version}, this runtime reads {OLDEST} and {VERSION}; recompile or upgrade"
             )
-        if data.pop("sha256", None) != _digest(data):
+        if data.pop("sha256", None) != _digest({**data, "version": version}):
             raise DymoeError(f"{where}: does not match its own digest; {DAMAGED}")
-        data["spec"] = spec_from_json(data["spec"])
+        data["spec"] = spec_from_json(data["spec"], version)
         data["ladder"] = check_ladder(data["ladder"])
         data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}
         data["layers"] = {int(layer): _layer_entry(entry, where) for layer, entry in data["layers"].items()}
@@ -155,18 +175,12 @@ class Bundle:
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    """Return the JSON form of version 3 of the bundle format, with one attention for all layers.
-
-    Raises ValueError if the layers differ in their mixer, if it is not attention, or if a dense MLP is not
-    `dense_width` wide.
-    """
-    mixers = {layer.mixer for layer in spec.layers}
+    """Return the JSON form of a model's specification in version `format_version(spec)` of the format."""
+    if format_version(spec) == VERSION:
+        others = {field.name: getattr(spec, field.name) for field in fields(ModelSpec) if field.name != "layers"}
+        return {**others, "eos_ids": list(spec.eos_ids), **_layers_to_json(spec.layers)}
     attention = spec.layers[0].mixer
-    if len(mixers) != 1 or not isinstance(attention, AttentionSpec):
-        raise ValueError("format version 3 keeps models whose layers have the same attention")
-    widths = {layer.feed_forward.width for layer in spec.layers if isinstance(layer.feed_forward, MlpSpec)}
-    if not widths <= {spec.dense_width}:
-        raise ValueError("format version 3 keeps models whose dense layers have one width")
+    assert isinstance(attention, AttentionSpec) and attention.rope is not None
     return {
         "model_type": spec.model_type,
         "vocab_size": spec.vocab_size,
@@ -177,7 +191,7 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "max_context": spec.max_context,
         "norm_eps": spec.norm_eps,
-        "rope": asdict(attention.rope),
+        "rope": {name: value for name, value in asdict(attention.rope).items() if name != "dims"},
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
         "norm_topk": spec.moe.router.normalize,
@@ -194,12 +208,25 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
+def format_version(spec: ModelSpec) -> int:
+    """Return the version of the format in which a model is kept: the oldest one that can hold it.
+
+    Version 3 knows one attention for all layers, and softmax routers.
+    """
+    return VERSION if spec != _as_kept(spec) else OLDEST
+
+
+def spec_from_json(data: Mapping[str, Any], version: int) -> ModelSpec:
     """Build a model's specification from the result of `spec_to_json`.
 
     Raises DymoeError naming the key if one is unknown or missing.
     """
     where = "manifest.json: spec"
+    if version == VERSION:
+        values = {name: value for name, value in data.items() if name != "kinds"}
+        values |= {"layers": _layers_from_json(data, where), "eos_ids": tuple(data["eos_ids"])}
+        spec: ModelSpec = strict(ModelSpec, values, where)
+        return spec
     kept: _KeptSpec = strict(_KeptSpec, data, where)
     rope: Rope = strict(Rope, kept.rope, f"{where}.rope")
     attention = AttentionSpec(
@@ -211,6 +238,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         kept.qk_norm,
         kept.attention_bias,
         kept.clip_qkv,
+        kept.attention_bias,
     )
     moe = MoeSpec(RouterSpec(kept.num_experts, kept.top_k, kept.norm_topk), kept.expert_width)
     return ModelSpec(
@@ -225,6 +253,93 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         eos_ids=tuple(kept.eos_ids),
         dense_width=kept.dense_width,
     )
+
+
+def _as_kept(spec: ModelSpec) -> ModelSpec | None:
+    """Return the nearest model that version 3 can hold, or None if it can hold none like this."""
+    attention, moe = spec.layers[0].mixer, spec.moe
+    if not isinstance(attention, AttentionSpec) or attention.rope is None:
+        return None
+    rope = attention.rope
+    plain = AttentionSpec(
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        rope if rope.kind in OLD_ROPES and not rope.dims else Rope(),
+        attention.window,
+        attention.qk_norm,
+        attention.bias,
+        attention.clip,
+        attention.bias,
+    )
+    router = RouterSpec(moe.router.experts, moe.router.top_k, moe.router.normalize)
+    dense = tuple(n for n in range(spec.num_layers) if not spec.is_moe(n))
+    return ModelSpec(
+        spec.model_type,
+        spec.vocab_size,
+        spec.hidden_size,
+        spec.max_context,
+        spec.norm_eps,
+        alike_layers(spec.num_layers, plain, MoeSpec(router, moe.width), dense, spec.dense_width),
+        spec.activation if spec.activation in ACTIVATIONS else "silu",
+        spec.tie_embeddings,
+        spec.eos_ids,
+        spec.dense_width,
+    )
+
+
+def _layers_to_json(layers: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Return the JSON form of layers: `kinds`, each a different layer, and `layers`, the index of each one's kind."""
+    kinds = list(dict.fromkeys(layers))
+    return {"kinds": [_layer_to_json(kind) for kind in kinds], "layers": [kinds.index(layer) for layer in layers]}
+
+
+def _layers_from_json(data: Mapping[str, Any], where: str) -> tuple[LayerSpec, ...]:
+    """Return the layers of the result of `_layers_to_json`; raise DymoeError that names `where` if it is malformed."""
+    kinds = [_layer_from_json(kind, f"{where}.kinds") for kind in data["kinds"]]
+    if not all(type(index) is int and 0 <= index < len(kinds) for index in data["layers"]):
+        raise DymoeError(f"{where}.layers: there is no such kind of layer")
+    return tuple(kinds[index] for index in data["layers"])
+
+
+def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
+    halves = {"mixer": layer.mixer, "feed_forward": layer.feed_forward}
+    kinds: dict[str, Any] = {name: {"kind": half.kind, **asdict(half)} for name, half in halves.items()}  # type: ignore[call-overload]
+    return {**asdict(layer), **kinds}
+
+
+def _layer_from_json(data: Mapping[str, Any], where: str) -> LayerSpec:
+    values = {**data, "mixer": _mixer(data["mixer"], where), "feed_forward": _feed_forward(data["feed_forward"], where)}
+    layer: LayerSpec = strict(LayerSpec, values, where)
+    return layer
+
+
+def _mixer(data: Mapping[str, Any], where: str) -> MixerSpec:
+    kind, values = _kind_of(data)
+    if kind not in _MIXERS:
+        raise DymoeError(f"{where}: the mixer '{kind}' is not known; upgrade, or compile the model again")
+    if values.get("rope") is not None:
+        values["rope"] = strict(Rope, values["rope"], where)
+    if values.get("temperature") is not None:
+        values["temperature"] = tuple(values["temperature"])
+    mixer: MixerSpec = strict(_MIXERS[kind], values, where)
+    return mixer
+
+
+def _feed_forward(data: Mapping[str, Any], where: str) -> MoeSpec | MlpSpec:
+    kind, values = _kind_of(data)
+    if kind not in (MoeSpec.kind, MlpSpec.kind):
+        raise DymoeError(f"{where}: the feed-forward part '{kind}' is not known; upgrade, or compile the model again")
+    if kind == MoeSpec.kind:
+        values["router"] = strict(RouterSpec, values["router"], where)
+        if values.get("shared") is not None:
+            values["shared"] = strict(SharedSpec, values["shared"], where)
+    part: MoeSpec | MlpSpec = strict(MoeSpec if kind == MoeSpec.kind else MlpSpec, values, where)
+    return part
+
+
+def _kind_of(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return str(data["kind"]), {name: value for name, value in data.items() if name != "kind"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +373,7 @@ class _KeptSpec:
 
 def expert_layout(spec: ModelSpec, ladder: tuple[int, ...]) -> RecordLayout:
     """Return the layout that all expert records of a model share."""
-    return make_layout(spec.expert_shapes, ladder)
+    return make_layout(spec.expert_shapes, ladder, vectors=spec.expert_vectors, grid=spec.expert_grid)
 
 
 def dense_layout(shape: tuple[int, ...], bits: int) -> RecordLayout:
@@ -270,11 +385,11 @@ def dense_layout(shape: tuple[int, ...], bits: int) -> RecordLayout:
 
 
 def dense_kind(name: str, shape: tuple[int, ...]) -> str | None:
-    """Return the kind of a dense matrix (embed, lm_head, attn or mlp), or None if the tensor stays float32.
+    """Return the kind of a dense matrix (embed, lm_head, attn, delta, mlp or shared), or None if it stays float32.
 
     Matrices of one kind share their bits.
     """
-    if len(shape) != 2 or name.endswith(".router"):
+    if len(shape) != 2 or is_exact(name):
         return None
     return name.split(".")[2] if name.startswith("layers.") else name
 

@@ -21,7 +21,10 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 
 # Readable dtypes -> bytes of an element.
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    **{"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1},
+}
 MAX_HEADER_BYTES = 100_000_000
 # Linux reads at most about 2 GiB per call.
 MAX_AT_ONCE = 1 << 30

@@ -14,7 +14,8 @@ unit_t is 2^(T - t) times CURVED_UNITS. Columns are padded to whole blocks.
 
 A *record* holds all planes of all matrices of one expert, in one segment per tier, lowest first. Each segment is
 padded to whole pages, so that one read brings any run of segments. Segment i holds the planes that lead to tier i,
-then the scale indices of tier i; segment 0 also holds the row multipliers.
+then the scale indices of tier i; segment 0 also holds the row multipliers, then the vectors of the expert, if it has
+any: its biases, float32.
 
 Planes are 8, 4, 2 or 1 bits wide and stored block by block, 8 * width bytes each:
 
@@ -25,13 +26,18 @@ Planes are 8, 4, 2 or 1 bits wide and stored block by block, 8 * width bytes eac
 
 Scale indices are two to a byte: the low nibble of byte i is block 2 i, the high one block 2 i + 1.
 
+The grid MXFP4 is for weights that were trained in that format (OCP Microscaling Formats 1.0), whose codes it keeps. The
+ladder ends at 4 bits at most. A scale is for 32 columns, and the same for all tiers; index i stands for the size 2^-i.
+Codes are the 4-bit floats in rising order, -0 before 0, so that a lower tier joins neighbours; MX_NUMBERS and MX_UNITS
+give their levels. The planes are those of blocks of 64 columns, as above.
+
 The functions of this module define the format. They are plain and slow; the kernels are tested against them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -55,6 +61,18 @@ CURVED = {
     4: (1, 9, 14, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45, 49, 54, 62),
 }
 CURVED_CENTRE = 31.5
+# The grid of trained MXFP4 weights: columns of a scale; levels by code, around the centre of their tier; and the unit
+# of each tier. Levels of 4 bits times their unit are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and their negatives. Those of fewer
+# bits are the means of the values that they join, for normally distributed weights.
+MXFP4 = "mxfp4"
+MX_BLOCK = 32
+MX_NUMBERS = {
+    2: (0, 17, 29, 46),
+    3: (0, 14, 21, 26, 30, 35, 42, 56),
+    4: (0, 4, 6, 8, 9, 10, 11, 12, 12, 13, 14, 15, 16, 18, 20, 24),
+}
+MX_UNITS = {2: 0.125, 3: 1 / 6, 4: 0.5}
+MX_SIZES = np.array([2.0**-index for index in range(16)], np.float32)
 # Factor of the scales of each tier, so that one multiplier per row suits all tiers.
 CURVED_UNITS = {2: 0.0433, 3: 0.1539, 4: 0.2590}
 MAX_CURVED = 4
@@ -86,8 +104,19 @@ class MatrixLayout:
     cols: int
     ladder: tuple[int, ...]
     planes: tuple[Plane, ...]  # most significant first
-    scale_indices: tuple[Part, ...]  # u8 [rows, ceil(blocks / 2)], one per tier of the ladder
+    scale_indices: tuple[Part, ...]  # u8 [rows, ceil(scales / 2)], one per tier of the ladder
     multiplier: Part  # bf16 [rows]
+    grid: str = ""  # or MXFP4
+
+    @property
+    def span(self) -> int:
+        """Return the columns that share a scale."""
+        return MX_BLOCK if self.grid == MXFP4 else BLOCK
+
+    @property
+    def scales(self) -> int:
+        """Return the number of scales of a row."""
+        return -(-self.cols // self.span)
 
     @property
     def blocks(self) -> int:
@@ -104,13 +133,14 @@ class RecordLayout:
     """The layout that all records of one kind share.
 
     `segment_bytes` are the sizes of the segments' content. `segment_spans` are those sizes rounded up to whole pages,
-    as stored. Each segment holds its matrices in the order of `matrices`.
+    as stored. Each segment holds its matrices in the order of `matrices`; segment 0 ends with `vectors`, float32 each.
     """
 
     ladder: tuple[int, ...]
     matrices: Mapping[str, MatrixLayout]
     segment_bytes: tuple[int, ...]
     segment_spans: tuple[int, ...]
+    vectors: Mapping[str, Part] = field(default_factory=dict)
 
     @property
     def record_bytes(self) -> int:
@@ -143,7 +173,7 @@ class QuantizedMatrix:
     """A quantized matrix: codes of the highest tier, and the numbers that scale them."""
 
     codes: np.ndarray  # uint8 [rows, cols]
-    scale_indices: Mapping[int, np.ndarray]  # tier -> uint8 [rows, blocks], indices into SCALE_SIZES
+    scale_indices: Mapping[int, np.ndarray]  # tier -> uint8 [rows, scales], indices of sizes
     multiplier: np.ndarray  # float32 [rows], exact in bf16
 
 
@@ -171,19 +201,31 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def make_layout(shapes: Mapping[str, tuple[int, int]], ladder: Sequence[int], page: int = PAGE) -> RecordLayout:
+def make_layout(
+    shapes: Mapping[str, tuple[int, int]],
+    ladder: Sequence[int],
+    page: int = PAGE,
+    vectors: Mapping[str, int] | None = None,
+    grid: str = "",
+) -> RecordLayout:
     """Return the layout of a record of matrices with `shapes` (name -> (rows, cols)) for `ladder`.
 
-    Each segment is padded to a multiple of `page` bytes. Raises ValueError if the ladder is not valid.
+    `vectors` maps the names of float32 vectors, which the first segment holds, to their lengths. Each segment is padded
+    to a multiple of `page` bytes. `grid` is that of all matrices. Raises ValueError if the ladder is not valid, or has
+    more bits than the grid.
 
     >>> layout = make_layout({"gate": (64, 128), "up": (64, 128), "down": (128, 64)}, (2, 3, 4))
     >>> layout.segment_spans, round(layout.bits_per_weight(2), 2)
     ((8192, 4096, 4096), 2.25)
     """
     ladder = check_ladder(ladder)
+    if grid == MXFP4 and ladder[-1] > max(MX_NUMBERS):
+        raise ValueError(f"tiers {list(ladder)}: weights in MXFP4 have {max(MX_NUMBERS)} bits at most")
+    span = MX_BLOCK if grid == MXFP4 else BLOCK
     planes: dict[str, list[Plane]] = {name: [] for name in shapes}
     indices: dict[str, list[Part]] = {name: [] for name in shapes}
     multipliers: dict[str, Part] = {}
+    places: dict[str, Part] = {}
     sizes = []
     below = 0
     for segment, tier in enumerate(ladder):
@@ -199,21 +241,27 @@ def make_layout(shapes: Mapping[str, tuple[int, int]], ladder: Sequence[int], pa
             for width in plane_widths(tier - below):
                 planes[name].append(Plane(width, tier, take(rows * blocks_of(cols) * 8 * width)))
         for name, (rows, cols) in shapes.items():
-            indices[name].append(take(rows * scale_index_bytes(blocks_of(cols))))
+            shared = grid == MXFP4 and segment > 0
+            indices[name].append(indices[name][0] if shared else take(rows * scale_index_bytes(-(-cols // span))))
         if segment == 0:
             for name, (rows, _) in shapes.items():
                 multipliers[name] = take(2 * rows)
+            places = {name: take(4 * length) for name, length in (vectors or {}).items()}
         sizes.append(cursor)
         below = tier
     matrices = {
-        name: MatrixLayout(rows, cols, ladder, tuple(planes[name]), tuple(indices[name]), multipliers[name])
+        name: MatrixLayout(rows, cols, ladder, tuple(planes[name]), tuple(indices[name]), multipliers[name], grid)
         for name, (rows, cols) in shapes.items()
     }
-    return RecordLayout(ladder, matrices, tuple(sizes), tuple(_round_up(size, page) for size in sizes))
+    return RecordLayout(ladder, matrices, tuple(sizes), tuple(_round_up(size, page) for size in sizes), places)
 
 
-def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -> np.ndarray:
-    """Return the bytes of one record, uint8 [record_bytes]; padding is zero."""
+def pack_record(
+    layout: RecordLayout,
+    matrices: Mapping[str, QuantizedMatrix],
+    vectors: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Return the bytes of one record, uint8 [record_bytes], of its matrices and vectors; padding is zero."""
     record = np.zeros(layout.record_bytes, np.uint8)
     segments = split_record(layout, record)
     for name, where in layout.matrices.items():
@@ -227,6 +275,9 @@ def pack_record(layout: RecordLayout, matrices: Mapping[str, QuantizedMatrix]) -
         for tier, part in zip(where.ladder, where.scale_indices, strict=True):
             _put(segments, part, pack_scale_indices(matrix.scale_indices[tier]))
         _put(segments, where.multiplier, (matrix.multiplier.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    for name, part in layout.vectors.items():
+        assert vectors is not None
+        _put(segments, part, np.ascontiguousarray(vectors[name], np.float32).view(np.uint8))
     return record
 
 
@@ -250,33 +301,42 @@ def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int)
     return np.ascontiguousarray(codes[:, : where.cols])
 
 
+def vector_of(segments: Sequence[np.ndarray], part: Part) -> np.ndarray:
+    """Return the vector at `part`, float32 [n], from the segments of a record."""
+    return _get(segments, part).view(np.float32)
+
+
 def tier_scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
-    """Return scale_t of a matrix, float32 [rows, blocks], from the segments of a record."""
+    """Return scale_t of a matrix, float32 [rows, scales], from the segments of a record."""
     packed = _get(segments, where.scale_indices[where.ladder.index(tier)]).reshape(where.rows, -1)
-    indices = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.blocks]
+    indices = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.scales]
     multiplier = widen_bf16(_get(segments, where.multiplier).view(np.uint16))
-    return tier_scales(indices, multiplier, tier, where.ladder[-1])
+    return tier_scales(indices, multiplier, tier, where.ladder[-1], where.grid)
 
 
-def tier_scales(indices: np.ndarray, multiplier: np.ndarray, tier: int, top: int) -> np.ndarray:
-    """Return scale_t = multiplier * unit_t * SCALE_SIZES[index], float32 [..., rows, blocks].
+def tier_scales(indices: np.ndarray, multiplier: np.ndarray, tier: int, top: int, grid: str = "") -> np.ndarray:
+    """Return scale_t = multiplier * unit_t * size[index], float32 [..., rows, scales].
 
-    indices [..., rows, blocks], multiplier float32 [..., rows]; `top` is the highest tier of the ladder.
+    indices [..., rows, scales], multiplier float32 [..., rows]; `top` is the highest tier of the ladder.
     """
-    scales: np.ndarray = (multiplier * np.float32(unit_of(tier, top)))[..., None] * SCALE_SIZES[indices]
+    sizes = MX_SIZES if grid == MXFP4 else SCALE_SIZES
+    scales: np.ndarray = (multiplier * np.float32(unit_of(tier, top, grid)))[..., None] * sizes[indices]
     return scales
 
 
 def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
     """Return the matrix at `tier`, float32 [rows, cols], from the segments of a record."""
     codes = unpack_codes(segments, where, tier)
-    scales = tier_scales_of(segments, where, tier).repeat(BLOCK, axis=1)[:, : where.cols]
-    values: np.ndarray = scales * levels_of(tier, where.ladder[-1])[codes]
+    scales = tier_scales_of(segments, where, tier).repeat(where.span, axis=1)[:, : where.cols]
+    values: np.ndarray = scales * levels_of(tier, where.ladder[-1], where.grid)[codes]
     return values
 
 
-def levels_of(tier: int, top: int) -> np.ndarray:
+def levels_of(tier: int, top: int, grid: str = "") -> np.ndarray:
     """Return the level of each code of `tier` in a ladder up to `top`, float32 [2^tier], rising."""
+    if grid == MXFP4:
+        numbers = np.array(MX_NUMBERS[tier], np.float32)
+        return numbers - np.float32(MX_NUMBERS[tier][-1] / 2)
     if top <= MAX_CURVED:
         return np.array(CURVED[tier], np.float32) - np.float32(CURVED_CENTRE)
     return np.arange(2**tier, dtype=np.float32) - np.float32((2**tier - 1) / 2)
@@ -287,8 +347,10 @@ def widen_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def unit_of(tier: int, top: int) -> float:
+def unit_of(tier: int, top: int, grid: str = "") -> float:
     """Return unit_t, a factor of all scales of `tier` in a ladder up to `top`; it is exact in float32."""
+    if grid == MXFP4:
+        return float(np.float32(MX_UNITS[tier]))
     curved = float(np.float32(CURVED_UNITS[tier])) if top <= MAX_CURVED else 1.0
     return curved * 2.0 ** (top - tier)
 

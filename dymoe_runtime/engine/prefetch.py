@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from safetensors.numpy import load
@@ -78,7 +79,7 @@ class Prefetcher:
         self._left = None
         if self._wanted(layer + 1):
             experts, weights = self._guess(layer + 1, routing.residual)
-            guessed = PromptRouting(experts, weights, routing.residual, routing.token_weights, routing.group)
+            guessed = replace(routing, experts=experts, weights=weights)
             tiers = self._precision.rule.choose_for_prompt(layer + 1, guessed)
             self._store.prefetch(self._merged(layer + 1, experts, weights, tiers), requests)
 

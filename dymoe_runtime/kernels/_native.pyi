@@ -3,14 +3,21 @@
 
 from collections.abc import Callable, Sequence
 
+from dymoe_runtime.kernels.interface import Position, Reached
+from dymoe_runtime.spec import GatedDeltaSpec, LayerSpec, RouterSpec
+
 _Part = tuple[int, int, int]  # segment, offset, nbytes
 _Plane = tuple[int, int, _Part]  # width, tier, part
-# name, rows, cols, ladder, planes, scale indices of each tier, multiplier
-_Layout = tuple[str, int, int, list[int], list[_Plane], list[_Part], _Part]
+# name, rows, cols, ladder, planes, scale indices of each tier, multiplier, grid
+_Layout = tuple[str, int, int, list[int], list[_Plane], list[_Part], _Part, str]
 _Vector = tuple[int, int]  # address, length
 _Matrix = tuple[int, int, int]  # address, rows, cols
 _Cache = tuple[int, int, int, int]  # addresses of a layer's keys and values, capacity, bits
+_Delta = tuple[_Vector, _Vector]  # a layer's inputs of the convolution, and its memory
+_Linear = tuple[Plan, int, list[_Vector], int]  # plan, tier, segments, address of the bias or 0
 _Rows = tuple[Expert, int, int]  # expert, first row, number of rows
+_Heads = tuple[int, int, int, int]  # tokens, heads, kv_heads, head_dim
+_Sight = tuple[int, int, int]  # position of the first token; window and chunk, 0 for none
 
 # The matrices of one expert at one tier: pointers into its segments, which the caller keeps in place.
 class Expert: ...
@@ -18,7 +25,7 @@ class Expert: ...
 # The checked layout of a record.
 class Plan:
     @staticmethod
-    def make(matrices: list[_Layout]) -> Plan: ...
+    def make(matrices: list[_Layout], vectors: list[tuple[str, _Part]]) -> Plan: ...
     def expert(self, tier: int, segments: Sequence[_Vector]) -> Expert: ...
     def linear(self, isa: str, tier: int, segments: list[_Vector], x: _Matrix, y: _Matrix) -> None: ...
     def embed(self, isa: str, tier: int, segments: list[_Vector], ids: _Vector, y: _Matrix) -> None: ...
@@ -29,15 +36,12 @@ class DecodeLayer:
     @staticmethod
     def make(
         isa: str,
-        heads: tuple[int, int, int, int],  # hidden, heads, kv_heads, head_dim
-        window: int,
-        routing: tuple[int, int, bool],  # experts, top_k, normalize
+        hidden: int,
         eps: float,
-        clip: float,
-        qk_norm: str,
-        vectors: list[int],  # addresses of attn_norm, q_norm, k_norm, mlp_norm; 0 for none
-        router: int,  # address of [experts, hidden], or 0
-        matrices: list[tuple[Plan, int, list[_Vector], int]],  # q, k, v, o: plan, tier, segments, address of bias or 0
+        layer: LayerSpec,
+        rotation: tuple[int, int],  # index of the rotary embedding or -1, columns of a head that turn
+        plain: dict[str, _Matrix],  # vectors have one row
+        quantized: dict[str, _Linear],
     ) -> DecodeLayer: ...
 
 # The resident experts, where a decode stack finds them.
@@ -51,17 +55,17 @@ class ResidentTable:
 # The layers that a decoded token runs through.
 class DecodeStack:
     def __init__(self, isa: str, layers: Sequence[DecodeLayer | None], activation: str) -> None: ...
-    def set_caches(self, caches: list[_Cache]) -> None: ...
+    def set_states(self, states: list[_Cache | _Delta | None]) -> None: ...
     def run(
         self,
         table: ResidentTable | None,
         first: int,
         x: int,
         more: int,  # address, or 0
-        position: tuple[int, int, int],  # index, addresses of cosines and sines
+        position: Position,
         buffers: tuple[int, int, int, int],  # addresses of residual, h, experts, weights
-    ) -> tuple[int, bool, list[int], list[float], list[tuple[int, list[int], list[int]]]]: ...
-    def route(self, layer: int, x: int, h: int, experts: int, weights: int, router: int = 0, bias: int = 0) -> None: ...
+    ) -> Reached: ...
+    def route(self, layer: int, x: int, experts: int, weights: int, router: int = 0, bias: int = 0) -> None: ...
 
 # Threads that read files into memory.
 class ReadThreads:
@@ -89,20 +93,35 @@ def moe_token(
 ) -> float: ...  # seconds spent waiting
 def matmul(isa: str, x: _Matrix, weight: int, is_bf16: bool, y: _Matrix) -> None: ...
 def activate(isa: str, hidden: _Matrix, ups: int, activation: str) -> None: ...
-def route(isa: str, logits: _Matrix, normalize: bool, experts: int, weights: _Matrix) -> None: ...
+def route(
+    isa: str,
+    logits: _Matrix,
+    router: RouterSpec,
+    select: int,  # addresses, or 0
+    scale: int,
+    experts: int,
+    weights: _Matrix,
+) -> None: ...
 def norm(isa: str, x: _Matrix, weight: int, eps: float, out: _Matrix) -> None: ...
-def rotate(x: _Matrix, cosines: _Matrix, sines: int) -> None: ...
+def rotate(x: _Matrix, n: int, cosines: _Matrix, sines: int) -> None: ...
 def combine(y: _Matrix, weights: _Matrix, rows: _Matrix, out: _Matrix) -> None: ...
-def receiving_parts(isa: str, shape: tuple[int, int, int, int], last: int) -> int: ...
+def receiving_parts(isa: str, shape: _Heads, last: int) -> int: ...
 def attend_prompt(
     isa: str,
-    shape: tuple[int, int, int, int],  # tokens, heads, kv_heads, head_dim
-    start: int,
-    window: int,
+    shape: _Heads,
+    sight: _Sight,
     last: int,
-    vectors: list[int],  # addresses of queries, keys, values, out
+    vectors: list[int],  # addresses of queries, keys, values, out, sinks; 0 for no sinks
     cache: _Cache,
     received: _Matrix,
+) -> None: ...
+def gated_delta(
+    isa: str,
+    spec: GatedDeltaSpec,
+    mixed: _Matrix,
+    rates: _Matrix,
+    vectors: list[int],  # addresses of conv, a_log, dt_bias, tail, memory
+    y: _Matrix,
 ) -> None: ...
 def descend(
     isa: str,

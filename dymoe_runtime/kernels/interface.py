@@ -15,9 +15,10 @@ import numpy as np
 
 from dymoe_runtime.bundle.tiers import RecordLayout
 from dymoe_runtime.kernels.kv_cache import KVCache
-from dymoe_runtime.kernels.prepared import DecodeWeights, ExpertRows, PreparedExpert
+from dymoe_runtime.kernels.prepared import DecodeWeights, DeltaArrays, DeltaWeights, ExpertRows, PreparedExpert
 from dymoe_runtime.kernels.reads import PendingReads, ReadThreads
 from dymoe_runtime.memory import Place
+from dymoe_runtime.spec import GatedDeltaSpec, RouterSpec
 
 Segments = Sequence[np.ndarray]
 
@@ -34,6 +35,9 @@ class ExpertTable(Protocol):
     def set_rule(self, layer: int, thresholds: Sequence[float], pinned: Sequence[int], /) -> None:
         """Set the thresholds that choose tiers in `layer` from now on; `pinned` experts get the highest tier."""
 
+
+# The index of a token in its sequence, and for each rotation of a stack the addresses of its cosines and sines there.
+Position = tuple[int, Sequence[tuple[int, int]]]
 
 # Result of `LayerStack.run`: layer reached, whether its attention has run, experts and routing weights that its
 # router chose, and (layer, experts, tiers) of each layer whose experts have run.
@@ -56,8 +60,8 @@ class LayerStack(Protocol):
     def knows(self, layer: int, /) -> bool:
         """Return whether this stack runs `layer` and the layer has a router."""
 
-    def set_caches(self, caches: Sequence[KVCache | None], /) -> None:
-        """Set the KV caches of the sequence to decode, one for each layer.
+    def set_states(self, states: Sequence[KVCache | DeltaArrays | None], /) -> None:
+        """Set the states of the sequence to decode, one for each layer: a KV cache or the arrays of a delta rule.
 
         An entry is None for a layer that this stack does not run.
         """
@@ -68,15 +72,17 @@ class LayerStack(Protocol):
         first: int,
         x: np.ndarray,
         more: np.ndarray | None,
-        position: tuple[int, int, int],
+        position: Position,
         /,
     ) -> Reached:
         """Run a token from layer `first` on, up to a layer that has to wait for experts or is not in this stack.
 
-        The input of layer `first` is x + more, [1, H] each. `position` is the token's index in the sequence, and the
-        addresses of its cosines and sines. The run stops before a layer that is not in this stack, and after the
-        attention of a dense layer. It stops after attention and router of a layer whose experts are not all resident
-        in `table`. `table` is an `ExpertTable` of the same kernels; without it, no expert counts as resident.
+        x [1, H] is the residual stream that enters layer `first`. If `more` is given, it is the output of the experts
+        of layer first - 1, and x is the residual stream before them: that layer is finished first, as `Decoder.finish`
+        does. `first` may be the number of layers then. `position` is the token's index in the sequence, and the
+        addresses of cosines and sines for each of the stack's rotations. The run stops before a layer that is not in
+        this stack. It stops after mixer and router of a layer whose experts are not all resident in `table`. `table` is
+        an `ExpertTable` of the same kernels; without it, no expert counts as resident.
         """
 
     def set_guesser(self, layer: int, router: np.ndarray, bias: np.ndarray, /) -> None:
@@ -129,7 +135,8 @@ class Kernels(Protocol):
         """Run the rows i of each part through its expert: y[i] = ffn(x[tokens[i]]).
 
         x is float32 [T, H], tokens int64 [N], y float32 [N, H]. Rows of y that belong to no part keep their values.
-        ffn(x) is (act(x @ gate.T) * (x @ up.T)) @ down.T, with the act of ACTIVATIONS that `activation` names.
+        ffn(x) is (act(x @ gate.T) * (x @ up.T)) @ down.T, with the act of ACTIVATIONS that `activation` names, or the
+        one of `clamped_swiglu`. If the record has biases, they are added after each product.
         With `batch_invariant` kernels, a row does not depend on the other rows.
         """
 
@@ -163,13 +170,23 @@ class Kernels(Protocol):
         """
 
     def activate(self, gate: np.ndarray, up: np.ndarray, activation: str, /) -> np.ndarray:
-        """Return act(gate) * up; gate, up and the result are [T, n]."""
+        """Return act(gate) * up, or what `clamped_swiglu` says; gate, up and the result are [T, n]."""
 
-    def route(self, logits: np.ndarray, top_k: int, normalize: bool, /) -> tuple[np.ndarray, np.ndarray]:
-        """Choose the `top_k` highest of a router's logits [T, experts].
+    def route(
+        self,
+        logits: np.ndarray,
+        router: RouterSpec,
+        select: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+        /,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose experts by a router's logits [T, experts], which include its bias, as `RouterSpec` says.
 
-        Returns (experts, weights), int64 and float32 [T, k], highest weight first. The routing weights are shares of
-        the softmax over all logits. With `normalize` they are divided by their sum.
+        `select` and `scale`, float32 [experts], are its tensors `router_select` and `router_scale`.
+
+        Returns (experts, weights), int64 and float32 [T, k], highest weight first. Of equal weights, the expert that
+        was chosen first comes first; of equal scores, the expert with the lower number is chosen first. A token whose
+        logits are not finite gets the first experts, with NaN weights.
         """
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float, /) -> np.ndarray:
@@ -179,9 +196,9 @@ class Kernels(Protocol):
         """
 
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, /) -> np.ndarray:
-        """Apply the rotary embedding (arXiv 2104.09864) to x [T, heads, n] in place, and return x.
+        """Apply the rotary embedding (arXiv 2104.09864) to x [T, heads, d] in place, and return x.
 
-        cosines and sines are [T, n]: one row for the position of each token.
+        cosines and sines are [T, n]: one row for the position of each token. The first n columns of a head turn.
         """
 
     def attend(
@@ -193,14 +210,35 @@ class Kernels(Protocol):
         start: int,
         window: int | None = None,
         weigh: bool = False,
+        sinks: np.ndarray | None = None,
+        chunk: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Append k and v [kv_heads, T, d] to `cache` at position `start`, then attend causally with q [heads, T, d].
 
         A token attends to itself and all earlier positions, or with `window` to the last `window` positions, itself
-        included.
+        included. With `chunk`, it attends only to positions p of its own chunk, which have the same p // chunk.
+        `sinks`, float32 [heads], are scores that take part in each softmax, but have no value.
 
         Returns (outputs [heads, T, d], received [T]). `received` is the attention that each token of the call gets
         from the last HEAVY_HITTER_QUERIES tokens of the call, summed over heads. It is None without `weigh`.
+        """
+
+    def gated_delta(
+        self, spec: GatedDeltaSpec, mixed: np.ndarray, rates: np.ndarray, weights: DeltaWeights, state: DeltaArrays, /
+    ) -> np.ndarray:
+        """Run T tokens through the convolution and the gated delta rule, and update `state`.
+
+        mixed float32 [T, channels] has queries, keys and values; rates [T, 2 * value_heads] has b, then a, of each head
+        of values. A channel's convolution with its `taps` last values is followed by silu. Queries and keys are divided
+        by their length, sqrt(sum of squares + 1e-6); queries are divided by sqrt(key_dim). Then for each token, with
+        S [key_dim, value_dim] the state of a head, k, q, v its key, query and value:
+
+            S = S * exp(-exp(a_log) * softplus(a + dt_bias))
+            S = S + outer(k, sigmoid(b) * (v - k @ S))
+            y = q @ S
+
+        Returns y of all heads, float32 [T, values]. A token's result does not depend on how the tokens are divided
+        into calls, but for rounding.
         """
 
     def linear(self, layout: RecordLayout, tier: int, segments: Segments, x: np.ndarray, /) -> np.ndarray:
@@ -218,7 +256,7 @@ class Kernels(Protocol):
         """Return a stack that runs one token through `layers`, or None if these kernels have none.
 
         An entry of `layers` is None for a layer that the stack cannot run; `LayerStack.run` stops before it. The
-        weights must outlive the stack.
+        weights must outlive the stack. `rotation` of a layer is an index into the addresses of a `Position`.
         """
 
     def resident_table(self, layers: int, experts: int, ladder: Sequence[int], /) -> ExpertTable | None:

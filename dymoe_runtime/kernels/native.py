@@ -9,11 +9,19 @@ import numpy as np
 
 import dymoe_runtime.kernels._native as _native
 from dymoe_runtime.bundle.tiers import MatrixLayout, Part, RecordLayout
-from dymoe_runtime.kernels.interface import Reached
+from dymoe_runtime.kernels.interface import Position, Reached
 from dymoe_runtime.kernels.kv_cache import HEAVY_HITTER_QUERIES, KVCache, row_bytes
-from dymoe_runtime.kernels.prepared import DecodeWeights, ExpertRows, LinearWeights, PreparedExpert
+from dymoe_runtime.kernels.prepared import (
+    DecodeWeights,
+    DeltaArrays,
+    DeltaWeights,
+    ExpertRows,
+    LinearWeights,
+    PreparedExpert,
+)
 from dymoe_runtime.kernels.reads import PendingReads
 from dymoe_runtime.memory import Place, address_of
+from dymoe_runtime.spec import AttentionSpec, GatedDeltaSpec, MixerSpec, MoeSpec, RouterSpec
 
 
 def available() -> list[str]:
@@ -106,12 +114,19 @@ class NativeKernels:
         _native.activate(self.name, _matrix(hidden, "gate"), _address(up), activation)
         return hidden
 
-    def route(self, logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-        experts = np.empty((len(logits), top_k), np.int64)
-        weights = np.empty((len(logits), top_k), np.float32)
+    def route(
+        self,
+        logits: np.ndarray,
+        router: RouterSpec,
+        select: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        added, factors = _vector_or_0(select, router.experts, "select"), _vector_or_0(scale, router.experts, "scale")
+        experts = np.empty((len(logits), router.top_k), np.int64)
+        weights = np.empty((len(logits), router.top_k), np.float32)
         used_up = logits.copy()
         where = address_of(experts), _matrix(weights, "weights")
-        _native.route(self.name, _matrix(used_up, "logits"), normalize, *where)
+        _native.route(self.name, _matrix(used_up, "logits"), router, added, factors, *where)
         return experts, weights
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -123,11 +138,11 @@ class NativeKernels:
         return out.reshape(x.shape)
 
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
-        expected = (x.shape[0], x.shape[2])
-        if cosines.shape != expected or sines.shape != expected:
-            raise ValueError(f"tables: expected {list(expected)}, got {list(cosines.shape)} and {list(sines.shape)}")
         _check(x, np.float32, 3, "x")
-        _native.rotate((address_of(x), len(x), x.shape[1] * x.shape[2]), _matrix(cosines, "cosines"), _address(sines))
+        tokens, heads, n = x.shape
+        if sines.shape != cosines.shape:
+            raise ValueError(f"tables: expected one shape, got {list(cosines.shape)} and {list(sines.shape)}")
+        _native.rotate((address_of(x), tokens, heads * n), n, _matrix(cosines, "cosines"), _address(sines))
         return x
 
     def attend(
@@ -139,6 +154,8 @@ class NativeKernels:
         start: int,
         window: int | None = None,
         weigh: bool = False,
+        sinks: np.ndarray | None = None,
+        chunk: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         heads, tokens, head_dim = q.shape
         kv_heads = cache.rows.shape[1]
@@ -152,10 +169,28 @@ class NativeKernels:
         shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
         out = np.empty(rows[0].shape, np.float32)
         mass = np.empty((_native.receiving_parts(self.name, shape, last), tokens), np.float32)
-        vectors = [address_of(x) for x in (*rows, out)]
-        received = _matrix(mass, "received")
-        _native.attend_prompt(self.name, shape, start, window or 0, last, vectors, cache.address, received)
+        vectors = [*(address_of(x) for x in (*rows, out)), _vector_or_0(sinks, heads, "sinks")]
+        sight, received = (start, window or 0, chunk or 0), _matrix(mass, "received")
+        _native.attend_prompt(self.name, shape, sight, last, vectors, cache.address, received)
         return out.transpose(1, 0, 2), mass.sum(0) if weigh else None
+
+    def gated_delta(
+        self, spec: GatedDeltaSpec, mixed: np.ndarray, rates: np.ndarray, weights: DeltaWeights, state: DeltaArrays
+    ) -> np.ndarray:
+        shapes = (
+            (weights.conv, (spec.channels, spec.taps)),
+            (weights.a_log, (spec.value_heads,)),
+            (weights.dt_bias, (spec.value_heads,)),
+            (state.tail, (spec.taps - 1, spec.channels)),
+            (state.memory, (spec.value_heads, spec.key_dim, spec.value_dim)),
+        )
+        for array, shape in shapes:
+            if array.shape != shape:
+                raise ValueError(f"gated_delta: expected {list(shape)}, got {list(array.shape)}")
+        y = np.empty((len(mixed), spec.values), np.float32)
+        vectors = [_address(array) for array, _ in shapes]
+        _native.gated_delta(self.name, spec, _matrix(mixed, "mixed"), _matrix(rates, "rates"), vectors, _matrix(y, "y"))
+        return y
 
     def linear(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
         rows = _matrix(x, "x")
@@ -187,9 +222,9 @@ class NativeKernels:
         """Return the bytes of one decoded token's scores, and of the received attention of a prompt.
 
         The last HEAVY_HITTER_QUERIES tokens of a prompt are computed in tiles of at least 8 rows. Each tile has its
-        own float32 [tokens] of received attention.
+        own float32 [tokens] of received attention. A head has one score more, for its sink.
         """
-        return 4 * (heads * (context + HEAVY_HITTER_QUERIES // 8 * tokens) + kv_heads * tokens)
+        return 4 * (heads * (context + 1 + HEAVY_HITTER_QUERIES // 8 * tokens) + kv_heads * tokens)
 
     def product_bytes(self) -> int:
         return 0
@@ -198,7 +233,8 @@ class NativeKernels:
         """Return the bytes of the experts' hidden activations and of the quantized tokens.
 
         There are two float32 arrays of hidden activations, for gate and up. There are two buffers of int8 tokens, for
-        `moe` and `linear`; scales and sums add less than a quarter to them.
+        `moe` and `linear`; scales and sums add about a quarter to them. The scratch memory of threads is a part of
+        `reserve_bytes`.
         """
         return tokens * (2 * 4 * expert_width + 2 * widest * 5 // 4)
 
@@ -206,28 +242,29 @@ class NativeKernels:
         """Return the layout as the compiled kernels know it; each layout is checked only once."""
         plan = self._plans.get(layout)
         if plan is None:
-            plan = _native.Plan.make([_layout(name, where) for name, where in layout.matrices.items()])
+            vectors = [(name, _part(part)) for name, part in layout.vectors.items()]
+            plan = _native.Plan.make([_layout(name, where) for name, where in layout.matrices.items()], vectors)
             self._plans[layout] = plan
         return plan
 
     def _decode_layer(self, layer: DecodeWeights) -> _native.DecodeLayer:
-        def linear(weights: LinearWeights) -> tuple[_native.Plan, int, list[tuple[int, int]], int]:
-            layout, data, bias = weights
-            return self._plan(layout), layout.ladder[0], _segments([data]), _address_or_0(bias)
-
-        attention, router = layer.attention, layer.router
+        """Return the checked weights of a layer; raise ValueError if they do not fit its specification."""
         return _native.DecodeLayer.make(
             self.name,
-            (layer.hidden, attention.heads, attention.kv_heads, attention.head_dim),
-            attention.window or 0,
-            (0, 0, False) if router is None else (router.experts, router.top_k, router.normalize),
+            layer.hidden,
             layer.eps,
-            attention.clip or 0.0,
-            attention.qk_norm,
-            [_address_or_0(norm) for norm in (layer.attn_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)],
-            _address_or_0(layer.router_weight),
-            [linear(weights) for weights in (layer.q, layer.k, layer.v, layer.o)],
+            layer.layer,
+            (layer.rotation, _turning(layer.layer.mixer)),
+            {name: _rows_and_columns(tensor) for name, tensor in layer.plain.items()},
+            {name: self._linear(name, weights) for name, weights in layer.quantized.items()},
         )
+
+    def _linear(self, name: str, weights: LinearWeights) -> _native._Linear:
+        layout, data, bias = weights
+        rows = layout.matrices["weight"].rows
+        if bias is not None and bias.shape != (rows,):
+            raise ValueError(f"{name}_bias: expected [{rows}], got {list(bias.shape)}")
+        return self._plan(layout), layout.ladder[0], _segments([data]), 0 if bias is None else _address(bias)
 
 
 class NativeStack:
@@ -237,24 +274,23 @@ class NativeStack:
         """Keep a reference to `layers`, because `stack` points to their arrays."""
         self._stack, self._layers = stack, layers
         known = [layer for layer in layers if layer is not None]
-        hidden, top_k = known[0].hidden, max(layer.router.top_k if layer.router else 1 for layer in known)
+        hidden, top_k = known[0].hidden, max(1, *(_top_k(layer) for layer in known))
         # Kept, because allocating them takes as long as the norm of a small layer.
         self.residual, self.h = np.empty((1, hidden), np.float32), np.empty((1, hidden), np.float32)
         self.experts, self.weights = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
         self._residual = address_of(self.residual)
         self._buffers = self._residual, address_of(self.h), address_of(self.experts), address_of(self.weights)
         self._guessed = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
-        self._guessed_h = np.empty((1, hidden), np.float32)
-        self._guess_buffers = address_of(self._guessed_h), address_of(self._guessed[0]), address_of(self._guessed[1])
+        self._guess_buffers = address_of(self._guessed[0]), address_of(self._guessed[1])
         self._guessers: dict[int, tuple[int, int]] = {}  # by layer, the addresses of router and bias
         self._kept: list[np.ndarray] = []  # what they point to
 
     def knows(self, layer: int) -> bool:
         known = self._layers[layer]
-        return known is not None and known.router is not None
+        return known is not None and _top_k(known) > 0
 
-    def set_caches(self, caches: Sequence[KVCache | None]) -> None:
-        self._stack.set_caches([(0, 0, 0, 16) if cache is None else cache.address for cache in caches])
+    def set_states(self, states: Sequence[KVCache | DeltaArrays | None]) -> None:
+        self._stack.set_states([_state(state) for state in states])
 
     def run(
         self,
@@ -262,11 +298,11 @@ class NativeStack:
         first: int,
         x: np.ndarray,
         more: np.ndarray | None,
-        position: tuple[int, int, int],
+        position: Position,
     ) -> Reached:
         address = self._residual if x is self.residual else _matrix(x, "x")[0]
-        added = 0 if more is None else _matrix(more, "more")[0]
-        return self._stack.run(table, first, address, added, position, self._buffers)
+        experts = 0 if more is None else _matrix(more, "more")[0]
+        return self._stack.run(table, first, address, experts, position, self._buffers)
 
     def set_guesser(self, layer: int, router: np.ndarray, bias: np.ndarray) -> None:
         self._kept += router, bias
@@ -277,6 +313,25 @@ class NativeStack:
         router, bias = self._guessers.get(layer, (0, 0))
         self._stack.route(layer, address, *self._guess_buffers, router, bias)
         return self._guessed
+
+
+def _top_k(layer: DecodeWeights) -> int:
+    """Return how many experts the router of a layer chooses; 0 if it has none."""
+    part = layer.layer.feed_forward
+    return part.router.top_k if isinstance(part, MoeSpec) else 0
+
+
+def _turning(mixer: MixerSpec) -> int:
+    """Return the leading columns of a head that a rotary embedding turns, 0 without one."""
+    if not isinstance(mixer, AttentionSpec) or mixer.rope is None:
+        return 0
+    return mixer.head_dim if mixer.rope.kind == "proportional" else mixer.rope.dims or mixer.head_dim
+
+
+def _state(state: KVCache | DeltaArrays | None) -> _native._Cache | _native._Delta | None:
+    if isinstance(state, DeltaArrays):
+        return (_address(state.tail), state.tail.size), (_address(state.memory), state.memory.size)
+    return None if state is None else state.address
 
 
 def read_memory(data: np.ndarray) -> int:
@@ -292,8 +347,19 @@ def _address(array: np.ndarray) -> int:
     return address_of(array)
 
 
-def _address_or_0(array: np.ndarray | None) -> int:
-    return 0 if array is None else _address(array)
+def _rows_and_columns(array: np.ndarray) -> tuple[int, int, int]:
+    """Return (address, rows, columns) of a float32 matrix, or of a vector, which has one row."""
+    rows = len(array) if array.ndim == 2 else 1
+    return _address(array), rows, array.size // rows
+
+
+def _vector_or_0(array: np.ndarray | None, length: int, name: str) -> int:
+    """Return the address of a float32 vector of `length`, or 0 for None."""
+    if array is None:
+        return 0
+    if array.shape != (length,):
+        raise ValueError(f"{name}: expected [{length}], got {list(array.shape)}")
+    return _address(array)
 
 
 def _segments(segments: Sequence[np.ndarray]) -> list[tuple[int, int]]:
@@ -329,7 +395,7 @@ def _check(array: np.ndarray, dtype: type, dims: int, name: str) -> None:
 def _layout(name: str, where: MatrixLayout) -> _native._Layout:
     planes = [(plane.width, plane.tier, _part(plane.part)) for plane in where.planes]
     indices = [_part(part) for part in where.scale_indices]
-    return name, where.rows, where.cols, list(where.ladder), planes, indices, _part(where.multiplier)
+    return name, where.rows, where.cols, list(where.ladder), planes, indices, _part(where.multiplier), where.grid
 
 
 def _part(part: Part) -> tuple[int, int, int]:

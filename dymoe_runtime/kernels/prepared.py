@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dymoe_runtime.bundle.tiers import RecordLayout
-from dymoe_runtime.spec import AttentionSpec, RouterSpec
+from dymoe_runtime.spec import LayerSpec
 
 
 @dataclass(eq=False, slots=True)
@@ -38,20 +38,28 @@ class LinearWeights(NamedTuple):
     bias: np.ndarray | None  # float32 [rows]
 
 
+class DeltaWeights(NamedTuple):
+    """The small tensors of a gated delta rule, float32."""
+
+    conv: np.ndarray  # [channels, taps]
+    a_log: np.ndarray  # [value_heads]
+    dt_bias: np.ndarray  # [value_heads]
+
+
+class DeltaArrays(NamedTuple):
+    """The state of a gated delta rule for one sequence, float32; all zeros before the first token."""
+
+    tail: np.ndarray  # [taps - 1, channels], the last inputs of the convolution
+    memory: np.ndarray  # [value_heads, key_dim, value_dim]
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeWeights:
-    """The dense weights of one layer for decoding in compiled code; all plain arrays are float32."""
+    """The dense weights of one layer for decoding in compiled code, by their names in a bundle without the layer."""
 
     hidden: int  # H, the width of the residual stream
     eps: float  # of all norms
-    attention: AttentionSpec
-    router: RouterSpec | None  # None for a dense layer
-    attn_norm: np.ndarray  # [H]
-    q_norm: np.ndarray | None  # [head_dim], or [heads * head_dim] if qk_norm is "full"
-    k_norm: np.ndarray | None  # [head_dim], or [kv_heads * head_dim] if qk_norm is "full"
-    mlp_norm: np.ndarray  # [H]
-    router_weight: np.ndarray | None  # [experts, H]
-    q: LinearWeights  # [heads * head_dim, H]
-    k: LinearWeights  # [kv_heads * head_dim, H]
-    v: LinearWeights  # [kv_heads * head_dim, H]
-    o: LinearWeights  # [H, heads * head_dim]
+    layer: LayerSpec
+    rotation: int  # index of the layer's rotary embedding among those of the stack; -1 for none
+    plain: Mapping[str, np.ndarray]  # float32: vectors, and matrices that are not quantized
+    quantized: Mapping[str, LinearWeights]

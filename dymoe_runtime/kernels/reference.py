@@ -10,11 +10,14 @@ import numpy as np
 
 from dymoe_runtime.bundle import tiers
 from dymoe_runtime.bundle.tiers import MatrixLayout, Part, RecordLayout
-from dymoe_runtime.kernels.attention_reference import attention, received
+from dymoe_runtime.kernels.attention_reference import Sight, attention, received
+from dymoe_runtime.kernels.delta_reference import gated_delta
 from dymoe_runtime.kernels.kv_cache import KVCache
-from dymoe_runtime.kernels.prepared import ExpertRows, PreparedExpert
+from dymoe_runtime.kernels.prepared import DeltaArrays, DeltaWeights, ExpertRows, PreparedExpert
 from dymoe_runtime.kernels.reads import PendingReads
+from dymoe_runtime.kernels.route_reference import choose_experts
 from dymoe_runtime.memory import Place, memory_at
+from dymoe_runtime.spec import GatedDeltaSpec, RouterSpec, clamped_parameters
 
 # Weights of a matrix that are float32 at a time; temporaries take about six times as much memory again.
 WEIGHTS_AT_ONCE = 1 << 17
@@ -91,7 +94,6 @@ class ReferenceKernels:
     def moe(
         self, parts: Sequence[ExpertRows], x: np.ndarray, tokens: np.ndarray, y: np.ndarray, activation: str
     ) -> None:
-        function = _function(activation)
         for expert, first, count in parts:
             _check_input(x, expert.layout.matrices["gate"].cols)
             rows = slice(first, first + count)
@@ -100,7 +102,7 @@ class ReferenceKernels:
             wanted = tokens[rows]
             if ((wanted < 0) | (wanted >= len(x))).any():
                 raise ValueError(f"tokens: {wanted.tolist()} are not all below {len(x)}")
-            y[rows] = _ffn(expert, x[wanted], function)
+            y[rows] = _ffn(expert, x[wanted], activation)
 
     def moe_token(
         self,
@@ -146,17 +148,16 @@ class ReferenceKernels:
     def activate(self, gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
         if gate.shape != up.shape:
             raise ValueError(f"up: expected {list(gate.shape)}, got {list(up.shape)}")
-        y: np.ndarray = _function(activation)(gate) * up
-        return y
+        return _gated(activation, gate, up)
 
-    def route(self, logits: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-        if not 1 <= top_k <= logits.shape[-1]:
-            raise ValueError(f"weights: expected 1..{logits.shape[-1]} columns")
-        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        shares = shifted / shifted.sum(axis=-1, keepdims=True)
-        experts = np.argsort(-shares, axis=-1, kind="stable")[:, :top_k].astype(np.int64)
-        weights = np.take_along_axis(shares, experts, axis=-1)
-        return experts, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
+    def route(
+        self,
+        logits: np.ndarray,
+        router: RouterSpec,
+        select: np.ndarray | None = None,
+        scale: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return choose_experts(logits, router, select, scale)
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         scale = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(eps))
@@ -164,10 +165,11 @@ class ReferenceKernels:
         return normed
 
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
-        half = x.shape[-1] // 2
-        turned = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
-        x *= cosines[:, None]
-        x += turned * sines[:, None]
+        turning = x[..., : cosines.shape[1]]
+        half = turning.shape[-1] // 2
+        turned = np.concatenate((-turning[..., half:], turning[..., :half]), axis=-1)
+        turning *= cosines[:, None]
+        turning += turned * sines[:, None]
         return x
 
     def attend(
@@ -179,11 +181,19 @@ class ReferenceKernels:
         start: int,
         window: int | None = None,
         weigh: bool = False,
+        sinks: np.ndarray | None = None,
+        chunk: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         cache.write(start, k, v)
         k, v = cache.read(start + q.shape[1])
-        mass = received(q, k, start, window) if weigh else None
-        return attention(q, k, v, start, window), mass
+        sight = Sight(window, chunk)
+        mass = received(q, k, start, sight, sinks) if weigh else None
+        return attention(q, k, v, start, sight, sinks), mass
+
+    def gated_delta(
+        self, spec: GatedDeltaSpec, mixed: np.ndarray, rates: np.ndarray, weights: DeltaWeights, state: DeltaArrays
+    ) -> np.ndarray:
+        return gated_delta(spec, mixed, rates, weights, state)
 
     def linear(self, layout: RecordLayout, tier: int, segments: Sequence[np.ndarray], x: np.ndarray) -> np.ndarray:
         _check_input(x, layout.matrices["weight"].cols)
@@ -218,19 +228,31 @@ class ReferenceKernels:
         return 0
 
 
-def _function(activation: str) -> Activation:
+def _gated(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Return act(gate) * up, or what `clamped_swiglu` says, [T, n]."""
+    clamped = clamped_parameters(activation)
+    if clamped is not None:
+        alpha, limit = (np.float32(value) for value in clamped)
+        gate, up = np.minimum(gate, limit), up.clip(-limit, limit)
+        with np.errstate(over="ignore"):
+            glu: np.ndarray = gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+        return glu
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation '{activation}': expected {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[activation]
+    y: np.ndarray = ACTIVATIONS[activation](gate) * up
+    return y
 
 
-def _ffn(expert: PreparedExpert, x: np.ndarray, function: Activation) -> np.ndarray:
+def _ffn(expert: PreparedExpert, x: np.ndarray, activation: str) -> np.ndarray:
     """Return one expert's output; x [T, H] -> [T, H]."""
     layout, tier = expert.layout, expert.tier
     arrays = _arrays(layout, tier, expert.segments)
-    hidden = function(_product(arrays, layout.matrices["gate"], tier, x))  # [T, I]
-    hidden *= _product(arrays, layout.matrices["up"], tier, x)
-    return _product(arrays, layout.matrices["down"], tier, hidden)
+
+    def product(name: str, x: np.ndarray) -> np.ndarray:
+        y, bias = _product(arrays, layout.matrices[name], tier, x), layout.vectors.get(f"{name}_bias")
+        return y if bias is None else y + tiers.vector_of(arrays, bias)
+
+    return product("down", _gated(activation, product("gate", x), product("up", x)))
 
 
 def _arrays(layout: RecordLayout, tier: int, segments: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -264,7 +286,7 @@ def _product(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, x: 
 
 def _rows(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, ids: np.ndarray) -> np.ndarray:
     """Return the rows `ids` of a matrix, float32 [len(ids), cols]."""
-    few = tiers.make_layout({"weight": (len(ids), where.cols)}, where.ladder).matrices["weight"]
+    few = tiers.make_layout({"weight": (len(ids), where.cols)}, where.ladder, grid=where.grid).matrices["weight"]
     return tiers.dequantize(_take_rows(segments, where, few, ids), few, tier)
 
 

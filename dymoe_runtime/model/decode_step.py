@@ -7,19 +7,23 @@ because there NumPy and Python spend more time on the overhead of most operation
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 
 from dymoe_runtime.bundle.tiers import RecordLayout
-from dymoe_runtime.kernels.interface import ExpertTable, Kernels, LayerStack
-from dymoe_runtime.kernels.prepared import DecodeWeights, LinearWeights
+from dymoe_runtime.kernels.interface import ExpertTable, Kernels, LayerStack, Position
+from dymoe_runtime.kernels.kv_cache import KVCache
+from dymoe_runtime.kernels.prepared import DecodeWeights, DeltaArrays, LinearWeights
 from dymoe_runtime.memory import address_of
+from dymoe_runtime.model.mixer import LayerState
+from dymoe_runtime.model.mixers.gated_delta import DeltaState
 from dymoe_runtime.model.mixers.gqa import AttentionState
 from dymoe_runtime.model.rope import rotary
 from dymoe_runtime.model.routing import Routing
 from dymoe_runtime.model.state import SequenceState
-from dymoe_runtime.spec import AttentionSpec, ModelSpec, MoeSpec
+from dymoe_runtime.spec import AttentionSpec, GatedDeltaSpec, ModelSpec, Rope, is_exact
 
 
 class StoredDense(Protocol):
@@ -43,35 +47,32 @@ class DirectExperts(Protocol):
 
 
 class CompiledLayers:
-    """The dense halves of the layers that compiled code can run, and guesses of their routing."""
+    """The layers that compiled code can run outside their routed experts, and guesses of their routing."""
 
     def __init__(self, stack: LayerStack, dense: StoredDense, predictors: Mapping[int, np.ndarray]) -> None:
         """Keep `dense` alive, whose memory `stack` uses; `predictors` maps layers to those of `Routers.guess`."""
         self.stack = stack
         self._dense = dense
-        self._state: SequenceState | None = None  # whose caches the stack has
+        self._state: SequenceState | None = None  # whose arrays the stack has
         for layer, predictor in predictors.items():
-            stack.set_guesser(layer, *self._guesser(layer, predictor))
+            if stack.knows(layer):
+                stack.set_guesser(layer, *self._guesser(layer, predictor))
 
     @staticmethod
     def make(
         spec: ModelSpec, dense: StoredDense, kernels: Kernels, predictors: Mapping[int, np.ndarray] | None = None
     ) -> CompiledLayers | None:
-        """Return the compiled layers of a model, or None if these kernels cannot run any of its layers.
-
-        Returns None too if the layers have more than one rotary embedding.
-        """
+        """Return the compiled layers of a model, or None if these kernels cannot run any of its layers."""
         layers = [decode_weights(spec, dense, layer) for layer in range(spec.num_layers)]
-        rotations = {(layer.attention.rope, layer.attention.head_dim) for layer in layers if layer is not None}
-        if len(rotations) != 1:  # the stack takes one table of cosines and sines for all layers
+        if not any(layers):
             return None
         stack = kernels.decode_stack(layers, spec.activation)
         return None if stack is None else CompiledLayers(stack, dense, predictors or {})
 
     def use_state(self, state: SequenceState) -> None:
-        """Let the stack continue the sequence of `state`, and keep the caches that it points to alive."""
+        """Let the stack continue the sequence of `state`, and keep the arrays that it points to alive."""
         if state is not self._state:
-            self.stack.set_caches([s.cache if isinstance(s, AttentionState) else None for s in state.layers])
+            self.stack.set_states([_arrays(of_layer) for of_layer in state.layers])
             self._state = state
 
     def knows(self, layer: int) -> bool:
@@ -83,10 +84,10 @@ class CompiledLayers:
         return self.stack.guess(layer, x)
 
     def _guesser(self, layer: int, predictor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the router of `layer` plus the predictor, [experts, H], and the predictor's bias, [experts]."""
-        router = self._dense.optional(f"layers.{layer}.router")
+        """Return the router of `layer` plus the predictor, [experts, H], and the sum of their biases, [experts]."""
+        router, bias = (self._dense.optional(f"layers.{layer}.{name}") for name in ("router", "router_bias"))
         assert router is not None and predictor.shape == (router.shape[0], router.shape[1] + 1)
-        return router + predictor[:, :-1], predictor[:, -1].copy()
+        return router + predictor[:, :-1], predictor[:, -1] + (np.float32(0) if bias is None else bias)
 
 
 class DecodeStep:
@@ -98,18 +99,17 @@ class DecodeStep:
     def __init__(self, spec: ModelSpec, layers: CompiledLayers, direct: DirectExperts | None = None) -> None:
         self._layers, self._stack = layers, layers.stack
         self._direct = direct
-        attention = next(layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
-        self._rotary = rotary(attention.rope, attention.head_dim)
-        self._tables: tuple[np.ndarray, ...] = ()  # cosines and sines of the current position
-        self._position = (-1, 0, 0)  # position, addresses of its cosines and sines
+        self._rotaries = [rotary(rope, head_dim) for rope, head_dim in rotations_of(spec)]
+        self._tables: list[tuple[np.ndarray, np.ndarray]] = []  # cosines and sines of the current position
+        self._position: Position = (-1, [])
 
     def run(
         self, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
     ) -> tuple[int, np.ndarray, bool, tuple[np.ndarray, Routing] | None]:
         at, stack = state.length, self._stack
         if at != self._position[0]:
-            self._tables = cosines, sines = self._rotary.table(at, at + 1)
-            self._position = at, address_of(cosines), address_of(sines)
+            self._tables = [each.table(at, at + 1) for each in self._rotaries]
+            self._position = at, [(address_of(cosines), address_of(sines)) for cosines, sines in self._tables]
         self._layers.use_state(state)
         table = None if self._direct is None else self._direct.table()
         layer, attended, experts, weights, used = stack.run(table, layer, x, more, self._position)
@@ -121,35 +121,62 @@ class DecodeStep:
         return layer, stack.residual, attended, (stack.h, routing)
 
 
+def rotations_of(spec: ModelSpec) -> list[tuple[Rope, int]]:
+    """Return each rotary embedding of a model once, with the columns of its heads."""
+    mixers = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
+    return list(dict.fromkeys((mixer.rope, mixer.head_dim) for mixer in mixers if mixer.rope is not None))
+
+
 def decode_weights(spec: ModelSpec, dense: StoredDense, layer: int) -> DecodeWeights | None:
-    """Return the weights of a layer for compiled code, or None if its mixer or its precision is not supported."""
-    attention, feed_forward = spec.layers[layer].mixer, spec.layers[layer].feed_forward
-    if not isinstance(attention, AttentionSpec):
+    """Return the weights of a layer for compiled code.
+
+    Returns None if compiled code does not know its mixer, or if one of its matrices is not quantized.
+    """
+    known = spec.layers[layer]
+    if not isinstance(known.mixer, AttentionSpec | GatedDeltaSpec):
         return None
-    prefix = f"layers.{layer}."
-    linears = [_linear(dense, f"{prefix}attn.{name}") for name in "qkvo"]
-    q, k, v, o = linears
-    if q is None or k is None or v is None or o is None:
+    tensors = _tensors(dense, f"layers.{layer}.", _shapes_by_layer(spec)[layer])
+    if tensors is None:
         return None
-    attn_norm, mlp_norm = dense.optional(f"{prefix}attn_norm"), dense.optional(f"{prefix}mlp_norm")
-    assert attn_norm is not None and mlp_norm is not None
-    return DecodeWeights(
-        hidden=spec.hidden_size,
-        eps=spec.norm_eps,
-        attention=attention,
-        router=feed_forward.router if isinstance(feed_forward, MoeSpec) else None,
-        attn_norm=attn_norm,
-        q_norm=dense.optional(f"{prefix}attn.q_norm"),
-        k_norm=dense.optional(f"{prefix}attn.k_norm"),
-        mlp_norm=mlp_norm,
-        router_weight=dense.optional(f"{prefix}router"),
-        q=q,
-        k=k,
-        v=v,
-        o=o,
-    )
+    rotation = -1
+    if isinstance(known.mixer, AttentionSpec) and known.mixer.rope is not None:
+        rotation = rotations_of(spec).index((known.mixer.rope, known.mixer.head_dim))
+    return DecodeWeights(spec.hidden_size, spec.norm_eps, known, rotation, *tensors)
 
 
-def _linear(dense: StoredDense, name: str) -> LinearWeights | None:
-    record = dense.record(name)
-    return None if record is None else LinearWeights(*record, dense.optional(f"{name}_bias"))
+@lru_cache(maxsize=1)
+def _shapes_by_layer(spec: ModelSpec) -> Sequence[Mapping[str, tuple[int, ...]]]:
+    """Return the shapes of each layer's tensors, by their names in the layer."""
+    shapes = [dict[str, tuple[int, ...]]() for _ in spec.layers]
+    for name, shape in spec.each_tensor():
+        if name.startswith("layers."):
+            _, layer, own_name = name.split(".", 2)
+            shapes[int(layer)][own_name] = shape
+    return shapes
+
+
+def _tensors(
+    dense: StoredDense, prefix: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], dict[str, LinearWeights]] | None:
+    """Return the tensors of a layer that are not quantized, and its quantized matrices with their biases.
+
+    Returns None if a matrix has more bits than compiled code can run.
+    """
+    plain, quantized = {}, {}
+    for name, shape in shapes.items():
+        if (record := dense.record(prefix + name)) is not None:
+            quantized[name] = LinearWeights(*record, dense.optional(f"{prefix}{name}_bias"))
+        elif len(shape) == 2 and not is_exact(prefix + name):
+            return None
+        elif name.removesuffix("_bias") not in quantized:
+            tensor = dense.optional(prefix + name)
+            assert tensor is not None
+            plain[name] = tensor
+    return plain, quantized
+
+
+def _arrays(state: LayerState) -> KVCache | DeltaArrays | None:
+    """Return the arrays of a layer's state, or None if compiled code does not know them."""
+    if isinstance(state, AttentionState):
+        return state.cache
+    return state.arrays if isinstance(state, DeltaState) else None

@@ -16,7 +16,7 @@ from dymoe_runtime.model.mixers import mixer_kind
 from dymoe_runtime.model.router import Routers
 from dymoe_runtime.model.routing import Experts, PromptRouting, Routing, in_groups, joined
 from dymoe_runtime.model.state import SequenceState
-from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.spec import MlpSpec, ModelSpec, MoeSpec, SharedSpec
 
 # Arrays of logits that exist at once: the result of the head, and what sampling or scoring derives from it.
 LOGITS_AT_ONCE = 3
@@ -28,7 +28,10 @@ class Step(Protocol):
     def run(
         self, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
     ) -> tuple[int, np.ndarray, bool, tuple[np.ndarray, Routing] | None]:
-        """Run whole layers from `layer` on, whose input is x + more [1, H], then perhaps a part of the next one.
+        """Run whole layers from `layer` on, then perhaps a part of the next one.
+
+        x [1, H] is the residual stream that enters `layer`. If `more` is given, x is the residual stream that the
+        experts of the layer before have read, and `more` their output: `Decoder.finish` is still to be done.
 
         Returns (layer, residual stream [1, H], attended, asked). The layer is the one reached, or the number of layers
         if all have run. `attended` says whether its attention has run, which the residual stream then includes.
@@ -70,17 +73,12 @@ class Decoder:
 
         The tokens continue `state`; without one they are a whole sequence.
         """
-        x = self.embed(ids)
-        if self._step is not None and state is not None and len(ids) == 1:
-            x = self._run_step(self._step, x, state)
-        else:
-            start = 0 if state is None else state.length
-            for layer in range(self.spec.num_layers):
-                x, _ = self.mix(layer, x, state, start)
-                x = self.feed_forward(layer, x)
-        if state is not None:
-            state.advance(len(ids))
-        return x
+        if state is None:
+            return self._run_layers(ids, None)
+        with _Pass(state, len(ids)):
+            if self._step is not None and len(ids) == 1:
+                return self._run_step(self._step, self.embed(ids), state)
+            return self._run_layers(ids, state)
 
     @np.errstate(over="ignore", invalid="ignore")
     def prefill(self, ids: np.ndarray, state: SequenceState, group: int, weigh: bool = True) -> np.ndarray:
@@ -89,38 +87,68 @@ class Decoder:
         Each chunk of `group` tokens chooses its tiers as if it were a call of its own, but the experts of a layer are
         called once for all chunks. With `weigh`, token weights are the attention that tokens receive; else all are 1.
         """
-        x = self.embed(ids)
-        for layer in range(self.spec.num_layers):
-            x, token_weights = self._mix_chunks(layer, x, state, group, weigh)
-            x = self._feed_chunks(layer, x, token_weights, group)
-        state.advance(len(ids))
-        return x
+        with _Pass(state, len(ids)):
+            x = self.embed(ids)
+            for layer in range(self.spec.num_layers):
+                x, token_weights = self._mix_chunks(layer, x, state, group, weigh)
+                x = self._feed_chunks(layer, x, token_weights, group)
+            return x
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Return the embeddings float32 [T, H] of ids [T]."""
-        return self.dense.embed(ids)
+        x = self.dense.embed(ids)
+        return x if self.spec.embed_scale == 1 else x * np.float32(self.spec.embed_scale)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits float32 [T, vocab] of hidden states [T, H]."""
-        return self.dense.linear("embed" if self.spec.tie_embeddings else "lm_head", self.norm("norm", x))
+        logits = self.dense.linear("embed" if self.spec.tie_embeddings else "lm_head", self.norm("norm", x))
+        if self.spec.logit_scale != 1:
+            logits *= np.float32(self.spec.logit_scale)
+        if cap := np.float32(self.spec.logit_softcap):
+            logits /= cap
+            np.tanh(logits, out=logits)
+            logits *= cap
+        return logits
 
     def mix(
         self, layer: int, x: np.ndarray, state: SequenceState | None = None, start: int = 0, weigh: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the residual stream [T, H] after the mixer of `layer`, and the token weights [T], mean 1."""
-        h = self.norm(f"layers.{layer}.attn_norm", x)
+        known = self.spec.layers[layer]
+        h = self.norm(f"layers.{layer}.attn_norm", x) if known.pre_norms else x
         of_layer = None if state is None else state.layers[layer]
         y, mass = self._mixers[layer].forward(h, of_layer, start, weigh)
         weights = np.ones(len(x), np.float32) if mass is None else mass / max(mass.sum(), 1e-20) * len(x)
-        return x + y, weights
+        if known.post_norms:
+            y = self.norm(f"layers.{layer}.attn_post_norm", y)
+        return x + (y if known.residual_scale == 1 else y * np.float32(known.residual_scale)), weights
 
     def feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
         """Return the residual stream [T, H] after the experts, or the dense MLP, of `layer`."""
         if not self.spec.is_moe(layer):
             return self._dense_mlp(layer, x)
         h, experts, weights = self.route(layer, x)
-        y: np.ndarray = x + self._experts.decode(layer, h, Routing(experts, weights, x))
-        return y
+        return self.finish(layer, x, self._experts.decode(layer, h, Routing(experts, weights, x)))
+
+    def only_adds(self, layer: int) -> bool:
+        """Return whether `finish` does nothing but add the output of the experts."""
+        known, part = self.spec.layers[layer], self.spec.layers[layer].feed_forward
+        shared = isinstance(part, MoeSpec) and part.shared is not None
+        return not (shared or known.post_norms or known.scalar or known.residual_scale != 1)
+
+    def finish(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the residual stream [T, H] that leaves `layer`.
+
+        x [T, H] is the residual stream that the experts have read, and y [T, H] the weighted sum of their outputs. The
+        shared expert, the norms of outputs and the scales come here.
+        """
+        if self.only_adds(layer):
+            added: np.ndarray = x + y
+            return added
+        part = self.spec.layers[layer].feed_forward
+        if isinstance(part, MoeSpec) and part.shared is not None:
+            y = self._with_shared(layer, part.shared, x, y)
+        return self._joined(layer, x, y)
 
     def route(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the input of the experts of `layer` and their routing, from the residual stream x [T, H].
@@ -138,7 +166,8 @@ class Decoder:
     def workspace_bytes(spec: ModelSpec, kernels: Kernels, tokens: int, context: int) -> int:
         """Return the most bytes that a pass of `tokens` takes, the last of which attends to `context` tokens."""
         hidden, moe = spec.hidden_size, spec.moe
-        dense = 0 if len(spec.moe_layers) == spec.num_layers else spec.dense_width
+        widths = [layer.feed_forward.width for layer in spec.layers if isinstance(layer.feed_forward, MlpSpec)]
+        dense = max([*widths, moe.shared.width if moe.shared else 0])
         # The residual stream and the term added to it, twice each; the outputs of the experts; gate and up, twice each.
         row = (8 + spec.top_k) * hidden + 4 * moe.width + 3 * dense + 2 * moe.router.experts
         mixers = (
@@ -155,21 +184,29 @@ class Decoder:
         """
         return tokens * (4 * (spec.top_k + 6) * spec.hidden_size + 64 * spec.top_k)
 
+    def _run_layers(self, ids: np.ndarray, state: SequenceState | None) -> np.ndarray:
+        x, start = self.embed(ids), 0 if state is None else state.length
+        for layer in range(self.spec.num_layers):
+            x, _ = self.mix(layer, x, state, start)
+            x = self.feed_forward(layer, x)
+        return x
+
     def _run_step(self, step: Step, x: np.ndarray, state: SequenceState) -> np.ndarray:
-        layer, more = 0, None
-        while layer < self.spec.num_layers:
+        """Return the hidden state [1, H] of one token after all layers; what `step` does not run is done here."""
+        layer, more, layers = 0, None, self.spec.num_layers
+        while layer < layers or more is not None:
             layer, x, attended, asked = step.run(layer, x, more, state)
             more = None
-            if layer == self.spec.num_layers:
+            if layer == layers:
                 break
-            if not attended:
-                x, _ = self.mix(layer, x, state, state.length)
             if asked is not None:
                 more = self._experts.decode(layer, *asked)
             else:
+                if not attended:
+                    x, _ = self.mix(layer, x, state, state.length)
                 x = self.feed_forward(layer, x)
             layer += 1
-        return x.copy() if more is None else x + more
+        return x.copy()
 
     def _mix_chunks(
         self, layer: int, x: np.ndarray, state: SequenceState, group: int, weigh: bool
@@ -187,12 +224,70 @@ class Decoder:
         if not self.spec.is_moe(layer):
             return joined([self._dense_mlp(layer, rows) for rows in chunks])
         h, experts, weights = map(joined, zip(*(self.route(layer, rows) for rows in chunks), strict=True))
-        y: np.ndarray = x + self._experts.prefill(layer, h, PromptRouting(experts, weights, x, token_weights, group))
-        return y
+        by_share = self.spec.moe.router.weighs_by_share
+        routing = PromptRouting(experts, weights, x, token_weights, group, by_share)
+        y = self._experts.prefill(layer, h, routing)
+        if self.only_adds(layer):
+            return self.finish(layer, x, y)
+        pairs = zip(chunks, in_groups(y, group), strict=True)
+        return joined([self.finish(layer, rows, output) for rows, output in pairs])
 
     def _dense_mlp(self, layer: int, x: np.ndarray) -> np.ndarray:
-        h = self.norm(f"layers.{layer}.mlp_norm", x)
-        gate, up = (self.dense.linear(f"layers.{layer}.mlp.{name}", h) for name in ("gate", "up"))
-        hidden = self._kernels.activate(gate, up, self.spec.activation)
-        y: np.ndarray = x + self.dense.linear(f"layers.{layer}.mlp.down", hidden)
-        return y
+        return self._joined(layer, x, self._mlp(f"layers.{layer}.mlp", self.routers.expert_input(layer, x)))
+
+    def _mlp(self, name: str, h: np.ndarray) -> np.ndarray:
+        """Return the output of a dense MLP for h [T, H]."""
+        gate, up = (self.dense.linear(f"{name}.{part}", h) for part in ("gate", "up"))
+        return self.dense.linear(f"{name}.down", self._kernels.activate(gate, up, self.spec.activation))
+
+    def _with_shared(self, layer: int, shared: SharedSpec, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the sum of y [T, H] and the output of the shared expert for a residual stream x [T, H]."""
+        prefix = f"layers.{layer}."
+        if shared.own_norms:
+            h, y = self.norm(f"{prefix}shared_norm", x), self.norm(f"{prefix}experts_post_norm", y)
+        else:
+            h = self.routers.expert_input(layer, x)
+        output = self._mlp(f"{prefix}shared", h)
+        if shared.own_norms:
+            output = self.norm(f"{prefix}shared_post_norm", output)
+        if shared.gated:
+            output *= sigmoid(self._kernels.matmul(h, self.dense.vector(f"{prefix}shared_gate")[None]))
+        if shared.scale != 1:
+            output *= np.float32(shared.scale)
+        total: np.ndarray = y + output
+        return total
+
+    def _joined(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return the residual stream x [T, H] with the output y [T, H] of the feed-forward part."""
+        known = self.spec.layers[layer]
+        if known.post_norms:
+            y = self.norm(f"layers.{layer}.mlp_post_norm", y)
+        if known.residual_scale != 1:
+            y = y * np.float32(known.residual_scale)
+        joined_up: np.ndarray = x + y
+        if known.scalar:
+            joined_up *= self.dense.vector(f"layers.{layer}.scalar")
+        return joined_up
+
+
+class _Pass:  # no generator, which would take longer for each token
+    """A context in which `tokens` run through all layers: then they belong to `state`, which recovers if they fail."""
+
+    def __init__(self, state: SequenceState, tokens: int) -> None:
+        self._state, self._tokens = state, tokens
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._state.advance(self._tokens)
+        else:
+            self._state.recover()
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)), float32 like x."""
+    with np.errstate(over="ignore"):
+        y: np.ndarray = 1 / (1 + np.exp(-x))
+    return y

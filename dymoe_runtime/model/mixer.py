@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dymoe_runtime.kernels.attention_reference import Sight
 from dymoe_runtime.kernels.interface import Kernels
 
 
@@ -43,10 +44,10 @@ class LayerState(Protocol):
         """Forget the tokens that came after `snapshot` was taken."""
 
 
-# (q [heads, T, d], k, v [kv_heads, T, d], window, weigh) -> outputs and received attention as by `Kernels.attend`, for
-# tokens that are a whole sequence and leave no state.
+# (q [heads, T, d], k, v [kv_heads, T, d], what a token sees, weigh, sinks [heads] or None) -> outputs and received
+# attention as by `Kernels.attend`, for tokens that are a whole sequence and leave no state.
 WholeAttention = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, "int | None", bool], "tuple[np.ndarray, np.ndarray | None]"
+    [np.ndarray, np.ndarray, np.ndarray, Sight, bool, "np.ndarray | None"], "tuple[np.ndarray, np.ndarray | None]"
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dymoe_runtime.spec import Rope
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 class Rotary:
@@ -22,12 +22,15 @@ class Rotary:
         self._last: tuple[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def table(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cosines and sines of the positions [start, stop), float32 [stop - start, head_dim] each."""
+        """Return the cosines and sines of the positions [start, stop), float32 [stop - start, n] each.
+
+        n is the number of leading columns of a head that turn.
+        """
         last = self._last
         if last is not None and last[0] == (start, stop):
             return last[1]
         angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies
-        angles = np.concatenate((angles, angles), axis=-1)  # [T, head_dim]
+        angles = np.concatenate((angles, angles), axis=-1)  # [T, n]
         table = (np.cos(angles) * np.float32(self._factor), np.sin(angles) * np.float32(self._factor))
         self._last = ((start, stop), table)
         return table
@@ -40,14 +43,19 @@ def rotary(rope: Rope, head_dim: int) -> Rotary:
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the rotation angles per position in radians, float32 [head_dim / 2]."""
-    plain = 1.0 / (np.float32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
+    """Return the rotation angles per position in radians, float32 [n / 2], for the n columns that turn."""
+    dims = rope.dims or head_dim
+    width = head_dim if rope.kind == "proportional" else dims
+    plain = 1.0 / (np.float32(rope.theta) ** (np.arange(0, width, 2, dtype=np.float32) / width))
+    if rope.kind == "proportional":
+        plain[dims // 2 :] = 0
+        return plain / rope.factor
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
         return _llama3(plain, rope)
     if rope.kind == "yarn":
-        return _yarn(plain, rope, head_dim)
+        return _yarn(plain, rope, dims)
     return plain
 
 
@@ -55,7 +63,8 @@ def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
     """Divide the frequencies of long wavelengths by `factor`, keep those of short ones, blend the rest (Llama 3.1)."""
     context = rope.original_max_position_embeddings
     rotations = context * plain / (2 * math.pi)
-    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    width = max(rope.high_freq_factor - rope.low_freq_factor, 1e-20)  # 0: a step
+    blend = (rotations - rope.low_freq_factor) / width
     blend = blend.clip(0, 1)
     blended: np.ndarray = (1 - blend) * plain / rope.factor + blend * plain
     return blended

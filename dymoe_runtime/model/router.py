@@ -14,35 +14,56 @@ class Routers:
 
     def __init__(self, spec: ModelSpec, dense: Dense, kernels: Kernels) -> None:
         self._spec, self._dense, self._kernels = spec, dense, kernels
-
-    def route(self, layer: int, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the routing of normalized h [T, H].
-
-        Returns (experts, weights), int64 and float32 [T, k], highest weight first.
-        """
-        return self._select(self._dense.linear(f"layers.{layer}.router", h))
+        self._router = spec.moe.router
+        self._ones = np.ones(spec.hidden_size, np.float32)
 
     def route_residual(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (h, experts, weights): the norm of the residual stream x [T, H], and its routing by `route`."""
-        h = self._norm(layer, x)
-        return h, *self.route(layer, h)
+        """Return the input of the experts of `layer`, and their routing, for a residual stream x [T, H].
+
+        Returns (h, experts, weights): h [T, H] is the norm of x; experts and weights are int64 and float32 [T, k],
+        highest weight first. If routing weights multiply the input of experts, h includes them, and weights are 1.
+        """
+        h = self.expert_input(layer, x)
+        logits = self.logits(layer, self.router_input(layer, x) if self._router.plain_norm else h)
+        experts, weights = self.select(layer, logits)
+        if self._router.scales_input:
+            return h * weights, experts, np.ones_like(weights)
+        return h, experts, weights
 
     def guess(
         self, layer: int, residual: np.ndarray, predictor: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Guess the routing of `layer` from an earlier layer's residual stream [T, H].
 
-        `predictor` [experts, H + 1], applied to the norm of the residual stream, is added to the router's logits; its
-        last column is a bias. Returns (experts, weights) as `route` does.
+        `predictor` [experts, H + 1], applied to the router's input, is added to the router's logits; its last column is
+        a bias. Returns (experts, weights) as `route_residual` does. They are chosen as the router chooses, its bias for
+        the selection included.
         """
-        h = self._norm(layer, residual)
-        logits = self._dense.linear(f"layers.{layer}.router", h)
+        h = self.router_input(layer, residual)
+        logits = self.logits(layer, h)
         if predictor is not None:
             logits = logits + self._kernels.matmul(h, np.ascontiguousarray(predictor[:, :-1])) + predictor[:, -1]
-        return self._select(logits)
+        return self.select(layer, logits)
 
-    def _select(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._kernels.route(logits, self._spec.top_k, self._spec.moe.router.normalize)
-
-    def _norm(self, layer: int, x: np.ndarray) -> np.ndarray:
+    def expert_input(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """Return what the experts of `layer` read for a residual stream x [T, H]."""
+        if not self._spec.layers[layer].pre_norms:
+            return x
         return self._kernels.norm(x, self._dense.vector(f"layers.{layer}.mlp_norm"), self._spec.norm_eps)
+
+    def router_input(self, layer: int, x: np.ndarray) -> np.ndarray:
+        """Return what the router of `layer` reads for a residual stream x [T, H]."""
+        if self._router.plain_norm:
+            return self._kernels.norm(x, self._ones, self._spec.norm_eps)
+        return self.expert_input(layer, x)
+
+    def logits(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """Return the router's logits [T, experts] for its input h [T, H]."""
+        return self._dense.linear(f"layers.{layer}.router", h)
+
+    def select(self, layer: int, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (experts, weights) [T, k] for a router's logits [T, experts]."""
+        router, prefix = self._router, f"layers.{layer}.router"
+        select = self._dense.vector(f"{prefix}_select") if router.selection_bias else None
+        scale = self._dense.vector(f"{prefix}_scale") if router.expert_scale else None
+        return self._kernels.route(logits, router, select, scale)

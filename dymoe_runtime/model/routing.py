@@ -32,6 +32,15 @@ class PromptRouting:
     residual: np.ndarray  # [T, H], as in `Routing`
     token_weights: np.ndarray  # float32 [T], mean 1: how much each token counts
     group: int  # tokens of a chunk of the prompt; the last may have fewer
+    by_share: bool = True  # whether weights are shares already; see `shares`
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Return the share that each expert has in its token, float32 [T, k], by which tokens compare.
+
+        Weights of a sigmoid router need not sum to the same for all tokens, so they are divided by their sum.
+        """
+        return self.weights if self.by_share else shares_of(self.weights)
 
 
 class Experts(Protocol):
@@ -52,6 +61,12 @@ class NoExperts:
 
     def prefill(self, layer: int, h: np.ndarray, routing: PromptRouting) -> np.ndarray:
         return np.zeros_like(h)
+
+
+def shares_of(weights: np.ndarray) -> np.ndarray:
+    """Return routing weights [T, k] divided by their sum for each token."""
+    shares: np.ndarray = weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.float32(1e-30))
+    return shares
 
 
 def in_groups(x: np.ndarray, size: int) -> list[np.ndarray]:

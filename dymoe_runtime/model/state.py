@@ -72,6 +72,13 @@ class SequenceState:
         self._cut(length)
         return length
 
+    def recover(self) -> None:
+        """Forget what a pass that has failed left in some layers: all tokens, if a layer cannot go back otherwise."""
+        if False in [layer.truncate(self.length) for layer in self.layers]:
+            for layer in self.layers:
+                layer.truncate(0)
+            self._cut(0)
+
     def snapshot(self) -> Snapshot:
         """Return a snapshot of the current position for `rollback`."""
         snapshot = Snapshot(self.length, [layer.snapshot() for layer in self.layers])

@@ -1,9 +1,9 @@
 """The choice of each expert's tier: pure functions of the routing and a measured policy.
 
 When decoding, the experts of a token are sorted by falling importance, which is the routing weight. In a prompt, the
-experts of a chunk are sorted by falling importance, which is the sum over its tokens of routing weight times token
-weight. An expert gets the highest tier whose threshold exceeds the share of importance that comes before it. If there
-is none, it is skipped. Each layer has its own thresholds, so the tier depends on depth too.
+experts of a chunk are sorted by falling importance, which is the sum over its tokens of the expert's share in the token
+times token weight. An expert gets the highest tier whose threshold exceeds the share of importance that comes before
+it. If there is none, it is skipped. Each layer has its own thresholds, so the tier depends on depth too.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TierRule:
 
     def choose_for_prompt(self, layer: int, routing: PromptRouting) -> np.ndarray:
         """Return the tiers of a prompt's experts, int64 [T, k], chosen for each chunk of the prompt."""
-        parts = (routing.experts, routing.weights, routing.token_weights)
+        parts = (routing.experts, routing.shares, routing.token_weights)
         chunks = zip(*(in_groups(part, routing.group) for part in parts), strict=True)
         tiers = np.concatenate([self._choose_for_chunk(layer, *chunk) for chunk in chunks])
         return self._with_pinned(layer, routing.experts, tiers)
@@ -97,9 +97,9 @@ class TierRule:
         return tiers
 
     def _choose_for_chunk(
-        self, layer: int, experts: np.ndarray, weights: np.ndarray, token_weights: np.ndarray
+        self, layer: int, experts: np.ndarray, shares: np.ndarray, token_weights: np.ndarray
     ) -> np.ndarray:
-        importance = chunk_importance(experts, weights, token_weights)
+        importance = chunk_importance(experts, shares, token_weights)
         active = importance > 0
         tiers = np.zeros(importance.shape, np.int64)
         tiers[active] = tiers_by_mass(importance[active][None], self.prefill[layer], self.ladder)[0]
@@ -107,13 +107,13 @@ class TierRule:
         return chosen
 
 
-def chunk_importance(experts: np.ndarray, weights: np.ndarray, token_weights: np.ndarray) -> np.ndarray:
+def chunk_importance(experts: np.ndarray, shares: np.ndarray, token_weights: np.ndarray) -> np.ndarray:
     """Return the importance of each expert in a prompt chunk, float32 [n]; it is 0 for experts without tokens.
 
-    That is the sum over its tokens of routing weight times token weight. n is the highest expert in the chunk plus 1.
-    `experts` is int64 [T, k], `weights` [T, k], `token_weights` [T].
+    That is the sum over its tokens of share times token weight. n is the highest expert in the chunk plus 1. `experts`
+    is int64 [T, k], `shares` as in `PromptRouting` [T, k], `token_weights` [T].
     """
-    weighted = weights * token_weights[:, None]
+    weighted = shares * token_weights[:, None]
     # An expert whose tokens all have weight 0 must still count as active.
     return np.bincount(experts.reshape(-1), np.maximum(weighted.reshape(-1), 1e-12)).astype(np.float32)
 

@@ -22,7 +22,7 @@ IN_FLIGHT = 2
 # Experts pinned for a lease at once: one in use, the others being read.
 WINDOW = IN_FLIGHT + 1
 # Share of a chunk that may be left over where a slot size does not divide it.
-WASTE = 0.06
+WASTE = 0.07
 
 
 @dataclass(eq=False, slots=True)

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+import torch
 
+from dymoe_compile.quantize.mxfp4 import mxfp4_codes, mxfp4_expert
 from dymoe_runtime.bundle.tiers import (
     ALIGN,
     BLOCK,
     CURVED,
+    MXFP4,
     PAGE,
     SCALE_SIZES,
     WIDTHS,
@@ -357,3 +360,136 @@ def test_packing_checks_the_shape() -> None:
     with pytest.raises(AssertionError):
         pack_record(layout, {"gate": random_matrix((3, 71), (2, 3, 4), np.random.default_rng(0))})
     assert pack_record(layout, matrices).size == layout.record_bytes
+
+
+# The grid of MXFP4
+
+MX_LADDERS = [(2, 3, 4), (4,), (2, 4), (3, 4), (2, 3), (3,)]
+MX_SHAPES = {"gate": (3, 65), "up": (5, 40), "down": (7, 176), "other": (2, 96), "one": (1, 1)}
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+MX_LEVELS = {
+    2: [-23, -6, 6, 23],
+    3: [-28, -14, -7, -2, 2, 7, 14, 28],
+    4: [-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12],
+}
+MX_UNITS = {2: 1 / 8, 3: 1 / 6, 4: 1 / 2}
+
+
+def mx_groups(shape: tuple[int, int], apart: int, seed: int = 0) -> np.ndarray:
+    """A random matrix in MXFP4, with scales of a row up to 2^apart apart; some groups are zero."""
+    rng, (rows, cols) = np.random.default_rng(seed), shape
+    values = rng.choice([sign * value for value in E2M1 for sign in (-1.0, 1.0)], shape)
+    groups = rows, -(-cols // 32)
+    exponents = rng.integers(-apart, 1, groups) + rng.integers(-112, 125, (rows, 1))
+    scales = np.where(rng.random(groups) < 0.2, 0.0, np.exp2(exponents.astype(np.float64)))
+    return np.asarray(values * scales.repeat(32, axis=1)[:, :cols], np.float32)
+
+
+def mx_normal(rows: int, cols: int) -> np.ndarray:
+    """Normal weights, rounded to MXFP4 as OCP Microscaling Formats 1.0 says (6.3)."""
+    x = np.random.default_rng(0).standard_normal((rows, cols // 32, 32))
+    scales = np.exp2(np.floor(np.log2(np.abs(x).max(-1, keepdims=True))) - 2)
+    nearest = np.abs(np.abs(x / scales)[..., None] - np.array(E2M1)).argmin(-1)
+    return np.asarray(np.sign(x) * np.array(E2M1)[nearest] * scales, np.float32).reshape(rows, cols)
+
+
+def mx_record(weights: Mapping[str, np.ndarray], ladder: tuple[int, ...]) -> tuple[RecordLayout, list[np.ndarray]]:
+    layout = make_layout({name: weight.shape for name, weight in weights.items()}, ladder, grid=MXFP4)
+    codes = mxfp4_expert({name: torch.from_numpy(weight) for name, weight in weights.items()}, ladder)
+    return layout, split_record(layout, pack_record(layout, codes))
+
+
+@pytest.mark.parametrize("ladder", MX_LADDERS, ids=str)
+def test_scales_of_mxfp4_are_for_32_columns_and_all_tiers(ladder: tuple[int, ...]) -> None:
+    layout, usual = make_layout(MX_SHAPES, ladder, grid=MXFP4), make_layout(MX_SHAPES, ladder)
+    for name, where in layout.matrices.items():
+        rows, cols = MX_SHAPES[name]
+        scales = -(-cols // 32)
+        assert (where.span, where.scales, where.blocks) == (32, scales, -(-cols // 64))
+        assert len(where.scale_indices) == len(ladder) and len(set(where.scale_indices)) == 1
+        assert (where.scale_indices[0].segment, where.scale_indices[0].nbytes) == (0, rows * -(-scales // 2))
+        theirs = usual.matrices[name]
+        assert (theirs.span, theirs.scales) == (64, theirs.blocks)
+        sizes = [(plane.width, plane.tier, plane.part.segment, plane.part.nbytes) for plane in where.planes]
+        assert sizes == [(plane.width, plane.tier, plane.part.segment, plane.part.nbytes) for plane in theirs.planes]
+    parts = {part for where in layout.matrices.values() for part in parts_of(where)}
+    for segment, payload in enumerate(layout.segment_bytes):
+        mine = sorted((p.offset, p.offset + p.nbytes) for p in parts if p.segment == segment)
+        assert all(start % ALIGN == 0 for start, _ in mine)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(mine))
+        assert mine[-1][1] <= payload < mine[-1][1] + ALIGN
+
+
+def test_bits_per_weight_of_mxfp4() -> None:
+    layout = make_layout({"gate": (256, 256)}, (2, 3, 4), grid=MXFP4)
+    scales = 4 / 32 + 16 / 256
+    assert [layout.bits_per_weight(tier) for tier in (2, 3, 4)] == [2 + scales, 3 + scales, 4 + scales]
+
+
+@pytest.mark.parametrize("ladder", [(2, 5), (8,), (2, 3, 4, 5)], ids=str)
+def test_mxfp4_has_four_bits_at_most(ladder: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="4 bits at most"):
+        make_layout(MX_SHAPES, ladder, grid=MXFP4)
+
+
+@pytest.mark.parametrize("ladder", MX_LADDERS, ids=str)
+def test_dequantizing_mxfp4_equals_the_formula(ladder: tuple[int, ...]) -> None:
+    rng, shape = np.random.default_rng(0), MX_SHAPES["down"]
+    layout = make_layout({"weight": shape}, ladder, grid=MXFP4)
+    codes, indices = rng.integers(0, 2 ** ladder[-1], shape, np.uint8), rng.integers(0, 16, (7, 6), np.uint8)
+    multiplier = np.exp2(rng.integers(-20, 20, 7)).astype(np.float32)
+    matrix = QuantizedMatrix(codes, dict.fromkeys(ladder, indices), multiplier)
+    segments = split_record(layout, pack_record(layout, {"weight": matrix}))
+    for tier in ladder:
+        got = dequantize(segments[: layout.segments_of(tier)], layout.matrices["weight"], tier)
+        for r, c in itertools.product(*map(range, shape)):
+            level = MX_LEVELS[tier][int(codes[r, c]) >> (ladder[-1] - tier)] * MX_UNITS[tier]
+            value = multiplier[r].item() * 2.0 ** -int(indices[r, c // 32]) * level
+            assert got[r, c].item() == pytest.approx(value, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("ladder", [(2, 3, 4), (4,), (2, 4)], ids=str)
+@pytest.mark.parametrize("apart", [0, 4, 15])
+def test_weights_in_mxfp4_stay_as_they_are(apart: int, ladder: tuple[int, ...]) -> None:
+    """Though the scale of a group may be another, as of one in which no magnitude is above 3."""
+    for seed in range(10):
+        weights = {name: mx_groups(shape, apart, seed) for name, shape in MX_SHAPES.items()}
+        layout, segments = mx_record(weights, ladder)
+        for name, where in layout.matrices.items():
+            assert np.array_equal(dequantize(segments, where, 4), weights[name])
+
+
+def test_weights_far_below_the_rest_of_their_row_are_rounded() -> None:
+    """To half a step of the smallest scale that the row can have."""
+    weights = mx_groups((50, 320), apart=30)
+    layout, segments = mx_record({"weight": weights}, (2, 3, 4))
+    got = dequantize(segments, layout.matrices["weight"], 4)
+    largest = np.exp2(np.frexp(np.abs(weights).max(-1, keepdims=True))[1] - 3.0)  # scale of a row
+    assert (np.abs(got - weights) <= largest * 2.0**-15 / 4).all()
+    assert np.array_equal(got[np.abs(weights) >= largest * 2.0**-12], weights[np.abs(weights) >= largest * 2.0**-12])
+    assert not np.array_equal(got, weights)
+
+
+@pytest.mark.parametrize("ladder", MX_LADDERS, ids=str)
+def test_lower_tiers_of_mxfp4_are_near(ladder: tuple[int, ...]) -> None:
+    """Their squared errors are little more than those of the usual tiers, which are fitted to the weights."""
+    weights = mx_normal(64, 512)
+    layout, segments = mx_record({"weight": weights}, ladder)
+    square = np.square(weights).sum()
+    for tier in ladder:
+        got = dequantize(segments, layout.matrices["weight"], tier)
+        assert np.square(got - weights).sum() / square <= {2: 0.145, 3: 0.044, 4: 0.0}[tier]
+        factor = (got * weights).sum() / np.square(got).sum()
+        assert 0.98 <= factor <= 1.05  # levels are as large as the weights that they stand for
+
+
+def test_codes_of_mxfp4_mirror_and_nest() -> None:
+    weight = torch.from_numpy(mx_groups((5, 96), apart=6))
+    top, mirrored = mxfp4_codes(weight, (2, 3, 4)), mxfp4_codes(-weight, (2, 3, 4))
+    zero = weight.numpy() == 0
+    assert np.array_equal(mirrored.codes[~zero], 15 - top.codes[~zero])
+    assert (top.codes[zero] == 8).all() and (mirrored.codes[zero] == 8).all()
+    for ladder in ((2, 3), (2,)):
+        lower = mxfp4_codes(weight, ladder)
+        assert np.array_equal(lower.codes, top.codes >> (4 - ladder[-1]))
+        assert np.array_equal(lower.multiplier, top.multiplier)

@@ -50,15 +50,14 @@ def routing(layer: int) -> PromptRouting:
     rng = np.random.default_rng(layer)
     taste = rng.standard_normal(EXPERTS, np.float32)
     logits = rng.standard_normal((WINDOWS * TOKENS, EXPERTS), np.float32) * np.float32(1 + 0.3 * layer) + taste
-    experts, weights = load_kernels(REFERENCE).route(logits, TOP_K, False)
+    experts, weights = load_kernels(REFERENCE).route(logits, SPEC.moe.router)
     token_weights = 2 * rng.random(WINDOWS * TOKENS, np.float32)
     return PromptRouting(experts, weights, np.zeros((len(weights), 1), np.float32), token_weights, TOKENS)
 
 
 @cache
 def statistics() -> dict[int, LayerStatistics]:
-    parts = {layer: (r.experts, r.weights, r.token_weights) for layer in SPEC.moe_layers for r in [routing(layer)]}
-    return {layer: layer_statistics(*given, WINDOWS, EXPERTS, 0) for layer, given in parts.items()}
+    return {layer: layer_statistics(routing(layer), EXPERTS, 0) for layer in SPEC.moe_layers}
 
 
 def added(ladder: Sequence[int]) -> dict[int, dict[int, float]]:

@@ -13,14 +13,13 @@ from compile_kit import assert_codes_nest, assert_findings_fit, same_files, with
 from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.torch import load_file, save_file
 
-from dymoe_compile.families import supported
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.model.routing import Routing
 from dymoe_runtime.model.tier_rule import TierRule
 
 
-@pytest.mark.parametrize("family", supported())
-def test_every_family_compiles_and_runs(family: str, tmp_path: Path, calibration_text: Path) -> None:
+@pytest.mark.parametrize("family", ("mixtral", "olmoe", "qwen3_moe"))  # tests/families has the others
+def test_a_family_compiles_and_runs(family: str, tmp_path: Path, calibration_text: Path) -> None:
     model = save_tiny(tmp_path / "model", family)
     bundle = tmp_path / "out.dymoe"
     assert compile_cli(model, "-o", bundle, "--calibration", calibration_text).code == 0

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "ops/expert.h"
+#include "record/expert.h"
 #include "threads/read_threads.h"
 
 namespace dymoe {
@@ -84,17 +84,18 @@ struct Matrix {
   MatrixView view{};
 
   /// Planes of these widths, of a ladder up to `top` bits; each row has the multiplier, bf16.
-  Matrix(int64_t rows, int64_t cols, const std::vector<int>& widths, int top, uint16_t multiplier = kOne) {
-    view.rows = rows, view.cols = cols, view.blocks = (cols + kBlock - 1) / kBlock;
+  Matrix(int64_t rows, int64_t cols, const std::vector<int>& widths, int top, uint16_t multiplier = kOne,
+         Grid grid = Grid::usual) {
+    view.rows = rows, view.cols = cols, view.blocks = (cols + kBlock - 1) / kBlock, view.grid = grid;
     for (int width : widths) {
       add_part(rows * view.blocks * 8 * width);
       view.plane[view.planes++].width = width;
       view.bits += width;
     }
-    add_part(rows * scale_index_bytes(view.blocks));
+    add_part(rows * scale_index_bytes(view.blocks, grid));
     add_part(2 * rows);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(parts.back().get() + 2 * r, &multiplier, sizeof multiplier);
-    view.levels = levels_of(view.bits, top);
+    view.levels = levels_of(view.bits, top, grid);
     find_parts();
   }
 

@@ -45,7 +45,7 @@ struct TokenCase {
     std::iota(rows.begin(), rows.end(), 0);
     for (int64_t j = 0; j < kCount; ++j) parts.push_back({*all[j], j, 1});
     std::vector<float> y(kCount * kHidden), out(kHidden);
-    moe(isa, parts, x.data(), tokens.data(), Activation::gelu, y.data());
+    moe(isa, parts, x.data(), tokens.data(), Activation{ActivationKind::gelu}, y.data());
     combine(y.data(), rows.data(), weights.data(), 1, kCount, kHidden, out.data());
     return out;
   }
@@ -54,8 +54,8 @@ struct TokenCase {
                          const std::vector<PendingExpert>& pending, const std::function<bool()>& interrupted = never,
                          double* waited = nullptr) const {
     std::vector<float> out(kHidden);
-    const double seconds =
-        run_token(isa, all, x.data(), weights.data(), Activation::gelu, reads, pending, interrupted, out.data());
+    const double seconds = run_token(isa, all, x.data(), weights.data(), Activation{ActivationKind::gelu}, reads,
+                                     pending, interrupted, out.data());
     if (waited) *waited = seconds;
     return out;
   }
@@ -128,8 +128,8 @@ void check_interrupted_token(const Kernels& isa, const TokenCase& c, const Tempo
   bool interrupted = false;
   try {
     run_token(
-        isa, all, c.x.data(), c.weights.data(), Activation::gelu, &reads, pending, [&] { return ++asked == 2; },
-        out.data());
+        isa, all, c.x.data(), c.weights.data(), Activation{ActivationKind::gelu}, &reads, pending,
+        [&] { return ++asked == 2; }, out.data());
   } catch (const Interrupted&) {
     interrupted = true;
   }

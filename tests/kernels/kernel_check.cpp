@@ -17,8 +17,10 @@
 #include "check_token.h"
 #include "isa/isa.h"
 #include "ops/attention.h"
+#include "ops/delta.h"
 #include "ops/moe.h"
 #include "ops/ops.h"
+#include "ops/router.h"
 #include "templates/half.h"
 #include "threads/pool.h"
 
@@ -28,14 +30,15 @@ namespace {
 /// Tokens quantized by `isa`, in buffers of their own.
 struct Quantized {
   std::unique_ptr<int8_t[]> codes;
-  std::unique_ptr<float[]> scales, sums;
+  std::unique_ptr<float[]> scales, sums, half_sums;
   Activations view;
 
   Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
     const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = (blocks + kGroup - 1) / kGroup * kGroup;
     codes = buffer<int8_t>(tokens * codes_pitch(blocks));
     scales = buffer<float>(tokens * pitch), sums = buffer<float>(tokens * pitch);
-    view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get()};
+    half_sums = buffer<float>(2 * tokens * pitch);
+    view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get(), half_sums.get()};
     for (int64_t t = 0; t < tokens; ++t) {
       const std::vector<float> row(x.begin() + t * cols, x.begin() + (t + 1) * cols);
       isa.quantize(row.data(), cols, t, view);
@@ -75,26 +78,31 @@ struct ProductCase {
   std::vector<float> x, product, rows;
   std::string what;
 
-  ProductCase(const std::vector<int>& split, int bits, int64_t row_count, int64_t cols, int64_t token_count)
-      : matrix(row_count, cols, split, bits <= kMaxCurved ? kMaxCurved : bits),
+  ProductCase(Grid grid, const std::vector<int>& split, int bits, int64_t row_count, int64_t cols, int64_t token_count)
+      : matrix(row_count, cols, split, bits <= kMaxCurved ? kMaxCurved : bits, kOne, grid),
         tokens(token_count),
         x(random_floats(tokens * cols)),
         product(product_of(kScalar, matrix, Quantized(kScalar, x, tokens, cols))),
         rows(tokens == 1 ? rows_of(kScalar, matrix) : std::vector<float>()) {
-    what = std::to_string(bits) + " bits, " + std::to_string(row_count) + " x " + std::to_string(cols) + ", " +
-           std::to_string(tokens) + " tokens";
+    what = (grid == Grid::mxfp4 ? "MXFP4, " : "") + std::to_string(bits) + " bits, " + std::to_string(row_count) +
+           " x " + std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
   }
 };
 
 std::vector<ProductCase> make_product_cases() {
   const std::vector<std::vector<int>> splits = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {4},
                                                 {4, 2}, {4, 2, 1}, {8},       {1, 1, 1},    {4, 1}};
-  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100}};
+  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100}, {11, 33}};
   std::vector<ProductCase> cases;
-  for (const auto& split : splits)
-    for (const auto& [rows, cols] : shapes)
-      for (const int64_t tokens : {0, 1, 2, 5, 33})
-        cases.emplace_back(split, std::accumulate(split.begin(), split.end(), 0), rows, cols, tokens);
+  for (const Grid grid : {Grid::usual, Grid::mxfp4})
+    for (const auto& split : splits) {
+      const int bits = std::accumulate(split.begin(), split.end(), 0);
+      if (grid == Grid::mxfp4 && bits > kMaxCurved) continue;
+      for (const auto& [rows, cols] : shapes) {
+        if (grid == Grid::mxfp4 && cols == 1) continue;  // its only weight may be 0, and then no product is close
+        for (const int64_t tokens : {0, 1, 2, 5, 33}) cases.emplace_back(grid, split, bits, rows, cols, tokens);
+      }
+    }
   return cases;
 }
 
@@ -125,7 +133,8 @@ void check_quantize(const Kernels& isa) {
     const Quantized a(isa, x, 3, cols), b(kScalar, x, 3, cols);
     const int64_t bytes = a.view.pitch * 3 * int64_t(sizeof(float));
     expect(codes_of(isa, a) == codes_of(kScalar, b) && !std::memcmp(a.scales.get(), b.scales.get(), bytes) &&
-               !std::memcmp(a.sums.get(), b.sums.get(), bytes),
+               !std::memcmp(a.sums.get(), b.sums.get(), bytes) &&
+               !std::memcmp(a.half_sums.get(), b.half_sums.get(), 2 * bytes),
            isa.name, "quantize, " + std::to_string(cols) + " columns");
   }
 }
@@ -143,7 +152,9 @@ void check_vectors(const Kernels& isa) {
     }
     expect(norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
   }
-  for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+  for (const Activation activation :
+       {Activation{ActivationKind::silu}, Activation{ActivationKind::gelu}, Activation{ActivationKind::gelu_tanh},
+        Activation{ActivationKind::clamped_swiglu, 1.7f, 0.8f}}) {
     const std::vector<float> ups = random_floats(37), hidden = random_floats(37);
     std::vector<float> a = hidden, b = hidden;
     isa.activate(activation, 37, ups.data(), a.data());
@@ -156,13 +167,13 @@ void check_vectors(const Kernels& isa) {
 void check_halves(const Kernels& isa) {
   const int64_t n = 65536;
   const auto keys = buffer<uint8_t>(2 * n), values = buffer<uint8_t>(2 * n);
-  const auto score = buffer<float>(1), row = buffer<float>(kCacheRows * n), out = buffer<float>(n);
+  const auto score = buffer<float>(2), row = buffer<float>(kCacheRows * n), out = buffer<float>(n);
   const std::vector<float> query(n);
   for (int64_t h = 0; h < n; ++h) {
     const uint16_t half = uint16_t(h), zero = 0;
     std::memcpy(values.get() + 2 * h, &half, 2), std::memcpy(keys.get() + 2 * h, &zero, 2);
   }
-  isa.attend(query.data(), 1, {keys.get(), values.get(), 2 * n, 16}, 1, n, score.get(), row.get(), out.get());
+  isa.attend(query.data(), 1, {keys.get(), values.get(), 2 * n, 16}, 1, n, nullptr, score.get(), row.get(), out.get());
   bool same = true, rounded = true;
   for (int64_t h = 0; h < n; ++h) {
     const float value = half_to_float(uint16_t(h)), next = half_to_float(uint16_t(h + 1));
@@ -199,13 +210,15 @@ void check_rows(const Kernels& isa) {
       }
 }
 
-/// A prompt after some tokens, a token after it, at all widths of the cache.
+/// A prompt after some tokens, its last token by itself, at all widths of the cache.
 void check_attention(const Kernels& isa) {
   struct Case {
-    int64_t heads, kv_heads, n, start, tokens, window;
+    int64_t heads, kv_heads, n, start, tokens, window, chunk;
+    bool sinks;
   };
   for (const Case& c :
-       {Case{4, 2, 64, 0, 70, 0}, Case{3, 1, 20, 90, 45, 0}, Case{2, 2, 128, 30, 66, 40}, Case{1, 1, 2, 0, 1, 0}})
+       {Case{4, 2, 64, 0, 70, 0, 0, false}, Case{3, 1, 20, 90, 45, 0, 0, true}, Case{2, 2, 128, 30, 66, 40, 0, true},
+        Case{4, 2, 20, 30, 66, 0, 32, false}, Case{6, 2, 64, 70, 50, 20, 64, true}, Case{1, 1, 2, 0, 1, 0, 0, false}})
     for (const int bits : {8, 16, 32}) {
       const int64_t end = c.start + c.tokens, pitch = cache_row_bytes(c.n, bits), group = c.heads / c.kv_heads;
       const auto keys = buffer<uint8_t>(c.kv_heads * end * pitch), values = buffer<uint8_t>(c.kv_heads * end * pitch);
@@ -214,7 +227,16 @@ void check_attention(const Kernels& isa) {
         isa.pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
         isa.pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
       }
-      const Prompt prompt{c.tokens, c.heads, c.kv_heads, c.n, c.start, c.window, std::min<int64_t>(c.tokens, 32)};
+      const std::vector<float> sinks = random_floats(c.heads);
+      const Prompt prompt{c.tokens,
+                          c.heads,
+                          c.kv_heads,
+                          c.n,
+                          c.start,
+                          c.window,
+                          std::min<int64_t>(c.tokens, 32),
+                          c.chunk,
+                          c.sinks ? sinks.data() : nullptr};
       const std::vector<float> queries = random_floats(c.tokens * c.heads * c.n);
       std::vector<float> prompts[2], masses[2], tokens[2];
       int at = 0;
@@ -224,16 +246,101 @@ void check_attention(const Kernels& isa) {
         attend_prompt(*kernels, prompt, queries.data(), cache, out.data(), received.data());
         for (int64_t i = 0; i < parts * c.tokens; ++i) mass[i % c.tokens] += received[i];
         prompts[at] = out, masses[at] = mass;
-        const auto scores = buffer<float>(group * end), row = buffer<float>(kCacheRows * c.n);
-        tokens[at].resize(group * c.n);
-        kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, scores.get(),
-                        row.get(), tokens[at].data());
+        Prompt last = prompt;
+        last.tokens = 1, last.start = end - 1, last.last = 0;
+        const int64_t before = (c.tokens - 1) * c.heads * c.n;
+        tokens[at].resize(c.heads * c.n);
+        attend_token(*kernels, last, queries.data() + before, cache, tokens[at].data());
+        expect(is_close(tokens[at], {out.begin() + before, out.end()}), kernels->name, "a token, as of a prompt");
+        const auto scores = buffer<float>(group * (end + 1)), row = buffer<float>(kCacheRows * c.n);
+        std::vector<float> alone(group * c.n);
+        kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, prompt.sinks,
+                        scores.get(), row.get(), alone.data());
+        tokens[at].insert(tokens[at].end(), alone.begin(), alone.end());
         ++at;
       }
       const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(bits) + " bits";
       expect(is_close(prompts[0], prompts[1]) && is_close(masses[0], masses[1]), isa.name, "prompt of " + what);
       expect(tokens[0] == tokens[1], isa.name, "token after " + what);
     }
+}
+
+/// What the gated delta rule makes of some tokens, in as many calls as there are numbers: y, then the state.
+std::vector<float> delta_by(const Kernels& isa, const DeltaShape& shape, const std::vector<int64_t>& calls) {
+  random_bits.seed(1);
+  const int64_t tokens = std::accumulate(calls.begin(), calls.end(), int64_t(0)), heads = shape.value_heads;
+  const int64_t channels = channels_of(shape), values = values_of(shape);
+  const std::vector<float> mixed = random_floats(tokens * channels), rates = random_floats(tokens * 2 * heads),
+                           conv = random_floats(channels * shape.taps), a_log = random_floats(heads),
+                           dt_bias = random_floats(heads);
+  std::vector<float> tail = random_floats((shape.taps - 1) * channels),
+                     memory = random_floats(heads * shape.key_dim * shape.value_dim), all;
+  int64_t first = 0;
+  for (int64_t count : calls) {
+    const auto own = buffer<float>(count * channels), own_rates = buffer<float>(count * 2 * heads),
+               y = buffer<float>(count * values);
+    std::copy_n(mixed.begin() + first * channels, count * channels, own.get());
+    std::copy_n(rates.begin() + first * 2 * heads, count * 2 * heads, own_rates.get());
+    gated_delta(isa, shape, count, own.get(), own_rates.get(), {conv.data(), a_log.data(), dt_bias.data()},
+                {tail.data(), memory.data()}, y.get());
+    all.insert(all.end(), y.get(), y.get() + count * values);
+    first += count;
+  }
+  all.insert(all.end(), tail.begin(), tail.end());
+  all.insert(all.end(), memory.begin(), memory.end());
+  return all;
+}
+
+/// The gated delta rule by any instruction set, and however its tokens are divided into calls.
+void check_delta(const Kernels& isa) {
+  for (const DeltaShape& shape :
+       {DeltaShape{1, 2, 20, 150, 4}, DeltaShape{2, 2, 128, 64, 3}, DeltaShape{1, 1, 3, 5, 1}}) {
+    const std::vector<float> whole = delta_by(isa, shape, {70});
+    expect(is_close(whole, delta_by(kScalar, shape, {70})), isa.name, "gated delta rule");
+    expect(whole == delta_by(isa, shape, {1, 1, 2, 65, 1}), isa.name, "gated delta rule in parts");
+  }
+  expect_refused([] { check(DeltaShape{2, 3, 4, 4, 4}); }, isa.name, "heads that do not share keys");
+  expect_refused([] { check(DeltaShape{1, 1, 4, 4, kMaxTaps + 1}); }, isa.name, "more taps than there can be");
+}
+
+/// Routers with and without options.
+void check_routes(const Kernels& isa) {
+  const int64_t experts = 24, top_k = 5;
+  const std::vector<float> select = random_floats(experts), scale = random_floats(experts);
+  for (const RouterScore score : {RouterScore::softmax, RouterScore::sigmoid, RouterScore::softmax_of_chosen})
+    for (const bool all : {false, true}) {
+      RouterRule rule{experts, top_k, score, 1, 1, true, true, 1.0f, 0.0f, 0.0f, 0.0f, nullptr, nullptr};
+      if (all) rule = {experts, top_k, score, 6, 2, true, true, 2.0f, 1e-3f, 0.5f, 3.0f, select.data(), scale.data()};
+      check(rule);
+      const std::vector<float> logits = random_floats(experts);
+      std::vector<int64_t> chosen[2];
+      std::vector<float> weights[2];
+      int at = 0;
+      for (const Kernels* kernels : {&isa, &kScalar}) {
+        std::vector<float> used = logits;
+        chosen[at].resize(top_k), weights[at].resize(top_k);
+        select_experts(*kernels, rule, used.data(), chosen[at].data(), weights[at].data());
+        ++at;
+      }
+      expect(chosen[0] == chosen[1] && weights[0] == weights[1], isa.name, "routing");
+      expect(std::is_sorted(weights[0].rbegin(), weights[0].rend()), isa.name, "order of experts");
+    }
+}
+
+/// Rotation of some columns of each head.
+void check_rotate(const char* whose) {
+  const int64_t tokens = 3, heads = 2, n = 10, turning = 6;
+  const std::vector<float> x = random_floats(tokens * heads * n), cosines = random_floats(tokens * turning),
+                           sines = random_floats(tokens * turning);
+  std::vector<float> got = x, expected = x;
+  rotate(got.data(), tokens, heads, n, turning, cosines.data(), sines.data());
+  for (int64_t i = 0; i < tokens * heads; ++i)
+    for (int64_t c = 0; c < turning; ++c) {
+      const int64_t angle = i / heads * turning + c, pair = (c + turning / 2) % turning;
+      const float turned = c < turning / 2 ? -x[i * n + pair] : x[i * n + pair];
+      expected[i * n + c] = x[i * n + c] * cosines[angle] + turned * sines[angle];
+    }
+  expect(is_close(got, expected), whose, "rotation");
 }
 
 /// Codes and scales of a fit, then of a descent from them.
@@ -266,9 +373,12 @@ std::vector<float> quantized_by(const Kernels& isa, unsigned seed) {
 /// A layer's experts by threads: the same bits as by one.
 void check_threads(const Kernels& isa) {
   const Matrix gate(320, 512, {2, 1, 1}, 4), up(320, 512, {2, 1, 1}, 4), down(512, 320, {2, 1, 1}, 4);
-  const Matrix low(320, 512, {2}, 4), low_up(320, 512, {2}, 4), low_down(512, 320, {2}, 4);
-  const std::vector<ExpertRows> parts = {{gate.view, up.view, down.view, 0, 3},
-                                         {low.view, low_up.view, low_down.view, 3, 150}};
+  const Matrix low(320, 512, {2}, 4), low_up(320, 512, {2}, 4);
+  const Matrix low_down(512, 320, {2, 1}, 4, kOne, Grid::mxfp4);
+  const std::vector<float> bias = random_floats(512);
+  const std::vector<ExpertRows> parts = {
+      {{gate.view, up.view, down.view}, 0, 3},
+      {{low.view, low_up.view, low_down.view, bias.data(), bias.data() + 5, bias.data()}, 3, 150}};
   const std::vector<float> x = random_floats(150 * 512);
   std::vector<int64_t> tokens(153);
   for (int64_t i = 0; i < 153; ++i) tokens[i] = i < 3 ? 7 * i : i - 3;
@@ -277,7 +387,7 @@ void check_threads(const Kernels& isa) {
     set_threads(count);
     std::vector<float>& out = y[count / 2];
     out.resize(153 * 512);
-    moe(isa, parts, x.data(), tokens.data(), Activation::silu, out.data());
+    moe(isa, parts, x.data(), tokens.data(), {ActivationKind::silu}, out.data());
   }
   set_threads(1);
   expect(y[0] == y[1], isa.name, "threads");
@@ -290,6 +400,8 @@ void check_isa(const Kernels& isa) {
   check_halves(isa);
   check_rows(isa);
   check_attention(isa);
+  check_delta(isa);
+  check_routes(isa);
   for (unsigned seed = 0; seed < 5; ++seed)
     expect(quantized_by(isa, seed) == quantized_by(kScalar, seed), isa.name, "fit and descent");
   check_threads(isa);
@@ -299,6 +411,7 @@ void check_isa(const Kernels& isa) {
 
 /// What does not depend on the instruction set.
 void check_rest() {
+  check_rotate("rest");
   check_table();
   check_waits();
   check_reads();

@@ -14,6 +14,7 @@ from dymoe_compile.checkpoint import torch_ops
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.memory_plan import plan_budget
+from dymoe_runtime.kernels.attention_reference import Sight
 from dymoe_runtime.kernels.kv_cache import HEAVY_HITTER_QUERIES, KVCache, pack, row_bytes, unpack
 from dymoe_runtime.model.mixers.gqa import AttentionState
 from dymoe_runtime.model.state import SequenceState
@@ -30,6 +31,16 @@ CASES = [  # heads, kv_heads, head_dim, start, tokens, window
     (4, 2, 64, 100, 90, 64),
     (40, 1, 16, 70, 9, 65),
     (2, 2, 2, 0, 300, None),
+]
+# heads, kv_heads, head_dim, start, tokens, window, chunk
+SIGHTS = [
+    (8, 2, 20, 0, 1, None, None),
+    (8, 2, 20, 5, 33, None, 16),
+    (6, 2, 80, 130, 90, None, 64),
+    (4, 2, 64, 100, 150, 64, None),
+    (4, 2, 64, 0, 200, 7, 50),
+    (4, 1, 64, 127, 3, 50, 128),
+    (4, 4, 16, 70, 9, None, 1),
 ]
 
 
@@ -124,11 +135,70 @@ def test_prompts_equal_torch(
         got, received = kernels_of(isa).attend(*t.vectors, cache, start, window, weigh=True)
         k, v = cache.read(start + tokens)
         q = np.concatenate([np.zeros((heads, start, head_dim), np.float32), t.q], axis=1)
-        expected = torch_ops.attention(q, k, v, window)[:, start:]
+        expected = torch_ops.attention(q, k, v, Sight(window))[:, start:]
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
         if start == 0 or tokens >= HEAVY_HITTER_QUERIES:  # else torch counts tokens before them too
-            mass = torch_ops.received(q, k, window)[start:]
+            mass = torch_ops.received(q, k, Sight(window))[start:]
             assert received is not None and np.allclose(received, mass, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("bits", KV_BITS)
+@pytest.mark.parametrize("sink", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "start", "tokens", "window", "chunk"), SIGHTS)
+def test_sinks_and_chunks_equal_the_reference(
+    isa: str,
+    sink: bool,
+    bits: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    start: int,
+    tokens: int,
+    window: int | None,
+    chunk: int | None,
+) -> None:
+    """With sinks that take all attention, and some that take none."""
+    t = Tokens(heads, kv_heads, head_dim, tokens, start, bits)
+    sinks = np.linspace(-30, 30, heads, dtype=np.float32) if sink else None
+    ours, theirs = (sequence[0] for sequence in t.caches)
+    expected, mass = reference.attend(*t.vectors, theirs, start, window, True, sinks, chunk)
+    got, received = kernels_of(isa).attend(*t.vectors, ours, start, window, True, sinks, chunk)
+    assert received is not None and mass is not None
+    assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.allclose(received, mass, rtol=1e-4, atol=1e-5)
+    alone, nothing = kernels_of(isa).attend(*t.vectors, ours, start, window, sinks=sinks, chunk=chunk)
+    assert np.array_equal(alone, got) and nothing is None
+
+
+@pytest.mark.parametrize("isa", ALL)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "start", "tokens", "window", "chunk"), SIGHTS)
+def test_sinks_and_chunks_equal_torch(
+    isa: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    start: int,
+    tokens: int,
+    window: int | None,
+    chunk: int | None,
+) -> None:
+    t, sinks = Tokens(heads, kv_heads, head_dim, tokens, start), np.linspace(-3, 3, heads, dtype=np.float32)
+    got, _ = kernels_of(isa).attend(*t.vectors, t.caches[0][0], start, window, sinks=sinks, chunk=chunk)
+    k, v = t.caches[0][0].read(start + tokens)
+    q = np.concatenate([np.zeros((heads, start, head_dim), np.float32), t.q], axis=1)
+    expected = torch_ops.attention_with_sinks(q, k, v, Sight(window, chunk), sinks)[:, start:]
+    assert np.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ALL)
+def test_a_chunk_sees_nothing_of_those_before(isa: str) -> None:
+    """A key that is not finite spoils the tokens of its chunk alone."""
+    t = Tokens(4, 2, 64, 100)
+    t.k[0, 40, 3] = float("nan")
+    got, _ = kernels_of(isa).attend(*t.vectors, t.caches[0][0], 0, chunk=32)
+    assert np.isnan(got[:2, 40:64]).all()
+    assert np.isfinite(got[:2, :40]).all() and np.isfinite(got[:2, 64:]).all() and np.isfinite(got[2:]).all()
 
 
 @pytest.mark.parametrize("isa", ALL)
@@ -182,8 +252,13 @@ def test_arguments_that_do_not_fit_are_refused(isa: str) -> None:
         attend(odd, t.k, t.v, cache, 0)
     with pytest.raises(ValueError, match="shapes do not fit"):
         attend(t.q, t.k, t.v, cache, -1)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        attend(t.q, t.k, t.v, cache, 0, chunk=-1)
     with pytest.raises(ValueError, match="position 13 is not below 13"):
         attend(t.q, t.k, t.v, cache, 4)
+    for sinks in (np.ones(3, np.float32), np.ones((4, 1), np.float32), np.ones(4)):
+        with pytest.raises(ValueError):
+            attend(t.q, t.k, t.v, cache, 0, sinks=sinks)
 
 
 @pytest.mark.parametrize("isa", ALL)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +15,35 @@ from kernel_kit import (
     ALL,
     COMPILED,
     HIDDEN,
+    WIDTH,
+    Record,
     assert_within,
     expert,
     expert_at,
     grid_input,
     kernels_of,
     random_input,
+    random_matrix,
     reference,
     rounding,
 )
 
+from dymoe_runtime.bundle import tiers
+from dymoe_runtime.bundle.tiers import MXFP4, Part
 from dymoe_runtime.kernels.interface import ffn
 from dymoe_runtime.kernels.prepared import ExpertRows, PreparedExpert
 from dymoe_runtime.kernels.reads import PendingReads, ReadThreads
-from dymoe_runtime.spec import ACTIVATIONS
+from dymoe_runtime.memory import address_of
+from dymoe_runtime.spec import ACTIVATIONS, clamped_swiglu
 from dymoe_runtime.store.read_threads import PythonThreads
 
+CLAMPED = clamped_swiglu(1.702, 7.0)
 TOKENS = (0, 1, 2, 5, 33, 200)
 NATIVE_READS = [kernels_of(COMPILED[0]).reads] if COMPILED else []
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, CLAMPED])
 @pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
 def test_activations_of_any_size_equal_the_reference(isa: str, activation: str, size: float) -> None:
     """Far out too, where an exponential would overflow."""
@@ -47,11 +55,13 @@ def test_activations_of_any_size_equal_the_reference(isa: str, activation: str, 
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("ladder", "tier"), [((2, 3, 4), t) for t in (2, 3, 4)] + [((5, 8), 8)])
-def test_ffn_equals_the_reference(isa: str, ladder: tuple[int, ...], tier: int, activation: str) -> None:
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, CLAMPED])
+@pytest.mark.parametrize(
+    ("grid", "ladder", "tier"), [(grid, (2, 3, 4), t) for grid in ("", MXFP4) for t in (2, 3, 4)] + [("", (5, 8), 8)]
+)
+def test_ffn_equals_the_reference(isa: str, grid: str, ladder: tuple[int, ...], tier: int, activation: str) -> None:
     """Gate and up are exact for x on the grid, which leaves the rounding of the hidden vector."""
-    layout, segments = expert(ladder)
+    layout, segments = expert(ladder, grid)
     given = segments[: layout.segments_of(tier)]
     gate, up, down = (reference.dequantize(layout, tier, given, name) for name in ("gate", "up", "down"))
     for tokens in TOKENS:
@@ -63,7 +73,8 @@ def test_ffn_equals_the_reference(isa: str, ladder: tuple[int, ...], tier: int, 
 
 
 @pytest.mark.parametrize("isa", ALL)
-def test_a_call_of_many_experts_equals_calls_of_one(isa: str) -> None:
+@pytest.mark.parametrize("grid", ["", MXFP4])
+def test_a_call_of_many_experts_equals_calls_of_one(isa: str, grid: str) -> None:
     """At mixed tiers, for rows in any order, bit for bit; rows of no part stay as they are."""
     for x, parts, tokens in (
         (random_input(1, HIDDEN), [(4, 0, 1), (2, 1, 1), (3, 3, 1)], [0, 0, 0, 0]),
@@ -71,11 +82,12 @@ def test_a_call_of_many_experts_equals_calls_of_one(isa: str) -> None:
         (random_input(3, HIDDEN), [(2, 2, 1), (4, 0, 2)], [2, 0, 1]),
         (random_input(150, HIDDEN), [(3, 0, 150), (4, 150, 0), (2, 150, 90)], [*range(150), *range(0, 90)]),
     ):
-        y = run_parts(isa, parts, x, tokens)
+        y = run_parts(isa, parts, x, tokens, grid)
         expected = np.full((len(tokens), HIDDEN), 7.0, np.float32)
         for tier, first, count in parts:
             rows = slice(first, first + count)
-            alone = [ffn(kernels_of(isa), *expert_at(tier), x[token : token + 1], "silu") for token in tokens[rows]]
+            one = partial(ffn, kernels_of(isa), *expert_at(tier, grid), activation="silu")
+            alone = [one(x=x[token : token + 1]) for token in tokens[rows]]
             expected[rows] = np.concatenate([*alone, expected[:0]])
         if kernels_of(isa).batch_invariant:
             assert np.array_equal(y, expected)
@@ -83,11 +95,78 @@ def test_a_call_of_many_experts_equals_calls_of_one(isa: str) -> None:
             np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-def run_parts(isa: str, parts: list[tuple[int, int, int]], x: np.ndarray, tokens: list[int]) -> np.ndarray:
+@cache
+def biased_expert() -> Record:
+    """An expert like that of `expert_at`, with biases about as large as its products. Read only."""
+    rng, shapes = np.random.default_rng(5), {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+    lengths = {f"{name}_bias": rows for name, (rows, _) in shapes.items()}
+    layout = tiers.make_layout(shapes, (2, 3, 4), vectors=lengths)
+    matrices = {name: random_matrix(rng, *shape, layout.ladder, 100.0) for name, shape in shapes.items()}
+    vectors = {name: rng.standard_normal(length, np.float32) for name, length in lengths.items()}
+    return layout, tiers.split_record(layout, tiers.pack_record(layout, matrices, vectors))
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, CLAMPED])
+@pytest.mark.parametrize("tier", [2, 3, 4])
+def test_biases_of_experts_equal_the_reference(isa: str, tier: int, activation: str) -> None:
+    """For many tokens and for one."""
+    layout, segments = biased_expert()
+    given, kernels = segments[: layout.segments_of(tier)], kernels_of(isa)
+    gate, up, down = (reference.dequantize(layout, tier, given, name) for name in ("gate", "up", "down"))
+    gate_bias, up_bias, _ = (tiers.vector_of(given, part) for part in layout.vectors.values())
+    for tokens in TOKENS:
+        x = grid_input(tokens, HIDDEN) / 64
+        hidden = reference.activate(x @ gate.T + gate_bias, x @ up.T + up_bias, activation)
+        y, bound = ffn(kernels, layout, tier, given, x, activation), 1.01 * rounding(hidden) @ np.abs(down).T
+        assert_within(y, ffn(reference, layout, tier, given, x, activation), bound)
+        if tokens:
+            one = kernels.moe_token(
+                [kernels.prepare(layout, tier, given)], x[:1], np.ones((1, 1), np.float32), activation
+            )
+            assert np.array_equal(one, y[:1])
+
+
+@pytest.mark.parametrize("isa", ALL)
+def test_places_of_an_expert_hold_its_biases(isa: str) -> None:
+    (layout, segments), kernels, x = biased_expert(), kernels_of(isa), random_input(1, HIDDEN)
+    places = [(address_of(segment), segment.size) for segment in segments]
+    weights = np.ones((1, 1), np.float32)
+    at, of = kernels.prepare_at(layout, 3, places), kernels.prepare(layout, 3, segments)
+    assert np.array_equal(kernels.moe_token([at], x, weights, "silu"), kernels.moe_token([of], x, weights, "silu"))
+    plain = kernels.prepare(replace(layout, vectors={}), 3, segments)
+    assert not np.allclose(kernels.moe_token([plain], x, weights, "silu"), kernels.moe_token([of], x, weights, "silu"))
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_biases_that_do_not_fit_are_refused(isa: str) -> None:
+    (layout, segments), kernels = biased_expert(), kernels_of(isa)
+    part = layout.vectors["up_bias"]
+
+    def prepare(part: Part, segments: list[np.ndarray]) -> None:
+        kernels.prepare(replace(layout, vectors={**layout.vectors, "up_bias": part}), 2, segments)
+
+    prepare(part, segments[:1])
+    wrong = [
+        (replace(part, nbytes=part.nbytes + 4), segments),
+        (replace(part, nbytes=part.nbytes + 1), segments),
+        (replace(part, offset=part.offset + 1), segments),
+        (replace(part, offset=-4), segments),
+        (replace(part, segment=1), segments[:1]),
+        (part, [segments[0][: part.offset + part.nbytes - 1]]),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="up_bias"):
+            prepare(*arguments)
+
+
+def run_parts(
+    isa: str, parts: list[tuple[int, int, int]], x: np.ndarray, tokens: list[int], grid: str = ""
+) -> np.ndarray:
     """Parts (tier, first row, rows) of the expert of `expert_at`, into rows of sevens."""
     y = np.full((len(tokens), x.shape[1]), 7.0, np.float32)
     kernels = kernels_of(isa)
-    at = {tier: kernels.prepare(*expert_at(tier)) for tier in (2, 3, 4)}
+    at = {tier: kernels.prepare(*expert_at(tier, grid)) for tier in (2, 3, 4)}
     kernels.moe([ExpertRows(at[tier], first, count) for tier, first, count in parts], x, np.array(tokens), y, "silu")
     return y
 
@@ -130,9 +209,10 @@ def test_combining_equals_the_reference_bit_for_bit(isa: str, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("isa", ALL)
-def test_one_token_equals_moe_and_combine(isa: str) -> None:
+@pytest.mark.parametrize("grid", ["", MXFP4])
+def test_one_token_equals_moe_and_combine(isa: str, grid: str) -> None:
     kernels = kernels_of(isa)
-    experts = [kernels.prepare(*expert_at(tier)) for tier in (4, 2, 3)]
+    experts = [kernels.prepare(*expert_at(tier, grid)) for tier in (4, 2, 3)]
     x, weights = random_input(1, HIDDEN), np.array([[0.5, 0.3, 0.2]], np.float32)
     y = np.empty((3, HIDDEN), np.float32)
     kernels.moe([ExpertRows(e, row, 1) for row, e in enumerate(experts)], x, np.zeros(3, np.int64), y, "gelu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,20 +23,23 @@ from kernel_kit import (
 )
 
 from dymoe_runtime.bundle import tiers
+from dymoe_runtime.bundle.tiers import MX_BLOCK, MXFP4
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (6,), (3, 4), (2, 4), (3,), (5, 8), (7,), (4, 6)]
-CASES = [(ladder, tier) for ladder in LADDERS for tier in ladder]
+MX_LADDERS = [(2, 3, 4), (4,), (3, 4), (2, 4), (3,)]
+GRIDS = {"": LADDERS, MXFP4: MX_LADDERS}
+CASES = [(grid, ladder, tier) for grid, ladders in GRIDS.items() for ladder in ladders for tier in ladder]
 TOKENS = (0, 1, 2, 5, 33, 200)
 
 # Records
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize(("ladder", "tier"), CASES)
-def test_linear_equals_the_reference(isa: str, ladder: tuple[int, ...], tier: int) -> None:
+@pytest.mark.parametrize(("grid", "ladder", "tier"), CASES)
+def test_linear_equals_the_reference(isa: str, grid: str, ladder: tuple[int, ...], tier: int) -> None:
     """Within |w| . (half a code of each activation), the bound of int8 activations."""
-    for rows, cols in ((37, 200), (4, 64), (1, 1), (19, 1100), (6, 1085), (9, 150)):
-        layout, segments = weight(rows, cols, ladder)
+    for rows, cols in ((37, 200), (4, 64), (1, 2), (19, 1100), (6, 1085), (9, 150), (5, 40), (13, 96), (10, 176)):
+        layout, segments = weight(rows, cols, ladder, grid)
         given = segments[: layout.segments_of(tier)]
         w = reference.dequantize(layout, tier, given, "weight")
         for tokens in TOKENS if cols == 200 else (1, 5):
@@ -45,13 +49,14 @@ def test_linear_equals_the_reference(isa: str, ladder: tuple[int, ...], tier: in
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize("ladder", [(4,), (3, 4), (2, 8)], ids=str)
+@pytest.mark.parametrize(("grid", "ladder"), [("", (4,)), ("", (3, 4)), ("", (2, 8)), (MXFP4, (3, 4))])
 def test_splits_that_no_layout_of_ours_has_are_read(
-    isa: str, ladder: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    isa: str, grid: str, ladder: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planes of one bit only, which are unpacked one by one."""
     monkeypatch.setattr(tiers, "plane_widths", lambda bits: (1,) * bits)
-    layout, segments = random_record.__wrapped__((("weight", 9, 150),), ladder)  # not one that was made before
+    made = random_record.__wrapped__((("weight", 9, 150),), ladder, grid=grid)  # not one that was made before
+    layout, segments = made
     assert {plane.width for plane in layout.matrices["weight"].planes} == {1}
     for tier in ladder:
         w = reference.dequantize(layout, tier, segments, "weight")
@@ -63,9 +68,9 @@ def test_splits_that_no_layout_of_ours_has_are_read(
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize(("ladder", "tier"), CASES)
-def test_exact_activations_leave_float_rounding(isa: str, ladder: tuple[int, ...], tier: int) -> None:
-    layout, segments = weight(21, 1100, ladder)
+@pytest.mark.parametrize(("grid", "ladder", "tier"), CASES)
+def test_exact_activations_leave_float_rounding(isa: str, grid: str, ladder: tuple[int, ...], tier: int) -> None:
+    layout, segments = weight(21, 1100, ladder, grid)
     for tokens in (1, 7):
         x = grid_input(tokens, 1100)
         expected = x.astype(np.float64) @ reference.dequantize(layout, tier, segments, "weight").astype(np.float64).T
@@ -74,9 +79,23 @@ def test_exact_activations_leave_float_rounding(isa: str, ladder: tuple[int, ...
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize(("ladder", "tier"), CASES)
-def test_rows_equal_the_reference_bit_for_bit(isa: str, ladder: tuple[int, ...], tier: int) -> None:
-    layout, segments = weight(37, 200, ladder)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 33])
+@pytest.mark.parametrize("tier", [2, 3, 4])
+def test_groups_of_mxfp4_have_scales_of_their_own(isa: str, tier: int, tokens: int) -> None:
+    """A product with one group is as exact as its scale, though other scales of the row are 2^15 times larger."""
+    layout, segments = weight(21, 176, (2, 3, 4), MXFP4)
+    w = reference.dequantize(layout, tier, segments, "weight").astype(np.float64)
+    for first in range(0, 176, MX_BLOCK):
+        x = np.zeros((tokens, 176), np.float32)
+        x[:, first : first + MX_BLOCK] = grid_input(tokens, 256)[:, 64 : 64 + min(MX_BLOCK, 176 - first)]
+        y, scale = kernels_of(isa).linear(layout, tier, segments, x), np.abs(x) @ np.abs(w).T
+        assert (np.abs(y - x @ w.T) <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize(("grid", "ladder", "tier"), CASES)
+def test_rows_equal_the_reference_bit_for_bit(isa: str, grid: str, ladder: tuple[int, ...], tier: int) -> None:
+    layout, segments = weight(37, 200, ladder, grid)
     kernels = kernels_of(isa)
     expected = reference.dequantize(layout, tier, segments, "weight")
     ids = np.array([36, 0, 5, 5])
@@ -85,9 +104,10 @@ def test_rows_equal_the_reference_bit_for_bit(isa: str, ladder: tuple[int, ...],
     assert np.array_equal(reference.embed(layout, tier, segments, ids), expected[ids])
     assert kernels.embed(layout, tier, segments, ids[:0]).shape == (0, 200)
     # Scale indices of an odd number of blocks leave half a byte at the end of each row.
-    layout, segments = weight(3, 1085, ladder)
-    dense = kernels.dequantize(layout, tier, segments, "weight")
-    assert np.array_equal(dense, reference.dequantize(layout, tier, segments, "weight"))
+    for cols in (1085, 40, 96, 176):
+        layout, segments = weight(3, cols, ladder, grid)
+        dense = kernels.dequantize(layout, tier, segments, "weight")
+        assert np.array_equal(dense, reference.dequantize(layout, tier, segments, "weight"))
 
 
 @pytest.mark.parametrize("isa", COMPILED)
@@ -111,9 +131,10 @@ def test_tiny_and_huge_activations(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", COMPILED)
+@pytest.mark.parametrize("grid", ["", MXFP4])
 @pytest.mark.parametrize("tokens", [1, 33, 200])
-def test_threads_and_company_do_not_change_a_token(isa: str, tokens: int) -> None:
-    layout, segments = weight(531, 1100, (2, 3, 4))
+def test_threads_and_company_do_not_change_a_token(isa: str, tokens: int, grid: str) -> None:
+    layout, segments = weight(531, 1100, (2, 3, 4), grid)
     kernels = kernels_of(isa)
     x = random_input(tokens, 1100)
     results = with_threads(kernels, lambda: kernels.linear(layout, 3, segments, x))
@@ -139,8 +160,9 @@ def test_callers_at_once_do_not_disturb_each_other(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ALL)
-def test_unaligned_segments_are_read(isa: str) -> None:
-    layout, segments = weight(37, 200, (2, 3, 4))
+@pytest.mark.parametrize("grid", ["", MXFP4])
+def test_unaligned_segments_are_read(isa: str, grid: str) -> None:
+    layout, segments = weight(37, 200, (2, 3, 4), grid)
     moved = [np.concatenate([np.zeros(1, np.uint8), segment])[1:] for segment in segments]
     x, kernels = random_input(5, 200), kernels_of(isa)
     assert np.array_equal(kernels.linear(layout, 4, moved, x), kernels.linear(layout, 4, segments, x))
@@ -164,6 +186,22 @@ def test_products_refuse_what_does_not_fit(isa: str) -> None:
     for call in wrong:
         with pytest.raises(ValueError):
             call()
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_grids_that_do_not_fit_are_refused(isa: str) -> None:
+    """As a layout says of itself that it has another grid than the one that it was made for."""
+    kernels, x = kernels_of(isa), random_input(2, 200)
+    for made, said, ladder, why in (
+        ("", MXFP4, (2, 3, 4), "does not fit its shape"),
+        (MXFP4, "", (2, 3, 4), "does not fit its shape"),
+        ("", MXFP4, (2, 8), "4 bits at most"),
+        ("", "nvfp4", (2, 3, 4), "nvfp4"),
+    ):
+        layout, segments = weight(37, 200, ladder, made)
+        matrices = {"weight": replace(layout.matrices["weight"], grid=said)}
+        with pytest.raises(ValueError, match=why):
+            kernels.linear(replace(layout, matrices=matrices), 2, segments, x)
 
 
 @pytest.mark.parametrize("isa", COMPILED)

@@ -178,6 +178,28 @@ def test_a_state_that_cannot_be_cut_is_forgotten_as_a_whole(toy: Toy) -> None:
     toy.check(toy.run([toy.ids[:9], toy.ids[9:]], state))
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_pass_that_fails_leaves_no_half_run_state(
+    toy: Toy, tokens: int, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first convolution has seen the tokens already when the last experts fail."""
+    state = toy.state()
+    toy.run([toy.ids[:10]], state)
+
+    def failing(layer: int, *_: object) -> np.ndarray:
+        if layer == SPEC.moe_layers[-1]:
+            raise KeyboardInterrupt
+        return np.zeros((tokens, HIDDEN), np.float32)
+
+    ids = toy.ids[10 : 10 + tokens]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toy.experts, "_run", failing)
+        toy.decoder.prefill(ids, state, 4) if chunked else toy.decoder.forward(ids, state)
+    assert state.length == 0
+    toy.check(toy.run([toy.ids], state))
+
+
 def test_the_memory_plan_sums_what_each_layer_says_of_itself(row: None) -> None:
     convolutions = 3 * 4 * 3 * 32
     for capacity, bits, row_bytes in ((64, 16, 32), (512, 16, 32), (64, 32, 64)):

@@ -5,15 +5,25 @@
 
 namespace dymoe {
 
-constexpr int64_t kBlock = 64;                // columns that share a scale
-constexpr int64_t kGroup = 16;                // blocks whose scale indices are read together, as one word
+constexpr int64_t kBlock = 64;                // columns of a block
+constexpr int64_t kGroup = 16;                // scale indices that are read together, as one word
 constexpr int64_t kScratchRows = 16;          // most rows that `product` unpacks at once; half as many if it pairs them
 constexpr int64_t kMaxAtOnce = 4;             // most blocks that a kernel multiplies together
 constexpr int kMaxPlanes = 8, kMaxTiers = 7;  // of one matrix
 
-// Scale sizes by their 4-bit scale index: SCALE_SIZES of tiers.py.
+/// The grids of tiers.py, which decide the levels of codes, the sizes of scales, and how many columns share a scale: a
+/// block on the usual grid, half a block on that of MXFP4.
+enum class Grid { usual, mxfp4 };
+
+/// Returns the scales of a block.
+static constexpr int64_t scales_of_block(Grid grid) { return grid == Grid::mxfp4 ? 2 : 1; }
+
+// Scale sizes by their 4-bit scale index: SCALE_SIZES and MX_SIZES of tiers.py.
 alignas(64) constexpr float kScaleSizes[16] = {0.0f,   1.0f,   1.108f, 1.229f, 1.362f, 1.51f, 1.673f, 1.855f,
                                                2.056f, 2.279f, 2.526f, 2.8f,   7.0f,   17.5f, 43.75f, 109.375f};
+alignas(64) constexpr float kMxSizes[16] = {0x1p-0f,  0x1p-1f,  0x1p-2f,  0x1p-3f, 0x1p-4f,  0x1p-5f,
+                                            0x1p-6f,  0x1p-7f,  0x1p-8f,  0x1p-9f, 0x1p-10f, 0x1p-11f,
+                                            0x1p-12f, 0x1p-13f, 0x1p-14f, 0x1p-15f};
 
 /// The levels of a tier's codes: level = number - centre. A scale is multiplier * unit * scale size, as tiers.py
 /// defines it.
@@ -28,7 +38,7 @@ static constexpr float level_of(const Levels& levels, int code) {
   return float(levels.numbers ? levels.numbers[code] : code) - levels.centre;
 }
 
-constexpr int kMaxCurved = 4;  // most bits of a ladder whose levels are CURVED; see tiers.py
+constexpr int kMaxCurved = 4;  // most bits of a ladder whose levels are CURVED, or those of MXFP4; see tiers.py
 
 // Numbers by code: CURVED of tiers.py for 2, 3 and 4 bits; in the last row, each code is its own number.
 alignas(16) constexpr uint8_t kNumbers[4][16] = {
@@ -39,8 +49,20 @@ alignas(16) constexpr uint8_t kNumbers[4][16] = {
 };
 constexpr float kCurvedUnits[3] = {0.0433f, 0.1539f, 0.2590f};  // CURVED_UNITS of tiers.py
 
-/// Returns the levels of the tier `bits` in a ladder whose highest tier is `top`.
-static constexpr Levels levels_of(int bits, int top) {
+// MX_NUMBERS and MX_UNITS of tiers.py, for 2, 3 and 4 bits. The highest number is twice the centre.
+alignas(16) constexpr uint8_t kMxNumbers[3][16] = {
+    {0, 17, 29, 46},
+    {0, 14, 21, 26, 30, 35, 42, 56},
+    {0, 4, 6, 8, 9, 10, 11, 12, 12, 13, 14, 15, 16, 18, 20, 24},
+};
+constexpr float kMxUnits[3] = {0.125f, float(1.0 / 6.0), 0.5f};
+
+/// Returns the levels of the tier `bits` in a ladder whose highest tier is `top`, at most kMaxCurved for MXFP4.
+static constexpr Levels levels_of(int bits, int top, Grid grid = Grid::usual) {
+  if (grid == Grid::mxfp4) {
+    const uint8_t* numbers = kMxNumbers[bits - 2];
+    return {numbers, 0.5f * float(numbers[(1 << bits) - 1]), kMxUnits[bits - 2]};
+  }
   if (top <= kMaxCurved) return {kNumbers[bits - 2], 31.5f, kCurvedUnits[bits - 2] * float(1 << (top - bits))};
   return {bits <= kMaxCurved ? kNumbers[3] : nullptr, 0.5f * float((1 << bits) - 1), float(1 << (top - bits))};
 }
@@ -56,13 +78,15 @@ static constexpr int64_t place(int64_t at_once, int64_t block, int64_t column) {
   return ((block / at_once * (kBlock / 16) + column / 16) * at_once + block % at_once) * 16 + column % 16;
 }
 
-/// Returns the bytes of scratch memory that `product` needs: codes and scale sizes of kScratchRows rows.
+/// Returns the bytes of scratch memory that `product` needs: codes and scale sizes of kScratchRows rows, on any grid.
 static constexpr int64_t scratch_bytes(int64_t blocks) {
-  return kScratchRows * (codes_pitch(blocks) + (blocks + kGroup - 1) / kGroup * kGroup * int64_t(sizeof(float)));
+  return kScratchRows * (codes_pitch(blocks) + (blocks + kGroup - 1) / kGroup * kGroup * 2 * int64_t(sizeof(float)));
 }
 
 /// Returns the bytes of one row's scale indices.
-static constexpr int64_t scale_index_bytes(int64_t blocks) { return (blocks + 1) / 2; }
+static constexpr int64_t scale_index_bytes(int64_t blocks, Grid grid = Grid::usual) {
+  return (blocks * scales_of_block(grid) + 1) / 2;
+}
 
 /// One plane of a matrix.
 struct PlaneView {
@@ -74,9 +98,10 @@ struct PlaneView {
 struct MatrixView {
   int64_t rows, cols, blocks;    // blocks: of a row; the last one may have fewer than kBlock columns
   int bits;                      // the tier
+  Grid grid;                     // MXFP4 has kMaxCurved bits at most
   int planes;                    // entries of `plane`
   PlaneView plane[kMaxPlanes];   // most significant first
-  const uint8_t* scale_indices;  // [rows, scale_index_bytes(blocks)], block 2i in the low nibble of byte i
+  const uint8_t* scale_indices;  // [rows, scale_index_bytes(blocks, grid)], scale 2i in the low nibble of byte i
   const uint8_t* multiplier;     // bf16 [rows]
   Levels levels;
 };
@@ -85,9 +110,10 @@ struct MatrixView {
 /// `pitch` is `blocks` rounded up to a multiple of kGroup; scales and sums past the last block are 0.
 struct Activations {
   int64_t tokens, blocks, pitch;
-  int8_t* codes;  // [tokens, codes_pitch(blocks)], in -127..127
-  float* scales;  // [tokens, pitch], NaN for a block that is not finite
-  float* sums;    // [tokens, pitch], scale times the sum of the codes of a block
+  int8_t* codes;     // [tokens, codes_pitch(blocks)], in -127..127
+  float* scales;     // [tokens, pitch], NaN for a block that is not finite
+  float* sums;       // [tokens, pitch], scale times the sum of the codes of a block
+  float* half_sums;  // [tokens, pitch, 2], the same for each half of a block
 };
 
 /// One block of columns of a matrix while its codes are chosen; see descend.h. The error of a tier is scale * level -
@@ -137,6 +163,8 @@ struct PromptTile {
   int64_t pitch;          // floats from one token to the next, in queries and out
   int64_t n;              // columns of a head
   int64_t start, window;  // position of token 0; positions that a token sees, itself included, 0 for all
+  int64_t chunk;          // a token sees only positions of its own chunk of that many; 0 for no chunks
+  const float* sinks;     // [group], scores that take part in the softmax, but have no value; null for none
   const float* queries;   // of token 0, first head of the group
   float* out;             // like queries
   CacheRows cache;        // from position 0 on
@@ -144,8 +172,42 @@ struct PromptTile {
   float* received;        // [tokens], of the positions from `start` on
 };
 
-/// The activation of a gated MLP; gelu_tanh is the tanh approximation of gelu.
-enum class Activation { silu, gelu, gelu_tanh };
+/// What a gated MLP makes of gate and up: act(gate) * up, where gelu_tanh is the tanh approximation of gelu. For
+/// clamped_swiglu it is g * sigmoid(alpha * g) * (u + 1), where g is the gate, at most `limit`, and u is up, from
+/// -limit to limit.
+enum class ActivationKind { silu, gelu, gelu_tanh, clamped_swiglu };
+
+/// An activation with its parameters.
+struct Activation {
+  ActivationKind kind;
+  float alpha = 0.0f, limit = 0.0f;  // of clamped_swiglu
+};
+
+constexpr int64_t kMaxTaps = 16;       // of a Convolution
+constexpr int64_t kDeltaColumns = 32;  // of a head's memory that are kept together while many tokens pass by
+
+/// A causal convolution of each channel by itself, followed by silu. Inputs are the rows of `tail`, then those of
+/// `mixed`; token t sees the inputs t to t + taps - 1.
+struct Convolution {
+  int64_t first, tokens;      // tokens [first, first + tokens) of the rows of `mixed`
+  int64_t channels, taps;     // of tail [taps - 1, channels], mixed [.., channels] and conv
+  const float *tail, *mixed;  // the last inputs of earlier calls, and the inputs of this one
+  const float* conv;          // [channels, taps]
+  float* out;                 // of token `first`
+  int64_t pitch;              // floats from one token to the next, in out
+};
+
+/// The gated delta rule of one head for some tokens: for each token
+///   memory = memory * fade; memory += outer(key, share * (value - key . memory)); y = query . memory
+struct DeltaHead {
+  int64_t tokens, key_dim, value_dim;
+  const float *queries, *keys, *values;  // of token 0
+  int64_t pitch;                         // floats from one token to the next, in queries, keys and values
+  const float *fades, *shares;           // [tokens]
+  float* memory;                         // [key_dim, value_dim]
+  float* y;                              // of token 0
+  int64_t y_pitch;                       // floats from one token to the next, in y
+};
 
 constexpr int kMaxFittedBits = 5;  // highest tier of a Fit
 
@@ -178,7 +240,7 @@ struct Kernels {
   void (*product)(const MatrixView& matrix, const Activations& activations, int64_t begin, int64_t end, float* y,
                   int64_t stride, uint8_t* scratch);
 
-  /// Computes hidden[i] = act(hidden[i]) * ups[i] for i in [0, count).
+  /// Computes hidden[i] = act(hidden[i]) * ups[i], or what clamped_swiglu is, for i in [0, count).
   void (*activate)(Activation activation, int64_t count, const float* ups, float* hidden);
 
   /// Writes row `row` of the matrix as floats, out [cols]; `scratch` is as for `product`.
@@ -197,12 +259,20 @@ struct Kernels {
   void (*pack_row)(const float* x, int64_t n, int bits, uint8_t* row);
 
   /// Computes the attention of one token's queries [heads, n], whose heads share a KV head, over the first `count` rows
-  /// of `cache`; out [heads, n]. `scores` holds heads * count floats, `rows` kCacheRows * n.
-  void (*attend)(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,
-                 float* rows, float* out);
+  /// of `cache`; out [heads, n]. `sinks` [heads] are scores that take part in the softmax, but have no value; null for
+  /// none. `scores` holds heads * (count + 1) floats, `rows` kCacheRows * n.
+  void (*attend)(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n,
+                 const float* sinks, float* scores, float* rows, float* out);
 
   /// Computes the attention of a tile. `scratch` holds tile_floats(n) floats and is aligned to 64 bytes.
   void (*attend_tile)(const PromptTile& tile, float* scratch);
+
+  /// Computes channels [begin, end) of a convolution, of which `out` has no others.
+  void (*convolve)(const Convolution& convolution, int64_t begin, int64_t end);
+
+  /// Computes y of one head, which has at least one token, and updates its memory. The value of an element does not
+  /// depend on how the tokens are divided into calls. `scratch` holds key_dim * kDeltaColumns floats.
+  void (*delta)(const DeltaHead& head, float* scratch);
 
   /// Improves the scales and codes of rows [row, row + rows) and updates the error.
   void (*descend)(const Descent& block, int64_t row, int64_t rows);

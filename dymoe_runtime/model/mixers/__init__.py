@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dymoe_runtime.model.mixer import MixerKind
+from dymoe_runtime.model.mixers.gated_delta import GatedDelta
 from dymoe_runtime.model.mixers.gqa import GroupedQueryAttention
 from dymoe_runtime.spec import MixerSpec
 
 MIXERS: dict[str, MixerKind] = {
     "gqa": GroupedQueryAttention,
+    "gated_delta": GatedDelta,
 }
 
 

@@ -1,55 +1,60 @@
-// The attention and the router of one layer, for one decoded token.
+// The operations of one layer outside its routed experts, for one decoded token.
 #pragma once
 
+#include <variant>
+#include <vector>
+
+#include "decode/weights.h"
 #include "ops/attention.h"
 
 namespace dymoe {
 
-/// A quantized matrix with a bias.
-struct Linear {
-  MatrixView weight;
-  const float* bias;  // [rows], or null for none
+/// A rotary embedding at the position of a token.
+struct Rotation {
+  const float *cosines, *sines;  // by column that turns
 };
 
-/// How queries and keys are normalized: not at all, each head by itself, or all heads as one vector.
-enum class QkNorm { none, head, full };
-
-/// The position of a token, and the rotary embedding there.
+/// The position of a token, and the rotary embeddings of the model there.
 struct Position {
   int64_t index;
-  const float *cosines, *sines;  // [head_dim] each
+  std::vector<Rotation> rotations;
 };
 
-/// The weights of a router.
+/// The state of a gated delta rule, and the floats of its arrays.
+struct DeltaArrays {
+  DeltaState state;
+  int64_t tail, memory;
+};
+
+/// The state that a layer keeps of a sequence; none for a layer that the caller runs.
+using LayerState = std::variant<std::monostate, LayerCache, DeltaArrays>;
+
+/// A router that replaces the one of a layer.
 struct Router {
   const float *weight, *bias;  // [experts, hidden]; [experts], or null for none
 };
 
-/// The dense weights of one layer. The caller keeps the memory of all pointers.
-struct LayerWeights {
-  int64_t hidden, heads, kv_heads, head_dim;
-  int64_t window;          // positions that a token sees, itself included; 0 for all
-  int64_t experts, top_k;  // 0 for a layer without a router
-  float eps, clip;         // clip: largest magnitude of queries, keys and values; 0 for no limit
-  QkNorm qk_norm;
-  bool normalize;  // whether routing weights are divided by their sum
-  // attn_norm and mlp_norm are [hidden]; q_norm and k_norm are [head_dim], or of all heads for QkNorm::full.
-  const float *attn_norm, *q_norm, *k_norm, *mlp_norm;
-  Router router;
-  Linear q, k, v, o;
-};
+/// Computes out = x + what the mixer makes of x, [hidden], and updates the layer's state, which must be of its kind.
+/// `out` may be `x`.
+void mix_token(const Kernels& isa, const LayerWeights& layer, const float* x, const Position& position,
+               const LayerState& state, float* out);
 
-/// Throws std::invalid_argument if the sizes of a layer contradict each other or the shapes of its matrices.
-void check(const LayerWeights& layer);
+/// Computes h [hidden], what the experts read for a residual stream x, and chooses the experts. Writes experts and
+/// routing weights, [top_k] each, highest weight first. If the weight multiplies the input, h includes it, and 1 is
+/// written instead. The layer must have experts.
+void route_token(const Kernels& isa, const LayerWeights& layer, const float* x, float* h, int64_t* experts,
+                 float* weights);
 
-/// Computes out = s + attention(norm(s)), [hidden], with s = x + more, or s = x if `more` is null. `out` may be `x` or
-/// `more`. Writes the token's key and value into the cache at its position.
-void attend_token(const Kernels& isa, const LayerWeights& layer, const float* x, const float* more,
-                  const Position& position, const LayerCache& cache, float* out);
+/// Chooses experts and routing weights [top_k] as the router of a layer does, or as `other` does if that is not null.
+void guess_token(const Kernels& isa, const LayerWeights& layer, const Router* other, const float* x, int64_t* experts,
+                 float* weights);
 
-/// Computes h = norm(x), [hidden], and chooses the experts by `router`. Writes experts and routing weights, [top_k]
-/// each, highest weight first.
-void route_token(const Kernels& isa, const LayerWeights& layer, const Router& router, const float* x, float* h,
-                 int64_t* experts, float* weights);
+/// Computes the residual stream that leaves a layer, out [hidden], with y [hidden] the weighted sum of its experts'
+/// outputs for the residual stream x. `out` may be `x`.
+void finish_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x, const float* y,
+                  float* out);
+
+/// Computes the residual stream that leaves a layer with a dense MLP, out [hidden]. `out` may be `x`.
+void feed_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x, float* out);
 
 }  // namespace dymoe

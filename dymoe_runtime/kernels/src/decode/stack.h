@@ -19,7 +19,7 @@ struct LayerUse {
 
 /// The caller's buffers for the results of a token.
 struct TokenBuffers {
-  float *residual, *h;  // [hidden] each: the residual stream, and its norm for the experts
+  float *residual, *h;  // [hidden] each: the residual stream, and what the experts read
   int64_t* experts;     // [top_k], the experts that the router chose
   float* weights;       // [top_k], their routing weights
 };
@@ -27,7 +27,7 @@ struct TokenBuffers {
 /// Where a token stopped.
 struct Reached {
   int64_t layer;               // the number of layers if all have run
-  bool attended;               // whether the attention of that layer has run; `residual` includes it then
+  bool attended;               // whether the mixer of that layer has run; `residual` includes it then
   int64_t chosen;              // experts that the router of that layer chose; 0 if it has not run
   std::vector<LayerUse> used;  // of the layers before; the caller has yet to record these uses
 };
@@ -38,26 +38,33 @@ class DecodeStack {
   /// Throws std::invalid_argument if the layers do not fit each other, or if all are missing.
   DecodeStack(const Kernels& isa, std::vector<std::optional<LayerWeights>> layers, Activation activation);
 
-  /// Sets the KV caches of the sequence to decode, one for each layer.
-  void set_caches(std::vector<LayerCache> caches);
+  /// Sets the states of the sequence to decode, one for each layer. Throws std::invalid_argument if they do not fit the
+  /// layers.
+  void set_states(std::vector<LayerState> states);
 
-  /// Runs a token from layer `first` on; its input is x + more, or x if `more` is null. Stops before a missing layer.
-  /// Stops after attention and router of a layer whose experts are not all in `table`; without `table` that is layer
-  /// `first`. Stops after the attention of a layer without a router.
+  /// Runs a token from layer `first` on, whose input is x. If `more` is not null, it is the output of the experts of
+  /// layer `first` - 1 for the residual stream x: that layer is finished first, and `first` may be the number of
+  /// layers. Stops before a missing layer. Stops after mixer and router of a layer whose experts are not all in
+  /// `table`; without `table` that is the first layer that has experts.
   Reached run(const ResidentTable* table, int64_t first, const float* x, const float* more, const Position& position,
               const TokenBuffers& buffers) const;
 
   /// Chooses the experts of `layer` for x [hidden], by `other` if that is not null, else by the layer's own router.
-  /// Writes h [hidden], experts and weights [top_k], as `route_token` does.
-  void route(int64_t layer, const Router* other, const float* x, float* h, int64_t* experts, float* weights) const;
+  /// Writes experts and weights [top_k], as `guess_token` does.
+  void route(int64_t layer, const Router* other, const float* x, int64_t* experts, float* weights) const;
 
  private:
   const Kernels& isa_;
   const Activation activation_;
   const std::vector<std::optional<LayerWeights>> layers_;
-  std::vector<LayerCache> caches_;
+  std::vector<LayerState> states_;
+  int64_t hidden_ = 0, rotations_ = 0;  // width of the residual stream; rotary embeddings that a Position must have
 
-  int64_t hidden() const;
+  /// Throws std::invalid_argument if a token cannot run from layer `first` on.
+  void check_run(const ResidentTable* table, int64_t first, bool finishes, const Position& position) const;
+
+  /// Returns whether `layer` is known and has experts.
+  bool is_moe(int64_t layer) const;
 };
 
 }  // namespace dymoe

@@ -5,6 +5,6 @@
 
 namespace dymoe {
 
-const Kernels kAvx2 = make_kernels<Avx2>("avx2");
+const Kernels kAvx2 = make_kernels<Avx2, Halved<Avx2>>("avx2");
 
 }  // namespace dymoe

@@ -18,7 +18,7 @@ struct Avx2 {
   };
   using Lanes = __m256;
 
-  static constexpr int64_t at_once = 2;
+  static constexpr int64_t at_once = 2, scales = 1;
   static constexpr int lanes = 8;
   static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 2, tile_tokens = 4;
   static constexpr bool pairs = false;
@@ -195,6 +195,13 @@ struct Avx2 {
     each_dot<Avx2, Wide>(codes, a, out);
   }
 
+  /// Returns sums over pieces First and First + 1, for codes of 6 bits.
+  template <int First>
+  static __m256i half_dot(const Codes& codes, const Tokens& a) {
+    return add_pairs(_mm256_add_epi16(_mm256_maddubs_epi16(codes.part[First], a.part[First]),
+                                      _mm256_maddubs_epi16(codes.part[First + 1], a.part[First + 1])));
+  }
+
   static Lanes load_scales(const float* p) {
     const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const __m256 both = _mm256_castsi256_ps(_mm256_broadcastq_epi64(two));
@@ -204,12 +211,12 @@ struct Avx2 {
   static Lanes zero() { return _mm256_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm256_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm256_loadu_ps(p); }
-  static Lanes load_scale_sizes(uint64_t word) {
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
     const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(int32_t(word)));
     const __m128i indices = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
     const __m256i index = _mm256_cvtepu8_epi32(indices);
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kScaleSizes), index);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kScaleSizes + 8), index);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(sizes), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(sizes + 8), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
   static void store_floats(float* p, Lanes v) { _mm256_storeu_ps(p, v); }
@@ -218,6 +225,31 @@ struct Avx2 {
   template <int Rows>
   static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
     sum_eight(v, out);
+  }
+};
+
+/// The first two of four lanes of a dot product are those of the first half of a block.
+template <class Base>
+struct Halved : Base {
+  using typename Base::Codes, typename Base::Lanes;
+
+  static constexpr int64_t scales = 2;
+
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, const Codes& a) {
+    const __m256i first = Base::template half_dot<0>(codes, a), second = Base::template half_dot<2>(codes, a);
+    const __m256i outer = _mm256_blend_epi32(first, second, 0xcc), inner = _mm256_alignr_epi8(second, first, 8);
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(outer, inner));
+  }
+
+  template <bool Wide, int Rows, int Tokens>
+  static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
+    each_dot<Halved, Wide>(codes, a, out);
+  }
+
+  static Lanes load_half_scales(const float* p) {
+    const __m256 both = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
   }
 };
 

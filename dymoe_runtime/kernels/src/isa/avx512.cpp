@@ -15,7 +15,7 @@ struct Avx512 {
   };
   using Lanes = __m512;
 
-  static constexpr int64_t at_once = 4;
+  static constexpr int64_t at_once = 4, scales = 1;
   static constexpr int lanes = 16;
   static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 4, tile_tokens = 2;
   static constexpr bool pairs = false;
@@ -116,10 +116,19 @@ struct Avx512 {
   template <bool Wide, int Rows, int Tokens>
   DYMOE_INLINE static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
     __m512i sums[Rows][Tokens];
+    add_pieces<0, 4>(codes, a, sums);
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) out[r][t] =
+        _mm512_cvtepi32_ps(sums[r][t]);
+  }
+
+  /// Computes sums over pieces First to End - 1.
+  template <int First, int End, int Rows, int Tokens>
+  DYMOE_INLINE static void add_pieces(const Codes (&codes)[Rows], const Codes (&a)[Tokens],
+                                      __m512i (&sums)[Rows][Tokens]) {
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
         _mm512_setzero_si512();
     // Piece by piece, so that successive products go to different sums and codes take few registers.
-    DYMOE_UNROLL for (int k = 0; k < 4; ++k) {
+    DYMOE_UNROLL for (int k = First; k < End; ++k) {
       __m512i own[Rows];
       DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
         own[r] = codes[r].part[k];
@@ -131,8 +140,6 @@ struct Avx512 {
         DYMOE_UNROLL for (int r = 0; r < Rows; ++r) sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], own[r], token);
       }
     }
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) out[r][t] =
-        _mm512_cvtepi32_ps(sums[r][t]);
   }
 
   /// Keeps a vector in its register; the compiler would read it from memory again.
@@ -145,10 +152,10 @@ struct Avx512 {
   static Lanes zero() { return _mm512_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes load_scale_sizes(uint64_t word) {
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
     const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(int64_t(word)));
     const __m128i indices = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
-    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices), _mm512_load_ps(kScaleSizes));
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices), _mm512_load_ps(sizes));
   }
   static void store_floats(float* p, Lanes v) { _mm512_storeu_ps(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
@@ -162,8 +169,30 @@ struct Avx512 {
   }
 };
 
+/// The first two of four lanes of a dot product are those of the first half of a block.
+struct HalvedAvx512 : Avx512 {
+  static constexpr int64_t scales = 2;
+
+  template <bool Wide, int Rows, int Tokens>
+  DYMOE_INLINE static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
+    __m512i first[Rows][Tokens], second[Rows][Tokens];
+    add_pieces<0, 2>(codes, a, first);
+    add_pieces<2, 4>(codes, a, second);
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+      const __m512i outer = _mm512_mask_blend_epi32(0xcccc, first[r][t], second[r][t]);
+      const __m512i inner = _mm512_alignr_epi8(second[r][t], first[r][t], 8);
+      out[r][t] = _mm512_cvtepi32_ps(_mm512_add_epi32(outer, inner));
+    }
+  }
+
+  static Lanes load_half_scales(const float* p) {
+    const __m512i own_lane = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(own_lane, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+  }
+};
+
 }  // namespace
 
-const Kernels kAvx512 = make_kernels<Avx512>("avx512");
+const Kernels kAvx512 = make_kernels<Avx512, HalvedAvx512>("avx512");
 
 }  // namespace dymoe

@@ -44,10 +44,16 @@ struct AvxVnni : Avx2 {
   static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
     each_dot<AvxVnni, Wide>(codes, a, out);
   }
+
+  template <int First>
+  static __m256i half_dot(const Codes& codes, const Tokens& a) {
+    const __m256i sums = _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes.part[First], a.part[First]);
+    return _mm256_dpbusd_avx_epi32(sums, codes.part[First + 1], a.part[First + 1]);
+  }
 };
 
 }  // namespace
 
-const Kernels kAvxVnni = make_kernels<AvxVnni>("avxvnni");
+const Kernels kAvxVnni = make_kernels<AvxVnni, Halved<AvxVnni>>("avxvnni");
 
 }  // namespace dymoe

@@ -44,21 +44,30 @@ struct I8mm : Neon {
   using TokenPair = Pair;
   static TokenPair load_token_pair(const int8_t* a, const int8_t* b) { return pair_of(a, b); }
 
-  static Lanes pair_scales(const float* rows, const float* tokens, int64_t pitch) {
-    const float32x4_t of_rows = vcombine_f32(vld1_dup_f32(rows), vld1_dup_f32(rows + pitch));
+  static Lanes pair_scales(const float* rows, int64_t row_pitch, const float* tokens, int64_t pitch) {
+    const float32x4_t of_rows = vcombine_f32(vld1_dup_f32(rows), vld1_dup_f32(rows + row_pitch));
     const float32x2_t both = vld1_lane_f32(tokens + pitch, vld1_dup_f32(tokens), 1);
     return vmulq_f32(of_rows, vcombine_f32(both, both));
   }
 
-  DYMOE_INLINE static void pair_dots(const Codes& low, const Codes& high, const TokenPair& tokens, Lanes (&out)[4]) {
+  /// Returns the sums of the products of four lanes.
+  static Lanes multiply_lanes(uint8x16_t a, uint8x16_t of_a, uint8x16_t b, uint8x16_t of_b) {
+    const int32x4_t sums = vmmlaq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(a), vreinterpretq_s8_u8(of_a));
+    return vcvtq_f32_s32(vmmlaq_s32(sums, vreinterpretq_s8_u8(b), vreinterpretq_s8_u8(of_b)));
+  }
+
+  /// Lets GCC use codes as they are loaded; else it loads those of all pairs first and leaves no registers for the
+  /// sums.
+  DYMOE_INLINE static void keep_order() {
 #if !defined(__clang__)
-    asm volatile("");  // else GCC loads the codes of all pairs first and leaves no registers for the sums
+    asm volatile("");
 #endif
-    DYMOE_UNROLL for (int j = 0; j < 4; ++j) {
-      const int8x16_t first = vreinterpretq_s8_u8(low.part[j]), second = vreinterpretq_s8_u8(high.part[j]);
-      const int32x4_t sums = vmmlaq_s32(vdupq_n_s32(0), first, vreinterpretq_s8_u8(tokens.low[j]));
-      out[j] = vcvtq_f32_s32(vmmlaq_s32(sums, second, vreinterpretq_s8_u8(tokens.high[j])));
-    }
+  }
+
+  DYMOE_INLINE static void pair_dots(const Codes& low, const Codes& high, const TokenPair& tokens, Lanes (&out)[4]) {
+    keep_order();
+    DYMOE_UNROLL for (int j = 0; j < 4; ++j) out[j] =
+        multiply_lanes(low.part[j], tokens.low[j], high.part[j], tokens.high[j]);
   }
 
   static void part_pair(Lanes (&first)[2], Lanes (&second)[2]) {
@@ -69,8 +78,18 @@ struct I8mm : Neon {
   }
 };
 
+struct HalvedI8mm : Halved<I8mm> {
+  DYMOE_INLINE static void pair_dots(const Codes& low, const Codes& high, const TokenPair& tokens, Lanes (&out)[4]) {
+    keep_order();
+    DYMOE_UNROLL for (int j = 0; j < 4; j += 2) {
+      out[j / 2] = multiply_lanes(low.part[j], tokens.low[j], low.part[j + 1], tokens.low[j + 1]);
+      out[2 + j / 2] = multiply_lanes(high.part[j], tokens.high[j], high.part[j + 1], tokens.high[j + 1]);
+    }
+  }
+};
+
 }  // namespace
 
-const Kernels kI8mm = make_kernels<I8mm>("i8mm");
+const Kernels kI8mm = make_kernels<I8mm, HalvedI8mm>("i8mm");
 
 }  // namespace dymoe

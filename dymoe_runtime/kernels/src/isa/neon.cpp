@@ -5,6 +5,6 @@
 
 namespace dymoe {
 
-const Kernels kNeon = make_kernels<Neon>("neon");
+const Kernels kNeon = make_kernels<Neon, Halved<Neon>>("neon");
 
 }  // namespace dymoe

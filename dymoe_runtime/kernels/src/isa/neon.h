@@ -16,7 +16,7 @@ struct Neon {
   };
   using Lanes = float32x4_t;
 
-  static constexpr int64_t at_once = 1;
+  static constexpr int64_t at_once = 1, scales = 1;
   static constexpr int lanes = 4;
   static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 2, tile_tokens = 2;
   static constexpr bool pairs = false;
@@ -105,10 +105,10 @@ struct Neon {
   static Lanes broadcast(float value) { return vdupq_n_f32(value); }
   static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return vld1q_f32(p); }
-  static Lanes load_scale_sizes(uint64_t word) {
-    const float sizes[4] = {kScaleSizes[word & 15], kScaleSizes[(word >> 4) & 15], kScaleSizes[(word >> 8) & 15],
-                            kScaleSizes[(word >> 12) & 15]};
-    return vld1q_f32(sizes);
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
+    const float chosen[4] = {sizes[word & 15], sizes[(word >> 4) & 15], sizes[(word >> 8) & 15],
+                             sizes[(word >> 12) & 15]};
+    return vld1q_f32(chosen);
   }
   static void store_floats(float* p, Lanes v) { vst1q_f32(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return vmulq_f32(a, b); }
@@ -116,6 +116,31 @@ struct Neon {
   template <int Rows>
   static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
     for (int r = 0; r < Rows; ++r) out[r] = vaddvq_f32(v[r]);
+  }
+};
+
+/// The first two lanes of a dot product are those of the first half of the block.
+template <class Base>
+struct Halved : Base {
+  using typename Base::Codes, typename Base::Lanes, typename Base::Tokens;
+
+  static constexpr int64_t scales = 2;
+
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, const Tokens& a) {
+    int32x4_t sums[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+    for (int i = 0; i < 4; ++i) sums[i / 2] = vdotq_s32(sums[i / 2], vreinterpretq_s8_u8(codes.part[i]), a.part[i]);
+    return vcvtq_f32_s32(vpaddq_s32(sums[0], sums[1]));
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<Halved, Wide>(codes, a, out);
+  }
+
+  static Lanes load_half_scales(const float* p) {
+    const float32x2_t both = vld1_f32(p);
+    return vcombine_f32(vdup_lane_f32(both, 0), vdup_lane_f32(both, 1));
   }
 };
 

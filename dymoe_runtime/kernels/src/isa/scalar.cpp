@@ -11,7 +11,7 @@ struct Scalar {
   };
   using Lanes = float;
 
-  static constexpr int64_t at_once = 1;
+  static constexpr int64_t at_once = 1, scales = 1;
   static constexpr int lanes = 1;
   static constexpr int direct_rows = 1, direct_step = 1, tile_rows = 1, tile_tokens = 1;
   static constexpr bool pairs = false;
@@ -70,7 +70,7 @@ struct Scalar {
   static Lanes broadcast(float value) { return value; }
   static Lanes load_scales(const float* p) { return broadcast(*p); }
   static Lanes load_floats(const float* p) { return *p; }
-  static Lanes load_scale_sizes(uint64_t word) { return kScaleSizes[word & 15]; }
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) { return sizes[word & 15]; }
   static void store_floats(float* p, Lanes v) { *p = v; }
   static Lanes multiply(Lanes a, Lanes b) { return a * b; }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
@@ -80,8 +80,43 @@ struct Scalar {
   }
 };
 
+struct HalvedScalar : Scalar {
+  typedef float Lanes __attribute__((vector_size(8)));
+
+  static constexpr int64_t scales = 2;
+  static constexpr int lanes = 2;
+
+  template <bool Wide>
+  static Lanes dot(const Codes& codes, Tokens a) {
+    int32_t totals[2] = {};
+    for (int i = 0; i < kBlock; ++i) totals[i / kHalf] += int32_t(codes.code[i]) * a[i];
+    return Lanes{float(totals[0]), float(totals[1])};
+  }
+
+  template <bool Wide, int Rows, int Count>
+  static void dots(const Codes (&codes)[Rows], const Tokens (&a)[Count], Lanes (&out)[Rows][Count]) {
+    each_dot<HalvedScalar, Wide>(codes, a, out);
+  }
+
+  static Lanes zero() { return broadcast(0.0f); }
+  static Lanes broadcast(float value) { return Lanes{value, value}; }
+  static Lanes load_scales(const float* p) { return broadcast(*p); }
+  static Lanes load_half_scales(const float* p) { return load_floats(p); }
+  static Lanes load_floats(const float* p) { return Lanes{p[0], p[1]}; }
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
+    return Lanes{sizes[word & 15], sizes[(word >> 4) & 15]};
+  }
+  static void store_floats(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }
+  static Lanes multiply(Lanes a, Lanes b) { return a * b; }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+  template <int Rows>
+  static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    for (int r = 0; r < Rows; ++r) out[r] = v[r][0] + v[r][1];
+  }
+};
+
 }  // namespace
 
-const Kernels kScalar = make_kernels<Scalar>("scalar");
+const Kernels kScalar = make_kernels<Scalar, HalvedScalar>("scalar");
 
 }  // namespace dymoe

@@ -58,7 +58,8 @@ void attend_prompt(const Kernels& isa, const Prompt& p, const float* queries, co
     tile.first = index * isa.tile_rows;
     tile.rows = std::min(isa.tile_rows, rows - tile.first);
     tile.group = group, tile.pitch = p.heads * p.n, tile.n = p.n;
-    tile.start = p.start, tile.window = p.window;
+    tile.start = p.start, tile.window = p.window, tile.chunk = p.chunk;
+    tile.sinks = p.sinks ? p.sinks + head * group : nullptr;
     tile.queries = queries + head * group * p.n, tile.out = out + head * group * p.n;
     tile.cache = rows_from(cache, head, 0, p.n);
     tile.weighed = tile.rows;
@@ -67,6 +68,22 @@ void attend_prompt(const Kernels& isa, const Prompt& p, const float* queries, co
       tile.received = received + (head * parts + index - first) * p.tokens;
     }
     isa.attend_tile(tile, scratch.reserve(tile_floats(p.n)));
+  });
+}
+
+void attend_token(const Kernels& isa, const Prompt& one, const float* queries, const LayerCache& cache, float* out) {
+  thread_local Buffer<float> kept;
+  const int64_t n = one.n, group = one.heads / one.kv_heads, end = one.start + 1;
+  const int64_t windowed = one.window ? end - one.window : 0;
+  const int64_t chunked = one.chunk ? one.start / one.chunk * one.chunk : 0;
+  const int64_t first = std::max(windowed, chunked), count = end - first;
+  float* scores = kept.reserve(one.heads * (count + 1));
+  parallel_ranges(one.kv_heads, 1, one.heads * count * n / kBlock * kFloatWork, [&](int64_t begin, int64_t stop) {
+    thread_local Buffer<float> rows;
+    for (int64_t g = begin; g < stop; ++g)
+      isa.attend(queries + g * group * n, group, rows_from(cache, g, first, n), count, n,
+                 one.sinks ? one.sinks + g * group : nullptr, scores + g * group * (count + 1),
+                 rows.reserve(kCacheRows * n), out + g * group * n);
   });
 }
 

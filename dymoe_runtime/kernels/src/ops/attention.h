@@ -26,6 +26,8 @@ struct Prompt {
   int64_t start;                       // position of the first token
   int64_t window;                      // positions that a token sees, itself included; 0 for all
   int64_t last;                        // number of last tokens whose attention goes to `received`; 0 for none
+  int64_t chunk;                       // a token sees only positions of its own chunk of that many; 0 for no chunks
+  const float* sinks;                  // [heads], scores in each softmax that have no value; null for none
 };
 
 /// Packs keys and values [tokens, kv_heads, n] into the cache, at the positions of the prompt.
@@ -39,5 +41,9 @@ int64_t receiving_parts(const Kernels& isa, const Prompt& prompt);
 /// that each token gets from the `last` tokens.
 void attend_prompt(const Kernels& isa, const Prompt& prompt, const float* queries, const LayerCache& cache, float* out,
                    float* received);
+
+/// Computes the attention of a prompt of one token, which decodes faster than `attend_prompt`: queries and out are
+/// [heads, n]. The cache must already hold the key and value of the token.
+void attend_token(const Kernels& isa, const Prompt& one, const float* queries, const LayerCache& cache, float* out);
 
 }  // namespace dymoe

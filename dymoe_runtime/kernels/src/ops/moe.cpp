@@ -49,6 +49,13 @@ void run(const std::vector<Item>& items, int64_t work, Body body) {
   }
 }
 
+/// Adds the item's rows of `bias`, unless it is null, to the outputs y [tokens, width] of the item's part.
+void add_bias(const float* bias, const Item& item, int64_t width, float* y) {
+  if (!bias) return;
+  for (float* stop = y + item.part->count * width; y < stop; y += width)
+    for (int64_t r = item.begin; r < item.end; ++r) y[r] += bias[r];
+}
+
 /// Runs parts that together are the rows [first, first + count), at most kTokens.
 void pass(const Kernels& isa, const std::vector<ExpertRows>& parts, int64_t first, int64_t count, const float* x,
           const int64_t* tokens, Activation activation, float* y) {
@@ -69,6 +76,8 @@ void pass(const Kernels& isa, const std::vector<ExpertRows>& parts, int64_t firs
     const int64_t at = (part.first - first) * gate.rows;
     isa.product(part.expert.gate, rows_of(in, part), item.begin, item.end, hidden + at, gate.rows, scratch_for(gate));
     isa.product(part.expert.up, rows_of(in, part), item.begin, item.end, ups + at, gate.rows, scratch_for(gate));
+    add_bias(part.expert.gate_bias, item, gate.rows, hidden + at);
+    add_bias(part.expert.up_bias, item, gate.rows, ups + at);
     for (int64_t t = 0; t < part.count; ++t) {
       const int64_t from = at + t * gate.rows + item.begin;
       isa.activate(activation, item.end - item.begin, ups + from, hidden + from);
@@ -78,8 +87,10 @@ void pass(const Kernels& isa, const std::vector<ExpertRows>& parts, int64_t firs
       workspace.quantized.quantize(isa, count, down.cols, [&](int64_t row) { return hidden + row * down.cols; });
   run(split_rows(parts, &Expert::down), down.rows * down.blocks * count, [&](const Item& item) {
     const ExpertRows& part = *item.part;
-    isa.product(part.expert.down, some_tokens(middle, part.first - first, part.count), item.begin, item.end,
-                y + part.first * down.rows, down.rows, scratch_for(down));
+    float* out = y + part.first * down.rows;
+    isa.product(part.expert.down, some_tokens(middle, part.first - first, part.count), item.begin, item.end, out,
+                down.rows, scratch_for(down));
+    add_bias(part.expert.down_bias, item, down.rows, out);
   });
 }
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "ops/expert.h"
+#include "record/expert.h"
 
 namespace dymoe {
 
@@ -14,8 +14,8 @@ struct ExpertRows {
 };
 
 /// Computes y[i] = (act(x[t] . gate^T) * (x[t] . up^T)) . down^T for the rows i of each part. t is tokens[i], or i if
-/// `tokens` is null. x is [.., hidden], y [rows, hidden]. All experts must have the same shapes. The value of a row
-/// does not depend on the other rows of the call.
+/// `tokens` is null. The biases of an expert are added after each product. x is [.., hidden], y [rows, hidden]. All
+/// experts must have the same shapes. The value of a row does not depend on the other rows of the call.
 void moe(const Kernels& isa, const std::vector<ExpertRows>& parts, const float* x, const int64_t* tokens,
          Activation activation, float* y);
 

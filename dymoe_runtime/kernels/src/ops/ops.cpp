@@ -58,11 +58,12 @@ void norms(const Kernels& isa, const float* x, const float* weight, int64_t toke
   });
 }
 
-void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, const float* cosines, const float* sines) {
-  const int64_t half = n / 2;
-  parallel_ranges(tokens, 1, tokens * heads * n / kBlock, [&](int64_t begin, int64_t end) {
+void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, int64_t turning, const float* cosines,
+            const float* sines) {
+  const int64_t half = turning / 2;
+  parallel_ranges(tokens, 1, tokens * heads * turning / kBlock, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const float *c = cosines + t * n, *s = sines + t * n;
+      const float *c = cosines + t * turning, *s = sines + t * turning;
       for (float *head = x + t * heads * n, *stop = head + heads * n; head < stop; head += n) {
         for (int64_t i = 0; i < half; ++i) {
           const float a = head[i], b = head[i + half];

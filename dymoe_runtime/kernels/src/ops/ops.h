@@ -15,15 +15,16 @@ void linear(const Kernels& isa, const MatrixView& weight, const float* x, int64_
 void matmul(const Kernels& isa, const void* weight, bool is_bf16, int64_t rows, int64_t cols, const float* x,
             int64_t tokens, float* y);
 
-/// Computes hidden = act(hidden) * ups, count floats each.
+/// Computes hidden = act(hidden) * ups, or what clamped_swiglu is, count floats each.
 void activate(const Kernels& isa, Activation activation, int64_t count, const float* ups, float* hidden);
 
 /// Computes out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); x and out [tokens, n], weight [n]; out may be x.
 void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out);
 
-/// Rotates columns i and i + n / 2 of every head of x [tokens, heads, n] in place. cosines and sines are [tokens, n],
-/// one row for the position of each token.
-void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, const float* cosines, const float* sines);
+/// Rotates columns i and i + turning / 2 of every head of x [tokens, heads, n] in place; the columns from `turning` on
+/// stay as they are. cosines and sines are [tokens, turning], one row for the position of each token.
+void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, int64_t turning, const float* cosines,
+            const float* sines);
 
 /// Improves the scales and codes of a block of columns, and updates the error.
 void descend(const Kernels& isa, const Descent& block);

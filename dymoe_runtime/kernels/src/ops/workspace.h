@@ -76,7 +76,8 @@ class QuantizedTokens {
                         pitch,
                         codes_.reserve(tokens * codes_pitch(blocks)),
                         scales_.reserve(tokens * pitch),
-                        sums_.reserve(tokens * pitch)};
+                        sums_.reserve(tokens * pitch),
+                        half_sums_.reserve(2 * tokens * pitch)};
     parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) isa.quantize(row(t), cols, t, a);
     });
@@ -85,7 +86,7 @@ class QuantizedTokens {
 
  private:
   Buffer<int8_t> codes_;
-  Buffer<float> scales_, sums_;
+  Buffer<float> scales_, sums_, half_sums_;
 };
 
 /// Returns tokens [first, first + count) of `a`.
@@ -95,7 +96,8 @@ inline Activations some_tokens(const Activations& a, int64_t first, int64_t coun
           a.pitch,
           a.codes + first * codes_pitch(a.blocks),
           a.scales + first * a.pitch,
-          a.sums + first * a.pitch};
+          a.sums + first * a.pitch,
+          a.half_sums + 2 * first * a.pitch};
 }
 
 }  // namespace dymoe

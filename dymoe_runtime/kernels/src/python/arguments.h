@@ -1,13 +1,15 @@
 // Checks of the arguments that Python passes, and their conversion for the kernels.
 #pragma once
 
+#include <locale>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "decode/stack.h"
-#include "ops/plan.h"
+#include "record/plan.h"
 
 namespace dymoe {
 
@@ -48,12 +50,22 @@ inline float* output_from(const MatrixTuple& tuple, int64_t rows, int64_t cols) 
   return y.data;
 }
 
-/// Returns the activation that Hugging Face configurations call `name`.
+/// Returns the activation that Hugging Face configurations call `name`, or the one that `clamped_swiglu` of spec.py has
+/// named "clamped_swiglu:alpha:limit".
 inline Activation activation_from(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
-  reject("activation '" + name + "': expected silu, gelu or gelu_pytorch_tanh");
+  if (name == "silu") return {ActivationKind::silu};
+  if (name == "gelu") return {ActivationKind::gelu};
+  if (name == "gelu_pytorch_tanh") return {ActivationKind::gelu_tanh};
+  const std::string clamped = "clamped_swiglu:";
+  if (name.compare(0, clamped.size(), clamped) == 0) {
+    std::istringstream numbers(name.substr(clamped.size()));
+    numbers.imbue(std::locale::classic());
+    Activation activation{ActivationKind::clamped_swiglu};
+    char colon = 0;
+    if (numbers >> activation.alpha >> colon >> activation.limit && colon == ':' && numbers.peek() == EOF)
+      return activation;
+  }
+  reject("activation '" + name + "': expected silu, gelu, gelu_pytorch_tanh or clamped_swiglu:alpha:limit");
 }
 
 // layout, tier, segments, address of the bias or 0
@@ -85,14 +97,19 @@ inline LayerCache cache_from(const CacheTuple& tuple, int64_t positions) {
   return {reinterpret_cast<uint8_t*>(keys), reinterpret_cast<uint8_t*>(values), capacity, bits};
 }
 
-/// Returns a checked prompt; the shape is (tokens, heads, kv_heads, head_dim).
-inline Prompt prompt_from(const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape, int64_t start, int64_t window,
-                          int64_t last) {
+// tokens, heads, kv_heads, head_dim
+using HeadsOfPromptTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// start, window or 0, chunk or 0
+using SightTuple = std::tuple<int64_t, int64_t, int64_t>;
+
+/// Returns a checked prompt without sinks.
+inline Prompt prompt_from(const HeadsOfPromptTuple& shape, const SightTuple& sight, int64_t last) {
   const auto [tokens, heads, kv_heads, n] = shape;
+  const auto [start, window, chunk] = sight;
   if (tokens < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || n < 2 || n % 2 || start < 0 || window < 0 ||
-      last < 0 || last > tokens)
+      chunk < 0 || last < 0 || last > tokens)
     reject("attention: the shapes do not fit");
-  return {tokens, heads, kv_heads, n, start, window, last};
+  return {tokens, heads, kv_heads, n, start, window, last, chunk, nullptr};
 }
 
 /// Sets the tiers of a descent or a fit and their weights; bits must rise within 2..most.
@@ -108,27 +125,41 @@ void take_tiers(Task& task, const std::vector<int>& bits, const std::vector<floa
   }
 }
 
-// The layout of a matrix, as native.py passes it: name, rows, columns, ladder, planes, scale indices, multiplier.
+// The layout of a matrix, as native.py passes it: name, rows, columns, ladder, planes, scale indices, multiplier, grid.
 using PartTuple = std::tuple<int64_t, int64_t, int64_t>;  // segment, offset, bytes
 using PlaneTuple = std::tuple<int, int, PartTuple>;       // width, tier, part
 using LayoutTuple = std::tuple<std::string, int64_t, int64_t, std::vector<int>, std::vector<PlaneTuple>,
-                               std::vector<PartTuple>, PartTuple>;
+                               std::vector<PartTuple>, PartTuple, std::string>;
 
 inline Part part_from(const PartTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
 
+/// Returns the grid that tiers.py calls `name`.
+inline Grid grid_from(const std::string& name) {
+  if (name.empty()) return Grid::usual;
+  if (name == "mxfp4") return Grid::mxfp4;
+  reject("grid '" + name + "': expected '' or mxfp4");
+}
+
 inline MatrixLayout layout_from(const LayoutTuple& t) {
-  MatrixLayout m{std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), {}, {}, part_from(std::get<6>(t))};
+  MatrixLayout m{
+      std::get<0>(t),           std::get<1>(t), std::get<2>(t), std::get<3>(t), {}, {}, part_from(std::get<6>(t)),
+      grid_from(std::get<7>(t))};
   for (const PlaneTuple& plane : std::get<4>(t))
     m.planes.push_back({std::get<0>(plane), std::get<1>(plane), part_from(std::get<2>(plane))});
   for (const PartTuple& part : std::get<5>(t)) m.scale_indices.push_back(part_from(part));
   return m;
 }
 
+// name, part
+using VectorLayoutTuple = std::tuple<std::string, PartTuple>;
+
 /// Returns the checked layout of a record.
-inline Plan make_plan(const std::vector<LayoutTuple>& matrices) {
+inline Plan make_plan(const std::vector<LayoutTuple>& matrices, const std::vector<VectorLayoutTuple>& vectors) {
   std::vector<MatrixLayout> layouts;
   for (const LayoutTuple& matrix : matrices) layouts.push_back(layout_from(matrix));
-  return Plan(std::move(layouts));
+  std::vector<VectorLayout> places;
+  for (const auto& [name, part] : vectors) places.push_back({name, part_from(part)});
+  return Plan(std::move(layouts), std::move(places));
 }
 
 /// Returns *expert; null is an expert that other kernels prepared.

@@ -1,14 +1,22 @@
 // Python bindings of what runs a decoded token.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
+
+#include <map>
+#include <optional>
+#include <variant>
 
 #include "decode/stack.h"
 #include "decode/token.h"
 #include "isa/isa.h"
 #include "python/arguments.h"
 #include "python/bind.h"
+#include "python/specs.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,27 +55,137 @@ struct DecodeLayer {
   LayerWeights weights;
 };
 
-// experts, top_k, normalize
-using RoutingTuple = std::tuple<int64_t, int64_t, bool>;
-// hidden, heads, kv_heads, head_dim
-using HeadsTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+OutputGate gate_from(const std::string& name) {
+  if (name == "none") return OutputGate::none;
+  if (name == "element") return OutputGate::element;
+  if (name == "head") return OutputGate::head;
+  reject("gate '" + name + "': expected none, element or head");
+}
 
-/// vectors are the addresses of attn_norm, q_norm, k_norm and mlp_norm, 0 for none; matrices are q, k, v and o.
-DecodeLayer make_layer(const std::string& isa, const HeadsTuple& heads, int64_t window, const RoutingTuple& routing,
-                       float eps, float clip, const std::string& qk_norm, const std::vector<uintptr_t>& vectors,
-                       uintptr_t router, const std::vector<LinearTuple>& matrices) {
-  if (vectors.size() != 4 || matrices.size() != 4) reject("a layer has four vectors and four matrices");
-  LayerWeights w{};
-  std::tie(w.hidden, w.heads, w.kv_heads, w.head_dim) = heads;
-  std::tie(w.experts, w.top_k, w.normalize) = routing;
-  w.window = window, w.eps = eps, w.clip = clip, w.qk_norm = qk_norm_from(qk_norm);
-  const float** norms[] = {&w.attn_norm, &w.q_norm, &w.k_norm, &w.mlp_norm};
-  Linear* linears[] = {&w.q, &w.k, &w.v, &w.o};
-  for (int i = 0; i < 4; ++i) {
-    *norms[i] = reinterpret_cast<const float*>(vectors[i]);
-    *linears[i] = linear_from(matrices[i]);
+/// The tensors of a layer by name. Each can be taken once; what is left over does not belong to the layer.
+class Tensors {
+ public:
+  Tensors(std::map<std::string, MatrixTuple> plain, std::map<std::string, LinearTuple> quantized)
+      : plain_(std::move(plain)), quantized_(std::move(quantized)) {}
+
+  /// Returns a tensor that is not quantized; an empty one if there is none.
+  FloatMatrix plain(const std::string& name) {
+    const auto found = plain_.find(name);
+    if (found == plain_.end()) return {};
+    const auto [address, rows, cols] = found->second;
+    plain_.erase(found);
+    return {reinterpret_cast<const float*>(address), rows, cols};
   }
-  w.router = {reinterpret_cast<const float*>(router), nullptr};
+
+  /// Returns a quantized matrix; an empty one if there is none.
+  Linear linear(const std::string& name) {
+    const auto found = quantized_.find(name);
+    if (found == quantized_.end()) return {};
+    const Linear linear = linear_from(found->second);
+    quantized_.erase(found);
+    return linear;
+  }
+
+  /// Returns a dense MLP whose matrices are called `prefix`gate, `prefix`up and `prefix`down.
+  MlpLayer mlp(const std::string& prefix, int64_t width) {
+    return {width, {linear(prefix + "gate").weight, linear(prefix + "up").weight, linear(prefix + "down").weight}};
+  }
+
+  /// Throws std::invalid_argument if a tensor has not been taken.
+  void expect_none() const {
+    if (!plain_.empty()) reject(plain_.begin()->first + ": the layer has no such tensor");
+    if (!quantized_.empty()) reject(quantized_.begin()->first + ": the layer has no such matrix");
+  }
+
+ private:
+  std::map<std::string, MatrixTuple> plain_;
+  std::map<std::string, LinearTuple> quantized_;
+};
+
+// index of the rotary embedding or -1, columns of a head that turn
+using RotationTuple = std::tuple<int64_t, int64_t>;
+
+AttentionLayer attention_from(nb::handle spec, const RotationTuple& rotation, Tensors& tensors) {
+  AttentionLayer w{};
+  w.heads = field<int64_t>(spec, "heads"), w.kv_heads = field<int64_t>(spec, "kv_heads");
+  w.head_dim = field<int64_t>(spec, "head_dim");
+  w.window = field<int64_t>(spec, "window"), w.chunk = field<int64_t>(spec, "chunk");
+  std::tie(w.rotation, w.turning) = rotation;
+  w.qk_norm = qk_norm_from(field<std::string>(spec, "qk_norm"));
+  w.output_gate = gate_from(field<std::string>(spec, "gate"));
+  w.bias = field<bool>(spec, "bias"), w.output_bias = field<bool>(spec, "output_bias");
+  w.norm_after_rope = field<bool>(spec, "norm_after_rope"), w.value_norm = field<bool>(spec, "value_norm");
+  w.has_sinks = field<bool>(spec, "sinks");
+  w.softplus = field<std::string>(spec, "gate_activation") == "softplus";
+  w.clip = field<float>(spec, "clip"), w.scale = field<double>(spec, "scale");
+  std::tie(w.floor, w.strength) = field<std::tuple<float, float>>(spec, "temperature");
+  w.q_norm = tensors.plain("attn.q_norm"), w.k_norm = tensors.plain("attn.k_norm");
+  w.v_norm = tensors.plain("attn.v_norm"), w.sinks = tensors.plain("attn.sinks");
+  w.q = tensors.linear("attn.q"), w.k = tensors.linear("attn.k"), w.v = tensors.linear("attn.v");
+  w.o = tensors.linear("attn.o"), w.gate = tensors.linear("attn.gate");
+  return w;
+}
+
+DeltaLayer delta_from(nb::handle spec, Tensors& tensors) {
+  DeltaLayer w{};
+  w.shape = delta_shape_from(spec);
+  w.ba = tensors.plain("delta.ba_exact"), w.conv = tensors.plain("delta.conv_exact");
+  w.a_log = tensors.plain("delta.a_log"), w.dt_bias = tensors.plain("delta.dt_bias");
+  w.norm = tensors.plain("delta.norm");
+  w.qkv = tensors.linear("delta.qkv"), w.z = tensors.linear("delta.z"), w.o = tensors.linear("delta.o");
+  return w;
+}
+
+SharedLayer shared_from(nb::handle spec, Tensors& tensors) {
+  SharedLayer w{};
+  w.mlp = tensors.mlp("shared.", field<int64_t>(spec, "width"));
+  w.gated = field<bool>(spec, "gated"), w.own_norms = field<bool>(spec, "own_norms");
+  w.scale = field<float>(spec, "scale");
+  w.gate = tensors.plain("shared_gate"), w.norm = tensors.plain("shared_norm");
+  w.post_norm = tensors.plain("shared_post_norm"), w.experts_post_norm = tensors.plain("experts_post_norm");
+  return w;
+}
+
+MoeLayer moe_from(nb::handle spec, Tensors& tensors) {
+  const nb::object router = spec.attr("router"), shared = spec.attr("shared");
+  MoeLayer w{};
+  w.rule = rule_from(router);
+  w.bias = field<bool>(router, "bias"), w.selection_bias = field<bool>(router, "selection_bias");
+  w.expert_scale = field<bool>(router, "expert_scale"), w.plain_norm = field<bool>(router, "plain_norm");
+  w.scales_input = field<bool>(router, "scales_input");
+  w.router = tensors.plain("router"), w.router_bias = tensors.plain("router_bias");
+  w.select = tensors.plain("router_select"), w.scale = tensors.plain("router_scale");
+  if (!shared.is_none()) w.shared = shared_from(shared, tensors);
+  return w;
+}
+
+/// `layer` is a LayerSpec; tensors that are not quantized come with rows and columns.
+DecodeLayer make_layer(const std::string& isa, int64_t hidden, float eps, nb::handle layer,
+                       const RotationTuple& rotation, const std::map<std::string, MatrixTuple>& plain,
+                       const std::map<std::string, LinearTuple>& quantized) {
+  const nb::object mixer = layer.attr("mixer"), part = layer.attr("feed_forward");
+  const auto mixer_kind = field<std::string>(mixer, "kind"), part_kind = field<std::string>(part, "kind");
+  Tensors tensors(plain, quantized);
+  LayerWeights w{};
+  w.hidden = hidden, w.eps = eps;
+  w.pre_norms = field<bool>(layer, "pre_norms"), w.post_norms = field<bool>(layer, "post_norms");
+  w.has_scalar = field<bool>(layer, "scalar"), w.residual_scale = field<float>(layer, "residual_scale");
+  w.attn_norm = tensors.plain("attn_norm"), w.attn_post_norm = tensors.plain("attn_post_norm");
+  w.mlp_norm = tensors.plain("mlp_norm"), w.mlp_post_norm = tensors.plain("mlp_post_norm");
+  w.scalar = tensors.plain("scalar");
+  if (mixer_kind == "gqa") {
+    w.mixer = attention_from(mixer, rotation, tensors);
+  } else if (mixer_kind == "gated_delta") {
+    w.mixer = delta_from(mixer, tensors);
+  } else {
+    reject("mixer '" + mixer_kind + "': expected gqa or gated_delta");
+  }
+  if (part_kind == "moe") {
+    w.feed_forward = moe_from(part, tensors);
+  } else {
+    w.feed_forward = tensors.mlp("mlp.", field<int64_t>(part, "width"));
+  }
+  tensors.expect_none();
   check(w);
   return {&find_isa(isa), w};
 }
@@ -82,15 +200,25 @@ void make_stack(DecodeStack* stack, const std::string& isa, const nb::list& laye
   new (stack) DecodeStack(find_isa(isa), std::move(known), activation_from(activation));
 }
 
-/// The cache of a layer that the caller runs has capacity 0.
-void set_caches(DecodeStack& stack, const std::vector<CacheTuple>& tuples) {
-  std::vector<LayerCache> caches;
-  for (const CacheTuple& tuple : tuples)
-    caches.push_back(std::get<2>(tuple) ? cache_from(tuple, 1) : LayerCache{nullptr, nullptr, 0, 16});
-  stack.set_caches(std::move(caches));
+// addresses and lengths of the inputs of the convolution and of the memory
+using DeltaTuple = std::tuple<VectorTuple, VectorTuple>;
+
+/// A state is None if the caller runs its layer.
+LayerState state_from(const std::optional<std::variant<CacheTuple, DeltaTuple>>& state) {
+  if (!state) return std::monostate();
+  if (const auto* cache = std::get_if<CacheTuple>(&*state)) return cache_from(*cache, 1);
+  const auto [tail, memory] = std::get<DeltaTuple>(*state);
+  const DeltaState arrays{reinterpret_cast<float*>(std::get<0>(tail)), reinterpret_cast<float*>(std::get<0>(memory))};
+  return DeltaArrays{arrays, std::get<1>(tail), std::get<1>(memory)};
 }
 
-// addresses of the residual stream and its norm [hidden], and of experts and weights [top_k]
+void set_states(DecodeStack& stack, const std::vector<std::optional<std::variant<CacheTuple, DeltaTuple>>>& tuples) {
+  std::vector<LayerState> states;
+  for (const auto& tuple : tuples) states.push_back(state_from(tuple));
+  stack.set_states(std::move(states));
+}
+
+// addresses of the residual stream and of what experts read [hidden], and of experts and weights [top_k]
 using BuffersTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 TokenBuffers buffers_from(const BuffersTuple& tuple) {
@@ -101,14 +229,23 @@ TokenBuffers buffers_from(const BuffersTuple& tuple) {
 
 // layer, experts, tiers
 using UseTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<int>>;
-// layer reached, whether its attention has run, experts and weights that its router chose, uses of the layers before
+// layer reached, whether its mixer has run, experts and weights that its router chose, uses of the layers before
 using ReachedTuple = std::tuple<int64_t, bool, std::vector<int64_t>, std::vector<double>, std::vector<UseTuple>>;
 
-/// `more` may be 0; position is (index, address of its cosines, address of its sines).
+// index of the token, addresses of cosines and sines for each rotary embedding
+using PositionTuple = std::tuple<int64_t, std::vector<std::tuple<uintptr_t, uintptr_t>>>;
+
+Position position_from(const PositionTuple& tuple) {
+  Position position{std::get<0>(tuple), {}};
+  for (const auto& [cosines, sines] : std::get<1>(tuple))
+    position.rotations.push_back({reinterpret_cast<const float*>(cosines), reinterpret_cast<const float*>(sines)});
+  return position;
+}
+
+/// `more` may be 0.
 ReachedTuple run_stack(const DecodeStack& stack, const ResidentTable* table, int64_t first, uintptr_t x, uintptr_t more,
-                       const std::tuple<int64_t, uintptr_t, uintptr_t>& position, const BuffersTuple& buffers) {
-  const auto [index, cosines, sines] = position;
-  const Position where{index, reinterpret_cast<const float*>(cosines), reinterpret_cast<const float*>(sines)};
+                       const PositionTuple& position, const BuffersTuple& buffers) {
+  const Position where = position_from(position);
   const TokenBuffers token = buffers_from(buffers);
   Reached reached;
   {
@@ -125,13 +262,13 @@ ReachedTuple run_stack(const DecodeStack& stack, const ResidentTable* table, int
           std::move(used)};
 }
 
-/// x and h are [hidden]. Unless it is 0, router [experts, hidden] replaces the layer's own, with bias [experts] or 0.
-void route_stack(const DecodeStack& stack, int64_t layer, uintptr_t x, uintptr_t h, uintptr_t experts,
-                 uintptr_t weights, uintptr_t router, uintptr_t bias) {
+/// x is [hidden]. Unless it is 0, router [experts, hidden] replaces the layer's own, with bias [experts] or 0.
+void route_stack(const DecodeStack& stack, int64_t layer, uintptr_t x, uintptr_t experts, uintptr_t weights,
+                 uintptr_t router, uintptr_t bias) {
   const Router other{reinterpret_cast<const float*>(router), reinterpret_cast<const float*>(bias)};
   nb::gil_scoped_release unlocked;
-  stack.route(layer, router ? &other : nullptr, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(h),
-              reinterpret_cast<int64_t*>(experts), reinterpret_cast<float*>(weights));
+  stack.route(layer, router ? &other : nullptr, reinterpret_cast<const float*>(x), reinterpret_cast<int64_t*>(experts),
+              reinterpret_cast<float*>(weights));
 }
 
 /// The caller keeps the expert alive until it is removed.
@@ -151,8 +288,7 @@ std::vector<int> choose_tiers(const ResidentTable& table, int64_t layer, const s
 
 void bind_decode(nb::module_& m) {
   nb::class_<DecodeLayer>(m, "DecodeLayer")
-      .def_static("make", &make_layer, "isa"_a, "heads"_a, "window"_a, "routing"_a, "eps"_a, "clip"_a, "qk_norm"_a,
-                  "vectors"_a, "router"_a, "matrices"_a);
+      .def_static("make", &make_layer, "isa"_a, "hidden"_a, "eps"_a, "layer"_a, "rotation"_a, "plain"_a, "quantized"_a);
   nb::class_<ResidentTable>(m, "ResidentTable")
       .def(nb::init<int64_t, int64_t, std::vector<int>>(), "layers"_a, "experts"_a, "ladder"_a)
       .def("put", &put_resident, "layer"_a, "expert"_a, "tier"_a, "views"_a)
@@ -161,9 +297,9 @@ void bind_decode(nb::module_& m) {
       .def("choose_tiers", &choose_tiers, "layer"_a, "experts"_a, "weights"_a);
   nb::class_<DecodeStack>(m, "DecodeStack")
       .def("__init__", &make_stack, "isa"_a, "layers"_a, "activation"_a)
-      .def("set_caches", &set_caches, "caches"_a)
+      .def("set_states", &set_states, "states"_a)
       .def("run", &run_stack, "table"_a.none(), "first"_a, "x"_a, "more"_a, "position"_a, "buffers"_a)
-      .def("route", &route_stack, "layer"_a, "x"_a, "h"_a, "experts"_a, "weights"_a, "router"_a = 0, "bias"_a = 0);
+      .def("route", &route_stack, "layer"_a, "x"_a, "experts"_a, "weights"_a, "router"_a = 0, "bias"_a = 0);
   m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "weights"_a, "out"_a, "activation"_a,
         "reads"_a.none() = nb::none(), "pending"_a = std::vector<PendingTuple>());
 }

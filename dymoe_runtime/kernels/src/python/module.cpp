@@ -12,6 +12,7 @@
 #include "ops/router.h"
 #include "python/arguments.h"
 #include "python/bind.h"
+#include "python/specs.h"
 #include "threads/pool.h"
 
 namespace nb = nanobind;
@@ -69,13 +70,14 @@ void run_norm(const std::string& isa, const MatrixTuple& x, uintptr_t weight, fl
   norms(kernels, reinterpret_cast<const float*>(address), reinterpret_cast<const float*>(weight), tokens, n, eps, to);
 }
 
-/// x is [tokens, heads * n]; cosines and sines are [tokens, n].
-void run_rotate(const MatrixTuple& x, const MatrixTuple& cosines, uintptr_t sines) {
+/// x is [tokens, heads * n]; cosines and sines are [tokens, turning].
+void run_rotate(const MatrixTuple& x, int64_t n, const MatrixTuple& cosines, uintptr_t sines) {
   const auto [address, tokens, width] = x;
-  const auto [cosine, rows, n] = cosines;
-  if (rows != tokens || n < 2 || n % 2 || width % n) reject("rotate: the table does not fit the heads");
+  const auto [cosine, rows, turning] = cosines;
+  if (rows != tokens || turning < 2 || turning % 2 || turning > n || width % n)
+    reject("rotate: the table does not fit the heads");
   nb::gil_scoped_release unlocked;
-  rotate(reinterpret_cast<float*>(address), tokens, width / n, n, reinterpret_cast<const float*>(cosine),
+  rotate(reinterpret_cast<float*>(address), tokens, width / n, n, turning, reinterpret_cast<const float*>(cosine),
          reinterpret_cast<const float*>(sines));
 }
 
@@ -99,18 +101,20 @@ void run_activate(const std::string& isa, const MatrixTuple& hidden, uintptr_t u
   activate(kernels, function, rows * cols, reinterpret_cast<const float*>(ups), reinterpret_cast<float*>(address));
 }
 
-/// Overwrites logits [tokens, count]; experts and weights are [tokens, top_k].
-void run_route(const std::string& isa, const MatrixTuple& logits, bool normalize, uintptr_t experts,
-               const MatrixTuple& weights) {
-  const auto [address, tokens, count] = logits;
-  const int64_t top_k = std::get<2>(weights);
-  if (top_k < 1 || top_k > count) reject("weights: expected 1.." + std::to_string(count) + " columns");
-  float* to = output_from(weights, tokens, top_k);
+/// Overwrites logits [tokens, experts]; router is a RouterSpec, select and scale are addresses of [experts] or 0,
+/// experts and weights are [tokens, top_k].
+void run_route(const std::string& isa, const MatrixTuple& logits, nb::handle router, uintptr_t select, uintptr_t scale,
+               uintptr_t experts, const MatrixTuple& weights) {
+  RouterRule rule = rule_from(router);
+  check(rule);
+  rule.select = reinterpret_cast<const float*>(select), rule.weight_scale = reinterpret_cast<const float*>(scale);
+  const Matrix from = matrix_from(logits, "logits", rule.experts);
+  float* to = output_from(weights, from.rows, rule.top_k);
   const Kernels& kernels = find_isa(isa);
   nb::gil_scoped_release unlocked;
-  for (int64_t t = 0; t < tokens; ++t)
-    select_experts(kernels, reinterpret_cast<float*>(address) + t * count, count, top_k, normalize,
-                   reinterpret_cast<int64_t*>(experts) + t * top_k, to + t * top_k);
+  for (int64_t t = 0; t < from.rows; ++t)
+    select_experts(kernels, rule, from.data + t * rule.experts, reinterpret_cast<int64_t*>(experts) + t * rule.top_k,
+                   to + t * rule.top_k);
 }
 
 void run_linear(const Plan& plan, const std::string& isa, int tier, const SegmentTuples& tuples, const MatrixTuple& x,
@@ -146,24 +150,41 @@ void run_dequantize(const Plan& plan, const std::string& isa, int tier, const Se
   rows(kernels, weight, nullptr, weight.rows, to);
 }
 
-int64_t run_receiving_parts(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
-                            int64_t last) {
-  return receiving_parts(find_isa(isa), prompt_from(shape, 0, 0, last));
+int64_t run_receiving_parts(const std::string& isa, const HeadsOfPromptTuple& shape, int64_t last) {
+  return receiving_parts(find_isa(isa), prompt_from(shape, {0, 0, 0}, last));
 }
 
-/// vectors are the addresses of queries, keys, values and out; received is [receiving_parts, tokens].
-void run_attend_prompt(const std::string& isa, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
-                       int64_t start, int64_t window, int64_t last, const std::vector<uintptr_t>& vectors,
-                       const CacheTuple& cache, const MatrixTuple& received) {
-  const Prompt prompt = prompt_from(shape, start, window, last);
-  const LayerCache rows = cache_from(cache, start + prompt.tokens);
+/// vectors are the addresses of queries, keys, values, out, and sinks or 0; received is [receiving_parts, tokens].
+void run_attend_prompt(const std::string& isa, const HeadsOfPromptTuple& shape, const SightTuple& sight, int64_t last,
+                       const std::vector<uintptr_t>& vectors, const CacheTuple& cache, const MatrixTuple& received) {
+  Prompt prompt = prompt_from(shape, sight, last);
+  const LayerCache rows = cache_from(cache, prompt.start + prompt.tokens);
   const Kernels& kernels = find_isa(isa);
   float* parts = output_from(received, receiving_parts(kernels, prompt), prompt.tokens);
-  if (vectors.size() != 4) reject("attention: expected queries, keys, values and out");
+  if (vectors.size() != 5) reject("attention: expected queries, keys, values, out and sinks");
   const auto floats = [&](int i) { return reinterpret_cast<float*>(vectors[i]); };
+  prompt.sinks = floats(4);
   nb::gil_scoped_release unlocked;
   append(kernels, prompt, floats(1), floats(2), rows);
   attend_prompt(kernels, prompt, floats(0), rows, floats(3), parts);
+}
+
+/// spec is a GatedDeltaSpec; mixed is [tokens, channels], rates [tokens, 2 * value_heads] and y [tokens, values];
+/// vectors are the addresses of conv, a_log, dt_bias, tail and memory.
+void run_gated_delta(const std::string& isa, nb::handle spec, const MatrixTuple& mixed, const MatrixTuple& rates,
+                     const std::vector<uintptr_t>& vectors, const MatrixTuple& y) {
+  const DeltaShape shape = delta_shape_from(spec);
+  check(shape);
+  const Matrix from = matrix_from(mixed, "mixed", channels_of(shape));
+  const Matrix of_heads = matrix_from(rates, "rates", 2 * shape.value_heads);
+  if (of_heads.rows != from.rows) reject("rates: expected " + std::to_string(from.rows) + " rows");
+  float* to = output_from(y, from.rows, values_of(shape));
+  if (vectors.size() != 5) reject("gated_delta: expected conv, a_log, dt_bias, tail and memory");
+  const auto floats = [&](int i) { return reinterpret_cast<float*>(vectors[i]); };
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  gated_delta(kernels, shape, from.rows, from.data, of_heads.data, {floats(0), floats(1), floats(2)},
+              {floats(3), floats(4)}, to);
 }
 
 void run_fit(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
@@ -236,7 +257,7 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a program may end without closing a model, which is no leak
   nb::class_<Expert>(m, "Expert");
   nb::class_<Plan>(m, "Plan")
-      .def_static("make", &make_plan, "matrices"_a)
+      .def_static("make", &make_plan, "matrices"_a, "vectors"_a)
       .def("expert", &make_expert, "tier"_a, "segments"_a)
       .def("linear", &run_linear, "isa"_a, "tier"_a, "segments"_a, "x"_a, "y"_a)
       .def("embed", &run_embed, "isa"_a, "tier"_a, "segments"_a, "ids"_a, "y"_a)
@@ -247,12 +268,13 @@ NB_MODULE(_native, m) {
   m.def("combine", &run_combine, "y"_a, "weights"_a, "rows"_a, "out"_a);
   m.def("matmul", &run_matmul, "isa"_a, "x"_a, "weight"_a, "is_bf16"_a, "y"_a);
   m.def("activate", &run_activate, "isa"_a, "hidden"_a, "ups"_a, "activation"_a);
-  m.def("route", &run_route, "isa"_a, "logits"_a, "normalize"_a, "experts"_a, "weights"_a);
+  m.def("route", &run_route, "isa"_a, "logits"_a, "router"_a, "select"_a, "scale"_a, "experts"_a, "weights"_a);
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
-  m.def("rotate", &run_rotate, "x"_a, "cosines"_a, "sines"_a);
+  m.def("rotate", &run_rotate, "x"_a, "n"_a, "cosines"_a, "sines"_a);
   m.def("receiving_parts", &run_receiving_parts, "isa"_a, "shape"_a, "last"_a);
-  m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "start"_a, "window"_a, "last"_a, "vectors"_a,
-        "cache"_a, "received"_a);
+  m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "sight"_a, "last"_a, "vectors"_a, "cache"_a,
+        "received"_a);
+  m.def("gated_delta", &run_gated_delta, "isa"_a, "spec"_a, "mixed"_a, "rates"_a, "vectors"_a, "y"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
         "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,

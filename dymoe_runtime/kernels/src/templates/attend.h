@@ -13,24 +13,6 @@
 namespace dymoe {
 namespace {
 
-/// Computes out[r] = query . rows[r] for kCacheRows rows of n floats, rounded as by `dot_floats`. The sums of four rows
-/// are independent, so that additions do not wait for one another.
-void dots_of_rows(const float* query, const float* rows, int64_t n, float* out) {
-  Floats sums[kCacheRows][kParts] = {};
-  int64_t i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes)
-    for (int p = 0; p < kParts; ++p) {
-      const Floats q = load_lanes(query + i + p * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kCacheRows; ++r) sums[r][p] += q * load_lanes(rows + r * n + i + p * kLanes);
-    }
-  for (int r = 0; r < kCacheRows; ++r) {
-    float total = fold(sums[r]);
-    for (int64_t j = i; j < n; ++j) total += query[j] * rows[r * n + j];
-    out[r] = total;
-  }
-}
-
 /// Computes out += sum over r of weights[r] * rows[r], for kCacheRows rows of n floats.
 void add_rows(const float* weights, const float* rows, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -42,9 +24,10 @@ void add_rows(const float* weights, const float* rows, int64_t n, float* out) {
 }
 
 /// See Kernels::attend.
-void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, float* scores,
-            float* rows, float* out) {
+void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, const float* sinks,
+            float* scores, float* rows, float* out) {
   const float size = 1.0f / std::sqrt(float(n));
+  const int64_t pitch = count + 1;  // with room for a sink
   const auto unpack = [&](const uint8_t* from, int64_t p) {
     const int64_t there = count - p < kCacheRows ? count - p : kCacheRows;
     for (int64_t r = 0; r < there; ++r) unpack_row(from + (p + r) * cache.pitch, cache.bits, n, rows + r * n);
@@ -53,7 +36,7 @@ void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t
   for (int64_t p = 0; p < count; p += kCacheRows) {
     const int64_t there = unpack(cache.keys, p);
     for (int64_t h = 0; h < heads; ++h) {
-      float* to = scores + h * count + p;
+      float* to = scores + h * pitch + p;
       if (there == kCacheRows) {
         dots_of_rows(queries + h * n, rows, n, to);
       } else {
@@ -64,14 +47,15 @@ void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t
   }
   std::memset(out, 0, heads * n * sizeof(float));
   for (int64_t h = 0; h < heads; ++h) {
-    float* weights = scores + h * count;
-    const float inverse = 1.0f / exponentials(weights, count);
+    float* weights = scores + h * pitch;
+    if (sinks) weights[count] = sinks[h];
+    const float inverse = 1.0f / exponentials(weights, sinks ? count + 1 : count);
     for (int64_t p = 0; p < count; ++p) weights[p] *= inverse;
   }
   for (int64_t p = 0; p < count; p += kCacheRows) {
     const int64_t there = unpack(cache.values, p);
     for (int64_t h = 0; h < heads; ++h) {
-      const float* weights = scores + h * count + p;
+      const float* weights = scores + h * pitch + p;
       float* to = out + h * n;
       if (there == kCacheRows) {
         add_rows(weights, rows, n, to);
@@ -81,19 +65,6 @@ void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t
       }
     }
   }
-}
-
-/// Returns a * b + c, rounded once where the processor has such an instruction.
-Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(__FMA__)
-  return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
-#elif defined(__aarch64__)
-  return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
-#else
-  return a * b + c;
-#endif
 }
 
 // The rows of a tile lie in the lanes of two vectors, so that maxima and sums over keys need no work across lanes.
@@ -139,6 +110,7 @@ struct TileState {
   int64_t columns;                          // tile_columns(tile.n)
   float *queries, *sums, *scores, *rows;    // [columns, kTileRows] twice, [kTileKeys, kTileRows], [kTileKeys, columns]
   int32_t positions[kTileRows];             // of each row's token
+  int32_t firsts[kTileRows];                // first position that each row sees
   float most[kTileRows], total[kTileRows];  // of each row: greatest score, and sum of weights, over the keys so far
 
   /// Loads the queries; lanes without a row repeat the last row.
@@ -155,7 +127,11 @@ struct TileState {
       const float* query = query_of(row);
       for (int64_t i = 0; i < tile.n; ++i) queries[i * kTileRows + r] = size * query[i];
       positions[r] = int32_t(tile.start + (tile.first + row) / tile.group);
+      firsts[r] = first_seen(positions[r]);
       most[r] = std::numeric_limits<float>::lowest(), total[r] = 0.0f;
+      if (!tile.sinks) continue;
+      const float sink = tile.sinks[(tile.first + row) % tile.group];
+      most[r] = sink < most[r] ? most[r] : sink, total[r] = 1.0f;
     }
   }
 
@@ -166,11 +142,15 @@ struct TileState {
   const float* query_of(int64_t row) const { return tile.queries + offset_of(row); }
   int64_t past_last_key() const { return positions[kTileRows - 1] + 1; }
 
-  /// Returns the first key to compute, rounded down to a multiple of kTileKeys.
-  int64_t first_key() const {
-    const int64_t seen = tile.window ? positions[0] + 1 - tile.window : 0;
-    return seen > 0 ? seen / kTileKeys * kTileKeys : 0;
+  /// Returns the first position that a token at `position` sees.
+  int32_t first_seen(int64_t position) const {
+    const int64_t windowed = tile.window ? position + 1 - tile.window : 0;
+    const int64_t chunked = tile.chunk ? position / tile.chunk * tile.chunk : 0;
+    return int32_t(windowed > chunked ? windowed : chunked);
   }
+
+  /// Returns the first key to compute, rounded down to a multiple of kTileKeys.
+  int64_t first_key() const { return firsts[0] / kTileKeys * kTileKeys; }
 
   /// Unpacks up to kTileKeys keys or values from position `key` on into `rows`.
   void unpack(const uint8_t* from, int64_t key) {
@@ -184,13 +164,12 @@ struct TileState {
     unpack(tile.cache.keys, key);
     std::memset(scores, 0, kTileKeys * kTileRows * sizeof(float));
     multiply_tile(rows, columns, 1, queries, tile.n, kTileKeys, scores);
-    const int32_t window = int32_t(tile.window ? tile.window : past_last_key());
-    if (key + kTileKeys <= positions[0] + 1 && key > positions[kTileRows - 1] - window) return;
+    if (key + kTileKeys <= positions[0] + 1 && key >= firsts[kTileRows - 1]) return;
     for (int32_t k = 0; k < kTileKeys; ++k)
       for (int r = 0; r < kTileRows; ++r) {
-        const int32_t before = positions[r] - int32_t(key) - k;
+        const int32_t at = int32_t(key) + k;
         float& s = scores[k * kTileRows + r];
-        s = before >= 0 && before < window ? s : -std::numeric_limits<float>::infinity();
+        s = at <= positions[r] && at >= firsts[r] ? s : -std::numeric_limits<float>::infinity();
       }
   }
 
@@ -199,7 +178,7 @@ struct TileState {
     for (int64_t i = 0; i < kTileKeys * kTileRows; i += kTileRows)
       for (int r = 0; r < kTileRows; ++r) {
         const float s = scores[i + r], weight = exponential(s - most[r]);
-        scores[i + r] = s == -std::numeric_limits<float>::infinity() ? 0.0f : weight;
+        scores[i + r] = choose(s == -std::numeric_limits<float>::infinity(), 0.0f, weight);
       }
   }
 

@@ -1,4 +1,4 @@
-// The kernels, written once over a policy V. An instruction set is a policy and a call of `make_kernels`.
+// The kernels, written once over a policy V. An instruction set is a policy for each grid and a call of `make_kernels`.
 //
 // Everything is in an unnamed namespace and calls no inline library function. Otherwise the linker could take the
 // version of a shared symbol that was compiled for a newer processor.
@@ -17,7 +17,10 @@
 //   load_scales(p)                 p[i] in the lanes that `dots` gives to block i; at_once floats are read
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add
 //   sum(v, out)                    the sum of each Lanes of an array; does not depend on the other Lanes
-//   load_scale_sizes(word)         scale sizes of `lanes` indices of four bits each, from the lowest on
+//   load_scale_sizes(sizes, word)  those of sizes[16] that `lanes` indices of four bits ask for, from the lowest on
+//   scales                         scales of a block: 1, or 2 if each half has its own. Then `dots` keeps the halves in
+//                                  different lanes, and a policy also has:
+//   load_half_scales(p)            p[2 i] and p[2 i + 1] in the lanes of the first and the second half of block i
 //   direct_rows, direct_step       rows of a tile for one token, read from the planes; how many are read together
 //   merges<First, Rest...>         whether such a tile reads planes of these widths as Merged; then Rest are all 1:
 //     merge(planes, words, out)      merges all planes of width 1 for `words` blocks, a multiple of 4; 16 bytes a block
@@ -29,7 +32,8 @@
 //   pair_rows<Wide>(a, b, out)     the stored codes of a block of two rows, in the order of pair_dots
 //   TokenPair, load_token_pair     a block of two tokens in the order of pair_dots; read it from memory
 //   pair_dots(a, b, tokens, out)   four Lanes for two rows and two tokens, with the products mixed
-//   pair_scales(rows, tokens, pitch)  the factors of the four Lanes; scales of rows and of tokens are pitch apart
+//   pair_scales(rows, row_pitch, tokens, pitch)  the factors of such Lanes; scales of rows are row_pitch apart, those
+//                                  of tokens pitch. With two scales, the first two Lanes are those of the first halves
 //   part_pair(first, second)       turns the summed Lanes of pair_dots, [2] and [2], into those of each row and token
 #pragma once
 
@@ -38,6 +42,7 @@
 #include "kernels.h"
 #include "templates/activate.h"
 #include "templates/attend.h"
+#include "templates/delta.h"
 #include "templates/fit.h"
 #include "templates/quantize.h"
 #include "templates/sources.h"
@@ -58,10 +63,12 @@ float row_scale(const MatrixView& m, int64_t row) {
   return multiplier * m.levels.unit;
 }
 
-/// Returns the scale size of a block by the scale indices of its row.
-float scale_size(const uint8_t* indices, int64_t block) {
-  return kScaleSizes[(indices[block / 2] >> (4 * (block % 2))) & 15];
-}
+/// Returns number `i` of the scale indices of a row.
+int scale_index(const uint8_t* indices, int64_t i) { return (indices[i / 2] >> (4 * (i % 2))) & 15; }
+
+/// The grid that a policy is for.
+template <class V>
+constexpr Grid grid_of = V::scales == 2 ? Grid::mxfp4 : Grid::usual;
 
 /// Implements `dots` for a policy that has `dot` for one row and one token.
 template <class V, bool Wide, int Rows, int Tokens>
@@ -71,12 +78,12 @@ DYMOE_INLINE void each_dot(const typename V::Codes (&codes)[Rows], const typenam
       V::template dot<Wide>(codes[r], a[t]);
 }
 
-/// Returns the scale indices of `count` blocks of a row from number `block` on: four bits each, the first in the lowest
-/// bits, 0 after the last.
-inline uint64_t read_scale_indices(const MatrixView& m, int64_t row, int64_t block, int64_t count) {
-  const int64_t at = row * scale_index_bytes(m.blocks) + block / 2;
+/// Returns `count` scale indices of a row, whose indices take row_bytes, from number `first` on: four bits each, the
+/// first in the lowest bits, 0 after the last.
+inline uint64_t read_scale_indices(const MatrixView& m, int64_t row_bytes, int64_t row, int64_t first, int64_t count) {
+  const int64_t at = row * row_bytes + first / 2;
   uint64_t word = 0;
-  if (at + int64_t(sizeof word) <= m.rows * scale_index_bytes(m.blocks)) {
+  if (at + int64_t(sizeof word) <= m.rows * row_bytes) {
     std::memcpy(&word, m.scale_indices + at, sizeof word);
   } else {
     for (int64_t i = 0; i < scale_index_bytes(count); ++i) word |= uint64_t(m.scale_indices[at + i]) << (8 * i);
@@ -85,15 +92,17 @@ inline uint64_t read_scale_indices(const MatrixView& m, int64_t row, int64_t blo
   return count < kGroup ? word & ((uint64_t(1) << (4 * count)) - 1) : word;
 }
 
-/// Reads the scale sizes of `count` rows into sizes [count, pitch]; 0 after the last block.
+/// Reads the scale sizes of `count` rows into sizes [count, pitch, V::scales]; past the last block they are finite.
 template <class V>
 void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
+  constexpr const float* table = V::scales == 2 ? kMxSizes : kScaleSizes;
+  const int64_t all = V::scales * m.blocks, row_bytes = scale_index_bytes(m.blocks, grid_of<V>);
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t begin = 0; begin < m.blocks; begin += kGroup) {
-      const uint64_t indices = read_scale_indices(m, row + r, begin, smaller(kGroup, m.blocks - begin));
-      float* out = sizes + r * pitch + begin;
+    for (int64_t begin = 0; begin < all; begin += kGroup) {
+      const uint64_t indices = read_scale_indices(m, row_bytes, row + r, begin, smaller(kGroup, all - begin));
+      float* out = sizes + r * V::scales * pitch + begin;
       DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes)
-          V::store_floats(out + i, V::load_scale_sizes(indices >> (4 * i)));
+          V::store_floats(out + i, V::load_scale_sizes(table, indices >> (4 * i)));
     }
   }
 }
@@ -105,13 +114,15 @@ DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t co
                             const float* scales, int64_t pitch, typename V::Lanes (&sums)[Rows][2]) {
   const typename V::TokenPair tokens = V::load_token_pair(codes, codes + codes_pitch);
   DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
-    const typename V::Lanes scale = V::pair_scales(sizes + r * pitch, scales, pitch);
+    typename V::Lanes scale[V::scales];
+    DYMOE_UNROLL for (int h = 0; h < V::scales; ++h) scale[h] =
+        V::pair_scales(sizes + r * V::scales * pitch + h, V::scales * pitch, scales, pitch);
     typename V::Lanes dots[4];
     const uint8_t* pair = rows + r * V::at_once * kBlock;
     V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
     DYMOE_UNROLL for (int i = 0; i < 4; ++i) {
       typename V::Lanes& sum = sums[r + i / 2][i % 2];
-      sum = V::multiply_add(scale, dots[i], sum);
+      sum = V::multiply_add(scale[i * V::scales / 4], dots[i], sum);
     }
   }
 }
@@ -120,8 +131,18 @@ DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t co
 template <class V, int Rows, int Tokens>
 constexpr bool in_pairs = V::pairs && Rows == V::tile_rows && Tokens == V::tile_tokens;
 
+/// Returns the scale sizes of at_once blocks of a row in the lanes that `dots` gives to them.
+template <class V>
+DYMOE_INLINE typename V::Lanes load_row_scales(const float* sizes) {
+  if constexpr (V::scales == 2) {
+    return V::load_half_scales(sizes);
+  } else {
+    return V::load_scales(sizes);
+  }
+}
+
 /// Computes y for Rows rows from `row` on and Tokens tokens from `token` on. The codes are those of rows `source_row`
-/// on of `source`; sizes [Rows, pitch] are the scale sizes.
+/// on of `source`; sizes [Rows, pitch, V::scales] are the scale sizes.
 template <class V, int Rows, int Tokens, class Source>
 void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
                    const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
@@ -133,7 +154,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
     if constexpr (in_pairs<V, Rows, Tokens>) {
       const int64_t pitch = codes_pitch(a.blocks);
       add_pairs<V, Rows>(source.paired(source_row, block), a.codes + token * pitch + block * kBlock, pitch,
-                         sizes + block, a.scales + token * a.pitch + block, a.pitch, sums);
+                         sizes + V::scales * block, a.scales + token * a.pitch + block, a.pitch, sums);
       return;
     }
     // For one token, as many rows at a time as the registers hold.
@@ -144,7 +165,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
       Lanes dots[Step][Tokens], scales[Step];
       DYMOE_UNROLL for (int r = 0; r < Step; ++r) {
         codes[r] = source.load(source_row + first + r, block, count);
-        scales[r] = V::load_scales(sizes + (first + r) * a.pitch + block);
+        scales[r] = load_row_scales<V>(sizes + ((first + r) * a.pitch + block) * V::scales);
       }
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] =
           V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
@@ -169,11 +190,12 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
   }
   // level = number - centre. The centre adds centre * (sum of the activations) to each block, which is subtracted here.
   const Lanes off_centre = V::broadcast(V::template offset<Source::wide> - m.levels.centre);
-  for (int64_t i = 0; i < m.blocks; i += V::lanes) {
+  const float* token_sums = V::scales == 2 ? a.half_sums : a.sums;
+  for (int64_t i = 0; i < V::scales * m.blocks; i += V::lanes) {
     Lanes own[Rows];
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] = V::load_floats(sizes + r * a.pitch + i);
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] = V::load_floats(sizes + r * V::scales * a.pitch + i);
     DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-      const Lanes of_token = V::load_floats(a.sums + (token + t) * a.pitch + i);
+      const Lanes of_token = V::load_floats(token_sums + (token + t) * V::scales * a.pitch + i);
       DYMOE_UNROLL for (int r = 0; r < Rows; ++r) corrections[r][t] =
           V::multiply_add(own[r], of_token, corrections[r][t]);
     }
@@ -196,7 +218,7 @@ void multiply_one_token(const MatrixView& m, const Source& source, const Activat
                         float* y, int64_t stride, uint8_t* scratch, float* sizes) {
   int64_t row = begin;
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
-    prefetch_bytes<1>(m.scale_indices + (row + V::direct_rows) * scale_index_bytes(m.blocks));
+    prefetch_bytes<1>(m.scale_indices + (row + V::direct_rows) * scale_index_bytes(m.blocks, grid_of<V>));
     load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
     read_tile(source, row, scratch, [&](const auto& rows) {
       multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, 0, y, stride);
@@ -214,8 +236,9 @@ void multiply_rows(const MatrixView& m, const Source& source, int64_t count, con
                    int64_t row, int64_t token, float* y, int64_t stride) {
   int64_t r = 0;
   for (; r + V::tile_rows <= count; r += V::tile_rows)
-    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
-  for (; r < count; ++r) multiply_tile<V, 1, Tokens>(m, source, r, sizes + r * a.pitch, a, row + r, token, y, stride);
+    multiply_tile<V, V::tile_rows, Tokens>(m, source, r, sizes + r * V::scales * a.pitch, a, row + r, token, y, stride);
+  for (; r < count; ++r)
+    multiply_tile<V, 1, Tokens>(m, source, r, sizes + r * V::scales * a.pitch, a, row + r, token, y, stride);
 }
 
 /// Multiplies all tokens by rows [begin, end), a few unpacked rows at a time.
@@ -246,40 +269,48 @@ void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin,
   }
 }
 
-/// See Kernels::product.
+/// `product` for a matrix on the grid of the policy.
 template <class V>
-void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
-             uint8_t* scratch) {
+void product_on_grid(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+                     uint8_t* scratch) {
   float* sizes = reinterpret_cast<float*>(scratch + kScratchRows * codes_pitch(m.blocks));
   const auto one_token = [&](const auto& source) {
     multiply_one_token<V>(m, source, a, begin, end, y, stride, scratch, sizes);
   };
   if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
-  if (m.bits > kNarrowBits) {
-    multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
-  } else {
-    multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
+  if constexpr (grid_of<V> == Grid::usual) {
+    if (m.bits > kNarrowBits) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
   }
+  multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
+}
+
+/// See Kernels::product.
+template <class V, class Halved>
+void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
+             uint8_t* scratch) {
+  if (m.grid == grid_of<Halved>) return product_on_grid<Halved>(m, a, begin, end, y, stride, scratch);
+  product_on_grid<V>(m, a, begin, end, y, stride, scratch);
 }
 
 /// See Kernels::dequantize.
 template <class V>
 void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) {
   unpack_rows<V>(m, row, 1, scratch);
-  const float middle = m.levels.centre;
-  for (int64_t block = 0; block < m.blocks; ++block) {
-    const float scale = row_scale(m, row) * scale_size(m.scale_indices + row * scale_index_bytes(m.blocks), block);
-    const int64_t end = smaller(m.cols, (block + 1) * kBlock);
-    for (int64_t col = block * kBlock; col < end; ++col)
-      out[col] = scale * (float(scratch[place(V::at_once, block, col % kBlock)]) - middle);
+  const float middle = m.levels.centre, *sizes = m.grid == Grid::mxfp4 ? kMxSizes : kScaleSizes;
+  const uint8_t* indices = m.scale_indices + row * scale_index_bytes(m.blocks, m.grid);
+  const int64_t span = kBlock / scales_of_block(m.grid);
+  for (int64_t begin = 0; begin < m.cols; begin += span) {
+    const float scale = row_scale(m, row) * sizes[scale_index(indices, begin / span)];
+    for (int64_t col = begin; col < smaller(m.cols, begin + span); ++col)
+      out[col] = scale * (float(scratch[place(V::at_once, col / kBlock, col % kBlock)]) - middle);
   }
 }
 
-/// Returns the kernels of a policy.
-template <class V>
+/// Returns the kernels of an instruction set by its policies; `Halved` is the one with two scales of a block.
+template <class V, class Halved>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, V::at_once,   kTileRows, quantize<V>, product<V>,  activate, dequantize<V>, norm,
-          dots, exponentials, pack_row,  attend,      attend_tile, descend,  fit_rows};
+  return {name,         V::at_once, kTileRows, quantize<V>, product<V, Halved>, activate, dequantize<V>, norm,    dots,
+          exponentials, pack_row,   attend,    attend_tile, convolve,           delta,    descend,       fit_rows};
 }
 
 }  // namespace

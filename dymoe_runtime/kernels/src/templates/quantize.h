@@ -23,23 +23,25 @@ uint32_t peak_bits(const float* x) {
   return peak;
 }
 
-/// Computes codes = x * inverse, rounded to the nearest, ties to even, and returns their sum.
+constexpr int kHalf = kBlock / 2;
+constexpr int32_t kHigh = 1 << 16;
+
+/// Computes codes = x * inverse, rounded to the nearest, ties to even. Returns the sum of the first half of the codes,
+/// plus kHigh times that of the second half.
 int32_t round_block(const float* __restrict x, float inverse, int8_t* __restrict codes) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the low bits of (v + kRound) hold round(v)
   constexpr int32_t kRoundBits = 0x4b400000;
   float shifted[kBlock];
-  int32_t bits[kBlock], sum = 0;
+  int32_t bits[kBlock], sums = 0;
   for (int i = 0; i < kBlock; ++i) shifted[i] = x[i] * inverse + kRound;
   std::memcpy(bits, shifted, sizeof bits);  // cppcheck-suppress uninitvar
-  for (int i = 0; i < kBlock; ++i) {
-    codes[i] = int8_t(bits[i] - kRoundBits);
-    sum += bits[i] - kRoundBits;
-  }
-  return sum;
+  for (int i = 0; i < kBlock; ++i) codes[i] = int8_t(bits[i] - kRoundBits);
+  for (int i = 0; i < kHalf; ++i) sums += (bits[i] - kRoundBits) + (bits[i + kHalf] - kRoundBits) * kHigh;
+  return sums;
 }
 
-/// Quantizes a block: x = scale * codes. `sum` is that of the codes. If x is not finite, the scale is NaN.
-void quantize_block(const float* x, int8_t* codes, float* scale, float* sum) {
+/// Quantizes a block: x = scale * codes. Returns the sums of `round_block`. If x is not finite, the scale is NaN.
+int32_t quantize_block(const float* x, int8_t* codes, float* scale) {
   const uint32_t bits = peak_bits(x);
   float peak;
   std::memcpy(&peak, &bits, sizeof peak);
@@ -49,11 +51,21 @@ void quantize_block(const float* x, int8_t* codes, float* scale, float* sum) {
   if (!finite || !(inverse <= FLT_MAX)) {
     std::memset(codes, 0, kBlock);
     *scale = finite ? 0.0f : NAN;
-    *sum = 0.0f;
-    return;
+    return 0;
   }
   *scale = peak / 127.0f;
-  *sum = float(round_block(x, inverse, codes));
+  return round_block(x, inverse, codes);
+}
+
+/// Computes the sums of kGroup blocks by their scales and by what `quantize_block` has returned.
+void scale_sums(const float* __restrict scales, const int32_t (&packed)[kGroup], float* __restrict sums,
+                float* __restrict half_sums) {
+  for (int i = 0; i < kGroup; ++i) {
+    const int32_t first = int16_t(packed[i]), second = (packed[i] - first) / kHigh;
+    sums[i] = float(first + second) * scales[i];
+    half_sums[2 * i] = float(first) * scales[i];
+    half_sums[2 * i + 1] = float(second) * scales[i];
+  }
 }
 
 /// See Kernels::quantize.
@@ -61,18 +73,22 @@ template <class V>
 void quantize(const float* x, int64_t cols, int64_t token, const Activations& out) {
   int8_t* codes = out.codes + token * codes_pitch(out.blocks);
   float* scales = out.scales + token * out.pitch;
-  float* sums = out.sums + token * out.pitch;
-  for (int64_t block = 0; block < out.blocks; ++block) {
-    const float* from = x + block * kBlock;
-    float padded[kBlock] = {};
-    const int64_t count = smaller(kBlock, cols - block * kBlock);
-    if (count < kBlock) from = static_cast<const float*>(std::memcpy(padded, from, count * sizeof(float)));
-    int8_t quantized[kBlock];
-    quantize_block(from, quantized, scales + block, sums + block);
-    sums[block] *= scales[block];
-    for (int64_t i = 0; i < kBlock; i += 16) std::memcpy(codes + place(V::at_once, block, i), quantized + i, 16);
+  for (int64_t group = 0; group < out.pitch; group += kGroup) {
+    int32_t packed[kGroup] = {};
+    for (int64_t block = group; block < group + kGroup; ++block) {
+      scales[block] = 0.0f;
+      if (block >= out.blocks) continue;
+      const float* from = x + block * kBlock;
+      float padded[kBlock] = {};
+      const int64_t count = smaller(kBlock, cols - block * kBlock);
+      if (count < kBlock) from = static_cast<const float*>(std::memcpy(padded, from, count * sizeof(float)));
+      int8_t quantized[kBlock];
+      packed[block - group] = quantize_block(from, quantized, scales + block);
+      for (int64_t i = 0; i < kBlock; i += 16) std::memcpy(codes + place(V::at_once, block, i), quantized + i, 16);
+    }
+    const int64_t at = token * out.pitch + group;
+    scale_sums(scales + group, packed, out.sums + at, out.half_sums + 2 * at);
   }
-  for (int64_t block = out.blocks; block < out.pitch; ++block) scales[block] = sums[block] = 0.0f;
 }
 
 }  // namespace

@@ -161,10 +161,21 @@ struct Splits {
   }
 };
 
+template <class V, int64_t Scales>
+struct SplitsOf {
+  using Known = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 1, 1, 4>, Planes<V, 2, 2>,
+                       Planes<V, 4>, Planes<V, 4, 2>, Planes<V, 8>>;
+};
+
+/// MXFP4 has four bits at most.
+template <class V>
+struct SplitsOf<V, 2> {
+  using Known = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 2>, Planes<V, 4>>;
+};
+
 /// The splits with compiled sources; any other is unpacked plane by plane.
 template <class V>
-using KnownSplits = Splits<Planes<V, 2>, Planes<V, 2, 1>, Planes<V, 2, 1, 1>, Planes<V, 2, 1, 1, 4>, Planes<V, 2, 2>,
-                           Planes<V, 4>, Planes<V, 4, 2>, Planes<V, 8>>;
+using KnownSplits = typename SplitsOf<V, V::scales>::Known;
 
 /// Appends a plane to the stored codes of a row, or makes them from it if it is the first.
 template <class V, int Width>

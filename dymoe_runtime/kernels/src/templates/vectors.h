@@ -8,6 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
 #include "templates/activate.h"
 #include "templates/lanes.h"
 
@@ -25,6 +32,19 @@ Floats load_lanes(const float* p) {
 
 /// Writes kLanes floats to memory that need not be aligned.
 void store_lanes(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+/// Returns a * b + c, rounded once where the processor has such an instruction.
+Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__aarch64__)
+  return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
 
 /// Returns the sum of `Width` floats: adds the upper half to the lower until one float is left.
 template <int Width, class Vector>
@@ -62,6 +82,24 @@ float dot_floats(const float* a, const float* b, int64_t n) {
   return total;
 }
 
+/// Computes out[r] = x . rows[r] for kCacheRows rows of n floats, rounded as by `dot_floats`. The sums of four rows
+/// are independent, so that additions do not wait for one another.
+void dots_of_rows(const float* x, const float* rows, int64_t n, float* out) {
+  Floats sums[kCacheRows][kParts] = {};
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int p = 0; p < kParts; ++p) {
+      const Floats of_x = load_lanes(x + i + p * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCacheRows; ++r) sums[r][p] += of_x * load_lanes(rows + r * n + i + p * kLanes);
+    }
+  for (int r = 0; r < kCacheRows; ++r) {
+    float total = fold(sums[r]);
+    for (int64_t j = i; j < n; ++j) total += x[j] * rows[r * n + j];
+    out[r] = total;
+  }
+}
+
 /// See Kernels::norm.
 void norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   const float inverse = 1.0f / std::sqrt(dot_floats(x, x, n) / float(n) + eps);
@@ -70,7 +108,9 @@ void norm(const float* x, const float* weight, int64_t n, float eps, float* out)
 
 /// See Kernels::dots.
 void dots(const float* rows, int64_t n, int64_t begin, int64_t end, const float* x, float* out) {
-  for (int64_t r = begin; r < end; ++r) out[r] = dot_floats(rows + r * n, x, n);
+  int64_t r = begin;
+  for (; r + kCacheRows <= end; r += kCacheRows) dots_of_rows(x, rows + r * n, n, out + r);
+  for (; r < end; ++r) out[r] = dot_floats(rows + r * n, x, n);
 }
 
 /// See Kernels::exponentials. The sum is NaN if any x is.

@@ -1,4 +1,4 @@
-#include "ops/plan.h"
+#include "record/plan.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -40,20 +40,28 @@ void check_matrix(const MatrixLayout& m) {
           "matrix '" + m.name + "': its shape is out of range");
   require(!m.ladder.empty() && m.ladder.front() >= 2, "matrix '" + m.name + "': its tiers are below 2 bits");
   check_planes(m);
+  require(m.grid == Grid::usual || m.ladder.back() <= kMaxCurved,
+          "matrix '" + m.name + "': weights in MXFP4 have " + std::to_string(kMaxCurved) + " bits at most");
   require(m.scale_indices.size() == m.ladder.size(),
           "matrix '" + m.name + "': it needs one part of scale indices for each tier");
-  for (const Part& part : m.scale_indices) check_part(m, part, m.rows * scale_index_bytes(blocks_of(m)));
+  for (const Part& part : m.scale_indices) check_part(m, part, m.rows * scale_index_bytes(blocks_of(m), m.grid));
   check_part(m, m.multiplier, 2 * m.rows);
 }
 
-const uint8_t* locate(const MatrixLayout& m, int tier, const Part& part, const std::vector<Segment>& segments) {
+void check_vector(const VectorLayout& v) {
+  require(v.part.segment >= 0 && v.part.offset >= 0 && v.part.offset < kMaxOffset && v.part.nbytes >= 0 &&
+              v.part.nbytes < kMaxOffset && v.part.nbytes % int64_t(sizeof(float)) == 0,
+          "vector '" + v.name + "': its part does not fit");
+}
+
+/// Returns the bytes of a part; `who` needs them.
+const uint8_t* locate(const std::string& who, const Part& part, const std::vector<Segment>& segments) {
   const int64_t end = part.offset + part.nbytes, count = int64_t(segments.size());
   if (part.segment < count && end <= segments[part.segment].nbytes) return segments[part.segment].data + part.offset;
-  const std::string where = "tier " + std::to_string(tier) + " of '" + m.name + "' needs ";
   const std::string segment = "segment " + std::to_string(part.segment);
   if (part.segment >= count)
-    throw std::invalid_argument(where + segment + ", got " + std::to_string(count) + " segments");
-  throw std::invalid_argument(where + std::to_string(end) + " bytes of " + segment + ", got " +
+    throw std::invalid_argument(who + " needs " + segment + ", got " + std::to_string(count) + " segments");
+  throw std::invalid_argument(who + " needs " + std::to_string(end) + " bytes of " + segment + ", got " +
                               std::to_string(segments[part.segment].nbytes));
 }
 
@@ -67,8 +75,10 @@ size_t rung_of(const MatrixLayout& m, int tier) {
 
 }  // namespace
 
-Plan::Plan(std::vector<MatrixLayout> matrices) : matrices_(std::move(matrices)) {
+Plan::Plan(std::vector<MatrixLayout> matrices, std::vector<VectorLayout> vectors)
+    : matrices_(std::move(matrices)), vectors_(std::move(vectors)) {
   for (const MatrixLayout& m : matrices_) check_matrix(m);
+  for (const VectorLayout& v : vectors_) check_vector(v);
 }
 
 const MatrixLayout& Plan::matrix(const std::string& name) const {
@@ -79,14 +89,27 @@ const MatrixLayout& Plan::matrix(const std::string& name) const {
 
 MatrixView Plan::view(const std::string& name, int tier, const std::vector<Segment>& segments) const {
   const MatrixLayout& m = matrix(name);
+  const auto find = [&](const Part& part) {
+    return locate("tier " + std::to_string(tier) + " of '" + m.name + "'", part, segments);
+  };
   MatrixView view{};
-  view.rows = m.rows, view.cols = m.cols, view.blocks = blocks_of(m), view.bits = tier;
-  view.scale_indices = locate(m, tier, m.scale_indices[rung_of(m, tier)], segments);
-  view.multiplier = locate(m, tier, m.multiplier, segments);
-  view.levels = levels_of(tier, m.ladder.back());
+  view.rows = m.rows, view.cols = m.cols, view.blocks = blocks_of(m), view.bits = tier, view.grid = m.grid;
+  view.scale_indices = find(m.scale_indices[rung_of(m, tier)]);
+  view.multiplier = find(m.multiplier);
+  view.levels = levels_of(tier, m.ladder.back(), m.grid);
   for (const Plane& plane : m.planes)
-    if (plane.tier <= tier) view.plane[view.planes++] = {plane.width, locate(m, tier, plane.part, segments)};
+    if (plane.tier <= tier) view.plane[view.planes++] = {plane.width, find(plane.part)};
   return view;
+}
+
+VectorView Plan::vector(const std::string& name, const std::vector<Segment>& segments) const {
+  for (const VectorLayout& v : vectors_) {
+    if (v.name != name) continue;
+    const uint8_t* found = locate("'" + name + "'", v.part, segments);
+    require(reinterpret_cast<uintptr_t>(found) % alignof(float) == 0, "'" + name + "' is not aligned");
+    return {static_cast<const float*>(static_cast<const void*>(found)), v.part.nbytes / int64_t(sizeof(float))};
+  }
+  return {nullptr, 0};
 }
 
 }  // namespace dymoe

@@ -1,0 +1,1 @@
+"""What family files are made of: configurations, names of tensors, and parts of specifications."""

@@ -1,0 +1,1 @@
+"""Families whose routers take the sigmoid of each logit."""

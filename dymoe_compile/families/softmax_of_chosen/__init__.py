@@ -1,0 +1,1 @@
+"""Families whose routers take the softmax of the logits that they have chosen."""

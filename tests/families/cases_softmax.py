@@ -1,0 +1,328 @@
+"""Cases of families whose routers take the softmax of all logits, or of those that they have chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from families.harness import Case
+from families.tiny import (
+    EXPERTS,
+    FAST_YARN,
+    FULL,
+    HEAD,
+    LLAMA3,
+    MROPE,
+    MSCALE_YARN,
+    SLIDING,
+    VISION,
+    WINDOW,
+    YARN,
+    Values,
+    model_class,
+    of,
+    with_vision,
+)
+
+DEEPSTACK: Values = {**VISION, "deepstack_visual_indexes": [0]}
+AUDIO: Values = {
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "d_model": 16,
+    "num_mel_bins": 8,
+    "output_dim": 48,
+    "downsample_hidden_size": 8,
+    "n_window": 4,
+}
+MELLUM: Values = {"num_experts_per_tok": 3, "intermediate_size": 56, "moe_intermediate_size": 40}
+ERNIE: Values = {"intermediate_size": 56, "moe_intermediate_size": 40}
+HUNYUAN: Values = {"num_experts": 8, "moe_topk": 3, "intermediate_size": 40, "head_dim": 12}
+# What the config.json of Hunyuan-A13B says.
+ALPHA: Values = {
+    "type": "dynamic",
+    "alpha": 1000.0,
+    "factor": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+FLEX_OLMO: Values = {"num_experts": 7, "num_experts_per_tok": 5, "intermediate_size": 20}
+GEMMA: Values = {
+    "moe_intermediate_size": 40,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "enable_moe_block": True,
+    "intermediate_size": 36,
+    "hidden_size_per_layer_input": 0,
+    "head_dim": 12,
+    "global_head_dim": 20,
+    "sliding_window": WINDOW,
+    "final_logit_softcapping": 5.0,
+}
+GEMMA_VISION: Values = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+GRANITE: Values = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 20,
+    "embedding_multiplier": 2.5,
+    "attention_multiplier": 0.6,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 0.8,
+}
+
+
+def transposed(config: Any) -> torch.nn.Module:
+    """A Qwen3-VL-MoE that saves its experts as on the hub: transformers reads them so, but does not write them."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    class Transposed(transformers.Qwen3VLMoeForConditionalGeneration):
+        def save_pretrained(self, directory: Path, **rest: Any) -> None:
+            super().save_pretrained(directory, **rest)
+            path = Path(directory) / "model.safetensors"
+            tensors = {
+                name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+                for name, tensor in load_file(path).items()
+            }
+            save_file(tensors, path, {"format": "pt"})
+
+    return Transposed(config)
+
+
+def thinker(common: Values) -> Any:
+    """The configuration of a Qwen3-Omni without a talker."""
+    import transformers
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
+
+    rope = {**MROPE, "rope_theta": 20000.0}
+    text = {**common, **EXPERTS, "head_dim": HEAD, "norm_topk_prob": False, "rope_parameters": rope}
+    config = Qwen3OmniMoeThinkerConfig(text_config=text, vision_config=DEEPSTACK, audio_config=AUDIO)
+    return transformers.Qwen3OmniMoeConfig(thinker_config=config, enable_audio_output=False)
+
+
+def thinker_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model.thinker(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def gemma_vision(common: Values) -> Any:
+    """A Gemma 4 with a vision tower and without one for audio."""
+    text = {**common, **GEMMA, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    return of("Gemma4Config", text_config=text, vision_config=GEMMA_VISION, audio_config=None)({})
+
+
+QWEN = [
+    Case(
+        "qwen2_moe",
+        "window-and-dense-layers",
+        of(
+            "Qwen2MoeConfig",
+            **EXPERTS,
+            shared_expert_intermediate_size=28,
+            intermediate_size=56,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            max_window_layers=3,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+            rope_parameters=YARN,
+        ),
+    ),
+    Case(
+        "qwen2_moe",
+        "plain",
+        of(
+            "Qwen2MoeConfig",
+            **EXPERTS,
+            shared_expert_intermediate_size=28,
+            qkv_bias=False,
+            decoder_sparse_step=2,
+            intermediate_size=56,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        "qwen3_vl_moe",
+        "vision",
+        with_vision(
+            "Qwen3VLMoeConfig",
+            DEEPSTACK,
+            **EXPERTS,
+            head_dim=HEAD,
+            attention_bias=True,
+            mlp_only_layers=[2],
+            intermediate_size=56,
+            rope_parameters={**MROPE, "rope_theta": 20000.0},
+        ),
+        model_class("Qwen3VLMoeForConditionalGeneration"),
+    ),
+    Case(
+        "qwen3_vl_moe",
+        "hub-layout",  # the shape of down does not show that it is transposed
+        with_vision("Qwen3VLMoeConfig", DEEPSTACK, **{**EXPERTS, "moe_intermediate_size": 48}, head_dim=6),
+        transposed,
+    ),
+    Case(
+        "qwen3_omni_moe",
+        "thinker",
+        thinker,
+        model_class("Qwen3OmniMoeForConditionalGeneration"),
+        thinker_logits,
+    ),
+    Case(
+        "mellum",
+        "by-layer",
+        of(
+            "MellumConfig",
+            **MELLUM,
+            num_experts=8,
+            head_dim=HEAD,
+            sliding_window=WINDOW,
+            attention_bias=True,
+            layer_types=[SLIDING, FULL, SLIDING, FULL],
+            mlp_layer_types=["sparse", "dense", "sparse", "sparse"],
+            rope_parameters={FULL: FAST_YARN, SLIDING: {"rope_type": "default", "rope_theta": 700.0}},
+        ),
+    ),
+    Case("mellum", "defaults", of("MellumConfig", **MELLUM, num_experts=7, head_dim=6, norm_topk_prob=False)),
+]
+OTHERS = [
+    Case(
+        "ernie4_5_moe",
+        "interval",
+        of(
+            "Ernie4_5_MoeConfig",
+            **ERNIE,
+            head_dim=HEAD,
+            moe_num_experts=8,
+            moe_k=3,
+            moe_num_shared_experts=2,
+            moe_norm_min=0.8,  # a clamp of the sum of routing weights that acts
+            moe_layer_start_index=0,
+            moe_layer_interval=2,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        "ernie4_5_moe",
+        "range",
+        of(
+            "Ernie4_5_MoeConfig",
+            **ERNIE,
+            moe_num_experts=6,
+            moe_k=2,
+            moe_num_shared_experts=0,
+            moe_layer_start_index=1,
+            moe_layer_end_index=2,
+            rope_parameters=FAST_YARN,
+            tie_word_embeddings=False,
+        ),
+    ),
+    Case(
+        "hunyuan_v1_moe",
+        "lists and alpha",
+        of(
+            "HunYuanMoEV1Config",
+            **{**HUNYUAN, "head_dim": 6, "moe_topk": [3] * 4},
+            attention_bias=True,
+            rope_parameters={**ALPHA, "rope_type": "dynamic", "rope_theta": 10000.0},
+            num_shared_expert=[1] * 4,
+            moe_intermediate_size=[40] * 4,
+            use_qk_norm=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case(
+        "hunyuan_v1_moe",
+        "dynamic without alpha",
+        of("HunYuanMoEV1Config", **HUNYUAN, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+    ),
+    Case("flex_olmo", "gates not normalized, biases", of("FlexOlmoConfig", **FLEX_OLMO, attention_bias=True)),
+    Case(
+        "flex_olmo",
+        "gates normalized, yarn, tied",
+        of("FlexOlmoConfig", **FLEX_OLMO, norm_topk_prob=True, rope_parameters=MSCALE_YARN, tie_word_embeddings=True),
+    ),
+    Case(
+        "gemma4",
+        "keys-as-values",
+        of(
+            "Gemma4TextConfig",
+            **GEMMA,
+            num_hidden_layers=6,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+        ),
+    ),
+    Case(
+        "gemma4",
+        "given-layers",
+        of(
+            "Gemma4TextConfig",
+            **{**GEMMA, "final_logit_softcapping": None, "global_head_dim": 12},
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+            attention_bias=True,
+            tie_word_embeddings=False,
+            hidden_activation="silu",
+        ),
+    ),
+    Case("gemma4", "vision", gemma_vision, model_class("Gemma4ForConditionalGeneration")),
+]
+OF_CHOSEN = [
+    Case(
+        "gpt_oss",
+        "default-yarn",
+        of(
+            "GptOssConfig",
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            intermediate_size=40,
+            head_dim=HEAD,
+            sliding_window=WINDOW,
+            max_position_embeddings=131072,
+        ),
+    ),
+    Case(
+        "gpt_oss",
+        "low-limit",
+        of(
+            "GptOssConfig",
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            intermediate_size=48,
+            head_dim=6,
+            sliding_window=WINDOW,
+            swiglu_limit=0.7,
+            swiglu_alpha=1.3,
+            attention_bias=False,
+            layer_types=[FULL, FULL, SLIDING, FULL],
+            rope_parameters={**YARN, "truncate": True},
+        ),
+    ),
+    Case("granitemoe", "multipliers and biases", of("GraniteMoeConfig", **GRANITE, attention_bias=True)),
+    Case(
+        "granitemoeshared",
+        "shared MLP, llama3, tied",
+        of(
+            "GraniteMoeSharedConfig",
+            **GRANITE,
+            shared_intermediate_size=24,
+            rope_parameters=LLAMA3,
+            tie_word_embeddings=True,
+        ),
+    ),
+    Case("granitemoeshared", "without one", of("GraniteMoeSharedConfig", **GRANITE)),
+]
+CASES = [*QWEN, *OTHERS, *OF_CHOSEN]

@@ -1,0 +1,94 @@
+"""Every family against transformers, in float32 and compiled to a bundle."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families.harness import PROMPT, STEPS, Case, difference, our_logits, random_model
+from helpers import compile_cli, save_byte_tokenizer
+from kernel_kit import ALL, COMPILED, kernels_of
+
+from dymoe_compile.families import supported
+from dymoe_runtime import Bundle, RunOptions, load_model
+from dymoe_runtime.kernels import REFERENCE
+from dymoe_runtime.model.decode_step import decode_weights
+from dymoe_runtime.model.score import log_softmax
+from dymoe_runtime.model.weights import BundleDense
+from dymoe_runtime.store.arena import min_arena_bytes
+
+GROUPS = ("softmax", "sigmoid", "recurrent")
+CASES: list[Case] = list(chain.from_iterable(importlib.import_module(f"families.cases_{g}").CASES for g in GROUPS))
+# One case of each family, which is compiled: the first.
+FIRST = list({case.family: case for case in reversed(CASES)}.values())
+KERNELS = list(dict.fromkeys([ALL[0], REFERENCE]))
+# Of the top tier, 8 bits, from the original model, in nats a token. Random routers are often close to a tie, and then
+# decide otherwise; a wrong option gives 1 and more.
+MOST_KL = 0.2
+
+
+def test_every_family_has_a_case() -> None:
+    others = {"mixtral", "olmoe", "qwen3_moe"}  # tests/model/test_decoder.py has theirs
+    assert {case.family for case in CASES} | others == set(supported())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logits_equal_transformers(case: Case, name: str, tmp_path: Path) -> None:
+    """A prompt, then single tokens."""
+    most, agreed = difference(case, tmp_path, kernels_of(name))
+    assert most <= 1e-3 and agreed == 1.0
+
+
+@pytest.fixture(scope="module", params=FIRST, ids=str)
+def compiled(
+    request: pytest.FixtureRequest, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Bundle]:
+    """A checkpoint and its bundle with tiers of 2 and 8 bits."""
+    checkpoint, bundle = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("bundle") / "m.dymoe"
+    random_model(request.param, vocab_size=256).save_pretrained(checkpoint)
+    save_byte_tokenizer(checkpoint)
+    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", calibration_text, "--tiers", "2,8")
+    assert outcome.code == 0, outcome.err
+    return checkpoint, Bundle.open(bundle)
+
+
+IDS = np.random.default_rng(5).integers(1, 256, PROMPT + STEPS)
+
+
+def logits_of(bundle: Bundle, name: str, options: RunOptions, ids: np.ndarray = IDS) -> np.ndarray:
+    """The logits after a prompt of PROMPT tokens, and after each token that follows: [STEPS + 1, vocab]."""
+    with load_model(bundle, options, kernels_of(name)) as model:
+        return np.stack([model.prefill(ids[:PROMPT].tolist()), *(model.decode(int(i)).copy() for i in ids[PROMPT:])])
+
+
+def test_the_top_tier_is_close_to_the_original(compiled: tuple[Path, Bundle]) -> None:
+    checkpoint, bundle = compiled
+    ours = log_softmax(logits_of(bundle, ALL[0], RunOptions(tier=8, kv_bits=32, context=128)))
+    theirs = log_softmax(our_logits(checkpoint, IDS, kernels_of(ALL[0]))[PROMPT - 1 :])
+    assert (np.exp(theirs) * (theirs - ours)).sum(-1).mean() <= MOST_KL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_memory_and_threads_change_no_bit(compiled: tuple[Path, Bundle], name: str) -> None:
+    _, bundle = compiled
+    least = min_arena_bytes(bundle.layout)
+    few = IDS[: PROMPT + 4]
+    kernels, seen = kernels_of(name), []
+    before = kernels.threads()
+    for arena, threads in ((None, 1), (least, 2), (least + bundle.expert_bytes() // 2, 2)):
+        options = RunOptions(arena_bytes=arena, context=128)
+        kernels.set_threads(threads)
+        seen.append(logits_of(bundle, name, options, few))
+    kernels.set_threads(before)
+    assert all(np.array_equal(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.parametrize("name", COMPILED[:1])
+def test_no_layer_is_left_to_python(compiled: tuple[Path, Bundle], name: str) -> None:
+    _, bundle = compiled
+    dense = BundleDense(bundle, kernels_of(name))
+    assert all(decode_weights(bundle.spec, dense, layer) for layer in range(bundle.spec.num_layers))
