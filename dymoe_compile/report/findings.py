@@ -12,7 +12,8 @@ from dymoe_compile.quantize import quantize
 from dymoe_compile.quantize.grid import tier_weights
 from dymoe_runtime.bundle.bundle import DENSE, Manifest, expert_layout
 from dymoe_runtime.bundle.policy import LayerPolicy
-from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED
+from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED, MX_BLOCK, MXFP4
+from dymoe_runtime.spec import ModelSpec
 
 VERSION = 2
 
@@ -49,14 +50,7 @@ def collect(
             "dense_bits": dict(manifest.dense_bits),
             "dense_kl": {kind: dict(row) for kind, row in dense_kl.items()},
         },
-        "quantizer": {
-            "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",
-            "levels": "curved: least squared error for normal weights" if ladder[-1] <= MAX_CURVED else "even",
-            "block": BLOCK,
-            "steps": "4 bits a block and tier, one bf16 multiplier a row",
-            "sweeps": quantize.SWEEPS,
-            "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder)),
-        },
+        "quantizer": _quantizer(spec, ladder),
         "layers": [_layer(layer, statistics) for layer in policy.layers],
         "points": [point_json(point) for point in policy.points],
         "default_point": policy.default_point,
@@ -66,6 +60,27 @@ def collect(
         "provenance": dict(manifest.provenance),
         "reference_nll": fitted.reference_nll,
         "measured_tokens": fitted.tokens,
+    }
+
+
+def _quantizer(spec: ModelSpec, ladder: tuple[int, ...]) -> dict[str, Any]:
+    """Return how the codes of the experts were made."""
+    if spec.expert_grid == MXFP4:
+        return {
+            "method": "none: the experts were trained in MXFP4 and keep their codes",
+            "levels": "those of MXFP4 at 4 bits; fewer bits join neighbours",
+            "block": MX_BLOCK,
+            "steps": "a power of two a block, the same at all tiers, and one bf16 multiplier a row",
+            "sweeps": 0,
+            "tier_weights": "",
+        }
+    return {
+        "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",
+        "levels": "curved: least squared error for normal weights" if ladder[-1] <= MAX_CURVED else "even",
+        "block": BLOCK,
+        "steps": "4 bits a block and tier, one bf16 multiplier a row",
+        "sweeps": quantize.SWEEPS,
+        "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder)),
     }
 
 
