@@ -26,7 +26,7 @@ class ShortConvolutionSpec:
 
     def tensor_shapes(self, hidden: int) -> Shapes:
         yield "conv.in", (3 * self.channels, hidden)
-        yield "conv.kernel", (self.width, self.channels)
+        yield "conv.kernel_exact", (self.width, self.channels)
         yield "conv.out", (hidden, self.channels)
 
 
@@ -82,7 +82,7 @@ class ShortConvolution:
         width = self._spec.width
         before = np.zeros((width - 1, self._spec.channels), np.float32) if state is None else state.inputs
         inputs = np.concatenate([before, into * x])
-        kernel = self._dense.vector(f"{self._prefix}conv.kernel")
+        kernel = self._dense.vector(f"{self._prefix}conv.kernel_exact")
         mixed = sum(kernel[k] * inputs[k : k + len(h)] for k in range(width))
         if state is not None:
             state.inputs[:] = inputs[len(h) :]

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kernel_kit import COMPILED, kernels_of, random_record
+from kernel_kit import COMPILED, kernels_of
+from layer_kit import RandomDense
 from short_convolution import ShortConvolution, ShortConvolutionSpec
 
-from dymoe_runtime.bundle.tiers import RecordLayout
 from dymoe_runtime.kernels import REFERENCE
-from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.decode_step import CompiledLayers, DecodeStep
 from dymoe_runtime.model.decoder import Decoder
 from dymoe_runtime.model.mixers import MIXERS
@@ -41,41 +40,6 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MIXERS, ShortConvolutionSpec.kind, ShortConvolution)
 
 
-class RandomDense:
-    """Random dense weights; the attention's matrices are quantized, so that compiled code can run them."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        rng = np.random.default_rng(0)
-        self._tensors: dict[str, np.ndarray] = {}
-        self._records: dict[str, tuple[RecordLayout, np.ndarray]] = {}
-        for number, (name, shape) in enumerate(SPEC.each_tensor()):
-            if ".attn." in name and len(shape) == 2:
-                layout, segments = random_record((("weight", *shape),), (8,), 20.0 + number)
-                self._records[name] = layout, np.concatenate(segments)
-            else:
-                around = 1.0 if "norm" in name else 0.0
-                self._tensors[name] = (around + rng.standard_normal(shape) * 0.2).astype(np.float32)
-
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        return self._tensors["embed"][ids]
-
-    def vector(self, name: str) -> np.ndarray:
-        return self._tensors[name]
-
-    def optional(self, name: str) -> np.ndarray | None:
-        return self._tensors.get(name)
-
-    def record(self, name: str) -> tuple[RecordLayout, np.ndarray] | None:
-        return self._records.get(name)
-
-    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        if name in self._records:
-            layout, data = self._records[name]
-            return self._kernels.linear(layout, 8, [data], x)
-        return self._kernels.matmul(x, self._tensors[name])
-
-
 class RandomExperts:
     """Routed experts that are a random matrix each; it notes how much a prompt's tokens count."""
 
@@ -102,7 +66,7 @@ class Toy:
     def __init__(self, name: str) -> None:
         self.kernels = kernels_of(name)
         self.experts = RandomExperts()
-        self.dense = RandomDense(self.kernels)
+        self.dense = RandomDense(SPEC, self.kernels)
         self.decoder = Decoder(SPEC, self.dense, self.experts, self.kernels)
         self.ids = np.random.default_rng(2).integers(0, VOCABULARY, TOKENS)
         self.whole = self.decoder.logits(self.decoder.forward(self.ids))
@@ -231,4 +195,4 @@ def test_compiled_layers_stand_between_layers_that_they_do_not_know(row: None) -
 def test_a_model_without_attention_has_no_compiled_layers(row: None) -> None:
     spec = replace(SPEC, layers=tuple(replace(layer, mixer=CONVOLUTION) for layer in LAYERS))
     kernels = kernels_of(COMPILED[0])
-    assert CompiledLayers.make(spec, RandomDense(kernels), kernels) is None
+    assert CompiledLayers.make(spec, RandomDense(SPEC, kernels), kernels) is None
