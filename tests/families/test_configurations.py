@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from families.cases import CASES
 from families.harness import COMMON, Case
-from families.test_families import CASES
 
 from dymoe_compile.families import family_of, text_config
 from dymoe_compile.families.parts.config import Config
