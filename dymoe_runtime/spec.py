@@ -19,6 +19,8 @@ KV_BITS = (8, 16, 32)
 # Activations of a gated MLP, named as in Hugging Face configurations. `clamped_swiglu` makes another one.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 CLAMPED = "clamped_swiglu"
+# Norms of the residual stream and of what layers add to it: RMSNorm, or LayerNorm without or with biases.
+NORMS = ("rms", "layer", "layer_bias")
 
 # (name, shape) of tensors.
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -40,10 +42,14 @@ class Rope:
 
     The first `dims` columns of a head turn, columns i and i + dims / 2 together. In kind `proportional`, all columns
     are paired that way, and the frequencies of the pairs from dims / 2 on are 0.
+
+    Kind `longrope` (arXiv 2402.13753) divides the frequency of each pair by its own factor. Keys in a KV cache are
+    rotated already, so the factors are those of the longest context that the sequence may have: the short ones up to
+    `original_max_position_embeddings`, else the long ones, which `long_attention_factor` belongs to.
     """
 
     theta: float = 10000.0
-    kind: str = "default"  # default, linear, llama3, yarn or proportional
+    kind: str = "default"  # default, linear, llama3, yarn, proportional or longrope
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -53,6 +59,9 @@ class Rope:
     attention_factor: float = 1.0
     truncate: bool = True
     dims: int = 0  # 0: all columns of a head
+    short_factors: tuple[float, ...] = ()  # by pair of columns
+    long_factors: tuple[float, ...] = ()
+    long_attention_factor: float = 1.0
 
 
 class MixerSpec(Protocol):
@@ -149,7 +158,7 @@ class GatedDeltaSpec:
 
 
 # How a router turns logits into scores, of which the routing weights are taken.
-SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
+SCORES = ("softmax", "sigmoid", "softmax_of_chosen", "sparsemixer")
 # What a group of experts is ranked by: its two highest scores, or the highest one.
 GROUP_SCORES = ("top2", "max")
 
@@ -159,13 +168,15 @@ class RouterSpec:
     """A router, which chooses `top_k` experts for each token.
 
     1. logits = x @ router.T, plus `router_bias` with `bias`; with `softcap` c they become c * tanh(logits / c).
-    2. scores: the softmax over all experts; the sigmoid of each; or, with `softmax_of_chosen`, the logits.
+    2. scores: the softmax over all experts; the sigmoid of each; or, with the others, the logits.
     3. The experts of the highest scores are chosen, of equal ones that with the highest logit. With `selection_bias`,
        `router_select` is added to the scores for that choice alone. With `groups`, only experts of the `top_groups`
        best of so many equal groups can be chosen.
     4. Routing weights are the scores of the chosen experts; with `softmax_of_chosen`, the softmax of those scores. With
-       `normalize` they are divided by their sum plus `eps`, or by at least `least_sum`. Then they are multiplied by
-       `scale` and, with `expert_scale`, by the expert's number of `router_scale`.
+       `sparsemixer` (arXiv 2409.12136), the weight of an expert with logit m is its share of the softmax over those not
+       chosen before it, without the experts of a logit l for which (m - l) / max(|l|, m) exceeds `threshold`.
+    5. With `normalize` they are divided by their sum plus `eps`, or by at least `least_sum`. Then they are multiplied
+       by `scale` and, with `expert_scale`, by the expert's number of `router_scale`.
     """
 
     experts: int
@@ -185,6 +196,7 @@ class RouterSpec:
     plain_norm: bool = False  # the router reads the residual stream normalized without the norm's weights
     # The routing weight of the only expert multiplies its input instead of its output.
     scales_input: bool = False
+    threshold: float = 0.0  # of the score sparsemixer
 
     @property
     def weighs_by_share(self) -> bool:
@@ -216,14 +228,11 @@ class SharedSpec:
     own_norms: bool = False
 
     def tensor_shapes(self, hidden: int) -> Shapes:
-        """Yield (name, shape) of each tensor of the MLP in a model of width `hidden`."""
+        """Yield (name, shape) of each tensor of the MLP but its norms in a model of width `hidden`."""
         for name, shape in mlp_shapes(hidden, self.width).items():
             yield f"shared.{name}", shape
         if self.gated:
             yield "shared_gate", (hidden,)
-        if self.own_norms:
-            for name in ("shared_norm", "shared_post_norm", "experts_post_norm"):
-                yield name, (hidden,)
 
 
 @dataclass(frozen=True)
@@ -260,7 +269,10 @@ class MlpSpec:
 class LayerSpec:
     """One layer: a mixer, then a feed-forward part, each of which adds to the residual stream.
 
-    With `pre_norms`, each reads the norm of the stream. With `post_norms`, its output is normalized.
+    With `pre_norms`, each reads the norm of the stream. With `post_norms`, its output is normalized. In a `parallel`
+    layer, both read the same norm of the stream that enters the layer.
+
+    Raises ValueError for a parallel layer with norms other than that one, or with a scalar.
     """
 
     mixer: MixerSpec
@@ -269,6 +281,20 @@ class LayerSpec:
     post_norms: bool = False
     residual_scale: float = 1.0  # of what each part adds
     scalar: bool = False  # whether the residual stream leaves the layer multiplied by a learned number
+    parallel: bool = False
+
+    def __post_init__(self) -> None:
+        shared = self.feed_forward.shared if isinstance(self.feed_forward, MoeSpec) else None
+        others = not self.pre_norms or self.post_norms or self.scalar or (shared is not None and shared.own_norms)
+        if self.parallel and others:
+            raise ValueError("a parallel layer has one norm, which is before both of its parts, and no scalar")
+
+    @property
+    def feed_norm(self) -> str | None:
+        """Return the name of the norm through which the feed-forward part reads the residual stream, or None."""
+        if not self.pre_norms:
+            return None
+        return "attn_norm" if self.parallel else "mlp_norm"
 
 
 @dataclass(frozen=True)
@@ -292,10 +318,14 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
     expert_grid: str = ""  # of the experts' codes: that of the bundle format, or mxfp4 for weights that were trained so
+    norm: str = "rms"  # one of NORMS, of all norms but those in mixers
+    head_bias: bool = False  # whether logits have a bias
 
     def __post_init__(self) -> None:
         if len({layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoeSpec)}) != 1:
             raise ValueError("a model has layers with experts, and they are alike")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm '{self.norm}': expected {', '.join(NORMS)}")
 
     @property
     def num_layers(self) -> int:
@@ -349,6 +379,11 @@ class ModelSpec:
         """Return the number of weights in all experts."""
         return self.total_experts * 3 * self.hidden_size * self.expert_width
 
+    @property
+    def head(self) -> str:
+        """Return the name of the matrix whose product with hidden states are the logits."""
+        return "embed" if self.tie_embeddings else "lm_head"
+
     def is_moe(self, layer: int) -> bool:
         """Return whether `layer` has experts."""
         return isinstance(self.layers[layer].feed_forward, MoeSpec)
@@ -371,22 +406,32 @@ class ModelSpec:
         for layer in range(self.num_layers):
             for name, shape in self._layer_shapes(self.layers[layer]):
                 yield f"layers.{layer}.{name}", shape
-        yield "norm", (self.hidden_size,)
+        yield from self._norm_shapes("norm")
         if not self.tie_embeddings:
             yield "lm_head", (self.vocab_size, self.hidden_size)
+        if self.head_bias:
+            yield f"{self.head}_bias", (self.vocab_size,)
+
+    def _norm_shapes(self, name: str) -> Shapes:
+        yield name, (self.hidden_size,)
+        if self.norm == "layer_bias":
+            yield f"{name}_bias", (self.hidden_size,)
 
     def _layer_shapes(self, layer: LayerSpec) -> Shapes:
-        vector = (self.hidden_size,)
         if layer.pre_norms:
-            yield "attn_norm", vector
+            yield from self._norm_shapes("attn_norm")
         yield from layer.mixer.tensor_shapes(self.hidden_size)
         if layer.post_norms:
-            yield "attn_post_norm", vector
-        if layer.pre_norms:
-            yield "mlp_norm", vector
+            yield from self._norm_shapes("attn_post_norm")
+        if layer.feed_norm == "mlp_norm":
+            yield from self._norm_shapes("mlp_norm")
         yield from layer.feed_forward.tensor_shapes(self.hidden_size)
+        shared = layer.feed_forward.shared if isinstance(layer.feed_forward, MoeSpec) else None
+        if shared is not None and shared.own_norms:
+            for name in ("shared_norm", "shared_post_norm", "experts_post_norm"):
+                yield from self._norm_shapes(name)
         if layer.post_norms:
-            yield "mlp_post_norm", vector
+            yield from self._norm_shapes("mlp_post_norm")
         if layer.scalar:
             yield "scalar", (1,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from kernel_kit import random_matrix
@@ -28,15 +29,25 @@ ATTENTION = AttentionSpec(heads=4, kv_heads=2, head_dim=16, rope=Rope(), qk_norm
 ROUTER = RouterSpec(experts=6, top_k=2, normalize=True)
 SIGMOID = replace(ROUTER, score="sigmoid", selection_bias=True, top_k=3, scale=2.5, eps=0.1)
 MOE = MoeSpec(ROUTER, width=40)
+SHARED = MoeSpec(ROUTER, 40, SharedSpec(24, scale=0.5))
 DENSE = MlpSpec(56)
 DELTA = GatedDeltaSpec(key_heads=2, value_heads=4, key_dim=12, value_dim=20, taps=3)
 YARN = Rope(500.0, "yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)
+LONGROPE = Rope(
+    500.0,
+    "longrope",
+    original_max_position_embeddings=12,
+    attention_factor=1.1,
+    short_factors=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7),
+    long_factors=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0),
+    long_attention_factor=1.3,
+)
 LLAMA3 = Rope(kind="llama3", factor=8.0, original_max_position_embeddings=64)
 
 
-def model(*layers: LayerSpec, activation: str = "silu") -> ModelSpec:
+def model(*layers: LayerSpec, activation: str = "silu", **rest: Any) -> ModelSpec:
     width = max((layer.feed_forward.width for layer in layers if isinstance(layer.feed_forward, MlpSpec)), default=0)
-    return ModelSpec("toy", VOCABULARY, HIDDEN, 512, 1e-5, layers, activation, dense_width=width)
+    return ModelSpec("toy", VOCABULARY, HIDDEN, 512, 1e-5, layers, activation, dense_width=width, **rest)
 
 
 def of_mixers(*mixers: AttentionSpec | GatedDeltaSpec, moe: MoeSpec = MOE, activation: str = "silu") -> ModelSpec:
@@ -108,6 +119,36 @@ MODELS: dict[str, ModelSpec] = {
         ],
         activation="gelu_pytorch_tanh",
     ),
+    "layer norm": model(
+        LayerSpec(replace(ATTENTION, rope=LONGROPE), replace(MOE, shared=SharedSpec(24, own_norms=True))),
+        LayerSpec(replace(ATTENTION, rope=LONGROPE, window=5), DENSE, post_norms=True),
+        norm="layer_bias",
+        head_bias=True,
+    ),
+    "sparsemixer": model(
+        *[LayerSpec(ATTENTION, MoeSpec(replace(ROUTER, score="sparsemixer", normalize=False, threshold=0.8), 40))] * 2,
+        norm="layer_bias",
+    ),
+    "parallel": model(
+        LayerSpec(ATTENTION, DENSE, parallel=True),
+        LayerSpec(replace(ATTENTION, rope=None, bias=True), SHARED, parallel=True),
+        LayerSpec(ATTENTION, SHARED, residual_scale=0.5),
+        LayerSpec(DELTA, SHARED, residual_scale=0.3, parallel=True),
+        norm="layer",
+    ),
+    "parallel without a shared expert": model(
+        *[LayerSpec(ATTENTION, MoeSpec(replace(SIGMOID, plain_norm=True), 40), parallel=True)] * 2
+    ),
+    "parallel and scaled inputs": model(
+        *[
+            LayerSpec(
+                ATTENTION,
+                MoeSpec(replace(ROUTER, score="sigmoid", top_k=1, scales_input=True), 40, SharedSpec(40, gated=True)),
+                parallel=True,
+            )
+        ]
+        * 2
+    ),
     "residual scale": model(
         LayerSpec(replace(ATTENTION, scale=0.2), MOE, residual_scale=0.3), LayerSpec(ATTENTION, MOE, residual_scale=0.3)
     ),
@@ -116,7 +157,7 @@ MODELS: dict[str, ModelSpec] = {
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """A tensor that is not quantized: norms and scales around 1, small biases, routers that tell experts apart."""
-    around = 1.0 if "norm" in name or name.endswith((".scalar", ".router_scale")) else 0.0
+    around = 1.0 if name.endswith("norm") or name.endswith((".scalar", ".router_scale")) else 0.0
     size = 0.3 if len(shape) == 2 or "sinks" in name or name.endswith("shared_gate") else 0.1
     return (around + rng.standard_normal(shape) * size).astype(np.float32)
 

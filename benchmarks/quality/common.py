@@ -105,12 +105,14 @@ def through_layers(
     """
     x = decoder.embed(windows.reshape(-1))
     for layer in range(decoder.spec.num_layers):
+        entered = x
         x = np.concatenate([decoder.mix(layer, window)[0] for window in in_groups(x, windows.shape[1])])
+        read = decoder.read(layer, x, entered)
         if decoder.spec.is_moe(layer):
-            h, chosen, weights = decoder.route(layer, x)
+            h, chosen, weights = decoder.route(layer, read)
             x = x + experts(layer, h, Routing(chosen, weights, x))
         else:
-            x = decoder.feed_forward(layer, x)
+            x = decoder.feed_forward(layer, x, read)
     return x
 
 

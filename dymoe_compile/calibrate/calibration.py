@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dymoe_compile.calibrate.predictor import LookAheadProbe
+from dymoe_compile.calibrate.predictor import LookAheadFit, LookAheadProbe
 from dymoe_compile.calibrate.statistics import LayerStatistics, layer_statistics, significant
 from dymoe_compile.calibrate.texts import Windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
@@ -97,6 +98,15 @@ class _Judged:
     data_free: list[int] = field(default_factory=list)
 
 
+class _Routed(NamedTuple):
+    """What the router of a layer has chosen, and how well earlier layers guess that."""
+
+    h: np.ndarray  # [T, H], the input of the experts
+    experts: np.ndarray  # int64 [T, k]
+    weights: np.ndarray  # float32 [T, k]
+    guesses: LookAheadFit
+
+
 class LayerRun:
     """One pass of the calibration windows through the original model, resumable after each layer.
 
@@ -148,16 +158,19 @@ class LayerRun:
         Returns the router statistics and the file entry of the experts, or None for a layer without experts. Raises
         DymoeError if the result is not finite.
         """
+        # In a parallel layer, the router reads what enters the mixer, which overwrites it here.
+        early = self.spec.is_moe(layer) and self.spec.layers[layer].parallel
+        routed = self._route(layer, x) if early else None
         token_weights = np.empty(len(x), np.float32)
         for window, weights in zip(self._windows(x), self._windows(token_weights), strict=True):
             window[:], weights[:] = self.decoder.mix(layer, window, weigh=True)
         found = None
         if self.spec.is_moe(layer):
-            found = self._run_experts(layer, x, token_weights, advance)
+            found = self._run_experts(layer, x, routed or self._route(layer, x), token_weights, advance)
         else:
             self._probe.forget()
             for window in self._windows(x):
-                window[:] = self.decoder.feed_forward(layer, window)
+                window[:] = self.decoder.feed_forward(layer, window, window)
         if not all(np.isfinite(window).all() for window in self._windows(x)):
             raise DymoeError(
                 f"layer {layer}: the model's activations are not finite; its weights or the numbers in config.json "
@@ -176,18 +189,22 @@ class LayerRun:
     def _windows(self, x: np.ndarray) -> list[np.ndarray]:
         return in_groups(x, self._ids.shape[1])
 
-    def _run_experts(
-        self, layer: int, x: np.ndarray, token_weights: np.ndarray, advance: Advance
-    ) -> tuple[LayerStatistics, LayerEntry]:
-        """Run x [T, H] through the experts, in place; quantize and write each expert on the way."""
+    def _route(self, layer: int, x: np.ndarray) -> _Routed:
+        """Ask the router of a layer about the residual stream x [T, H], which it reads."""
         h = self._hidden()
         chosen = []
         for window, normed in zip(self._windows(x), self._windows(h), strict=True):
             normed[:], *choice = self.decoder.route(layer, window)
             chosen.append(choice)
         experts, weights = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
-        # The probe needs the residual stream before the experts add to it.
-        fit = self._probe.observe(layer, experts, x)
+        return _Routed(h, experts, weights, self._probe.judge(layer, experts, x))
+
+    def _run_experts(
+        self, layer: int, x: np.ndarray, routed: _Routed, token_weights: np.ndarray, advance: Advance
+    ) -> tuple[LayerStatistics, LayerEntry]:
+        """Add what the experts make of their input to x [T, H]; quantize and write each expert on the way."""
+        h, experts, weights, fit = routed
+        self._probe.remember(x)  # before the experts add to it
         judged = _Judged({tier: [] for tier in self._ladder})
         y = x  # what the experts add to
         if not self.decoder.only_adds(layer):

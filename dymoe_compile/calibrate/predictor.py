@@ -47,11 +47,8 @@ class LookAheadProbe:
         self._fit = len(fit)
         self.past: list[np.ndarray] = []  # residual streams of the sample, latest MoE layer first
 
-    def observe(self, layer: int, experts: np.ndarray, residual: np.ndarray) -> LookAheadFit:
-        """Judge the guesses of `layer` by the experts [T, k] that its router chose for the residual stream [T, H].
-
-        Remembers the residual stream [T, H] for the layers to come.
-        """
+    def judge(self, layer: int, experts: np.ndarray, residual: np.ndarray) -> LookAheadFit:
+        """Judge the guesses of `layer` by the experts [T, k] that its router chose for the residual stream [T, H]."""
         top_k = experts.shape[1]
         fit = LookAheadFit()
         chosen = torch.from_numpy(experts[self._sample][self._fit :])
@@ -68,8 +65,11 @@ class LookAheadProbe:
         if len(self.past) > 1:
             earlier = self._normed(layer, self.past[1][self._fit :])
             fit.two_ahead = recall(self._logits(layer, earlier), chosen)
-        self.past = [residual[self._sample], *self.past[:1]]
         return fit
+
+    def remember(self, residual: np.ndarray) -> None:
+        """Remember the residual stream [T, H] after the mixer of a layer, from which later layers are guessed."""
+        self.past = [residual[self._sample], *self.past[:1]]
 
     def resume(self, past: list[np.ndarray]) -> None:
         """Continue from the `past` of another probe."""

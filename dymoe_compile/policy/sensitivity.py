@@ -36,14 +36,14 @@ class LayerwiseDecoder(Protocol):
     def route(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the experts' inputs [T, H], the experts [T, k] and their routing weights [T, k] in `layer`."""
 
-    def feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
+    def feed_forward(self, layer: int, x: np.ndarray, read: np.ndarray) -> np.ndarray:
         """Return the residual stream [T, H] after the dense MLP of `layer`."""
 
     def only_adds(self, layer: int) -> bool:
         """Return whether `finish` does nothing but add the output of the experts."""
 
     def finish(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return the residual stream [T, H] after `layer`, from the one that its experts read and their output."""
+        """Return the residual stream [T, H] after `layer`, from the one after its mixer and its experts' output."""
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits [T, vocab] of hidden states [T, H]."""
@@ -174,7 +174,8 @@ class Measurer:
         return tuple(rule.setting(layer) for layer in self._bundle.spec.moe_layers if layer < layers)
 
     def _dense_layer(self, layer: int, xs: list[np.ndarray]) -> list[np.ndarray]:
-        return [self._decoder.feed_forward(layer, self._decoder.mix(layer, x)[0]) for x in xs]
+        mixed = (self._decoder.mix(layer, x)[0] for x in xs)
+        return [self._decoder.feed_forward(layer, x, x) for x in mixed]
 
     def _moe_layer(
         self,
@@ -217,7 +218,8 @@ class Measurer:
         """Run the mixer window by window, then the router for all tokens at once."""
         mixed = [self._decoder.mix(layer, window, weigh=True) for window in xs]
         x, token_weights = (np.concatenate(parts) for parts in zip(*mixed, strict=True))
-        h, experts, weights = self._decoder.route(layer, x)
+        read = np.concatenate(xs) if self._bundle.spec.layers[layer].parallel else x
+        h, experts, weights = self._decoder.route(layer, read)
         by_share = self._bundle.spec.moe.router.weighs_by_share
         routing = PromptRouting(experts, weights, x, token_weights, self._windows.shape[1], by_share)
         return _Branch(h, routing, {}, {})

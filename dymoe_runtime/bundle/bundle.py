@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,16 @@ from dymoe_runtime.spec import (
 VERSION, OLDEST = 4, 3
 # Kinds of rotary embeddings that version 3 knows.
 OLD_ROPES = ("default", "linear", "llama3", "yarn")
+# Fields of `spec` that are left out where they have these values.
+LEFT_OUT: Mapping[str, Any] = {
+    "norm": "rms",
+    "head_bias": False,
+    "parallel": False,
+    "threshold": 0.0,
+    "short_factors": (),
+    "long_factors": (),
+    "long_attention_factor": 1.0,
+}
 # Kinds of mixers that a bundle can hold.
 _MIXERS: dict[str, type] = {spec.kind: spec for spec in (AttentionSpec, GatedDeltaSpec)}
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
@@ -177,7 +187,7 @@ class Bundle:
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """Return the JSON form of a model's specification in version `format_version(spec)` of the format."""
     if format_version(spec) == VERSION:
-        others = {field.name: getattr(spec, field.name) for field in fields(ModelSpec) if field.name != "layers"}
+        others = _kept((field.name, getattr(spec, field.name)) for field in fields(ModelSpec) if field.name != "layers")
         return {**others, "eos_ids": list(spec.eos_ids), **_layers_to_json(spec.layers)}
     attention = spec.layers[0].mixer
     assert isinstance(attention, AttentionSpec) and attention.rope is not None
@@ -191,7 +201,7 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
         "head_dim": attention.head_dim,
         "max_context": spec.max_context,
         "norm_eps": spec.norm_eps,
-        "rope": {name: value for name, value in asdict(attention.rope).items() if name != "dims"},
+        "rope": {name: value for name, value in _json_of(attention.rope).items() if name != "dims"},
         "num_experts": spec.num_experts,
         "top_k": spec.top_k,
         "norm_topk": spec.moe.router.normalize,
@@ -304,8 +314,18 @@ def _layers_from_json(data: Mapping[str, Any], where: str) -> tuple[LayerSpec, .
 
 def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
     halves = {"mixer": layer.mixer, "feed_forward": layer.feed_forward}
-    kinds: dict[str, Any] = {name: {"kind": half.kind, **asdict(half)} for name, half in halves.items()}  # type: ignore[call-overload]
-    return {**asdict(layer), **kinds}
+    kinds: dict[str, Any] = {name: {"kind": half.kind, **_json_of(half)} for name, half in halves.items()}
+    return {**_json_of(layer), **kinds}
+
+
+def _json_of(part: Any) -> dict[str, Any]:
+    """Return the fields of a part of a specification, and those of its parts, without those that are left out."""
+    return asdict(part, dict_factory=_kept)
+
+
+def _kept(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields that are not left out."""
+    return {name: value for name, value in items if name not in LEFT_OUT or value != LEFT_OUT[name]}
 
 
 def _layer_from_json(data: Mapping[str, Any], where: str) -> LayerSpec:
@@ -319,7 +339,8 @@ def _mixer(data: Mapping[str, Any], where: str) -> MixerSpec:
     if kind not in _MIXERS:
         raise DymoeError(f"{where}: the mixer '{kind}' is not known; upgrade, or compile the model again")
     if values.get("rope") is not None:
-        values["rope"] = strict(Rope, values["rope"], where)
+        factors = {name: tuple(values["rope"].get(name, ())) for name in ("short_factors", "long_factors")}
+        values["rope"] = strict(Rope, {**values["rope"], **factors}, where)
     if values.get("temperature") is not None:
         values["temperature"] = tuple(values["temperature"])
     mixer: MixerSpec = strict(_MIXERS[kind], values, where)

@@ -195,6 +195,12 @@ class Kernels(Protocol):
         x is [..., n], weight [n].
         """
 
+    def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float, /) -> np.ndarray:
+        """Return weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias over the last dimension (arXiv 1607.06450).
+
+        x is [..., n], weight and bias [n].
+        """
+
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, /) -> np.ndarray:
         """Apply the rotary embedding (arXiv 2104.09864) to x [T, heads, d] in place, and return x.
 

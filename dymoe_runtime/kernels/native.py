@@ -130,11 +130,17 @@ class NativeKernels:
         return experts, weights
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(f"weight: expected {list(x.shape[-1:])}, got {list(weight.shape)}")
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty(rows.shape, np.float32)
-        _native.norm(self.name, _matrix(rows, "x"), _address(weight), eps, _matrix(out, "out"))
+        factors = _vector_or_0(weight, x.shape[-1], "weight")
+        _native.norm(self.name, _matrix(rows, "x"), factors, eps, _matrix(out, "out"))
+        return out.reshape(x.shape)
+
+    def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+        rows = x.reshape(-1, x.shape[-1])
+        out = np.empty(rows.shape, np.float32)
+        vectors = _vector_or_0(weight, x.shape[-1], "weight"), _vector_or_0(bias, x.shape[-1], "bias")
+        _native.layer_norm(self.name, _matrix(rows, "x"), *vectors, eps, _matrix(out, "out"))
         return out.reshape(x.shape)
 
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
@@ -252,7 +258,7 @@ class NativeKernels:
         return _native.DecodeLayer.make(
             self.name,
             layer.hidden,
-            layer.eps,
+            (layer.norm, layer.eps),
             layer.layer,
             (layer.rotation, _turning(layer.layer.mixer)),
             {name: _rows_and_columns(tensor) for name, tensor in layer.plain.items()},

@@ -58,6 +58,7 @@ class DecodeWeights:
     """The dense weights of one layer for decoding in compiled code, by their names in a bundle without the layer."""
 
     hidden: int  # H, the width of the residual stream
+    norm: str  # one of NORMS in spec.py
     eps: float  # of all norms
     layer: LayerSpec
     rotation: int  # index of the layer's rotary embedding among those of the stack; -1 for none

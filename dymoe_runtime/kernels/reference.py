@@ -164,6 +164,10 @@ class ReferenceKernels:
         normed: np.ndarray = weight * (x * scale)
         return normed
 
+    def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+        normed = self.norm(x - x.mean(-1, keepdims=True), weight, eps)
+        return normed if bias is None else normed + bias
+
     def rotate(self, x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
         turning = x[..., : cosines.shape[1]]
         half = turning.shape[-1] // 2

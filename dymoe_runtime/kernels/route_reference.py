@@ -26,6 +26,8 @@ def choose_experts(
         weights = np.take_along_axis(scores, experts, axis=-1)
         if router.score == "softmax_of_chosen":
             weights = softmax(weights)
+        if router.score == "sparsemixer":
+            weights = _masked_shares(logits, experts, np.float32(router.threshold))
         if router.normalize:
             total = weights.sum(axis=-1, keepdims=True) + np.float32(router.eps)
             weights = weights / np.maximum(total, np.float32(router.least_sum))
@@ -54,6 +56,19 @@ def _scores(logits: np.ndarray, score: str) -> np.ndarray:
         y: np.ndarray = 1 / (1 + np.exp(-logits))
         return y
     return logits
+
+
+def _masked_shares(logits: np.ndarray, experts: np.ndarray, threshold: np.floating) -> np.ndarray:
+    """Return the weights [T, k] of sparsemixer for logits [T, experts] and the experts chosen, [T, k]."""
+    left = logits.copy()  # -inf for the experts that were chosen before
+    weights = np.empty(experts.shape, np.float32)
+    for rank in range(experts.shape[1]):
+        chosen = experts[:, rank : rank + 1]
+        most = np.take_along_axis(logits, chosen, axis=-1)
+        far = (most - logits) / np.maximum(np.abs(logits), most) > threshold
+        weights[:, rank] = 1 / np.where(far, 0, np.exp(left - most)).sum(axis=-1)
+        np.put_along_axis(left, chosen, -np.inf, axis=-1)
+    return weights
 
 
 def _of_best_groups(wanted: np.ndarray, router: RouterSpec) -> np.ndarray:

@@ -102,13 +102,15 @@ class DecodeStep:
         self._rotaries = [rotary(rope, head_dim) for rope, head_dim in rotations_of(spec)]
         self._tables: list[tuple[np.ndarray, np.ndarray]] = []  # cosines and sines of the current position
         self._position: Position = (-1, [])
+        self._context = 0  # of the sequence that they are for
 
     def run(
         self, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
     ) -> tuple[int, np.ndarray, bool, tuple[np.ndarray, Routing] | None]:
         at, stack = state.length, self._stack
-        if at != self._position[0]:
-            self._tables = [each.table(at, at + 1) for each in self._rotaries]
+        if at != self._position[0] or state.capacity != self._context:
+            self._context = state.capacity
+            self._tables = [each.table(at, at + 1, state.capacity) for each in self._rotaries]
             self._position = at, [(address_of(cosines), address_of(sines)) for cosines, sines in self._tables]
         self._layers.use_state(state)
         table = None if self._direct is None else self._direct.table()
@@ -141,7 +143,7 @@ def decode_weights(spec: ModelSpec, dense: StoredDense, layer: int) -> DecodeWei
     rotation = -1
     if isinstance(known.mixer, AttentionSpec) and known.mixer.rope is not None:
         rotation = rotations_of(spec).index((known.mixer.rope, known.mixer.head_dim))
-    return DecodeWeights(spec.hidden_size, spec.norm_eps, known, rotation, *tensors)
+    return DecodeWeights(spec.hidden_size, spec.norm, spec.norm_eps, known, rotation, *tensors)
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ import numpy as np
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.mixer import Dense, WholeAttention
 from dymoe_runtime.model.mixers import mixer_kind
+from dymoe_runtime.model.norms import Norms
 from dymoe_runtime.model.router import Routers
 from dymoe_runtime.model.routing import Experts, PromptRouting, Routing, in_groups, joined
 from dymoe_runtime.model.state import SequenceState
@@ -35,7 +36,7 @@ class Step(Protocol):
 
         Returns (layer, residual stream [1, H], attended, asked). The layer is the one reached, or the number of layers
         if all have run. `attended` says whether its attention has run, which the residual stream then includes.
-        `asked` is (h, routing) for the experts of that layer, or None if its router has not run.
+        `asked` is (h, routing) for the experts of that layer, or None if neither its attention nor its router has run.
         """
 
 
@@ -59,6 +60,7 @@ class Decoder:
         self.spec = spec
         self.dense = dense
         self.routers = Routers(spec, dense, kernels)
+        self._norms = Norms(spec, dense, kernels)
         self._experts = experts
         self._kernels = kernels
         self._step = step
@@ -90,8 +92,8 @@ class Decoder:
         with _Pass(state, len(ids)):
             x = self.embed(ids)
             for layer in range(self.spec.num_layers):
-                x, token_weights = self._mix_chunks(layer, x, state, group, weigh)
-                x = self._feed_chunks(layer, x, token_weights, group)
+                x, read, token_weights = self._mix_chunks(layer, x, state, group, weigh)
+                x = self._feed_chunks(layer, x, read, token_weights, group)
             return x
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -101,7 +103,7 @@ class Decoder:
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits float32 [T, vocab] of hidden states [T, H]."""
-        logits = self.dense.linear("embed" if self.spec.tie_embeddings else "lm_head", self.norm("norm", x))
+        logits = self.dense.linear(self.spec.head, self._norms.apply("norm", x))
         if self.spec.logit_scale != 1:
             logits *= np.float32(self.spec.logit_scale)
         if cap := np.float32(self.spec.logit_softcap):
@@ -113,54 +115,61 @@ class Decoder:
     def mix(
         self, layer: int, x: np.ndarray, state: SequenceState | None = None, start: int = 0, weigh: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the residual stream [T, H] after the mixer of `layer`, and the token weights [T], mean 1."""
+        """Return the residual stream [T, H] after the mixer of `layer`, and the token weights [T], mean 1.
+
+        In a parallel layer, the dense MLP or the shared expert runs here, too, because it reads the same as the mixer.
+        """
         known = self.spec.layers[layer]
-        h = self.norm(f"layers.{layer}.attn_norm", x) if known.pre_norms else x
+        h = self._norms.apply(f"layers.{layer}.attn_norm", x) if known.pre_norms else x
         of_layer = None if state is None else state.layers[layer]
         y, mass = self._mixers[layer].forward(h, of_layer, start, weigh)
         weights = np.ones(len(x), np.float32) if mass is None else mass / max(mass.sum(), 1e-20) * len(x)
         if known.post_norms:
-            y = self.norm(f"layers.{layer}.attn_post_norm", y)
+            y = self._norms.apply(f"layers.{layer}.attn_post_norm", y)
+        if known.parallel:
+            y = y + self._dense_part(layer, h)
         return x + (y if known.residual_scale == 1 else y * np.float32(known.residual_scale)), weights
 
-    def feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
-        """Return the residual stream [T, H] after the experts, or the dense MLP, of `layer`."""
+    def feed_forward(self, layer: int, x: np.ndarray, read: np.ndarray) -> np.ndarray:
+        """Return the residual stream [T, H] after the experts, or the dense MLP, of `layer`.
+
+        x [T, H] is the residual stream after its mixer, `read` [T, H] what the method of that name returns.
+        """
         if not self.spec.is_moe(layer):
-            return self._dense_mlp(layer, x)
-        h, experts, weights = self.route(layer, x)
+            return x if self.spec.layers[layer].parallel else self._dense_mlp(layer, x)
+        h, experts, weights = self.route(layer, read)
         return self.finish(layer, x, self._experts.decode(layer, h, Routing(experts, weights, x)))
+
+    def read(self, layer: int, x: np.ndarray, entered: np.ndarray) -> np.ndarray:
+        """Return the residual stream that the experts of `layer` read: x, after the mixer, or the one that enters."""
+        return entered if self.spec.layers[layer].parallel else x
 
     def only_adds(self, layer: int) -> bool:
         """Return whether `finish` does nothing but add the output of the experts."""
-        known, part = self.spec.layers[layer], self.spec.layers[layer].feed_forward
-        shared = isinstance(part, MoeSpec) and part.shared is not None
+        known, shared = self.spec.layers[layer], self._shared_after(layer) is not None
         return not (shared or known.post_norms or known.scalar or known.residual_scale != 1)
 
     def finish(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the residual stream [T, H] that leaves `layer`.
 
-        x [T, H] is the residual stream that the experts have read, and y [T, H] the weighted sum of their outputs. The
+        x [T, H] is the residual stream after the mixer, and y [T, H] the weighted sum of the experts' outputs. The
         shared expert, the norms of outputs and the scales come here.
         """
         if self.only_adds(layer):
             added: np.ndarray = x + y
             return added
-        part = self.spec.layers[layer].feed_forward
-        if isinstance(part, MoeSpec) and part.shared is not None:
-            y = self._with_shared(layer, part.shared, x, y)
+        shared = self._shared_after(layer)
+        if shared is not None:
+            y = self._with_shared(layer, shared, x, y)
         return self._joined(layer, x, y)
 
     def route(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the input of the experts of `layer` and their routing, from the residual stream x [T, H].
+        """Return the input of the experts of `layer` and their routing, from the residual stream x [T, H] they read.
 
         Returns (h, experts, weights): the norm of x, [T, H]; the experts, int64 [T, k], highest weight first; and the
         routing weights, float32 [T, k].
         """
         return self.routers.route_residual(layer, x)
-
-    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Return x [T, H] normalized with the weights called `name`."""
-        return self._kernels.norm(x, self.dense.vector(name), self.spec.norm_eps)
 
     @staticmethod
     def workspace_bytes(spec: ModelSpec, kernels: Kernels, tokens: int, context: int) -> int:
@@ -169,7 +178,7 @@ class Decoder:
         widths = [layer.feed_forward.width for layer in spec.layers if isinstance(layer.feed_forward, MlpSpec)]
         dense = max([*widths, moe.shared.width if moe.shared else 0])
         # The residual stream and the term added to it, twice each; the outputs of the experts; gate and up, twice each.
-        row = (8 + spec.top_k) * hidden + 4 * moe.width + 3 * dense + 2 * moe.router.experts
+        row = (8 + _read_beside(spec) + spec.top_k) * hidden + 4 * moe.width + 3 * dense + 2 * moe.router.experts
         mixers = (
             mixer_kind(layer.mixer).workspace_bytes(layer.mixer, kernels, tokens, context) for layer in spec.layers
         )
@@ -182,14 +191,21 @@ class Decoder:
         These are the residual stream and its norm, with their joined copies; the experts' outputs, by (token, expert)
         pair and summed; and for each pair its expert, weight, tier, row and sort indices.
         """
-        return tokens * (4 * (spec.top_k + 6) * spec.hidden_size + 64 * spec.top_k)
+        return tokens * (4 * (spec.top_k + 6 + _read_beside(spec)) * spec.hidden_size + 64 * spec.top_k)
 
     def _run_layers(self, ids: np.ndarray, state: SequenceState | None) -> np.ndarray:
         x, start = self.embed(ids), 0 if state is None else state.length
         for layer in range(self.spec.num_layers):
-            x, _ = self.mix(layer, x, state, start)
-            x = self.feed_forward(layer, x)
+            x, read = self._mix_whole(layer, x, state, start)
+            x = self.feed_forward(layer, x, read)
         return x
+
+    def _mix_whole(
+        self, layer: int, x: np.ndarray, state: SequenceState | None, start: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the residual stream [T, H] after the mixer, and the one that the experts read."""
+        mixed, _ = self.mix(layer, x, state, start)
+        return mixed, self.read(layer, mixed, x)
 
     def _run_step(self, step: Step, x: np.ndarray, state: SequenceState) -> np.ndarray:
         """Return the hidden state [1, H] of one token after all layers; what `step` does not run is done here."""
@@ -202,28 +218,35 @@ class Decoder:
             if asked is not None:
                 more = self._experts.decode(layer, *asked)
             else:
-                if not attended:
-                    x, _ = self.mix(layer, x, state, state.length)
-                x = self.feed_forward(layer, x)
+                assert not attended
+                x, read = self._mix_whole(layer, x, state, state.length)
+                x = self.feed_forward(layer, x, read)
             layer += 1
         return x.copy()
 
     def _mix_chunks(
         self, layer: int, x: np.ndarray, state: SequenceState, group: int, weigh: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Run the mixer chunk by chunk; return the residual stream [T, H] and the token weights [T]."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Run the mixer chunk by chunk.
+
+        Returns the residual stream [T, H], the one that the experts read, and the token weights [T].
+        """
         start, mixed = state.length, []
         for rows in in_groups(x, group):
             mixed.append(self.mix(layer, rows, state, start, weigh))
             start += len(rows)
-        return joined([rows for rows, _ in mixed]), joined([token_weights for _, token_weights in mixed])
+        after = joined([rows for rows, _ in mixed])
+        return after, self.read(layer, after, x), joined([token_weights for _, token_weights in mixed])
 
-    def _feed_chunks(self, layer: int, x: np.ndarray, token_weights: np.ndarray, group: int) -> np.ndarray:
-        """Return the residual stream [T, H] after the experts, which are called once for all chunks."""
+    def _feed_chunks(
+        self, layer: int, x: np.ndarray, read: np.ndarray, token_weights: np.ndarray, group: int
+    ) -> np.ndarray:
+        """Return the residual stream [T, H] after the experts, which read `read` and are called once for all chunks."""
         chunks = in_groups(x, group)
         if not self.spec.is_moe(layer):
-            return joined([self._dense_mlp(layer, rows) for rows in chunks])
-        h, experts, weights = map(joined, zip(*(self.route(layer, rows) for rows in chunks), strict=True))
+            return joined([self.feed_forward(layer, rows, rows) for rows in chunks])
+        routed = (self.route(layer, rows) for rows in in_groups(read, group))
+        h, experts, weights = map(joined, zip(*routed, strict=True))
         by_share = self.spec.moe.router.weighs_by_share
         routing = PromptRouting(experts, weights, x, token_weights, group, by_share)
         y = self._experts.prefill(layer, h, routing)
@@ -232,8 +255,20 @@ class Decoder:
         pairs = zip(chunks, in_groups(y, group), strict=True)
         return joined([self.finish(layer, rows, output) for rows, output in pairs])
 
+    def _dense_part(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """Return what the dense MLP or the shared expert of `layer` makes of h [T, H], 0 if it has neither."""
+        part = self.spec.layers[layer].feed_forward
+        if isinstance(part, MlpSpec):
+            return self._mlp(f"layers.{layer}.mlp", h)
+        return np.zeros_like(h) if part.shared is None else self._shared(layer, part.shared, h)
+
     def _dense_mlp(self, layer: int, x: np.ndarray) -> np.ndarray:
         return self._joined(layer, x, self._mlp(f"layers.{layer}.mlp", self.routers.expert_input(layer, x)))
+
+    def _shared_after(self, layer: int) -> SharedSpec | None:
+        """Return the shared expert that runs after the routed ones, if any: that of a parallel layer runs in `mix`."""
+        known = self.spec.layers[layer]
+        return known.feed_forward.shared if isinstance(known.feed_forward, MoeSpec) and not known.parallel else None
 
     def _mlp(self, name: str, h: np.ndarray) -> np.ndarray:
         """Return the output of a dense MLP for h [T, H]."""
@@ -244,30 +279,40 @@ class Decoder:
         """Return the sum of y [T, H] and the output of the shared expert for a residual stream x [T, H]."""
         prefix = f"layers.{layer}."
         if shared.own_norms:
-            h, y = self.norm(f"{prefix}shared_norm", x), self.norm(f"{prefix}experts_post_norm", y)
+            h, y = self._norms.apply(f"{prefix}shared_norm", x), self._norms.apply(f"{prefix}experts_post_norm", y)
         else:
             h = self.routers.expert_input(layer, x)
+        total: np.ndarray = y + self._shared(layer, shared, h)
+        return total
+
+    def _shared(self, layer: int, shared: SharedSpec, h: np.ndarray) -> np.ndarray:
+        """Return the output of the shared expert for its input h [T, H]."""
+        prefix = f"layers.{layer}."
         output = self._mlp(f"{prefix}shared", h)
         if shared.own_norms:
-            output = self.norm(f"{prefix}shared_post_norm", output)
+            output = self._norms.apply(f"{prefix}shared_post_norm", output)
         if shared.gated:
             output *= sigmoid(self._kernels.matmul(h, self.dense.vector(f"{prefix}shared_gate")[None]))
         if shared.scale != 1:
             output *= np.float32(shared.scale)
-        total: np.ndarray = y + output
-        return total
+        return output
 
     def _joined(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Return the residual stream x [T, H] with the output y [T, H] of the feed-forward part."""
         known = self.spec.layers[layer]
         if known.post_norms:
-            y = self.norm(f"layers.{layer}.mlp_post_norm", y)
+            y = self._norms.apply(f"layers.{layer}.mlp_post_norm", y)
         if known.residual_scale != 1:
             y = y * np.float32(known.residual_scale)
         joined_up: np.ndarray = x + y
         if known.scalar:
             joined_up *= self.dense.vector(f"layers.{layer}.scalar")
         return joined_up
+
+
+def _read_beside(spec: ModelSpec) -> int:
+    """Return how many residual streams wait for the experts of a layer beside that after its mixer, 0 or 1."""
+    return int(any(layer.parallel for layer in spec.layers))
 
 
 class _Pass:  # no generator, which would take longer for each token

@@ -9,30 +9,33 @@ import numpy as np
 
 from dymoe_runtime.spec import Rope
 
-KINDS = ("default", "linear", "llama3", "yarn", "proportional")
+KINDS = ("default", "linear", "llama3", "yarn", "proportional", "longrope")
 
 
 class Rotary:
     """Tables of cosines and sines. The last one is cached, because the next layer uses it too."""
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
-        self._frequencies = inverse_frequencies(rope, head_dim)
-        self._factor = rope.attention_factor
+        self._rope = rope
+        self._frequencies = [inverse_frequencies(rope, head_dim, is_long) for is_long in (False, True)]
         # Replaced as a whole, so that threads can share it.
-        self._last: tuple[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+        self._last: tuple[tuple[int, int, bool], tuple[np.ndarray, np.ndarray]] | None = None
 
-    def table(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def table(self, start: int, stop: int, context: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the cosines and sines of the positions [start, stop), float32 [stop - start, n] each.
 
-        n is the number of leading columns of a head that turn.
+        n is the number of leading columns of a head that turn. `context` is the longest that the sequence may become.
         """
-        last = self._last
-        if last is not None and last[0] == (start, stop):
+        rope = self._rope
+        is_long = rope.kind == "longrope" and context > rope.original_max_position_embeddings
+        last, wanted = self._last, (start, stop, is_long)
+        if last is not None and last[0] == wanted:
             return last[1]
-        angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies
+        factor = np.float32(rope.long_attention_factor if is_long else rope.attention_factor)
+        angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies[is_long]
         angles = np.concatenate((angles, angles), axis=-1)  # [T, n]
-        table = (np.cos(angles) * np.float32(self._factor), np.sin(angles) * np.float32(self._factor))
-        self._last = ((start, stop), table)
+        table = (np.cos(angles) * factor, np.sin(angles) * factor)
+        self._last = (wanted, table)
         return table
 
 
@@ -42,8 +45,11 @@ def rotary(rope: Rope, head_dim: int) -> Rotary:
     return Rotary(rope, head_dim)
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the rotation angles per position in radians, float32 [n / 2], for the n columns that turn."""
+def inverse_frequencies(rope: Rope, head_dim: int, is_long: bool = False) -> np.ndarray:
+    """Return the rotation angles per position in radians, float32 [n / 2], for the n columns that turn.
+
+    `is_long` chooses the factors of kind `longrope`.
+    """
     dims = rope.dims or head_dim
     width = head_dim if rope.kind == "proportional" else dims
     plain = 1.0 / (np.float32(rope.theta) ** (np.arange(0, width, 2, dtype=np.float32) / width))
@@ -56,6 +62,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         return _llama3(plain, rope)
     if rope.kind == "yarn":
         return _yarn(plain, rope, dims)
+    if rope.kind == "longrope":
+        return plain / np.array(rope.long_factors if is_long else rope.short_factors, np.float32)
     return plain
 
 
@@ -85,6 +93,14 @@ def _yarn(plain: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     ramp = ramp.clip(0, 1)
     blended: np.ndarray = plain / rope.factor * ramp + plain * (1 - ramp)
     return blended
+
+
+def longrope_attention_factor(factor: float, original: int) -> float:
+    """Return the factor that LongRoPE applies to cosines and sines if the configuration gives none.
+
+    The context was extended by `factor` from `original` tokens.
+    """
+    return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: float = 0.0) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.mixer import Dense
+from dymoe_runtime.model.norms import Norms
 from dymoe_runtime.spec import ModelSpec
 
 
@@ -15,7 +16,7 @@ class Routers:
     def __init__(self, spec: ModelSpec, dense: Dense, kernels: Kernels) -> None:
         self._spec, self._dense, self._kernels = spec, dense, kernels
         self._router = spec.moe.router
-        self._ones = np.ones(spec.hidden_size, np.float32)
+        self._norms = Norms(spec, dense, kernels)
 
     def route_residual(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the input of the experts of `layer`, and their routing, for a residual stream x [T, H].
@@ -47,14 +48,13 @@ class Routers:
 
     def expert_input(self, layer: int, x: np.ndarray) -> np.ndarray:
         """Return what the experts of `layer` read for a residual stream x [T, H]."""
-        if not self._spec.layers[layer].pre_norms:
-            return x
-        return self._kernels.norm(x, self._dense.vector(f"layers.{layer}.mlp_norm"), self._spec.norm_eps)
+        norm = self._spec.layers[layer].feed_norm
+        return x if norm is None else self._norms.apply(f"layers.{layer}.{norm}", x)
 
     def router_input(self, layer: int, x: np.ndarray) -> np.ndarray:
         """Return what the router of `layer` reads for a residual stream x [T, H]."""
         if self._router.plain_norm:
-            return self._kernels.norm(x, self._ones, self._spec.norm_eps)
+            return self._norms.without_weights(x)
         return self.expert_input(layer, x)
 
     def logits(self, layer: int, h: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ LayerWeights plain_options(int64_t heads, int64_t kv_heads, int64_t head_dim, in
   AttentionLayer attention{};
   attention.heads = heads, attention.kv_heads = kv_heads, attention.head_dim = attention.turning = head_dim;
   MoeLayer moe{};
-  moe.rule = {kExperts, top_k, RouterScore::softmax, 1, 1, true, false, 1.0f, 0.0f, 0.0f, 0.0f, nullptr, nullptr};
+  moe.rule = {kExperts, top_k, RouterScore::softmax, 1, 1, true, false, 1.0f, 0.0f, 0.0f, 0.0f, nullptr, nullptr, 0.0f};
   LayerWeights layer{};
   layer.eps = 1e-5f, layer.residual_scale = 1.0f, layer.pre_norms = true;
   layer.mixer = attention, layer.feed_forward = moe;
@@ -47,6 +47,14 @@ LayerWeights dense_layer(LayerWeights layer, int64_t width) {
   return layer;
 }
 
+/// A parallel layer whose norms have biases, and whose router is sparsemixer.
+LayerWeights parallel_layer(LayerWeights layer, const std::optional<SharedLayer>& shared) {
+  layer.parallel = true, layer.norm_kind = NormKind::layer_bias;
+  auto& moe = std::get<MoeLayer>(layer.feed_forward);
+  moe.rule.score = RouterScore::sparsemixer, moe.rule.threshold = 0.9f, moe.shared = shared;
+  return layer;
+}
+
 SharedLayer shared_expert(int64_t width, bool gated, bool own_norms, float scale) {
   SharedLayer shared{};
   shared.mlp.width = width, shared.gated = gated, shared.own_norms = own_norms, shared.scale = scale;
@@ -67,8 +75,8 @@ struct Layer {
     state.fill(0xff);  // NaN, which a delta rule forgets at the first token
     if (std::holds_alternative<AttentionLayer>(weights.mixer)) state.fill(0);
     LayerWeights& w = weights;
-    w.attn_norm = random(w.pre_norms, 1, hidden), w.mlp_norm = random(w.pre_norms, 1, hidden);
-    w.attn_post_norm = random(w.post_norms, 1, hidden), w.mlp_post_norm = random(w.post_norms, 1, hidden);
+    w.attn_norm = norm(w.pre_norms), w.mlp_norm = norm(w.pre_norms && !w.parallel);
+    w.attn_post_norm = norm(w.post_norms), w.mlp_post_norm = norm(w.post_norms);
     w.scalar = random(w.has_scalar, 1, 1);
     std::visit([&](auto& mixer) { fill(mixer); }, w.mixer);
     std::visit([&](auto& part) { fill(part); }, w.feed_forward);
@@ -81,6 +89,11 @@ struct Layer {
     floats.push_back(buffer<float>(rows * cols));
     std::copy(values.begin(), values.end(), floats.back().get());
     return {floats.back().get(), rows, cols};
+  }
+
+  Norm norm(bool wanted) {
+    const int64_t hidden = weights.hidden;
+    return {random(wanted, 1, hidden), random(wanted && weights.norm_kind == NormKind::layer_bias, 1, hidden)};
   }
 
   MatrixView matrix(int64_t rows, int64_t cols) {
@@ -126,9 +139,8 @@ struct Layer {
     if (!w.shared) return;
     SharedLayer& shared = *w.shared;
     fill(shared.mlp);
-    shared.gate = random(shared.gated, 1, hidden), shared.norm = random(shared.own_norms, 1, hidden);
-    shared.post_norm = random(shared.own_norms, 1, hidden);
-    shared.experts_post_norm = random(shared.own_norms, 1, hidden);
+    shared.gate = random(shared.gated, 1, hidden), shared.norm = norm(shared.own_norms);
+    shared.post_norm = norm(shared.own_norms), shared.experts_post_norm = norm(shared.own_norms);
   }
 };
 
@@ -408,7 +420,7 @@ void check_routers(const Kernels& isa, const Model& model) {
     if (!model.moe(l)) continue;
     for (const Router* router : {static_cast<const Router*>(nullptr), &other}) {
       PlainLayer plain;
-      plain.residual = x;
+      plain.in = plain.residual = x;
       plain_choose(isa, model.layers[l].weights, router, plain);
       const Buffers token(model, model.moe(l)->rule.top_k);
       stack.route(l, router, x.data(), token.experts.get(), token.weights.get());
@@ -512,18 +524,26 @@ void check_layer_refusals(const Kernels& isa, const Model& model) {
         refuses({good, layer}, "a layer of wrong numbers, " + std::to_string(l) + ", " + std::to_string(i));
       }
   };
-  std::vector<LayerWeights> all, attention, delta, dense, routed, shared;
+  std::vector<LayerWeights> all, normed, attention, delta, dense, routed, shared;
   for (const Layer& layer : model.layers) {
     const LayerWeights& w = layer.weights;
     all.push_back(w);
+    if (w.pre_norms) normed.push_back(w);
     (std::holds_alternative<AttentionLayer>(w.mixer) ? attention : delta).push_back(w);
     (w.moe() ? routed : dense).push_back(w);
     if (w.moe() && w.moe()->shared) shared.push_back(w);
   }
-  mistakes(all, {[](LayerWeights& w) { w.hidden += 64; }, [](LayerWeights& w) { w.pre_norms = !w.pre_norms; },
-                 [](LayerWeights& w) { w.post_norms = !w.post_norms; },
-                 [](LayerWeights& w) { w.has_scalar = !w.has_scalar; }, [](LayerWeights& w) { w.scalar.cols += 1; },
-                 [](LayerWeights& w) { w.mlp_norm.cols += 1; }, [](LayerWeights& w) { w.attn_post_norm.cols += 1; }});
+  mistakes(
+      all,
+      {[](LayerWeights& w) { w.hidden += 64; }, [](LayerWeights& w) { w.pre_norms = !w.pre_norms; },
+       [](LayerWeights& w) { w.post_norms = !w.post_norms; }, [](LayerWeights& w) { w.has_scalar = !w.has_scalar; },
+       [](LayerWeights& w) { w.scalar.cols += 1; }, [](LayerWeights& w) { w.mlp_norm.weight.cols += 1; },
+       [](LayerWeights& w) { w.attn_post_norm.weight.cols += 1; },
+       [](LayerWeights& w) { w.attn_post_norm.bias.cols += 1; }, [](LayerWeights& w) { w.parallel = !w.parallel; }});
+  mistakes(normed, {[](LayerWeights& w) {
+             const bool biased = w.norm_kind == NormKind::layer_bias;
+             w.norm_kind = biased ? NormKind::layer : NormKind::layer_bias;
+           }});
   const auto of_attention = [](const std::function<void(AttentionLayer&)>& change) -> Change {
     return [=](LayerWeights& w) { change(std::get<AttentionLayer>(w.mixer)); };
   };
@@ -645,6 +665,10 @@ std::vector<LayerShape> layers_of_all_options() {
                     8});
   shapes.back().options.post_norms = shapes.back().options.has_scalar = true;
   shapes.push_back({delta_layer(plain_options(4, 2, 16, 3), delta), 16});
+  shapes.push_back({parallel_layer(plain_options(4, 2, 16, 2), shared_expert(40, true, false, 0.5f)), 16});
+  shapes.back().options.residual_scale = 0.5f;
+  shapes.push_back({parallel_layer(delta_layer(plain_options(4, 2, 16, 2), delta), {}), 16});
+  shapes.push_back({dense_layer(parallel_layer(plain_options(2, 1, 16, 3), {}), 72), 16});
   shapes.push_back({dense_layer(attention_layer(plain_options(2, 1, 16, 3),
                                                 [](AttentionLayer& w, MoeLayer&) {
                                                   w.qk_norm = QkNorm::head, w.norm_after_rope = w.value_norm = true;

@@ -142,15 +142,17 @@ void check_quantize(const Kernels& isa) {
 void check_vectors(const Kernels& isa) {
   for (const int64_t n : {2, 16, 20, 64, 100, 128}) {
     const std::vector<float> x = random_floats(n), rows = random_floats(11 * n);
-    std::vector<float> norms[2], dots[2];
+    std::vector<float> norms[2], layer_norms[2], dots[2];
     int at = 0;
     for (const Kernels* kernels : {&isa, &kScalar}) {
-      norms[at].resize(n), dots[at].resize(11);
+      norms[at].resize(n), layer_norms[at].resize(n), dots[at].resize(11);
       kernels->norm(x.data(), rows.data(), n, 1e-5f, norms[at].data());
+      kernels->layer_norm(x.data(), rows.data(), rows.data() + n, n, 1e-5f, layer_norms[at].data());
       kernels->dots(rows.data(), n, 0, 11, x.data(), dots[at].data());
       ++at;
     }
-    expect(norms[0] == norms[1] && dots[0] == dots[1], isa.name, "vectors of " + std::to_string(n));
+    expect(norms[0] == norms[1] && layer_norms[0] == layer_norms[1] && dots[0] == dots[1], isa.name,
+           "vectors of " + std::to_string(n));
   }
   for (const Activation activation :
        {Activation{ActivationKind::silu}, Activation{ActivationKind::gelu}, Activation{ActivationKind::gelu_tanh},
@@ -307,10 +309,12 @@ void check_delta(const Kernels& isa) {
 void check_routes(const Kernels& isa) {
   const int64_t experts = 24, top_k = 5;
   const std::vector<float> select = random_floats(experts), scale = random_floats(experts);
-  for (const RouterScore score : {RouterScore::softmax, RouterScore::sigmoid, RouterScore::softmax_of_chosen})
+  for (const RouterScore score :
+       {RouterScore::softmax, RouterScore::sigmoid, RouterScore::softmax_of_chosen, RouterScore::sparsemixer})
     for (const bool all : {false, true}) {
-      RouterRule rule{experts, top_k, score, 1, 1, true, true, 1.0f, 0.0f, 0.0f, 0.0f, nullptr, nullptr};
-      if (all) rule = {experts, top_k, score, 6, 2, true, true, 2.0f, 1e-3f, 0.5f, 3.0f, select.data(), scale.data()};
+      RouterRule rule{experts, top_k, score, 1, 1, true, true, 1.0f, 0.0f, 0.0f, 0.0f, nullptr, nullptr, 0.0f};
+      if (all)
+        rule = {experts, top_k, score, 6, 2, true, true, 2.0f, 1e-3f, 0.5f, 3.0f, select.data(), scale.data(), 0.5f};
       check(rule);
       const std::vector<float> logits = random_floats(experts);
       std::vector<int64_t> chosen[2];

@@ -70,6 +70,17 @@ Floats1D plain_matmul(const Kernels& isa, const FloatMatrix& m, const Floats1D& 
   return y;
 }
 
+/// x normalized as the norms of the residual stream are.
+Floats1D plain_norm(const Kernels& isa, const LayerWeights& layer, const Norm& norm, const Floats1D& x) {
+  Floats1D y(x.size());
+  const float *weight = norm.weight.data, *bias = norm.bias.data;
+  if (layer.norm_kind == NormKind::rms)
+    norms(isa, x.data(), weight, 1, layer.hidden, layer.eps, y.data());
+  else
+    layer_norms(isa, x.data(), weight, bias, 1, layer.hidden, layer.eps, y.data());
+  return y;
+}
+
 /// Each n columns normalized by themselves.
 Floats1D plain_norm(const Kernels& isa, const LayerWeights& layer, const FloatMatrix& weight, const Floats1D& x) {
   Floats1D y(x.size());
@@ -168,31 +179,24 @@ Floats1D plain_mixer(const Kernels& isa, const LayerWeights& layer, const DeltaL
 }
 
 /// The residual stream with an output of the layer.
-Floats1D plain_joined(const Kernels& isa, const LayerWeights& layer, const FloatMatrix& post_norm, const Floats1D& x,
+Floats1D plain_joined(const Kernels& isa, const LayerWeights& layer, const Norm& post_norm, const Floats1D& x,
                       const Floats1D& y) {
   const Floats1D normed = layer.post_norms ? plain_norm(isa, layer, post_norm, y) : y;
   return added(x, times(normed, {layer.residual_scale}));
 }
 
-Floats1D plain_mix(const Kernels& isa, const LayerWeights& layer, const Floats1D& x, const Position& position,
-                   const LayerState& state) {
-  const Floats1D h = layer.pre_norms ? plain_norm(isa, layer, layer.attn_norm, x) : x;
-  const auto run = [&](const auto& mixer) { return plain_mixer(isa, layer, mixer, h, position, state); };
-  return plain_joined(isa, layer, layer.attn_post_norm, x, std::visit(run, layer.mixer));
-}
-
 /// What experts read.
 Floats1D plain_input(const Kernels& isa, const LayerWeights& layer, const Floats1D& x) {
-  return layer.pre_norms ? plain_norm(isa, layer, layer.mlp_norm, x) : x;
+  return layer.pre_norms ? plain_norm(isa, layer, layer.parallel ? layer.attn_norm : layer.mlp_norm, x) : x;
 }
 
-/// Chooses experts for the residual stream of `plain`, by `other` if that is given.
+/// Chooses experts for the residual stream that the router reads, by `other` if that is given.
 void plain_choose(const Kernels& isa, const LayerWeights& layer, const Router* other, PlainLayer& plain) {
   const MoeLayer& moe = *layer.moe();
+  const Floats1D& x = layer.parallel ? plain.in : plain.residual;
   const Floats1D ones(layer.hidden, 1.0f);
-  const FloatMatrix plain_weights{ones.data(), 1, layer.hidden};
-  const Floats1D h =
-      moe.plain_norm ? plain_norm(isa, layer, plain_weights, plain.residual) : plain_input(isa, layer, plain.residual);
+  const Norm without_weights{{ones.data(), 1, layer.hidden}, {}};
+  const Floats1D h = moe.plain_norm ? plain_norm(isa, layer, without_weights, x) : plain_input(isa, layer, x);
   Floats1D logits = plain_matmul(isa, {other ? other->weight : moe.router.data, moe.rule.experts, layer.hidden}, h);
   if (const float* bias = other ? other->bias : moe.router_bias.data)
     for (size_t e = 0; e < logits.size(); ++e) logits[e] += bias[e];
@@ -204,7 +208,7 @@ void plain_choose(const Kernels& isa, const LayerWeights& layer, const Router* o
 
 void plain_route(const Kernels& isa, const LayerWeights& layer, PlainLayer& plain) {
   plain_choose(isa, layer, nullptr, plain);
-  plain.h = plain_input(isa, layer, plain.residual);
+  plain.h = plain_input(isa, layer, layer.parallel ? plain.in : plain.residual);
   if (!layer.moe()->scales_input) return;
   plain.h = times(plain.h, {plain.weights[0]});
   plain.weights[0] = 1.0f;
@@ -225,6 +229,18 @@ Floats1D plain_shared(const Kernels& isa, const LayerWeights& layer, const Share
   return times(y, {shared.scale});
 }
 
+Floats1D plain_mix(const Kernels& isa, const LayerWeights& layer, const Floats1D& x, const Position& position,
+                   const LayerState& state) {
+  const Floats1D h = layer.pre_norms ? plain_norm(isa, layer, layer.attn_norm, x) : x;
+  const auto run = [&](const auto& mixer) { return plain_mixer(isa, layer, mixer, h, position, state); };
+  Floats1D y = std::visit(run, layer.mixer);
+  if (layer.parallel) {
+    if (!layer.moe()) y = added(y, plain_mlp(isa, std::get<MlpLayer>(layer.feed_forward), h));
+    if (layer.moe() && layer.moe()->shared) y = added(y, plain_shared(isa, layer, *layer.moe()->shared, x));
+  }
+  return plain_joined(isa, layer, layer.attn_post_norm, x, y);
+}
+
 /// The residual stream that leaves a layer, with y the output of its feed-forward part.
 Floats1D plain_leave(const Kernels& isa, const LayerWeights& layer, const Floats1D& x, const Floats1D& y) {
   const Floats1D out = plain_joined(isa, layer, layer.mlp_post_norm, x, y);
@@ -235,6 +251,7 @@ Floats1D plain_leave(const Kernels& isa, const LayerWeights& layer, const Floats
 Floats1D plain_finish(const Kernels& isa, const LayerWeights& layer, const PlainLayer& plain) {
   const Floats1D& x = plain.residual;
   const MoeLayer* moe = layer.moe();
+  if (layer.parallel) return moe ? plain_leave(isa, layer, x, plain.sum) : x;
   if (!moe) {
     const auto& mlp = std::get<MlpLayer>(layer.feed_forward);
     return plain_leave(isa, layer, x, plain_mlp(isa, mlp, plain_input(isa, layer, x)));

@@ -34,9 +34,34 @@ def test_norm_equals_torch(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-def test_norm_refuses_a_weight_of_another_length(isa: str) -> None:
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 3, 20), (300, 128), (0, 64)], ids=str)
+def test_layer_norm_equals_the_reference(isa: str, shape: tuple[int, ...], biased: bool) -> None:
+    """Also where the mean is far from 0."""
+    x, weight, bias = 3 + random_input(*shape, seed=3), random_input(shape[-1], seed=4), random_input(shape[-1])
+    arguments = x, weight, bias if biased else None, 1e-5
+    np.testing.assert_allclose(
+        kernels_of(isa).layer_norm(*arguments), reference.layer_norm(*arguments), rtol=1e-4, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("isa", ALL)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_layer_norm_equals_torch(isa: str, biased: bool) -> None:
+    x, weight, bias = random_input(5, 3, 20, seed=3), random_input(20, seed=4), random_input(20) if biased else None
+    tensors = (None if vector is None else torch.from_numpy(vector) for vector in (weight, bias))
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (20,), *tensors, 1e-5).numpy()
+    np.testing.assert_allclose(kernels_of(isa).layer_norm(x, weight, bias, 1e-5), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", COMPILED)
+def test_norms_refuse_vectors_of_another_length(isa: str) -> None:
+    x, good, short = random_input(3, 2, 8), np.ones(8, np.float32), np.ones(7, np.float32)
     with pytest.raises(ValueError, match="weight"):
-        kernels_of(isa).norm(random_input(3, 2, 8), np.ones(7, np.float32), 1e-5)
+        kernels_of(isa).norm(x, short, 1e-5)
+    for name, vectors in (("weight", (short, None)), ("bias", (good, short))):
+        with pytest.raises(ValueError, match=name):
+            kernels_of(isa).layer_norm(x, *vectors, 1e-5)
 
 
 # Rotation
@@ -162,6 +187,7 @@ ROUTERS = {
     "least_sum": router(16, 3, least_sum=0.9),
     "softcap": router(16, 3, softcap=2.0),
     "expert_scale": router(16, 3, expert_scale=True),
+    "threshold": router(16, 4, threshold=0.6),
     "glm": router(64, 6, score="sigmoid", selection_bias=True, groups=8, top_groups=2, scale=2.5, eps=1e-20),
     "all": router(
         64,
@@ -175,6 +201,7 @@ ROUTERS = {
         least_sum=0.8,
         softcap=5.0,
         expert_scale=True,
+        threshold=0.2,
     ),
 }
 
@@ -232,7 +259,19 @@ def test_route_equals_torch(isa: str, normalize: bool) -> None:
 
 
 @pytest.mark.parametrize("isa", ALL)
-@pytest.mark.parametrize("score", SCORES)
+def test_sparsemixer_weighs_an_expert_among_those_near_it(isa: str) -> None:
+    """Those chosen before it do not count; the distance is relative to the larger one of logit and magnitude."""
+    logits = np.array([[2, 4, 3, 1], [-2, -4, -3, -1], [0, 0, -1, -1]], np.float32)
+    experts, weights = kernels_of(isa).route(logits, router(4, 2, False, score="sparsemixer", threshold=0.5))
+    e = np.exp(1.0)
+    shares = [(1 / (1 + 1 / e + e**-2), 1 / (1 + 1 / e)), (1 / (1 + 1 / e), 1 / (1 + 1 / e + e**-2)), (0.5, 1)]
+    # The second expert of the last row is alone with its equal, which has been chosen, so it comes first.
+    assert experts.tolist() == [[2, 1], [3, 0], [1, 0]]
+    np.testing.assert_allclose(weights, [sorted(row, reverse=True) for row in shares], rtol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ALL)
+@pytest.mark.parametrize("score", [score for score in SCORES if score != "sparsemixer"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["share", "norm"])
 def test_of_equal_logits_the_lower_expert_is_chosen(isa: str, normalize: bool, score: str) -> None:
     logits, spec = np.array([[1, 3, 3, 0, 3, 1], [2] * 6, [0, 0, 5, 0, 0, 0]], np.float32), router(6, 4, normalize)

@@ -71,17 +71,23 @@ def test_compiled_code_knows_each_layer(name: str) -> None:
 
 def run_reference(
     decoder: Decoder, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
-) -> tuple[int, np.ndarray]:
-    """What `DecodeStep.run` does without experts: up to the router of a layer, or through the last layer."""
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """What `DecodeStep.run` does without experts: up to the router of a layer, or through the last layer.
+
+    Returns the layer, the residual stream after its mixer, and the one that its router reads.
+    """
     if more is not None:
         x = decoder.finish(layer - 1, x, more)
+    read = x
     while layer < decoder.spec.num_layers:
+        entered = x
         x, _ = decoder.mix(layer, x, state, state.length)
+        read = decoder.read(layer, x, entered)
         if decoder.spec.is_moe(layer):
             break
-        x = decoder.feed_forward(layer, x)
+        x = decoder.feed_forward(layer, x, read)
         layer += 1
-    return layer, x
+    return layer, x, read
 
 
 def arrays_of(state: SequenceState, layer: int) -> Sequence[np.ndarray]:
@@ -109,14 +115,16 @@ def test_a_step_equals_the_decoder(isa: str, name: str, bits: int) -> None:
             more = output if layer and spec.is_moe(layer - 1) else None
             if layer == spec.num_layers and more is None:
                 continue
-            expected_layer, expected = run_reference(decoder, layer, x, more, states[0])
+            expected_layer, expected, read = run_reference(decoder, layer, x, more, states[0])
             reached, got, attended, asked = step.run(layer, x, more, states[1])
             assert reached == expected_layer and attended
             # An activation on the edge between two int8 codes may fall to either side.
             assert np.abs(got - expected).max() <= 1e-2 * np.abs(expected - x).max()
             assert (asked is not None) == (reached < spec.num_layers)
             if asked is not None:
-                check_route(asked, decoder, reached, got)
+                after = decoder.spec.layers[reached]
+                check_route(asked, decoder, reached, read if after.parallel else got)
+                assert asked[1].residual is got
         for state in states:
             state.advance(1)
     for layer in range(spec.num_layers):
@@ -133,7 +141,6 @@ def check_route(got: tuple[np.ndarray, Routing], decoder: Decoder, layer: int, x
     assert np.allclose(routing.weights, weights, rtol=1e-4, atol=1e-6)
     assert np.array_equal(routing.experts, experts)
     assert routing.of_token() == (routing.experts[0].tolist(), routing.weights[0].tolist())
-    assert routing.residual is x
 
 
 @every_isa
@@ -159,6 +166,25 @@ def test_a_guess_equals_the_decoder(isa: str, name: str) -> None:
             assert np.array_equal(experts, expected)
             assert np.allclose(weights, expected_weights, rtol=1e-4, atol=1e-6)
         assert np.array_equal(h, before[0]) and np.array_equal(routing.experts, before[1])
+
+
+@every_isa
+def test_a_step_turns_by_the_context_of_its_sequence(isa: str) -> None:
+    """At the same positions of sequences that may become 12 tokens long, then longer, then 12 again."""
+    made = toy(isa, "layer norm")
+    step, (x,) = made.step(), random_input(1, 1, made.spec.hidden_size)
+    keys = []
+    for capacity in (12, 13, 12):
+        states = made.state(capacity, 32), made.state(capacity, 32)
+        for _ in range(2):
+            made.decoder.mix(0, x, states[0], states[0].length)
+            step.run(0, x, None, states[1])
+            for state in states:
+                state.advance(1)
+        expected, got = (arrays_of(state, 0)[0] for state in states)
+        assert np.allclose(got, expected, rtol=2e-2, atol=2e-2)
+        keys.append(got)
+    assert np.array_equal(keys[0], keys[2]) and np.abs(keys[0] - keys[1]).max() > 0.1
 
 
 class Resident:
@@ -389,7 +415,7 @@ def test_states_and_positions_that_do_not_fit_are_refused() -> None:
         stack.run(None, 0, x, None, (0, []))  # no states yet
     stack.set_states(good)
     assert ATTENTION.rope is not None
-    tables = rotary(ATTENTION.rope, ATTENTION.head_dim).table(0, 1)
+    tables = rotary(ATTENTION.rope, ATTENTION.head_dim).table(0, 1, 4)
     rotations = [(address_of(tables[0]), address_of(tables[1]))]
     for first, added, position in (
         (0, None, (0, [])),

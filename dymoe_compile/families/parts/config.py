@@ -92,6 +92,13 @@ class Config:
             self._refuse(name, value, "a list of whole numbers from 0")
         return tuple(values)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """Return the `count` numbers above 0 of a list, each of which float32 can hold."""
+        values = self.get(name)
+        if not isinstance(values, list) or len(values) != count:
+            self._refuse(name, values, f"a list of {count} numbers")
+        return tuple(Config({name: value}).number(name) for value in values)
+
     def string(self, name: str) -> str:
         """Return a string that is not empty."""
         value = self.get(name)

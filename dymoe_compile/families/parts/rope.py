@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dymoe_compile.families.parts.config import Config
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.model.rope import KINDS, yarn_attention_factor
+from dymoe_runtime.model.rope import KINDS, longrope_attention_factor, yarn_attention_factor
 from dymoe_runtime.spec import Rope
 
 # Keys that change nothing for text: its three positions of mrope are one, and the others are for other programs.
@@ -34,11 +36,16 @@ def rope_of(
     _check_complete(values, kind)
     context = config.integer("max_position_embeddings")
     original = values.integer("original_max_position_embeddings", default=context)
-    factor = values.number("factor", default=context / original if kind == "yarn" else 1.0)
-    attention = 1.0
+    if kind == "longrope":  # of two, the number beside the rope holds, as in transformers
+        original = config.integer("original_max_position_embeddings", default=original)
+    factor = values.number("factor", default=context / original if kind in ("yarn", "longrope") else 1.0)
+    attention: dict[str, Any] = {"attention_factor": 1.0}
     if kind == "yarn":
         scales = (values.number(name, default=0.0, above=-1.0) for name in ("mscale", "mscale_all_dim"))
-        attention = values.number("attention_factor", default=yarn_attention_factor(factor, *scales))
+        default = yarn_attention_factor(factor, *scales)
+        attention = {"attention_factor": values.number("attention_factor", default=default)}
+    if kind == "longrope":
+        attention = _long_attention(values, factor, original)
     low = values.number("low_freq_factor", default=1.0)
     share = values.number("partial_rotary_factor", default=config.number("partial_rotary_factor", default=partial))
     dims = int(head_dim * share)
@@ -58,13 +65,32 @@ def rope_of(
         high_freq_factor=_at_least(low, values.number("high_freq_factor", default=4.0 * low)),
         beta_fast=values.number("beta_fast", default=32.0),
         beta_slow=values.number("beta_slow", default=1.0),
-        attention_factor=attention,
         truncate=values.boolean("truncate", default=True),
         dims=0 if dims == head_dim else dims,
+        **attention,
+        **(_long_factors(values, dims // 2) if kind == "longrope" else {}),
     )
     values.ignore(*TEXT_ONLY)
     _check_known(values)
     return rope
+
+
+def _long_attention(values: Config, factor: float, original: int) -> dict[str, Any]:
+    """Return the factors of cosines and sines for LongRoPE. Phi-3.5-MoE gives one for each length of contexts."""
+    default = longrope_attention_factor(factor, original)
+    attention = values.number("attention_factor", default=default)
+    return {
+        "attention_factor": values.number("short_mscale", default=attention),
+        "long_attention_factor": values.number("long_mscale", default=attention),
+    }
+
+
+def _long_factors(values: Config, pairs: int) -> dict[str, Any]:
+    """Return the factors of LongRoPE for so many pairs of columns."""
+    return {
+        "short_factors": values.numbers("short_factor", pairs),
+        "long_factors": values.numbers("long_factor", pairs),
+    }
 
 
 def _at_least(low: float, high: float) -> float:

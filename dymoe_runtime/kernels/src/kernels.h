@@ -249,6 +249,10 @@ struct Kernels {
   /// Computes out = weight * x / sqrt(mean(x^2) + eps), n floats each; out may be x.
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
 
+  /// Computes out = weight * (x - mean(x)) / sqrt(variance(x) + eps) + bias, n floats each; out may be x. A null bias
+  /// adds nothing.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out);
+
   /// Computes out[r] = rows[r] . x for r in [begin, end); rows [.., n], x [n].
   void (*dots)(const float* rows, int64_t n, int64_t begin, int64_t end, const float* x, float* out);
 

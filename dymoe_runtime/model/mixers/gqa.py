@@ -64,7 +64,7 @@ class GroupedQueryAttention:
         self, h: np.ndarray, state: AttentionState | None, start: int, weigh: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         spec = self._spec
-        q, k, v = self._queries_keys_values(h, start)
+        q, k, v = self._queries_keys_values(h, start, len(h) if state is None else state.cache.capacity)
         sinks = self._dense.vector(f"{self._prefix}attn.sinks") if spec.sinks else None
         if state is None and self._whole is not None:
             y, received = self._whole(q, k, v, Sight(spec.window, spec.chunk), weigh, sinks)
@@ -81,8 +81,11 @@ class GroupedQueryAttention:
         memory = np.zeros(self.state_bytes(self._spec, tokens, WHOLE_BITS), np.uint8)
         return KVCache(memory, self._spec.kv_heads, self._spec.head_dim, tokens, WHOLE_BITS)
 
-    def _queries_keys_values(self, h: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
-        """Return rotated queries [heads, T, d], rotated keys [kv_heads, T, d] and values [kv_heads, T, d]."""
+    def _queries_keys_values(self, h: np.ndarray, start: int, context: int) -> tuple[np.ndarray, ...]:
+        """Return rotated queries [heads, T, d], rotated keys [kv_heads, T, d] and values [kv_heads, T, d].
+
+        `context` is the longest that the sequence may become.
+        """
         spec = self._spec
         q, k, v = (self._linear(name, h) for name in "qkv")
         if spec.qk_norm == "full":
@@ -95,7 +98,7 @@ class GroupedQueryAttention:
         if spec.value_norm:
             v = self._norm("v_norm", v)
         if self._rotary is not None:
-            table = self._rotary.table(start, start + len(h))
+            table = self._rotary.table(start, start + len(h), context)
             q, k = self._kernels.rotate(q, *table), self._kernels.rotate(k, *table)
         if spec.qk_norm == "head" and spec.norm_after_rope:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)

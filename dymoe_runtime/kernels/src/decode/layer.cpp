@@ -32,11 +32,24 @@ void multiply_floats(const Kernels& isa, const float* rows, int64_t count, int64
                   [&](int64_t begin, int64_t end) { isa.dots(rows, n, begin, end, x, out); });
 }
 
+/// Normalizes x [hidden] into `out`, with weights and a bias, which may be null; `out` may be `x`.
+void normalize(const Kernels& isa, const LayerWeights& layer, const float* weight, const float* bias, const float* x,
+               float* out) {
+  if (layer.norm_kind == NormKind::rms) {
+    isa.norm(x, weight, layer.hidden, layer.eps, out);
+  } else {
+    isa.layer_norm(x, weight, bias, layer.hidden, layer.eps, out);
+  }
+}
+
+void normalize(const Kernels& isa, const LayerWeights& layer, const Norm& norm, const float* x, float* out) {
+  normalize(isa, layer, norm.weight.data, norm.bias.data, x, out);
+}
+
 /// Returns x [hidden] normalized into `out`, or x itself if there is no such norm.
-const float* normed(const Kernels& isa, const LayerWeights& layer, const FloatMatrix& norm, const float* x,
-                    float* out) {
-  if (!norm.data) return x;
-  isa.norm(x, norm.data, layer.hidden, layer.eps, out);
+const float* normed(const Kernels& isa, const LayerWeights& layer, const Norm& norm, const float* x, float* out) {
+  if (!norm.weight.data) return x;
+  normalize(isa, layer, norm, x, out);
   return out;
 }
 
@@ -146,9 +159,9 @@ void mix(const Kernels& isa, const LayerWeights& layer, const DeltaLayer& w, con
 
 /// Computes out = x + scale * norm(y), [hidden], with the scale and the norm of outputs that the layer has. `y` is
 /// used up; `out` may be `x`.
-void add_output(const Kernels& isa, const LayerWeights& layer, const FloatMatrix& post_norm, const float* x, float* y,
+void add_output(const Kernels& isa, const LayerWeights& layer, const Norm& post_norm, const float* x, float* y,
                 float* out) {
-  if (post_norm.data) isa.norm(y, post_norm.data, layer.hidden, layer.eps, y);
+  if (post_norm.weight.data) normalize(isa, layer, post_norm, y, y);
   multiply_by(layer.residual_scale, layer.hidden, y);
   for (int64_t i = 0; i < layer.hidden; ++i) out[i] = x[i] + y[i];
 }
@@ -164,16 +177,15 @@ void run_mlp(const Kernels& isa, const MlpLayer& mlp, Activation activation, con
   moe(isa, {{mlp.matrices, 0, 1}}, h, nullptr, activation, y);
 }
 
-/// Adds the output of a shared expert to y [hidden], the output of the routed experts.
+/// Adds the output of a shared expert for h [hidden] to y [hidden], the output of the routed experts.
 void add_shared(const Kernels& isa, const LayerWeights& layer, const SharedLayer& shared, Activation activation,
-                const float* x, float* y) {
+                const float* h, float* y) {
   const int64_t n = layer.hidden;
-  const float* h = normed(isa, layer, shared.own_norms ? shared.norm : layer.mlp_norm, x, workspace.h.reserve(n));
   float* output = workspace.shared.reserve(n);
   run_mlp(isa, shared.mlp, activation, h, output);
   if (shared.own_norms) {
-    isa.norm(y, shared.experts_post_norm.data, n, layer.eps, y);
-    isa.norm(output, shared.post_norm.data, n, layer.eps, output);
+    normalize(isa, layer, shared.experts_post_norm, y, y);
+    normalize(isa, layer, shared.post_norm, output, output);
   }
   if (shared.gated) {
     float logit;
@@ -184,11 +196,23 @@ void add_shared(const Kernels& isa, const LayerWeights& layer, const SharedLayer
   for (int64_t i = 0; i < n; ++i) y[i] += output[i];
 }
 
+/// Adds to y [hidden], what the mixer of a parallel layer makes of h [hidden], what the dense MLP or the shared expert
+/// makes of it.
+void add_dense_part(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* h, float* y) {
+  if (const auto* mlp = std::get_if<MlpLayer>(&layer.feed_forward)) {
+    float* output = workspace.shared.reserve(layer.hidden);
+    run_mlp(isa, *mlp, activation, h, output);
+    for (int64_t i = 0; i < layer.hidden; ++i) y[i] += output[i];
+  } else if (const auto& shared = layer.moe()->shared) {
+    add_shared(isa, layer, *shared, activation, h, y);
+  }
+}
+
 /// Returns what the router of a layer reads: its own norm of x, or what the experts read.
 const float* router_input(const Kernels& isa, const LayerWeights& layer, const float* x, const float* h, float* out) {
   if (!layer.moe()->plain_norm) return h;
   if (int64_t(workspace.ones.size()) < layer.hidden) workspace.ones.assign(layer.hidden, 1.0f);
-  isa.norm(x, workspace.ones.data(), layer.hidden, layer.eps, out);
+  normalize(isa, layer, workspace.ones.data(), nullptr, x, out);
   return out;
 }
 
@@ -208,11 +232,12 @@ Router own_router(const MoeLayer& moe) { return {moe.router.data, moe.router_bia
 
 }  // namespace
 
-void mix_token(const Kernels& isa, const LayerWeights& layer, const float* x, const Position& position,
-               const LayerState& state, float* out) {
+void mix_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x,
+               const Position& position, const LayerState& state, float* out) {
   const float* h = normed(isa, layer, layer.attn_norm, x, workspace.h.reserve(layer.hidden));
   float* y = workspace.added.reserve(layer.hidden);
   std::visit([&](const auto& mixer) { mix(isa, layer, mixer, h, position, state, y); }, layer.mixer);
+  if (layer.parallel) add_dense_part(isa, layer, activation, h, y);
   add_output(isa, layer, layer.attn_post_norm, x, y, out);
 }
 
@@ -220,7 +245,7 @@ void route_token(const Kernels& isa, const LayerWeights& layer, const float* x, 
                  float* weights) {
   const MoeLayer& moe = *layer.moe();
   const int64_t n = layer.hidden;
-  if (normed(isa, layer, layer.mlp_norm, x, h) == x) std::copy(x, x + n, h);
+  if (normed(isa, layer, layer.feed_norm(), x, h) == x) std::copy(x, x + n, h);
   choose(isa, moe, own_router(moe), n, router_input(isa, layer, x, h, workspace.h.reserve(n)), experts, weights);
   if (!moe.scales_input) return;
   multiply_by(weights[0], n, h);
@@ -231,7 +256,7 @@ void guess_token(const Kernels& isa, const LayerWeights& layer, const Router* ot
                  float* weights) {
   const MoeLayer& moe = *layer.moe();
   float* h = workspace.h.reserve(layer.hidden);
-  const float* read = moe.plain_norm ? x : normed(isa, layer, layer.mlp_norm, x, h);
+  const float* read = moe.plain_norm ? x : normed(isa, layer, layer.feed_norm(), x, h);
   choose(isa, moe, other ? *other : own_router(moe), layer.hidden, router_input(isa, layer, x, read, h), experts,
          weights);
 }
@@ -240,7 +265,10 @@ void finish_token(const Kernels& isa, const LayerWeights& layer, Activation acti
                   float* out) {
   float* added = workspace.added.reserve(layer.hidden);
   std::copy(y, y + layer.hidden, added);
-  if (const auto& shared = layer.moe()->shared) add_shared(isa, layer, *shared, activation, x, added);
+  if (const auto& shared = layer.moe()->shared; shared && !layer.parallel) {
+    const Norm& norm = shared->own_norms ? shared->norm : layer.mlp_norm;
+    add_shared(isa, layer, *shared, activation, normed(isa, layer, norm, x, workspace.h.reserve(layer.hidden)), added);
+  }
   leave(isa, layer, x, added, out);
 }
 

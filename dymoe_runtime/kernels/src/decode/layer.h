@@ -34,10 +34,10 @@ struct Router {
   const float *weight, *bias;  // [experts, hidden]; [experts], or null for none
 };
 
-/// Computes out = x + what the mixer makes of x, [hidden], and updates the layer's state, which must be of its kind.
-/// `out` may be `x`.
-void mix_token(const Kernels& isa, const LayerWeights& layer, const float* x, const Position& position,
-               const LayerState& state, float* out);
+/// Computes out = x + what the mixer makes of x, [hidden], and updates the layer's state, which must be of its kind. In
+/// a parallel layer, that includes what the dense MLP or the shared expert makes of x. `out` may be `x`.
+void mix_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x,
+               const Position& position, const LayerState& state, float* out);
 
 /// Computes h [hidden], what the experts read for a residual stream x, and chooses the experts. Writes experts and
 /// routing weights, [top_k] each, highest weight first. If the weight multiplies the input, h includes it, and 1 is
@@ -50,11 +50,12 @@ void guess_token(const Kernels& isa, const LayerWeights& layer, const Router* ot
                  float* weights);
 
 /// Computes the residual stream that leaves a layer, out [hidden], with y [hidden] the weighted sum of its experts'
-/// outputs for the residual stream x. `out` may be `x`.
+/// outputs and x the residual stream after its mixer. `out` may be `x`.
 void finish_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x, const float* y,
                   float* out);
 
-/// Computes the residual stream that leaves a layer with a dense MLP, out [hidden]. `out` may be `x`.
+/// Computes the residual stream that leaves a layer with a dense MLP, out [hidden], from the one after its mixer. The
+/// layer is not parallel. `out` may be `x`.
 void feed_token(const Kernels& isa, const LayerWeights& layer, Activation activation, const float* x, float* out);
 
 }  // namespace dymoe

@@ -114,13 +114,15 @@ Reached DecodeStack::run(const ResidentTable* table, int64_t first, const float*
       return reached;
     }
     const LayerWeights& layer = *layers_[n];
-    mix_token(isa_, layer, residual, position, states_[n], residual);
     const MoeLayer* moe = layer.moe();
+    const auto choose = [&] { route_token(isa_, layer, residual, buffers.h, buffers.experts, buffers.weights); };
+    if (moe && layer.parallel) choose();
+    mix_token(isa_, layer, activation_, residual, position, states_[n], residual);
     if (!moe) {
-      feed_token(isa_, layer, activation_, residual, residual);
+      if (!layer.parallel) feed_token(isa_, layer, activation_, residual, residual);
       continue;
     }
-    route_token(isa_, layer, residual, buffers.h, buffers.experts, buffers.weights);
+    if (!layer.parallel) choose();
     std::optional<Found> found;
     if (table) found = find_all(*table, n, buffers, moe->rule.top_k);
     if (!found) {

@@ -29,6 +29,12 @@ void expect(const char* name, const Linear& m, bool wanted, int64_t rows, int64_
   if ((m.bias != nullptr) != has_bias) throw std::invalid_argument(std::string(name) + ": its bias is unexpected");
 }
 
+/// Throws std::invalid_argument unless a norm is as the layer wants it.
+void expect(const char* name, const Norm& norm, bool wanted, const LayerWeights& layer) {
+  expect(name, norm.weight, wanted, 1, layer.hidden);
+  expect(name, norm.bias, wanted && layer.norm_kind == NormKind::layer_bias, 1, layer.hidden);
+}
+
 void expect(bool fits, const char* message) {
   if (!fits) throw std::invalid_argument(message);
 }
@@ -72,9 +78,10 @@ void check_mlp(const MlpLayer& w, int64_t hidden) {
   expect("down", w.matrices.down, hidden, w.width);
 }
 
-void check_feed_forward(const MlpLayer& w, int64_t hidden) { check_mlp(w, hidden); }
+void check_feed_forward(const MlpLayer& w, const LayerWeights& layer) { check_mlp(w, layer.hidden); }
 
-void check_feed_forward(const MoeLayer& w, int64_t hidden) {
+void check_feed_forward(const MoeLayer& w, const LayerWeights& layer) {
+  const int64_t hidden = layer.hidden;
   check(w.rule);
   expect(!w.scales_input || w.rule.top_k == 1, "a routing weight multiplies the input of one expert");
   expect("router", w.router, true, w.rule.experts, hidden);
@@ -85,9 +92,10 @@ void check_feed_forward(const MoeLayer& w, int64_t hidden) {
   const SharedLayer& shared = *w.shared;
   check_mlp(shared.mlp, hidden);
   expect("shared_gate", shared.gate, shared.gated, 1, hidden);
-  expect("shared_norm", shared.norm, shared.own_norms, 1, hidden);
-  expect("shared_post_norm", shared.post_norm, shared.own_norms, 1, hidden);
-  expect("experts_post_norm", shared.experts_post_norm, shared.own_norms, 1, hidden);
+  expect(!layer.parallel || !shared.own_norms, "a parallel layer has one norm");
+  expect("shared_norm", shared.norm, shared.own_norms, layer);
+  expect("shared_post_norm", shared.post_norm, shared.own_norms, layer);
+  expect("experts_post_norm", shared.experts_post_norm, shared.own_norms, layer);
 }
 
 }  // namespace
@@ -95,13 +103,15 @@ void check_feed_forward(const MoeLayer& w, int64_t hidden) {
 void check(const LayerWeights& layer) {
   const int64_t hidden = layer.hidden;
   expect(hidden >= 1, "a layer has no width");
-  expect("attn_norm", layer.attn_norm, layer.pre_norms, 1, hidden);
-  expect("mlp_norm", layer.mlp_norm, layer.pre_norms, 1, hidden);
-  expect("attn_post_norm", layer.attn_post_norm, layer.post_norms, 1, hidden);
-  expect("mlp_post_norm", layer.mlp_post_norm, layer.post_norms, 1, hidden);
+  expect(!layer.parallel || (layer.pre_norms && !layer.post_norms && !layer.has_scalar),
+         "a parallel layer has one norm, and no scalar");
+  expect("attn_norm", layer.attn_norm, layer.pre_norms, layer);
+  expect("mlp_norm", layer.mlp_norm, layer.pre_norms && !layer.parallel, layer);
+  expect("attn_post_norm", layer.attn_post_norm, layer.post_norms, layer);
+  expect("mlp_post_norm", layer.mlp_post_norm, layer.post_norms, layer);
   expect("scalar", layer.scalar, layer.has_scalar, 1, 1);
   std::visit([&](const auto& mixer) { check_mixer(mixer, hidden); }, layer.mixer);
-  std::visit([&](const auto& part) { check_feed_forward(part, hidden); }, layer.feed_forward);
+  std::visit([&](const auto& part) { check_feed_forward(part, layer); }, layer.feed_forward);
 }
 
 }  // namespace dymoe

@@ -18,6 +18,14 @@ struct FloatMatrix {
   int64_t rows = 0, cols = 0;
 };
 
+/// A norm of the residual stream, or of what a layer adds to it, [hidden]. The bias is empty for a norm without one.
+struct Norm {
+  FloatMatrix weight, bias;
+};
+
+/// What all such norms of a model are.
+enum class NormKind { rms, layer, layer_bias };
+
 /// How queries and keys are normalized: not at all, each head by itself, or all heads as one vector.
 enum class QkNorm { none, head, full };
 
@@ -60,7 +68,8 @@ struct SharedLayer {
   MlpLayer mlp;
   bool gated, own_norms;
   float scale;
-  FloatMatrix gate, norm, post_norm, experts_post_norm;  // [hidden] each
+  FloatMatrix gate;  // [hidden]
+  Norm norm, post_norm, experts_post_norm;
 };
 
 /// The router of routed experts, as RouterSpec of spec.py, and the shared expert.
@@ -74,15 +83,20 @@ struct MoeLayer {
 /// The dense weights of one layer, as LayerSpec of spec.py. The caller keeps the memory of all pointers.
 struct LayerWeights {
   int64_t hidden;
+  NormKind norm_kind;
   float eps;  // of all norms
-  bool pre_norms, post_norms, has_scalar;
+  bool pre_norms, post_norms, has_scalar, parallel;
   float residual_scale;
-  FloatMatrix attn_norm, attn_post_norm, mlp_norm, mlp_post_norm, scalar;  // [hidden] each; [1]
+  Norm attn_norm, attn_post_norm, mlp_norm, mlp_post_norm;
+  FloatMatrix scalar;  // [1]
   std::variant<AttentionLayer, DeltaLayer> mixer;
   std::variant<MlpLayer, MoeLayer> feed_forward;
 
   /// Returns the routed experts of the layer, or null if it has none.
   const MoeLayer* moe() const { return std::get_if<MoeLayer>(&feed_forward); }
+
+  /// Returns the norm through which the feed-forward part reads the residual stream.
+  const Norm& feed_norm() const { return parallel ? attn_norm : mlp_norm; }
 };
 
 /// Throws std::invalid_argument if the numbers of a layer contradict each other, or the shapes of its tensors.

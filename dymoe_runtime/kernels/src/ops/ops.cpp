@@ -58,6 +58,13 @@ void norms(const Kernels& isa, const float* x, const float* weight, int64_t toke
   });
 }
 
+void layer_norms(const Kernels& isa, const float* x, const float* weight, const float* bias, int64_t tokens, int64_t n,
+                 float eps, float* out) {
+  parallel_ranges(tokens, 1, tokens * n / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) isa.layer_norm(x + t * n, weight, bias, n, eps, out + t * n);
+  });
+}
+
 void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, int64_t turning, const float* cosines,
             const float* sines) {
   const int64_t half = turning / 2;

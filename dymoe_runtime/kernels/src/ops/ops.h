@@ -21,6 +21,11 @@ void activate(const Kernels& isa, Activation activation, int64_t count, const fl
 /// Computes out[t] = weight * x[t] / sqrt(mean(x[t]^2) + eps); x and out [tokens, n], weight [n]; out may be x.
 void norms(const Kernels& isa, const float* x, const float* weight, int64_t tokens, int64_t n, float eps, float* out);
 
+/// Computes out[t] = weight * (x[t] - mean(x[t])) / sqrt(variance(x[t]) + eps) + bias, as `norms` does; bias [n] may be
+/// null.
+void layer_norms(const Kernels& isa, const float* x, const float* weight, const float* bias, int64_t tokens, int64_t n,
+                 float eps, float* out);
+
 /// Rotates columns i and i + turning / 2 of every head of x [tokens, heads, n] in place; the columns from `turning` on
 /// stay as they are. cosines and sines are [tokens, turning], one row for the position of each token.
 void rotate(float* x, int64_t tokens, int64_t heads, int64_t n, int64_t turning, const float* cosines,

@@ -56,6 +56,20 @@ std::vector<int64_t> choose(const RouterRule& rule, const float* scores) {
   return highest(wanted.data(), rule.experts, rule.top_k);
 }
 
+/// Computes the weights [top_k] of sparsemixer: the share of each chosen expert among those not chosen before it whose
+/// logits are near its own.
+void share_among_near(const RouterRule& rule, const float* logits, const int64_t* experts, float* weights) {
+  for (int64_t j = 0; j < rule.top_k; ++j) {
+    const float most = logits[experts[j]];
+    float sum = 0.0f;
+    for (int64_t e = 0; e < rule.experts; ++e) {
+      const bool is_far = (most - logits[e]) / std::max(std::fabs(logits[e]), most) > rule.threshold;
+      if (!is_far && std::find(experts, experts + j, e) == experts + j) sum += std::exp(logits[e] - most);
+    }
+    weights[j] = 1.0f / sum;
+  }
+}
+
 /// Normalizes and scales the weights [top_k] of the chosen experts.
 void scale_weights(const RouterRule& rule, const int64_t* experts, float* weights) {
   if (rule.normalize) {
@@ -112,6 +126,7 @@ void select_experts(const Kernels& isa, const RouterRule& rule, float* logits, i
     const float total = isa.exponentials(weights, rule.top_k);
     for (int64_t j = 0; j < rule.top_k; ++j) weights[j] /= total;
   }
+  if (rule.score == RouterScore::sparsemixer) share_among_near(rule, logits, experts, weights);
   scale_weights(rule, experts, weights);
   sort_by_weight(rule.top_k, experts, weights);
 }

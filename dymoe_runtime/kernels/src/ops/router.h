@@ -8,8 +8,8 @@
 namespace dymoe {
 
 /// What scores are made of: the softmax over all logits, the sigmoid of each, or the logits, of which the chosen ones
-/// then go through a softmax.
-enum class RouterScore { softmax, sigmoid, softmax_of_chosen };
+/// then go through a softmax, or one with those near them for each.
+enum class RouterScore { softmax, sigmoid, softmax_of_chosen, sparsemixer };
 
 /// How a router chooses experts and weighs them, as RouterSpec of spec.py says.
 struct RouterRule {
@@ -22,6 +22,7 @@ struct RouterRule {
   float softcap;              // logits become softcap * tanh(logits / softcap); 0 for none
   const float* select;        // [experts], added to the scores for the choice alone; null for none
   const float* weight_scale;  // [experts], factors of the weights; null for none
+  float threshold;            // of RouterScore::sparsemixer
 };
 
 /// Throws std::invalid_argument if the numbers of a rule contradict each other.

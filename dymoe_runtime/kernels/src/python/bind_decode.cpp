@@ -77,6 +77,9 @@ class Tensors {
     return {reinterpret_cast<const float*>(address), rows, cols};
   }
 
+  /// Returns a norm with its bias, each of them empty if there is none.
+  Norm norm(const std::string& name) { return {plain(name), plain(name + "_bias")}; }
+
   /// Returns a quantized matrix; an empty one if there is none.
   Linear linear(const std::string& name) {
     const auto found = quantized_.find(name);
@@ -141,8 +144,8 @@ SharedLayer shared_from(nb::handle spec, Tensors& tensors) {
   w.mlp = tensors.mlp("shared.", field<int64_t>(spec, "width"));
   w.gated = field<bool>(spec, "gated"), w.own_norms = field<bool>(spec, "own_norms");
   w.scale = field<float>(spec, "scale");
-  w.gate = tensors.plain("shared_gate"), w.norm = tensors.plain("shared_norm");
-  w.post_norm = tensors.plain("shared_post_norm"), w.experts_post_norm = tensors.plain("experts_post_norm");
+  w.gate = tensors.plain("shared_gate"), w.norm = tensors.norm("shared_norm");
+  w.post_norm = tensors.norm("shared_post_norm"), w.experts_post_norm = tensors.norm("experts_post_norm");
   return w;
 }
 
@@ -159,19 +162,30 @@ MoeLayer moe_from(nb::handle spec, Tensors& tensors) {
   return w;
 }
 
+// kind of all norms, one of NORMS in spec.py; their epsilon
+using NormTuple = std::tuple<std::string, float>;
+
+NormKind norm_kind_from(const std::string& name) {
+  if (name == "rms") return NormKind::rms;
+  if (name == "layer") return NormKind::layer;
+  if (name == "layer_bias") return NormKind::layer_bias;
+  reject("norm '" + name + "': expected rms, layer or layer_bias");
+}
+
 /// `layer` is a LayerSpec; tensors that are not quantized come with rows and columns.
-DecodeLayer make_layer(const std::string& isa, int64_t hidden, float eps, nb::handle layer,
+DecodeLayer make_layer(const std::string& isa, int64_t hidden, const NormTuple& norm, nb::handle layer,
                        const RotationTuple& rotation, const std::map<std::string, MatrixTuple>& plain,
                        const std::map<std::string, LinearTuple>& quantized) {
   const nb::object mixer = layer.attr("mixer"), part = layer.attr("feed_forward");
   const auto mixer_kind = field<std::string>(mixer, "kind"), part_kind = field<std::string>(part, "kind");
   Tensors tensors(plain, quantized);
   LayerWeights w{};
-  w.hidden = hidden, w.eps = eps;
+  w.hidden = hidden, w.norm_kind = norm_kind_from(std::get<0>(norm)), w.eps = std::get<1>(norm);
   w.pre_norms = field<bool>(layer, "pre_norms"), w.post_norms = field<bool>(layer, "post_norms");
   w.has_scalar = field<bool>(layer, "scalar"), w.residual_scale = field<float>(layer, "residual_scale");
-  w.attn_norm = tensors.plain("attn_norm"), w.attn_post_norm = tensors.plain("attn_post_norm");
-  w.mlp_norm = tensors.plain("mlp_norm"), w.mlp_post_norm = tensors.plain("mlp_post_norm");
+  w.parallel = field<bool>(layer, "parallel");
+  w.attn_norm = tensors.norm("attn_norm"), w.attn_post_norm = tensors.norm("attn_post_norm");
+  w.mlp_norm = tensors.norm("mlp_norm"), w.mlp_post_norm = tensors.norm("mlp_post_norm");
   w.scalar = tensors.plain("scalar");
   if (mixer_kind == "gqa") {
     w.mixer = attention_from(mixer, rotation, tensors);
@@ -288,7 +302,8 @@ std::vector<int> choose_tiers(const ResidentTable& table, int64_t layer, const s
 
 void bind_decode(nb::module_& m) {
   nb::class_<DecodeLayer>(m, "DecodeLayer")
-      .def_static("make", &make_layer, "isa"_a, "hidden"_a, "eps"_a, "layer"_a, "rotation"_a, "plain"_a, "quantized"_a);
+      .def_static("make", &make_layer, "isa"_a, "hidden"_a, "norm"_a, "layer"_a, "rotation"_a, "plain"_a,
+                  "quantized"_a);
   nb::class_<ResidentTable>(m, "ResidentTable")
       .def(nb::init<int64_t, int64_t, std::vector<int>>(), "layers"_a, "experts"_a, "ladder"_a)
       .def("put", &put_resident, "layer"_a, "expert"_a, "tier"_a, "views"_a)

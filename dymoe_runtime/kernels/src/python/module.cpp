@@ -70,6 +70,17 @@ void run_norm(const std::string& isa, const MatrixTuple& x, uintptr_t weight, fl
   norms(kernels, reinterpret_cast<const float*>(address), reinterpret_cast<const float*>(weight), tokens, n, eps, to);
 }
 
+/// bias may be 0.
+void run_layer_norm(const std::string& isa, const MatrixTuple& x, uintptr_t weight, uintptr_t bias, float eps,
+                    const MatrixTuple& out) {
+  const auto [address, tokens, n] = x;
+  float* to = output_from(out, tokens, n);
+  const Kernels& kernels = find_isa(isa);
+  nb::gil_scoped_release unlocked;
+  layer_norms(kernels, reinterpret_cast<const float*>(address), reinterpret_cast<const float*>(weight),
+              reinterpret_cast<const float*>(bias), tokens, n, eps, to);
+}
+
 /// x is [tokens, heads * n]; cosines and sines are [tokens, turning].
 void run_rotate(const MatrixTuple& x, int64_t n, const MatrixTuple& cosines, uintptr_t sines) {
   const auto [address, tokens, width] = x;
@@ -270,6 +281,7 @@ NB_MODULE(_native, m) {
   m.def("activate", &run_activate, "isa"_a, "hidden"_a, "ups"_a, "activation"_a);
   m.def("route", &run_route, "isa"_a, "logits"_a, "router"_a, "select"_a, "scale"_a, "experts"_a, "weights"_a);
   m.def("norm", &run_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "out"_a);
+  m.def("layer_norm", &run_layer_norm, "isa"_a, "x"_a, "weight"_a, "bias"_a, "eps"_a, "out"_a);
   m.def("rotate", &run_rotate, "x"_a, "n"_a, "cosines"_a, "sines"_a);
   m.def("receiving_parts", &run_receiving_parts, "isa"_a, "shape"_a, "last"_a);
   m.def("attend_prompt", &run_attend_prompt, "isa"_a, "shape"_a, "sight"_a, "last"_a, "vectors"_a, "cache"_a,

@@ -24,7 +24,8 @@ inline RouterScore score_from(const std::string& name) {
   if (name == "softmax") return RouterScore::softmax;
   if (name == "sigmoid") return RouterScore::sigmoid;
   if (name == "softmax_of_chosen") return RouterScore::softmax_of_chosen;
-  reject("score '" + name + "': expected softmax, sigmoid or softmax_of_chosen");
+  if (name == "sparsemixer") return RouterScore::sparsemixer;
+  reject("score '" + name + "': expected softmax, sigmoid, softmax_of_chosen or sparsemixer");
 }
 
 /// Returns the rule of a RouterSpec, without tensors and not yet checked.
@@ -37,6 +38,7 @@ inline RouterRule rule_from(nanobind::handle router) {
   rule.normalize = field<bool>(router, "normalize");
   rule.scale = field<float>(router, "scale"), rule.eps = field<float>(router, "eps");
   rule.least_sum = field<float>(router, "least_sum"), rule.softcap = field<float>(router, "softcap");
+  rule.threshold = field<float>(router, "threshold");
   return rule;
 }
 

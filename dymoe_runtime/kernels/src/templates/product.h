@@ -309,8 +309,8 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 /// Returns the kernels of an instruction set by its policies; `Halved` is the one with two scales of a block.
 template <class V, class Halved>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,         V::at_once, kTileRows, quantize<V>, product<V, Halved>, activate, dequantize<V>, norm,    dots,
-          exponentials, pack_row,   attend,    attend_tile, convolve,           delta,    descend,       fit_rows};
+  return {name, V::at_once,   kTileRows, quantize<V>, product<V, Halved>, activate, dequantize<V>, norm,    layer_norm,
+          dots, exponentials, pack_row,  attend,      attend_tile,        convolve, delta,         descend, fit_rows};
 }
 
 }  // namespace

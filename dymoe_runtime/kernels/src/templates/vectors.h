@@ -106,6 +106,19 @@ void norm(const float* x, const float* weight, int64_t n, float eps, float* out)
   for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * inverse);
 }
 
+/// See Kernels::layer_norm.
+void layer_norm(const float* x, const float* weight, const float* bias, int64_t n, float eps, float* out) {
+  float sums[kSumLanes] = {};
+  for (int64_t i = 0; i < n; ++i) sums[i % kSumLanes] += x[i];
+  float mean = 0.0f;
+  for (float sum : sums) mean += sum;
+  mean /= float(n);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] - mean;
+  norm(out, weight, n, eps, out);
+  if (bias)
+    for (int64_t i = 0; i < n; ++i) out[i] += bias[i];
+}
+
 /// See Kernels::dots.
 void dots(const float* rows, int64_t n, int64_t begin, int64_t end, const float* x, float* out) {
   int64_t r = begin;
