@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families.harness import Case
+from families.harness import COMMON, Case
 from families.tiny import (
     EXPERTS,
     FAST_YARN,
@@ -325,4 +325,104 @@ OF_CHOSEN = [
     ),
     Case("granitemoeshared", "without one", of("GraniteMoeSharedConfig", **GRANITE)),
 ]
-CASES = [*QWEN, *OTHERS, *OF_CHOSEN]
+COHERE: Values = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 40,
+    "head_dim": HEAD,
+    "sliding_window": WINDOW,
+}
+COHERE_CASES = [
+    Case(
+        "cohere2_moe",
+        "window shorter than prompt, average",
+        of("Cohere2MoeConfig", **COHERE, num_shared_experts=2, expert_selection_fn="sigmoid", logit_scale=0.25),
+    ),
+    Case(
+        "cohere2_moe",
+        "dense first, sum, biases",
+        of(
+            "Cohere2MoeConfig",
+            **COHERE,
+            num_shared_experts=1,
+            shared_expert_combination_strategy="sum",
+            first_k_dense_replace=2,
+            prefix_dense_intermediate_size=56,
+            sliding_window_pattern=2,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
+    Case(
+        "cohere2_moe",
+        "dense without rope, sigmoid shares, RMSNorm",
+        of(
+            "Cohere2MoeConfig",
+            **COHERE,
+            layer_types=[FULL, SLIDING, FULL, SLIDING],
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            prefix_dense_sliding_window_pattern=2,
+            expert_selection_fn="sigmoid",
+            norm_topk_prob=False,
+            rms_norm_eps=1e-6,
+        ),
+    ),
+]
+PAIRS = COMMON["hidden_size"] // COMMON["num_attention_heads"] // 2
+# Each number of the long factors is different, and far from that of the short ones.
+LONGROPE: Values = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(PAIRS)],
+    "long_factor": [1.5 + 0.7 * i for i in range(PAIRS)],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+}
+
+
+def with_long_factors(config: Any) -> Any:
+    """A model with the factors of a context above the original one.
+
+    transformers 5.24 does not tell its rotary embedding the length, so that it has the short ones there, too, unlike
+    the model's own code and earlier releases.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = model_class("PhimoeForCausalLM")(config)
+    length = config.rope_parameters["original_max_position_embeddings"] + 1
+    model.model.rotary_emb.rope_init_fn = lambda config: ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=length)
+    return model
+
+
+PHI: Values = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 40}
+PHI_CASES = [
+    Case(
+        "phimoe",
+        "biases, short longrope, wide threshold",
+        of(
+            "PhimoeConfig",
+            **PHI,
+            attention_bias=True,
+            lm_head_bias=True,
+            router_jitter_noise=0.4,
+            rope_parameters={**LONGROPE, "original_max_position_embeddings": 128},
+        ),
+    ),
+    Case(
+        "phimoe",
+        "long longrope, window",
+        of(
+            "PhimoeConfig",
+            **PHI,
+            sliding_window=WINDOW,
+            rope_parameters={**LONGROPE, "original_max_position_embeddings": 32},
+        ),
+        with_long_factors,
+    ),
+    Case(
+        "phimoe",
+        "tied head with a bias, any threshold",
+        of("PhimoeConfig", **PHI, tie_word_embeddings=True, lm_head_bias=True, router_jitter_noise=5.0),
+    ),
+]
+CASES = [*QWEN, *OTHERS, *OF_CHOSEN, *COHERE_CASES, *PHI_CASES]
