@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 PROMPTS = (128, 512)
@@ -57,26 +58,36 @@ def run_ours(args: argparse.Namespace, option: tuple[str, str]) -> dict[str, flo
 
 
 def run_llama(args: argparse.Namespace, path: Path, repack: int) -> dict[str, float]:
-    """Return the tokens per second of each test, by llama-bench."""
-    command = [str(args.llama_bench), "-m", str(path), "-t", str(args.threads), "-p", ",".join(map(str, PROMPTS))]
-    command += ["-n", str(NEW), "-r", "1", "--repack", str(repack), "-o", "json"]
-    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {f"pp{row['n_prompt']}" if row["n_prompt"] else f"tg{row['n_gen']}": row["avg_ts"] for row in rows}
+    """Return the tokens per second of each test that llama-bench survives, each in a process of its own."""
+    rates = {}
+    for test, sizes in {f"tg{NEW}": (0, NEW), **{f"pp{tokens}": (tokens, 0) for tokens in PROMPTS}}.items():
+        command = [str(args.llama_bench), "-m", str(path), "-t", str(args.threads)]
+        command += ["-p", str(sizes[0]), "-n", str(sizes[1]), "-r", "1", "--repack", str(repack), "-o", "json"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            print(f"{path.stem} repack {repack}, {test}: llama-bench ends with {ended.returncode}", file=sys.stderr)
+        else:
+            rates[test] = json.loads(ended.stdout)[0]["avg_ts"]
+    return rates
 
 
 def print_table(results: dict[str, Rates]) -> None:
     """Print median, range and ratio of each setting and test."""
     tests = [f"tg{NEW}", *(f"pp{tokens}" for tokens in PROMPTS)]
     peers = [rates for name, rates in results.items() if not name.startswith("dymoe")]
-    best = {test: max(statistics.median(rates[test]) for rates in peers) for test in tests}
+    best = {test: max(statistics.median(rates[test]) for rates in peers if rates[test]) for test in tests}
     print(f"{'tokens per second':<28}" + "".join(f"{test:>24}{'ratio':>7}" for test in tests))
     for name, rates in results.items():
-        cells = []
-        for test in tests:
-            middle = statistics.median(rates[test])
-            shown = f"{middle:.1f} ({min(rates[test]):.1f}-{max(rates[test]):.1f})"
-            cells.append(f"{shown:>24}{middle / best[test]:>7.2f}")
-        print(f"{name:<28}" + "".join(cells))
+        print(f"{name:<28}" + "".join(cell(rates[test], best[test]) for test in tests))
+
+
+def cell(rates: Sequence[float], best: float) -> str:
+    """Return median, range and ratio to the best median of the peers; there are no rates of what has crashed."""
+    if not rates:
+        return f"{'crashed':>24}{'':>7}"
+    middle = statistics.median(rates)
+    shown = f"{middle:.1f} ({min(rates):.1f}-{max(rates):.1f})"
+    return f"{shown:>24}{middle / best:>7.2f}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -81,9 +82,13 @@ def main() -> None:
 
 
 def run(folder: str, *options: object) -> None:
-    """Run the comparison in a folder of benchmarks."""
+    """Run the comparison in a folder of benchmarks.
+
+    What `dymoe_runtime` sets for OpenMP in this process is kept from llama.cpp, which it would slow down.
+    """
     command = [sys.executable, BENCHMARKS / folder / "against_llama.py", *options]
-    subprocess.run([str(word) for word in command], check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    subprocess.run([str(word) for word in command], check=True, env=environment)
 
 
 def print_bundle(path: Path) -> int:
