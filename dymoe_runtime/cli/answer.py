@@ -60,13 +60,16 @@ def converse(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     statistics: dict[str, Any] = {}
     with load(bundle, kernels, flags, CHAT_CONTEXT) as model:
         session = Session(model, tokenizer, flags.system)
-        for line in _turns():
-            _, _, timing = _stream(session.reply(line, params, flags.max_tokens, flags.stop, flags.ignore_eos), flags)
-            statistics = model.statistics() | timing
-            if flags.stats:
-                click.echo(format_statistics(statistics), err=True)
-        if flags.as_json:
-            print_json({"messages": session.messages, **statistics})
+        try:
+            for line in _turns():
+                reply = session.reply(line, params, flags.max_tokens, flags.stop, flags.ignore_eos)
+                _, _, timing = _stream(reply, flags)
+                statistics = model.statistics() | timing
+                if flags.stats:
+                    click.echo(format_statistics(statistics), err=True)
+        finally:  # what was said is not lost where a turn fails
+            if flags.as_json:
+                print_json({"messages": session.messages, **statistics})
         model.remember()
 
 
@@ -135,7 +138,8 @@ def _read_prompt(flags: RunFlags) -> str:
 
 
 def _decoded(data: bytes, where: str) -> str:
+    """Return the text of `data`, read as `read_text` reads a file, whatever ends its lines."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DymoeError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error

@@ -53,12 +53,14 @@ def generate(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
+    before: Sequence[int] = (),
 ) -> Generator[Token, None, None]:
     """Return a generator of the tokens that follow the model's cache and `prompt`, a text or its token ids.
 
     Generation ends at an id in `tokenizer.eos_ids` (unless `ignore_eos`), before the first complete string of `stop`,
     after `max_tokens`, or when the context is full. A stop string that is a special token ends generation at that
-    token. `params` are greedy by default.
+    token. `params` are greedy by default. `before` holds ids that are in the cache already, which the repetition
+    penalty counts like those of the prompt.
 
     The model decodes a token only when the next one is asked for. The last token is therefore not in the cache, and
     closing the generator early leaves the cache at the tokens before it.
@@ -79,7 +81,7 @@ def generate(
     ends = set() if ignore_eos else set(tokenizer.eos_ids)
     ends |= {tokenizer.special_ids[text] for text in stop if text in tokenizer.special_ids}
     return _generate(
-        model, tokenizer, prompt_ids, Sampler(params or SamplingParams()), max_tokens, StopStrings(stop), ends
+        model, tokenizer, prompt_ids, before, Sampler(params or SamplingParams()), max_tokens, StopStrings(stop), ends
     )
 
 
@@ -103,6 +105,7 @@ def _generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
+    before: Sequence[int],
     sampler: Sampler,
     max_tokens: int,
     stop: StopStrings,
@@ -110,7 +113,7 @@ def _generate(
 ) -> Generator[Token, None, None]:
     decoder = StreamDecoder(tokenizer)
     logits = model.prefill(prompt_ids)
-    history = array("q", prompt_ids)
+    history = array("q", [*before, *prompt_ids])
     for count in range(1, max_tokens + 1):
         token_id = sampler.sample(logits, history)
         history.append(token_id)

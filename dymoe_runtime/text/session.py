@@ -40,7 +40,6 @@ class Session:
         """
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._model, self._tokenizer = model, tokenizer
-        self._ids: list[int] = []  # of the last prompt
         tokenizer.chat([*self.messages, {"role": "user", "content": ""}])
 
     def reply(
@@ -57,13 +56,10 @@ class Session:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.encode(self._tokenizer.chat(asked), add_special_tokens=False)
-        # Of the last prompt, what the model still has: others may use it too. At least one token must run, for its
-        # logits.
-        shared = min(_shared_prefix(self._ids, ids), _shared_prefix(self._model.tokens, ids))
-        kept = self._model.reset(min(shared, len(ids) - 1))
-        self._ids = ids  # set before the answer, which the caller may not read to its end
-        answer = ""
-        for token in generate(self._model, self._tokenizer, ids[kept:], params, max_tokens, stop, ignore_eos):
+        # The model may have been used by others since. At least one token must run, for its logits.
+        kept = self._model.reset(min(_shared_prefix(self._model.tokens, ids), len(ids) - 1))
+        new, before, answer = ids[kept:], ids[:kept], ""
+        for token in generate(self._model, self._tokenizer, new, params, max_tokens, stop, ignore_eos, before):
             answer += token.text
             yield token
         self.messages = [*asked, {"role": "assistant", "content": answer}]

@@ -40,6 +40,22 @@ def test_a_prompt_comes_as_a_flag_a_file_or_stdin(shipped_path: Path, tmp_path: 
     assert run_cli(shipped_path, "--prompt-file", tmp_path / "prompt.txt", *tail).json["text"] == expected
     assert run_cli(shipped_path, *tail, stdin=PROMPT).json["text"] == expected
     assert run_cli(shipped_path, "--prompt-file", "-", *tail, stdin=PROMPT).json["text"] == expected
+    assert run_cli(shipped_path, *tail, stdin=f"\ufeff{PROMPT}").json["text"] == expected
+
+
+def test_the_ends_of_lines_are_alike_in_a_file_and_on_stdin(shipped_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    args = (shipped_path, "--max-tokens", 1, "--json")
+    expected = run_cli(*args, "--prompt", "one\ntwo\nthree\n").json["prompt_tokens"]
+    assert run_cli(*args, "--prompt-file", tmp_path / "prompt.txt").json["prompt_tokens"] == expected
+    assert run_cli(*args, stdin="one\r\ntwo\rthree\n").json["prompt_tokens"] == expected
+
+
+def test_a_turn_that_fails_loses_no_turn_before_it(shipped_path: Path) -> None:
+    turns = "Hello\n" + "And again " * 60 + "\n"
+    outcome = run_cli(shipped_path, "--chat", "--context", 32, "--max-tokens", 4, "--json", stdin=turns)
+    assert outcome.code == 1 and "the context holds 32" in outcome.err
+    assert [message["role"] for message in outcome.json["messages"]] == ["user", "assistant"]
 
 
 def test_bench_gives_the_keys_of_the_contract(tiny_path: Path) -> None:

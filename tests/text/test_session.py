@@ -9,6 +9,7 @@ import pytest
 from text_kit import CONFIG, byte_level_backend, make_tokenizer
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ class Speaker:
         return self._next()
 
     def _next(self) -> np.ndarray:
-        logits = np.zeros(self._tokenizer.vocab_size, np.float32)
+        logits = np.ones(self._tokenizer.vocab_size, np.float32)
         logits[self._saying.pop(0)] = 9.0
         return logits
 
@@ -90,20 +91,32 @@ def test_a_turn_runs_what_the_turns_before_have_not(system: str | None) -> None:
     said = ["who?", "the fox", "and then?", "a dog", "good"]
     prompts = [prompt_of(tokenizer, *said[:count], system=system) for count in (1, 3, 5)]
     assert model.prompts == prompts
-    assert model.run == [len(prompts[0]), len(prompts[1]) - len(prompts[0]), len(prompts[2]) - len(prompts[1])]
+    answers = [len(tokenizer.encode(text, add_special_tokens=False)) for text in ("the fox", "a dog")]
+    known = [0, len(prompts[0]) + answers[0], len(prompts[1]) + answers[1]]
+    assert model.run == [len(prompt) - seen for prompt, seen in zip(prompts, known, strict=True)]
     roles = ["system"] * (system is not None) + ["user", "assistant"] * 3
     assert [message["role"] for message in session.messages] == roles
     assert [message["content"] for message in session.messages][-6:] == [*said, "ok"]
 
 
 def test_a_model_that_cannot_go_back_runs_the_whole_prompt() -> None:
-    tokenizer = make_chat()
-    model = Speaker(tokenizer, ["the fox", "a dog"], rewinds=False)
+    tokenizer = make_chat(WITHOUT_THOUGHTS)
+    model = Speaker(tokenizer, ["1 + 1 = 2", "done"], rewinds=False)
     session = Session(model, tokenizer)
-    say(session, "who?")
-    say(session, "and then?")
-    assert model.prompts[1] == prompt_of(tokenizer, "who?", "the fox", "and then?")
+    say(session, "x = 1 + 1")
+    say(session, "z")
+    assert model.prompts[1] == prompt_of(tokenizer, "x = 1 + 1", "1 + 1 = 2", "z")
     assert model.run[1] == len(model.prompts[1])
+
+
+def test_a_penalty_counts_the_turns_before() -> None:
+    """The model would say the same again, but for a penalty that is larger than its preference."""
+    tokenizer = make_chat(LAST_ALONE)
+    model = Speaker(tokenizer, ["x", "x"])
+    session = Session(model, tokenizer)
+    assert say(session, "x a") == "x"
+    said = next(session.reply("x a", SamplingParams(repetition_penalty=100.0)))
+    assert model.run[1] == 1 and said.text != "x"
 
 
 def test_a_model_that_others_use_in_between_runs_what_it_has_lost() -> None:
