@@ -2,8 +2,8 @@
 
 >>> from dymoe_runtime import RunOptions, SamplingParams, Tokenizer, generate, load_model
 >>> with load_model("build/demo.dymoe", RunOptions(memory_bytes=1 << 30)) as model:
-...     tokenizer = Tokenizer.load(model.bundle.path, model.spec.eos_ids)
-...     tokens = list(generate(model, tokenizer, "Once upon a time", SamplingParams(), max_tokens=6))
+...     greedy = SamplingParams()
+...     tokens = list(generate(model, Tokenizer.of(model), "Once upon a time", greedy, max_tokens=6))
 >>> "".join(token.text for token in tokens)
 ' of time, the time of'
 """
@@ -25,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "generate",
+    "generate_async",
     "load_kernels",
     "load_model",
 ]
@@ -46,6 +47,7 @@ _HOMES = {
     "Token": "dymoe_runtime.text.generate",
     "Tokenizer": "dymoe_runtime.text.tokenizer",
     "generate": "dymoe_runtime.text.generate",
+    "generate_async": "dymoe_runtime.text.generate",
     "load_kernels": "dymoe_runtime.kernels",
     "load_model": "dymoe_runtime.engine.load",
 }

@@ -9,6 +9,7 @@ from dymoe_runtime.kernels import load_kernels as load_kernels
 from dymoe_runtime.kernels.interface import Kernels as Kernels
 from dymoe_runtime.text.generate import Token as Token
 from dymoe_runtime.text.generate import generate as generate
+from dymoe_runtime.text.generate import generate_async as generate_async
 from dymoe_runtime.text.sampling import SamplingParams as SamplingParams
 from dymoe_runtime.text.session import Session as Session
 from dymoe_runtime.text.tokenizer import Tokenizer as Tokenizer

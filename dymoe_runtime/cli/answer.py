@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli.load import format_statistics, load
+from dymoe_runtime.cli.output import Answer, say_cut, say_dropped, show
 from dymoe_runtime.cli.run_flags import RunFlags
+from dymoe_runtime.cli.sampling_flags import sampling, template_variables
 from dymoe_runtime.console import print_json
+from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_text
@@ -21,62 +23,86 @@ from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
-
-CHAT_CONTEXT = 4096
+from dymoe_runtime.text.transcript import shared_prefix
 
 
 def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     """Answer once, or hold a conversation, as the flags say."""
-    if flags.chat and flags.prompt is None and flags.prompt_file is None:
-        converse(bundle, kernels, flags)
-    else:
-        answer(bundle, kernels, flags)
-
-
-def answer(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
-    """Continue one prompt, or answer it by the chat template."""
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
-    prompt = _read_prompt(flags)
-    if flags.chat:
-        ids = tokenizer.encode(tokenizer.chat(_messages(flags, prompt)), add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt)
-    params = _sampling(flags)
-    with load(bundle, kernels, flags, len(ids) + flags.max_tokens) as model:
-        text, finish, timing = _stream(_generate(model, tokenizer, ids, params, flags), flags)
-        statistics = model.statistics() | timing
+    params = sampling(tokenizer, flags)
+    if not flags.chat:
+        complete(bundle, kernels, flags, tokenizer, params)
+        return
+    variables = template_variables(tokenizer, flags)
+    once = flags.prompt is not None or flags.prompt_file is not None
+    prompts = iter([prompt := _read_prompt(flags)]) if once else _turns()
+    head = [{"role": "system", "content": flags.system}] if flags.system else []
+    begun = tokenizer.chat([*head, {"role": "user", "content": prompt if once else ""}], **variables)
+    size = len(tokenizer.encode(begun, add_special_tokens=False))
+    with load(bundle, kernels, flags, max(DEFAULT_CONTEXT, size + (flags.max_tokens or DEFAULT_CONTEXT))) as model:
+        session = Session(
+            model, tokenizer, flags.system, params=params, variables=variables, context_policy=flags.context_policy
+        )
+        if flags.session is not None and flags.session.exists():
+            session.restore(model.load_state(flags.session))
+            if flags.system:
+                session.set_system(flags.system)
+        converse(session, model, prompts, flags, once)
+        model.remember()
+
+
+def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    """Continue one prompt."""
+    ids = tokenizer.encode(_read_prompt(flags))
+    with load(bundle, kernels, flags, len(ids) + (flags.max_tokens or DEFAULT_CONTEXT)) as model:
+        note = model.load_state(flags.session) if flags.session is not None and flags.session.exists() else ""
+        answer = show(_continue(model, tokenizer, ids, params, flags), flags)
+        say_cut(answer, model.max_context, flags)
+        statistics = model.statistics() | answer.timing | {"sampling": params.to_json()}
         if flags.stats:
             click.echo(format_statistics(statistics), err=True)
         if flags.as_json:
-            print_json({"text": text, "finish": finish, **statistics})
+            print_json({"text": answer.text, "finish": answer.finish, **statistics})
+        if flags.session is not None:
+            model.save_state(flags.session, note)
         model.remember()
 
 
-def converse(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
-    """Hold a conversation on stdin."""
-    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
-    tokenizer.chat([*_messages(flags), {"role": "user", "content": ""}])  # fails early without a template
-    params = _sampling(flags)
+def _continue(
+    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, flags: RunFlags
+) -> Generator[Token, None, None]:
+    """Return the tokens that follow `ids`; what a saved state holds of these is not computed again."""
+    kept = model.reset(min(shared_prefix(model.tokens, ids), len(ids) - 1)) if ids else 0
+    before, new = ids[:kept], ids[kept:]
+    return generate(model, tokenizer, new, params, flags.max_tokens, flags.stop, flags.ignore_eos, before)
+
+
+def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunFlags, once: bool) -> None:
+    """Answer prompts; with `once` the JSON object has the answer's text, otherwise all messages."""
     statistics: dict[str, Any] = {}
-    with load(bundle, kernels, flags, CHAT_CONTEXT) as model:
-        session = Session(model, tokenizer, flags.system)
-        try:
-            for line in _turns():
-                reply = session.reply(line, params, flags.max_tokens, flags.stop, flags.ignore_eos)
-                _, _, timing = _stream(reply, flags)
-                statistics = model.statistics() | timing
-                if flags.stats:
-                    click.echo(format_statistics(statistics), err=True)
-        finally:  # what was said is not lost where a turn fails
-            if flags.as_json:
-                print_json({"messages": session.messages, **statistics})
-        model.remember()
-
-
-def _sampling(flags: RunFlags) -> SamplingParams:
-    return SamplingParams(
-        flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed
-    )
+    turns: list[dict[str, Any]] = []
+    answer = Answer()
+    try:
+        for prompt in prompts:
+            dropped = session.dropped_turns
+            answer = show(session.reply(prompt, None, flags.max_tokens, flags.stop, flags.ignore_eos), flags)
+            if session.dropped_turns and not dropped:
+                say_dropped(model.max_context)
+            say_cut(answer, model.max_context, flags)
+            statistics = model.statistics() | answer.timing | {"sampling": session.params.to_json()}
+            turns += [session.last_turn.to_json()] if session.last_turn is not None else []
+            if flags.stats:
+                click.echo(format_statistics(statistics | {"turn": session.last_turn}), err=True)
+    finally:  # what was said is not lost where a turn fails
+        unanswered = {} if session.unanswered is None else {"unanswered": session.unanswered}
+        said = {"messages": session.messages, "turns": turns, **unanswered}
+        if flags.as_json and once:
+            said |= {"text": answer.text, "finish": answer.finish}
+            said |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+        if flags.as_json:
+            print_json({**said, **statistics})
+        if flags.session is not None:
+            model.save_state(flags.session, session.to_json())
 
 
 def _turns() -> Iterator[str]:
@@ -91,38 +117,6 @@ def _turns() -> Iterator[str]:
             return
         if line.strip():
             yield _decoded(line, "stdin").rstrip("\r\n")
-
-
-def _messages(flags: RunFlags, prompt: str | None = None) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": flags.system}] if flags.system else []
-    return system + ([] if prompt is None else [{"role": "user", "content": prompt}])
-
-
-def _generate(
-    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, flags: RunFlags
-) -> Iterator[Token]:
-    return generate(model, tokenizer, ids, params, flags.max_tokens, flags.stop, ignore_eos=flags.ignore_eos)
-
-
-def _stream(tokens: Iterator[Token], flags: RunFlags) -> tuple[str, str, dict[str, float]]:
-    """Print tokens as they come, unless JSON is wanted.
-
-    Returns (text, finish reason, times). The times are the seconds to the first token and per further token.
-    """
-    started = time.perf_counter()
-    arrived: list[float] = []
-    text, finish = "", ""
-    for token in tokens:
-        arrived.append(time.perf_counter())
-        text += token.text
-        if not flags.as_json:
-            click.echo(token.text, nl=False)
-        finish = token.finish or finish
-    if not flags.as_json:
-        click.echo("")
-    first = arrived[0] - started if arrived else 0.0
-    per_token = (arrived[-1] - arrived[0]) / (len(arrived) - 1) if len(arrived) > 1 else 0.0
-    return text, finish, {"ttft_s": first, "tpot_s": per_token}
 
 
 def _read_prompt(flags: RunFlags) -> str:
