@@ -67,7 +67,7 @@ def test_a_turn_that_fails_loses_nothing_that_was_said(shipped_path: Path) -> No
 
 def test_a_conversation_outlasts_its_context(shipped_path: Path) -> None:
     """Fifty turns of any length, sampled as the model's file says."""
-    turns = "".join(f"Tell me about {word}\n" for word in "the sea,a king and his ships,7,ice".split(",") * 13)
+    turns = "".join(f"Tell me about {word}\n" for word in ["the sea", "a king and his ships", "7", "ice"] * 13)
     args = (shipped_path, "--chat", "--context", 512)
     outcome = run_cli(*args, "--json", stdin=turns)
     assert outcome.code == 0, outcome.err

@@ -6,8 +6,9 @@ import pytest
 
 from dymoe_runtime.text.reasoning import ChannelSplitter, Splitter, TagSplitter, make_splitter
 
-HARMONY = ["<|channel|>", "analysis", "<|message|>", "1 + 1", " is", "<|end|>"] + [
-    *("<|start|>", "assistant", "<|channel|>", "final", "<|message|>", "It is", " 2.")
+HARMONY = [
+    *("<|channel|>", "analysis", "<|message|>", "1+1", "<|end|>"),
+    *("<|start|>", "assistant", "<|channel|>", "final", "<|message|>", "2", "."),
 ]
 
 
@@ -47,9 +48,9 @@ def test_tags_may_be_special_tokens() -> None:
 
 def test_channels_other_than_the_final_one_hold_reasoning() -> None:
     marks = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
-    assert split(ChannelSplitter(), HARMONY, marks) == ("It is 2.", "1 + 1 is")
+    assert split(ChannelSplitter(), HARMONY, marks) == ("2.", "1+1")
     assert split(ChannelSplitter(), ["No", " channel."], marks) == ("No channel.", "")
-    assert split(ChannelSplitter(), HARMONY[:5], marks) == ("", "1 + 1 is")
+    assert split(ChannelSplitter(), HARMONY[:4], marks) == ("", "1+1")
 
 
 @pytest.mark.parametrize(
