@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class Manifest:
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
     provenance: Mapping[str, Any]
+    # Digest of all other keys in the file, and so of the bundle; "" unless it was read from one.
+    sha256: str = field(default="", compare=False)
 
     def to_text(self) -> str:
         """Return JSON with sorted keys; `sha256` holds the digest of all other keys."""
@@ -127,8 +129,10 @@ class Manifest:
             raise DymoeError(
                 f"{where}: version {version}, this runtime reads {OLDEST} and {VERSION}; recompile or upgrade"
             )
-        if data.pop("sha256", None) != _digest({**data, "version": version}):
+        digest = data.pop("sha256", None)
+        if digest != _digest({**data, "version": version}):
             raise DymoeError(f"{where}: does not match its own digest; {DAMAGED}")
+        data["sha256"] = digest
         data["spec"] = spec_from_json(data["spec"], version)
         data["ladder"] = check_ladder(data["ladder"])
         data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}

@@ -15,9 +15,9 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 
 try:  # same result as zlib's, four times as fast
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:  # isal has no build for every machine
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 
 def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:

@@ -33,6 +33,11 @@ class Control:
         self._points: tuple[OperatingPoint, ...] = ()
         self._in_prompt = True
 
+    @property
+    def changes_points(self) -> bool:
+        """Return whether the point changes by itself: by measured times, or as a trace says."""
+        return self._tempo is not None or self._decisions is not None
+
     def prefetching(self) -> bool:
         """Return whether to prefetch now: always in a prompt, and for decoded tokens as the trial says."""
         return self._in_prompt or self._trial.on

@@ -99,7 +99,8 @@ class _Loader:
         self._decisions = _read_decisions(bundle, options)  # read before _plan, which counts the memory in use
         self._budget = self._plan()
         choice = choose_precision(bundle, options, self._budget.arena_bytes)
-        self._note, self._precision = choice.note, Precision(choice.name, choice.rule)
+        self._note = choice.note
+        self._precision = Precision(choice.name, choice.rule, is_requested=options.point != "auto")
         self._warm_up = WarmUp(bundle, options.warm_set)
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
@@ -137,6 +138,7 @@ class _Loader:
             bundle=self._bundle,
             kernels=self._kernels,
             context=self._context,
+            kv_bits=options.kv_bits,
             precision=self._precision,
             note=self._note,
             control=self._control,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.control import Control
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.precision import Precision
+from dymoe_runtime.engine.saved import state_file
+from dymoe_runtime.engine.saved.origin import Origin, digest_of
 from dymoe_runtime.engine.stats import RunStats
 from dymoe_runtime.engine.trace import Tracer
 from dymoe_runtime.errors import DymoeError
@@ -46,6 +50,7 @@ class ModelParts:
     bundle: Bundle
     kernels: Kernels
     context: int  # tokens
+    kv_bits: int
     precision: Precision
     note: str  # tells the user how the point differs from the requested one, or ""
     control: Control
@@ -146,6 +151,31 @@ class Model:
         """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
         return self._parts.state.truncate(operator.index(position))
 
+    def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
+        """Write the state of the sequence and a note to a file, which only its owner may read.
+
+        The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
+        closed.
+        """
+        self._check_open()
+        state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> str:
+        """Continue the sequence that `save_state` has written; return the note.
+
+        What follows equals, bit for bit, what would have followed in the run that saved it, with the same kernels,
+        whatever the memory and the threads; unless that run or this one chooses tiers by memory or time, as
+        `--point auto`, `--tpot` and `--latency` do.
+
+        Raises DymoeError if the file is no saved state or is damaged, another bundle, other `kv_bits` or another point
+        have made it, it does not fit the context, or the model is closed. The sequence is then as before, or empty if
+        the damage showed too late.
+        """
+        self._check_open()
+        parts = self._parts
+        self._ids, note = state_file.load(Path(path), self._origin(), self.spec, parts.state)
+        return note
+
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append a prompt; return the logits float32 [vocab] after its last token.
 
@@ -238,6 +268,13 @@ class Model:
         """Return the bytes of the experts that a long prompt uses: all experts, at the highest tier of each layer."""
         layout, highest = self.bundle.layout, self.rule.highest
         return self.spec.num_experts * sum(layout.prefix_bytes(highest[layer]) for layer in self.spec.moe_layers)
+
+    def _origin(self) -> Origin:
+        """Return what a state that is saved now belongs to."""
+        parts, manifest = self._parts, self.bundle.manifest
+        if parts.control.changes_points or not parts.precision.is_requested:
+            return Origin(manifest.sha256, self.max_context, parts.kv_bits, "", "")
+        return Origin(manifest.sha256, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
 
     def _check_open(self) -> None:
         if self._closed:
