@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,6 +30,8 @@ from dymoe_runtime.text.transcript import shared_prefix
 
 def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     """Answer once, or hold a conversation, as the flags say."""
+    if flags.session is not None:
+        check_place(flags.session)
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
     params = sampling(tokenizer, flags)
     if not flags.chat:
@@ -44,7 +48,9 @@ def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
             model, tokenizer, flags.system, params=params, variables=variables, context_policy=flags.context_policy
         )
         if flags.session is not None and flags.session.exists():
-            session.restore(model.load_state(flags.session))
+            note = model.load_state(flags.session)
+            if note:  # none was written by a prompt without a conversation
+                session.restore(note)
             if flags.system:
                 session.set_system(flags.system)
         converse(session, model, prompts, flags, once)
@@ -103,6 +109,14 @@ def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunF
             print_json({**said, **statistics})
         if flags.session is not None:
             model.save_state(flags.session, session.to_json())
+
+
+def check_place(path: Path) -> None:
+    """Raise DymoeError if a session cannot be saved at `path`, before there is one to lose."""
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not writable" if folder.is_dir() else "does not exist"
+        raise DymoeError(f"--session {path}: the session cannot be saved there, {folder} {what}; give another file")
 
 
 def _turns() -> Iterator[str]:
