@@ -153,6 +153,31 @@ def gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     }
 
 
+def olmoe(layers: int, experts: int) -> dict[str, Any]:
+    """Return a configuration like OLMoE-1B-7B's, with fewer tokens."""
+    return {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": experts,
+        "num_experts_per_tok": min(8, experts // 2),
+        "norm_topk_prob": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000},
+        "tie_word_embeddings": False,
+        "eos_token_id": 0,
+        "dtype": "bfloat16",
+    }
+
+
 SHAPES = {
     "qwen3_5_moe": Shape(
         qwen3_5_moe,
@@ -163,6 +188,7 @@ SHAPES = {
         norms=0.0,
         plain_norms=("linear_attn.norm.weight",),
     ),
+    "olmoe": Shape(olmoe, layers=16, experts=64, router="mlp.gate"),
     "gpt_oss": Shape(gpt_oss, layers=4, experts=32, router="mlp.router", mxfp4=True),
 }
 
