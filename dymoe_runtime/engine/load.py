@@ -33,7 +33,7 @@ from dymoe_runtime.model.router import Routers
 from dymoe_runtime.model.routing import Experts
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.model.weights import BundleDense
-from dymoe_runtime.process import return_large_blocks
+from dymoe_runtime.process import resident_bytes, return_large_blocks
 from dymoe_runtime.store.record_reader import RecordReader
 from dymoe_runtime.store.store import ExpertStore
 from dymoe_runtime.store.warm_up import WarmUp
@@ -181,7 +181,7 @@ class _Loader:
             self._kernels,
             self._context,
             options.memory_bytes,
-            options.uncounted_bytes,
+            options.uncounted_bytes if options.count_program else resident_bytes(),
             window=self._window,
             kv_bits=options.kv_bits,
         )

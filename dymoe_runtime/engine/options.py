@@ -41,6 +41,7 @@ class RunOptions:
     """How to run a bundle; None means the measured or detected default."""
 
     memory_bytes: int | None = None  # budget of the whole process
+    count_program: bool = True  # whether it includes what the program held before it loaded the model
     uncounted_bytes: int = 0  # resident bytes of the process that do not count towards the budget
     arena_bytes: int | None = None  # size of the expert arena, whatever the budget leaves for it
     context: int | None = None  # tokens
