@@ -89,8 +89,9 @@ def measure_load(args: argparse.Namespace, file: Path) -> dict[str, Any]:
         model.reset()
         memory = np.zeros(file.stat().st_size, np.uint8)
         memory[:] = 1
-        read_s = seconds(lambda: read(file, memory, args.cold))
-        del memory
+        if args.cold:
+            forget(file)
+        read_s = seconds(lambda: read(file, memory))
         if args.cold:
             forget(file)
         load_s = seconds(lambda: model.load_state(file))
@@ -114,10 +115,8 @@ def ids_of(model: Model, args: argparse.Namespace) -> tuple[list[int], list[int]
     return context, question
 
 
-def read(file: Path, memory: np.ndarray, cold: bool) -> None:
-    """Read the whole file."""
-    if cold:
-        forget(file)
+def read(file: Path, memory: np.ndarray) -> None:
+    """Read the whole file into memory."""
     with open(file, "rb", buffering=0) as opened:
         left = memoryview(memory)
         while count := opened.readinto(left):
