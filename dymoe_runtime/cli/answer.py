@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.cli.load import format_statistics, load
+from dymoe_runtime.cli.load import format_statistics, load, run_options
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.console import print_json
 from dymoe_runtime.engine.model import Model
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import read_text
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.text.generate import Token, generate
@@ -57,12 +57,15 @@ def converse(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
     tokenizer.chat([*_messages(flags), {"role": "user", "content": ""}])  # fails early without a template
     params = _sampling(flags)
+    if _on_terminal(flags):
+        converse_on_terminal(bundle, kernels, flags, tokenizer, params)
+        return
     statistics: dict[str, Any] = {}
     with load(bundle, kernels, flags, CHAT_CONTEXT) as model:
-        session = Session(model, tokenizer, flags.system)
+        session = Session(model, tokenizer, flags.system, params=params)
         try:
             for line in _turns():
-                reply = session.reply(line, params, flags.max_tokens, flags.stop, flags.ignore_eos)
+                reply = session.reply(line, flags.max_tokens, flags.stop, flags.ignore_eos)
                 _, _, timing = _stream(reply, flags)
                 statistics = model.statistics() | timing
                 if flags.stats:
@@ -71,6 +74,29 @@ def converse(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
             if flags.as_json:
                 print_json({"messages": session.messages, **statistics})
         model.remember()
+
+
+def converse_on_terminal(
+    bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams
+) -> None:
+    """Hold a conversation on a terminal, with line editing and commands."""
+    with importing():  # before the model, so that the budget counts what it takes
+        from dymoe_runtime.cli.chat.conversation import Conversation
+        from dymoe_runtime.cli.chat.loop import interact, prepare
+
+        prepare()
+
+    def begin(system: str | None, history: Sequence[dict[str, str]], params: SamplingParams) -> Session:
+        return Session(model, tokenizer, system, history=history, params=params)
+
+    with load(bundle, kernels, flags, CHAT_CONTEXT) as model:
+        options = run_options(flags, model.max_context)
+        interact(Conversation(model, options, flags, params, begin, format_statistics))
+        model.remember()
+
+
+def _on_terminal(flags: RunFlags) -> bool:
+    return not flags.as_json and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _sampling(flags: RunFlags) -> SamplingParams:

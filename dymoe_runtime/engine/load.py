@@ -14,7 +14,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer, LimitedExperts
 from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.control import Control
+from dymoe_runtime.engine.control import Control, Interruption
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.experts import DirectUse, ResidentTable, StoredExperts
 from dymoe_runtime.engine.memory_plan import check_memory, plan_budget
@@ -101,6 +101,7 @@ class _Loader:
         choice = choose_precision(bundle, options, self._budget.arena_bytes)
         self._note, self._precision = choice.note, Precision(choice.name, choice.rule)
         self._warm_up = WarmUp(bundle, options.warm_set)
+        self._interruption = Interruption()
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
     def model(self, stack: ExitStack) -> Model:
@@ -140,6 +141,7 @@ class _Loader:
             precision=self._precision,
             note=self._note,
             control=self._control,
+            interruption=self._interruption,
             reader=reader,
             store=store,
             sizer=sizer,
@@ -250,7 +252,7 @@ class _Loader:
         observer = None if tracer is None else tracer.note_requests
         stored = StoredExperts(store, self._kernels, spec.activation, self._precision, tiers, prefetcher, observer)
         traced = stored if tracer is None else TracedExperts(stored, tracer)
-        return _Experts(stored, LimitedExperts(traced, sizer), prefetcher, tiers)
+        return _Experts(stored, LimitedExperts(traced, sizer, self._interruption.check), prefetcher, tiers)
 
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:

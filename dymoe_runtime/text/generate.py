@@ -43,6 +43,7 @@ class Token:
     id: int
     text: str  # may be empty
     finish: str | None = None  # on the last token: "stop" (eos or a stop string) or "length"
+    reasoning: str = ""  # text that the model thinks, apart from the answer
 
 
 def generate(
@@ -50,7 +51,7 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     params: SamplingParams | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     before: Sequence[int] = (),
@@ -77,6 +78,7 @@ def generate(
     """
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     stop = (stop,) if isinstance(stop, str) else stop
+    max_tokens = model.max_context if max_tokens is None else max_tokens
     _check(model, prompt_ids, max_tokens, stop)
     ends = set() if ignore_eos else set(tokenizer.eos_ids)
     ends |= {tokenizer.special_ids[text] for text in stop if text in tokenizer.special_ids}
