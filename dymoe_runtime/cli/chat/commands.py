@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dymoe_runtime.cli.chat.conversation import Conversation
+from dymoe_runtime.engine.options import label_of
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.process import resident_bytes
 from dymoe_runtime.text.generate import Token
@@ -78,7 +79,7 @@ def _point(conversation: Conversation, argument: str) -> str:
     model = conversation.model
     if argument:
         note = conversation.use_point(argument)
-        return note or f"{model.point} from the next token on"
+        return note or f"{label_of(model.point)} from the next token on"
     points = model.bundle.policy.points
     lines = [
         f"{'*' if p.name == model.point else ' '} {p.name:<12}{p.bits_mean:.2f} bits per active expert" for p in points

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import create_input
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
@@ -81,9 +83,9 @@ class EditedLines:
         store_typeahead(self._input, keys)
 
     def _keys(self) -> KeyBindings:
-        keys = KeyBindings()
+        keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)  # not searching
 
-        @keys.add("enter")
+        @keys.add("enter", filter=typing)
         def _send(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             if buffer.document.text.endswith("\\") and buffer.document.is_cursor_at_the_end:
@@ -92,11 +94,11 @@ class EditedLines:
             else:
                 buffer.validate_and_handle()
 
-        @keys.add("escape", "enter")
+        @keys.add("escape", "enter", filter=typing)
         def _break_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
-        @keys.add("c-c")
+        @keys.add("c-c", filter=typing)
         @keys.add("<sigint>")
         def _clear(event: KeyPressEvent) -> None:
             self._terminal.take_interrupts()

@@ -14,6 +14,7 @@ from dymoe_runtime.cli.chat.conversation import Conversation
 from dymoe_runtime.cli.chat.display import Display
 from dymoe_runtime.cli.chat.terminal import LAST_INTERRUPT, Terminal, is_plain
 from dymoe_runtime.console import Terminated
+from dymoe_runtime.engine.options import label_of
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.generate import Token
 
@@ -57,7 +58,7 @@ class _Loop:
 
     def run(self) -> None:
         model = self._conversation.model
-        self._display.note(f"point {model.point}, {model.max_context} tokens of context; /help lists commands")
+        self._display.note(f"{label_of(model.point)}, {model.max_context} tokens of context; /help lists commands")
         leaving = False  # whether the user has been told how to leave just now
         while True:
             try:

@@ -15,8 +15,8 @@ PLAIN_TERMS = ("", "dumb", "unknown")
 # The interrupt of one answer that ends the program, because the answer has not stopped.
 LAST_INTERRUPT = 3
 STOPPING = "\n(stopping; Ctrl-C once more ends the program)\n"
-# Text as usual, a cursor that shows, and pastes that are not marked.
-AS_USUAL = "\x1b[0m\x1b[?25h\x1b[?2004l"
+# Text as usual, lines that wrap, a cursor that shows, and pastes that are not marked.
+AS_USUAL = "\x1b[0m\x1b[?7h\x1b[?25h\x1b[?2004l"
 _IFLAG, _LFLAG, _CC = 0, 3, 6
 
 
