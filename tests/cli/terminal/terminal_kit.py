@@ -29,7 +29,7 @@ _LFLAG = 3
 class TerminalProgram:
     """A program whose stdin, stdout and stderr are a terminal of its own; a context manager that ends it."""
 
-    def __init__(self, command: Sequence[object], home: Path, columns: int = 100, rows: int = 40, **env: str) -> None:
+    def __init__(self, command: Sequence[object], home: Path, columns: int = 120, rows: int = 40, **env: str) -> None:
         self.master, slave = pty.openpty()
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000)
         self.resize(columns, rows)
