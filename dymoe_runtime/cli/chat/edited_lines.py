@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,6 +47,7 @@ class EditedLines:
             output=self._output,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._suspending = False  # whether a key has stopped the program
 
     def read(self) -> str:
         """Return the next message; raise EOFError on Ctrl-D, and KeyboardInterrupt on Ctrl-C at an empty prompt."""
@@ -66,7 +66,9 @@ class EditedLines:
             self._loop.call_soon_threadsafe(self._session.app.key_processor.send_sigint)
 
     def _redraw(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
+        if self._suspending:
+            self._suspending = False
+        elif self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._draw_again)
 
     def _draw_again(self) -> None:
@@ -109,7 +111,8 @@ class EditedLines:
 
         @keys.add("c-z")
         def _suspend(event: KeyPressEvent) -> None:
-            os.kill(0, signal.SIGTSTP)  # the whole job, as the terminal does it
+            self._suspending = True
+            event.app.suspend_to_background()  # the whole job, as the terminal does it; it draws the prompt again
 
         return keys
 

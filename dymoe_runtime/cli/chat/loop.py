@@ -70,7 +70,9 @@ class _Loop:
             except Terminated:
                 raise
             except KeyboardInterrupt:
-                if leaving or self._terminal.interrupts >= LAST_INTERRUPT:
+                if self._terminal.interrupts >= LAST_INTERRUPT:
+                    raise
+                if leaving:
                     return
                 leaving = True
                 self._display.note(HOW_TO_LEAVE)
