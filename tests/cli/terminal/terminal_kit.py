@@ -106,7 +106,7 @@ class TerminalProgram:
         self.until_prompt()
         self.send(text)
         self.until(lambda: not self.at_prompt())
-        self.until(lambda: self.line.endswith(text.splitlines()[-1][-8:]))
+        self.until(lambda: self.line.endswith(text.rstrip()[-8:]))
         before = len(self.output)
         self.send(ENTER)
         self.until(lambda: "\n" in self.output[before:])
