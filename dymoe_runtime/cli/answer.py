@@ -11,14 +11,14 @@ from typing import Any
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.cli.load import format_statistics, load
+from dymoe_runtime.cli.load import format_statistics, load, run_options
 from dymoe_runtime.cli.output import Answer, say_cut, say_dropped, show
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.cli.sampling_flags import sampling, template_variables
 from dymoe_runtime.console import print_json
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import read_text
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.text.generate import Token, generate
@@ -39,22 +39,58 @@ def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
         return
     variables = template_variables(tokenizer, flags)
     once = flags.prompt is not None or flags.prompt_file is not None
-    prompts = iter([prompt := _read_prompt(flags)]) if once else _turns()
+    prompt = _read_prompt(flags) if once else ""
+    interactive = not once and on_terminal(flags)
+    if interactive:
+        with importing():  # before the model, so that the budget counts what it takes
+            from dymoe_runtime.cli.chat.conversation import Conversation
+            from dymoe_runtime.cli.chat.loop import interact, prepare
+
+            prepare()
     head = [{"role": "system", "content": flags.system}] if flags.system else []
-    begun = tokenizer.chat([*head, {"role": "user", "content": prompt if once else ""}], **variables)
+    begun = tokenizer.chat([*head, {"role": "user", "content": prompt}], **variables)
     size = len(tokenizer.encode(begun, add_special_tokens=False))
     with load(bundle, kernels, flags, max(DEFAULT_CONTEXT, size + (flags.max_tokens or DEFAULT_CONTEXT))) as model:
-        session = Session(
-            model, tokenizer, flags.system, params=params, variables=variables, context_policy=flags.context_policy
-        )
+
+        def begin(system: str | None, history: Sequence[dict[str, str]], params: SamplingParams) -> Session:
+            return Session(
+                model,
+                tokenizer,
+                system,
+                history=history,
+                params=params,
+                variables=variables,
+                context_policy=flags.context_policy,
+            )
+
+        session = begin(flags.system, (), params)
         if flags.session is not None and flags.session.exists():
             note = model.load_state(flags.session)
             if note:  # none was written by a prompt without a conversation
                 session.restore(note)
             if flags.system:
                 session.set_system(flags.system)
-        converse(session, model, prompts, flags, once)
+        if interactive:
+            options = run_options(flags, model.max_context)
+            conversation = Conversation(model, options, flags, session, begin, format_statistics)
+            try:
+                interact(conversation)
+            finally:
+                keep(conversation.session, model, flags)
+        else:
+            converse(session, model, iter([prompt]) if once else _turns(), flags, once)
         model.remember()
+
+
+def on_terminal(flags: RunFlags) -> bool:
+    """Return whether somebody sits at the terminal and reads the answers there."""
+    return not flags.as_json and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def keep(session: Session, model: Model, flags: RunFlags) -> None:
+    """Write the file of --session, if there is one."""
+    if flags.session is not None:
+        model.save_state(flags.session, session.to_json())
 
 
 def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams) -> None:
@@ -107,8 +143,7 @@ def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunF
             said |= {"reasoning": answer.reasoning} if answer.reasoning else {}
         if flags.as_json:
             print_json({**said, **statistics})
-        if flags.session is not None:
-            model.save_state(flags.session, session.to_json())
+        keep(session, model, flags)
 
 
 def check_place(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,22 @@ WINDOW = 24
 SPARE = 0.8
 # Number of decisions for which a point that was too slow is barred; it doubles each time.
 BARRED = 4
+
+
+class Interruption:
+    """Ends a pass at a point where all parts are in order, once somebody asks for it."""
+
+    def __init__(self) -> None:
+        self._asked: Callable[[], bool] = lambda: False
+
+    def when(self, asked: Callable[[], bool]) -> None:
+        """Ask `asked` from now on."""
+        self._asked = asked
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the pass is to end."""
+        if self._asked():
+            raise KeyboardInterrupt
 
 
 class Control:

@@ -14,7 +14,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer, LimitedExperts
 from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.control import Control
+from dymoe_runtime.engine.control import Control, Interruption
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.experts import DirectUse, ResidentTable, StoredExperts
 from dymoe_runtime.engine.memory_plan import check_memory, plan_budget
@@ -102,6 +102,7 @@ class _Loader:
         self._note = choice.note
         self._precision = Precision(choice.name, choice.rule, is_requested=options.point != "auto")
         self._warm_up = WarmUp(bundle, options.warm_set)
+        self._interruption = Interruption()
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
     def model(self, stack: ExitStack) -> Model:
@@ -142,6 +143,7 @@ class _Loader:
             precision=self._precision,
             note=self._note,
             control=self._control,
+            interruption=self._interruption,
             reader=reader,
             store=store,
             sizer=sizer,
@@ -252,7 +254,7 @@ class _Loader:
         observer = None if tracer is None else tracer.note_requests
         stored = StoredExperts(store, self._kernels, spec.activation, self._precision, tiers, prefetcher, observer)
         traced = stored if tracer is None else TracedExperts(stored, tracer)
-        return _Experts(stored, LimitedExperts(traced, sizer), prefetcher, tiers)
+        return _Experts(stored, LimitedExperts(traced, sizer, self._interruption.check), prefetcher, tiers)
 
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:

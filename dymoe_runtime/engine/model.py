@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from dymoe_runtime.bundle.policy import OperatingPoint
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer
 from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.control import Control
+from dymoe_runtime.engine.control import Control, Interruption
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.precision import Precision
 from dymoe_runtime.engine.saved import state_file
@@ -54,6 +54,7 @@ class ModelParts:
     precision: Precision
     note: str  # tells the user how the point differs from the requested one, or ""
     control: Control
+    interruption: Interruption
     reader: RecordReader
     store: ExpertStore[PreparedExpert]
     sizer: ArenaSizer
@@ -132,6 +133,14 @@ class Model:
         `points` are ordered by rising time; the one with index `start` runs first.
         """
         self._parts.control.hold_tpot(points, start, target_s)
+
+    def interrupt_when(self, asked: Callable[[], bool]) -> None:
+        """End a pass with KeyboardInterrupt, before the experts of its next layer, once `asked()` is true.
+
+        The sequence then has the tokens of the passes before it, or none if a layer cannot go back that far, and goes
+        on from there. An interrupt at any other point may leave the model in disorder.
+        """
+        self._parts.interruption.when(asked)
 
     def preload(self) -> None:
         """Start reading the experts that will be used most, as many as fit.
