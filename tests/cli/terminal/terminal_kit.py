@@ -169,8 +169,10 @@ from dymoe_runtime.text.generate import Token
 from dymoe_runtime.text.session import Session
 def tokens(text):
     yield Token(1, repr(text), "stop")
+def reply(self, text, *rest, **options):
+    yield from tokens(text)
 {script}
-Session.reply = lambda self, text, *rest, **options: tokens(text)
+Session.reply = reply
 from dymoe_runtime.cli.__main__ import run
 run()
 """

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cli.terminal.terminal_kit import TerminalProgram, chat_command
 
+from dymoe_runtime.cli.chat.commands import COMMANDS
+
 ROLES = ["user", "assistant"]
 
 
@@ -155,3 +157,8 @@ def test_a_turn_that_fails_is_one_sentence_and_loses_nothing(chat: TerminalProgr
     assert chat.ask("And again" * 300).rpartition("error: ")[2].count("\n") <= 1
     assert [message["role"] for message in saved(chat, tmp_path / "file")] == ROLES
     assert chat.ask("/retry") == first
+
+
+def test_the_documentation_has_all_commands() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "chat.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"| `{name}" not in text] == []

@@ -71,6 +71,19 @@ def test_no_color_means_no_styles(value: str, tiny_chat_path: Path, tmp_path: Pa
         assert ("\x1b[2m" in chat.output) == (value == "")
 
 
+FORGETS = """
+def reply(self, text, *rest, **options):
+    self.dropped_turns += 1
+    yield Token(1, "yes", "stop")
+"""
+
+
+def test_that_old_turns_leave_the_context_is_said_once(tiny_chat_path: Path, tmp_path: Path) -> None:
+    with TerminalProgram(scripted_command(tiny_chat_path, script=FORGETS), tmp_path) as chat:
+        assert "forgets the oldest turns" in chat.ask("one")
+        assert chat.ask("two") == "yes"
+
+
 def test_a_terminal_without_escape_codes_gets_none(tiny_chat_path: Path, tmp_path: Path) -> None:
     with TerminalProgram(scripted_command(tiny_chat_path, script=THINKS), tmp_path, TERM="dumb") as chat:
         assert chat.ask("why?").splitlines()[-3:] == ["hm, so", "(end of thinking)", "It is."]

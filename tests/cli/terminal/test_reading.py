@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,14 @@ from cli.terminal.terminal_kit import (
     TAB,
     UP,
     TerminalProgram,
+    chat_command,
     scripted_command,
 )
+
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.engine.memory_plan import plan_budget
+from dymoe_runtime.kernels import load_kernels
+from dymoe_runtime.units import format_size
 
 
 @pytest.fixture
@@ -145,3 +152,31 @@ def test_what_is_printed_elsewhere_needs_no_line_editing(tiny_chat_path: Path, t
         chat.send("hello\n" + CTRL_D)
         chat.until_shown("'hello'")
         assert "\x1b" not in chat.output
+
+
+IMPORTS = """
+import atexit, sys
+atexit.register(lambda: print("prompt_toolkit" in sys.modules, flush=True))
+"""
+
+
+def test_only_a_terminal_with_escape_codes_imports_line_editing(tiny_chat_path: Path, tmp_path: Path) -> None:
+    """It takes memory that is the experts' otherwise."""
+    command = scripted_command(tiny_chat_path, script=IMPORTS)
+    for term, expected in {"xterm": "True", "dumb": "False"}.items():
+        with TerminalProgram(command, tmp_path, TERM=term) as chat:
+            chat.until_prompt()
+            chat.send(CTRL_D)
+            chat.ends(0)
+            assert chat.lines()[-2] == expected
+    done = subprocess.run(list(map(str, command)), input="hello\n", capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["'hello'", "False"], done.stderr
+
+
+def test_the_least_memory_is_enough_for_a_terminal_too(shipped: Bundle, tmp_path: Path) -> None:
+    least = plan_budget(shipped, load_kernels(), 512).floor_bytes
+    with TerminalProgram(chat_command(shipped.path, "--memory", least, "--context", 512), tmp_path) as chat:
+        text = chat.ask("/memory")
+        chat.ask("Hello")
+        assert f"least that works {format_size(least)}" in text
+        assert chat.resident_bytes() <= least
