@@ -73,8 +73,12 @@ def score_requests(model: WindowModel, requests: Sequence[Request]) -> Iterator[
             raise DymoeError(
                 "a context is empty; begin it with the token that begins a text, such as the tokenizer's BOS"
             )
-        model.spec.check_ids(continuation)
-        groups.setdefault((*context, *continuation)[: len(context) + len(continuation) - 1], []).append(index)
+        ids = (*context, *continuation)
+        model.spec.check_ids(ids)
+        if len(continuation):
+            groups.setdefault(ids[:-1], []).append(index)
+        else:
+            yield index, LogLikelihood(0.0, True)
     for inputs, members in groups.items():
         results = _score_group(model, np.array(inputs), [requests[index] for index in members])
         yield from zip(members, results, strict=True)

@@ -225,7 +225,11 @@ class DymoeLM(TemplateLM):  # type: ignore[misc]
         self._windows, self._window = None, 0
 
     def _fitting(self, context: list[int], continuation: list[int]) -> Request:
-        """Return a request that leaves out the first tokens of a context that is too long."""
+        """Return a request that leaves out the first tokens of a context that is too long.
+
+        A context of spaces alone comes without tokens, because lm-eval moves its spaces to the continuation.
+        """
+        context = context or [self.prefix_token_id]
         if len(continuation) > self.max_length:
             raise DymoeError(
                 f"a continuation of {len(continuation)} tokens does not fit the context of {self.max_length}; "
@@ -295,7 +299,6 @@ def _generation(kwargs: Mapping[str, Any], max_tokens: int, index: int) -> tuple
             f"generation_kwargs: {', '.join(left) or 'num_beams'} is not supported; "
             f"leave it out of the task, or override it with --gen_kwargs"
         )
-    temperature = float(sampling.pop("temperature", 1.0)) if sample else 0.0
-    seed = sampling.pop("seed", 0) + index
-    tokens = int(limits[0]) if limits else max_tokens
-    return stop, tokens, SamplingParams(temperature=temperature, seed=seed, **sampling)
+    sampling["temperature"] = float(sampling.get("temperature", 1.0)) if sample else 0.0
+    sampling["seed"] = sampling.get("seed", 0) + index
+    return stop, int(limits[0]) if limits else max_tokens, SamplingParams(**sampling)
