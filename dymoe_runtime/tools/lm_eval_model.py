@@ -197,7 +197,7 @@ class DymoeLM(TemplateLM):  # type: ignore[misc]
         self._close()
         context = max((len(ids) + tokens for ids, _, tokens, _ in jobs), default=2)
         answers = []
-        with load_model(self._bundle, replace(self._options, context=context), self._kernels) as model:
+        with load_model(self._bundle, self._beside(context=context), self._kernels) as model:
             for request, (ids, stop, tokens, params) in zip(
                 requests, tqdm(jobs, desc="dymoe", disable=disable_tqdm), strict=True
             ):
@@ -213,11 +213,16 @@ class DymoeLM(TemplateLM):  # type: ignore[misc]
         if self._windows is None or self._window < longest:
             assert self._bundle is not None
             self._close()
-            scorer = self._resources.enter_context(load_scorer(self._bundle, self._options, longest, self._kernels))
+            scorer = self._resources.enter_context(load_scorer(self._bundle, self._beside(), longest, self._kernels))
             by_prefill = self._args["eval_phase"] == "prefill"
             self._windows = _Windows(scorer.spec, partial(scorer.hidden, by_prefill=by_prefill), scorer.logits)
             self._window = longest
         return self._windows
+
+    def _beside(self, **changes: Any) -> RunOptions:
+        """Return the options with a budget beside what this process, lm-eval and its data, has in memory now."""
+        held = 0 if self._options.memory_bytes is None else resident_bytes()
+        return replace(self._options, uncounted_bytes=held, **changes)
 
     def _close(self) -> None:
         """Close the scorer: two models would not share the memory."""
@@ -273,7 +278,6 @@ def _options(args: Mapping[str, Any]) -> RunOptions:
         raise DymoeError(f"--model_args: {error}") from error
     return RunOptions(
         memory_bytes=memory_bytes,
-        uncounted_bytes=0 if memory_bytes is None else resident_bytes(),
         kv_bits=args["kv_bits"],
         point=None if args["point"] is None else str(args["point"]),
         quality=quality,
