@@ -17,9 +17,11 @@ __all__ = [
     "Bundle",
     "DymoeError",
     "Kernels",
+    "LogLikelihood",
     "Model",
     "RunOptions",
     "SamplingParams",
+    "Scorer",
     "Session",
     "Token",
     "Tokenizer",
@@ -28,6 +30,9 @@ __all__ = [
     "generate_async",
     "load_kernels",
     "load_model",
+    "load_scorer",
+    "log_likelihoods",
+    "rolling_log_likelihood",
 ]
 
 # Read when torch's OpenMP library is loaded, hence here: idle threads that spin instead of
@@ -40,9 +45,11 @@ _HOMES = {
     "Bundle": "dymoe_runtime.bundle.bundle",
     "DymoeError": "dymoe_runtime.errors",
     "Kernels": "dymoe_runtime.kernels.interface",
+    "LogLikelihood": "dymoe_runtime.tools.likelihood",
     "Model": "dymoe_runtime.engine.model",
     "RunOptions": "dymoe_runtime.engine.options",
     "SamplingParams": "dymoe_runtime.text.sampling",
+    "Scorer": "dymoe_runtime.engine.model",
     "Session": "dymoe_runtime.text.session",
     "Token": "dymoe_runtime.text.generate",
     "Tokenizer": "dymoe_runtime.text.tokenizer",
@@ -50,6 +57,9 @@ _HOMES = {
     "generate_async": "dymoe_runtime.text.generate",
     "load_kernels": "dymoe_runtime.kernels",
     "load_model": "dymoe_runtime.engine.load",
+    "load_scorer": "dymoe_runtime.engine.load",
+    "log_likelihoods": "dymoe_runtime.tools.likelihood",
+    "rolling_log_likelihood": "dymoe_runtime.tools.likelihood",
 }
 
 

@@ -66,9 +66,24 @@ def load_model(
         return loader.model(stack)
 
 
-def load_scorer(bundle: Bundle, options: RunOptions, window: int, kernels: Kernels | None = None) -> Scorer:
-    """Load a bundle to score texts in windows of at most `window` tokens; raise DymoeError as `load_model` does."""
-    loader = _Loader(bundle, options, kernels, window)
+def load_scorer(
+    bundle: Bundle | str | os.PathLike[str],
+    options: RunOptions | None = None,
+    window: int | None = None,
+    kernels: Kernels | None = None,
+) -> Scorer:
+    """Load a bundle, or the bundle at a path, to score texts in windows of at most `window` tokens.
+
+    `window` is by default the context of the options, as `load_model` takes it. Use the scorer as a context manager,
+    or close it. Raises DymoeError as `load_model` does, and for a window of another length than 1 to the model's
+    context.
+
+    >>> with load_scorer("build/demo.dymoe", RunOptions(tier=4), window=64) as scorer:
+    ...     logits = scorer.logits(scorer.hidden([1, 2, 3]))  # float32 [3, vocab]
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    options = options or RunOptions()
+    loader = _Loader(opened, options, kernels, _context_of(opened, options) if window is None else window)
     with ExitStack() as stack:
         return loader.scorer(stack)
 
@@ -96,6 +111,10 @@ class _Loader:
         if self._kernels.frees_large_blocks:
             return_large_blocks()
         self._context = _context_of(bundle, options)
+        if window is not None and not 1 <= window <= bundle.spec.max_context:
+            raise DymoeError(
+                f"a window of {window} tokens: expected 1 to the model's context, {bundle.spec.max_context}"
+            )
         self._decisions = _read_decisions(bundle, options)  # read before _plan, which counts the memory in use
         self._budget = self._plan()
         choice = choose_precision(bundle, options, self._budget.arena_bytes)

@@ -345,11 +345,16 @@ class Scorer:
         """Use another tier rule from the next window on; `name` becomes `point`."""
         self._precision.set(name, rule)
 
-    def hidden(self, ids: np.ndarray, by_prefill: bool = False) -> np.ndarray:
+    def hidden(self, ids: np.ndarray | Sequence[int], by_prefill: bool = False) -> np.ndarray:
         """Return hidden states [T, H] of a window of token ids [T].
 
-        Tiers follow the decode rule or, with `by_prefill`, the prefill rule with the window as one chunk.
+        Tiers follow the decode rule or, with `by_prefill`, the prefill rule with the window as one chunk. Raises
+        DymoeError if there is no id or one outside the vocabulary, or the window is longer than the scorer's.
         """
+        if not 1 <= len(ids) <= self._state.capacity:
+            raise DymoeError(f"{len(ids)} tokens: this scorer takes windows of 1 to {self._state.capacity}")
+        ids = np.asarray(ids)
+        self.spec.check_ids(ids.tolist())
         self._state.truncate(0)
         if by_prefill:
             return self._decoder.prefill(ids, self._state, len(ids))

@@ -20,11 +20,13 @@ WITH_EXAMPLES = {
     "dymoe_runtime",
     "dymoe_runtime.bundle.bundle.Bundle.open",
     "dymoe_runtime.engine.load.load_model",
+    "dymoe_runtime.engine.load.load_scorer",
     "dymoe_runtime.kernels.load_kernels",
     "dymoe_runtime.text.generate.generate",
     "dymoe_runtime.text.sampling.SamplingParams",
     "dymoe_runtime.text.session.Session",
     "dymoe_runtime.text.tokenizer.Tokenizer.load",
+    "dymoe_runtime.tools.likelihood.log_likelihoods",
 }
 
 
