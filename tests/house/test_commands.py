@@ -29,7 +29,7 @@ NAMES = {
     "…": "--max-tokens=4",
 }
 # They change the system, or are what runs the tests; that what they name exists is checked.
-OTHERS = ("make", "pip", "pytest", "pre-commit", "apt", "lm_eval")
+OTHERS = ("make", "pip", "pytest", "pre-commit", "apt")
 CHAT = "Hello\n"
 
 
@@ -37,6 +37,8 @@ def commands(document: str) -> Iterator[str]:
     """Yield the commands of a document: lines of its shell blocks, and our own in its text."""
     text = (ROOT / document).read_text(encoding="utf-8")
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        if "dymoe-lm-eval" in block:  # tests/tools/test_lm_eval.py runs these, as whole scripts
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             yield re.sub(r"\s+#.*", "", line).strip()
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
