@@ -114,20 +114,6 @@ class Sampler:
         check_logits(scores)
         return int(ids[draw(scores, self._generator)])
 
-    @property
-    def state(self) -> Any:
-        """Return the state of the random generator, which can be written as JSON; None if there is none."""
-        return None if self._generator is None else self._generator.bit_generator.state
-
-    def restore(self, state: Any) -> None:
-        """Continue with the random numbers that follow `state`; raise DymoeError if it is not such a state."""
-        if self._generator is None or state is None:
-            return
-        try:
-            self._generator.bit_generator.state = state
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise DymoeError(f"the state of the random generator is damaged ({error}); start a new session") from error
-
 
 def check_logits(logits: np.ndarray) -> None:
     """Raise DymoeError if a logit is NaN or the largest is infinite."""

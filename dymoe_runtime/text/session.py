@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from dymoe_runtime.text import CONTEXT_POLICIES
 from dymoe_runtime.text.background import in_background
 from dymoe_runtime.text.generate import Ending, LanguageModel, Token, answer_tokens, check_prompt
 from dymoe_runtime.text.reasoning import Splitter
-from dymoe_runtime.text.sampling import Sampler, SamplingParams
+from dymoe_runtime.text.sampling import LIMITS, Sampler, SamplingParams
 from dymoe_runtime.text.tokenizer import ModelOfBundle, Tokenizer
 from dymoe_runtime.text.transcript import Transcript, shared_prefix
 
@@ -24,6 +24,7 @@ Message = dict[str, Any]
 
 # Share of the context that is taken once turns have left it, so that they leave many at once and seldom.
 KEPT_SHARE = 0.75
+SEEDS = int(LIMITS["seed"][1]) + 1
 
 
 class RewindableModel(LanguageModel, Protocol):
@@ -105,23 +106,15 @@ class Session:
         self.last_turn: Turn | None = None
         self._model = model
         self._tokenizer = tokenizer or Tokenizer.of(cast(ModelOfBundle, model))
-        self._sampler = Sampler(self._tokenizer.sampling if params is None else params)
+        # How answers are sampled unless `reply` is told otherwise.
+        self.params = self._tokenizer.sampling if params is None else params
         self._variables = dict(variables or {})
         self._drops = context_policy == "drop"
         self._first = 0  # index of the first message, after the system message, that is in the context
+        self._attempts = 1  # to answer the last question
         self._transcript = Transcript(self._tokenizer)
         self._tokenizer.check_variables(self._variables)
         self._render([*self.messages, {"role": "user", "content": ""}])
-
-    @property
-    def params(self) -> SamplingParams:
-        """Return how answers are sampled unless `reply` is told otherwise."""
-        return self._sampler.params
-
-    @params.setter
-    def params(self, params: SamplingParams) -> None:
-        if params != self._sampler.params:
-            self._sampler = Sampler(params)
 
     def reply(
         self,
@@ -136,13 +129,15 @@ class Session:
         """Yield the tokens of the answer to the user's `text`.
 
         Both become messages once the answer has ended, or the generator is closed. The arguments are those of
-        `generate`; `params` hold for the following turns, too.
+        `generate`; `params` hold for the following turns, too. Each answer draws random numbers from the seed anew, so
+        that it depends on nothing but the conversation.
 
         Raises DymoeError if the question does not fit the context, or with the policy "stop" the conversation.
         """
         if params is not None:
             self.params = params
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
+        self._attempts = 1
         return self._answer([*self.messages, {"role": "user", "content": text}], ending, logprobs)
 
     def reply_async(self, text: str, *args: Any, **options: Any) -> AsyncGenerator[Token, None]:
@@ -156,7 +151,10 @@ class Session:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Generator[Token, None, None]:
-        """Forget the last answer and yield the tokens of another; raise DymoeError if there is no question."""
+        """Forget the last answer and yield the tokens of another, with another seed.
+
+        Raises DymoeError if there is no question.
+        """
         if params is not None:
             self.params = params
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
@@ -165,6 +163,7 @@ class Session:
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if last is None:
             raise DymoeError("nothing has been asked yet; ask first")
+        self._attempts += 1
         return self._answer(self.messages[: last + 1], ending)
 
     def clear(self) -> None:
@@ -189,32 +188,27 @@ class Session:
             "first": self._first,
             "dropped_turns": self.dropped_turns,
             "pieces": self._transcript.to_json(),
-            "params": self.params.to_json(),
-            "random": self._sampler.state,
+            "attempts": self._attempts,
         }
         return json.dumps(state)
 
     def restore(self, text: str) -> None:
         """Go on with the conversation that `to_json` has written.
 
-        Random numbers go on, too, if answers are sampled as they were. Raises DymoeError, and changes nothing, if the
-        text is no such conversation.
+        Raises DymoeError, and changes nothing, if the text is no such conversation.
         """
         remedy = "start a new session"
         state = parse_json(text, "the conversation", remedy)
         try:
             messages, first, dropped = state["messages"], state["first"], state["dropped_turns"]
-            unanswered = state["unanswered"]
+            unanswered, attempts = state["unanswered"], state["attempts"]
             sound = (
                 all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
-                and type(first) is type(dropped) is int
+                and type(first) is type(dropped) is type(attempts) is int
                 and 0 <= first <= len(messages)
-                and dropped >= 0
+                and min(dropped, attempts) >= 0
                 and (unanswered is None or isinstance(unanswered, str))
             )
-            sampler = Sampler(self.params)
-            if state["params"] == self.params.to_json():
-                sampler.restore(state["random"])
             transcript = Transcript(self._tokenizer)
             transcript.restore(state["pieces"])
         except (KeyError, TypeError) as error:
@@ -223,7 +217,7 @@ class Session:
             raise DymoeError(f"the conversation is damaged; {remedy}")
         self._render([*messages, {"role": "user", "content": ""}])
         self.messages, self._first, self.dropped_turns, self.unanswered = messages, first, dropped, unanswered
-        self._sampler, self._transcript = sampler, transcript
+        self._attempts, self._transcript = attempts, transcript
 
     @property
     def _head(self) -> int:
@@ -245,7 +239,7 @@ class Session:
             self._model,
             self._tokenizer,
             new,
-            self._sampler,
+            Sampler(replace(self.params, seed=(self.params.seed + self._attempts - 1) % SEEDS)),
             ending,
             before=ids[:reused],
             logprobs=logprobs,

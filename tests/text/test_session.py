@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import tokenizers
 from text_kit import BACKENDS, CONFIG, byte_level_backend, byte_spelling, make_tokenizer
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text.generate import Token
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
@@ -223,6 +224,43 @@ def test_an_answer_keeps_the_tokens_that_the_model_wrote() -> None:
     assert session.last_turn.reused_tokens == len(first) + len(written)
 
 
+# As families write them: where answers begin and end, what is trimmed, and who may speak.
+SPOKEN = {
+    "chatml": CHAT,
+    "trimmed": CHAT.replace("m.content", "m.content | trim"),
+    "headers": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_end|>\n\n{% endif %}",
+    "instructions": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "other roles": "{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    "plain": "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n\n{% endfor %}### assistant: ",
+    "generation": "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "switch": CHAT + "{% if add_generation_prompt and enable_thinking is defined %}<think>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+@pytest.mark.parametrize("spells", [False, True])
+def test_a_turn_computes_exactly_the_new_tokens(name: str, spells: bool) -> None:
+    tokenizer = make_chat(SPOKEN[name])
+    answers = ["the quick fox né 你好", "a dog 👍🏽", "def f(x):\n    return x"]
+    model = Speaker(tokenizer, answers)
+    model.spells = spells
+    session = Session(model, tokenizer)
+    asked: list[dict[str, str]] = []
+    known = 0  # characters of the conversation that the model has seen
+    for question, answer in zip(("who?", "and  then?", "good"), answers, strict=True):
+        asked.append({"role": "user", "content": question})
+        prompt = tokenizer.chat(asked)
+        say(session, question)
+        assert session.last_turn is not None
+        assert session.last_turn.new_tokens == model.run[-1] == len(tokenizer.encode(prompt[known:], False))
+        known = len(prompt) + len(answer)
+        asked.append({"role": "assistant", "content": answer})
+
+
 @pytest.mark.parametrize("build", BACKENDS)
 @pytest.mark.parametrize("template", [CHAT, WITHOUT_THOUGHTS, LAST_ALONE])
 def test_every_turn_has_the_text_of_its_prompt(build: Callable[[], tokenizers.Tokenizer], template: str) -> None:
@@ -389,7 +427,7 @@ def test_a_session_that_was_written_goes_on_as_if_it_had_not_ended() -> None:
         {"first": "0"},
         {"pieces": [["a", ["b"]]]},
         {"pieces": 7},
-        {"random": {"state": 3}},
+        {"attempts": "1"},
         {"unanswered": 1},
     ],
 )
@@ -430,3 +468,22 @@ def test_reasoning_is_no_part_of_the_answer() -> None:
     say(session, "2 + 1?")
     assert model.prompts[1] == prompt_of(tokenizer, "1 + 1?", "2", "2 + 1?")
     assert model.run[1] == len(model.prompts[1]) - len(model.prompts[0])  # the longest common beginning
+
+
+def test_each_answer_is_drawn_from_the_seed_and_a_retry_from_another() -> None:
+    class Undecided(Speaker):
+        def _next(self) -> np.ndarray:
+            super()._next()
+            return np.zeros(self._tokenizer.vocab_size, np.float32)
+
+    tokenizer = make_chat(LAST_ALONE)
+    params = SamplingParams(temperature=1.0, seed=2**63 - 1)
+    session = Session(Undecided(tokenizer, ["abcdefg"] * 5), tokenizer, params=params)
+    first, second = (say_ids(session.reply(text, max_tokens=5, ignore_eos=True)) for text in ("x", "y"))
+    assert first == second
+    again = [say_ids(session.retry(max_tokens=5, ignore_eos=True)) for _ in range(2)]
+    assert len({tuple(ids) for ids in (first, *again)}) == 3
+
+
+def say_ids(tokens: Iterator[Token]) -> list[int]:
+    return [token.id for token in tokens]
