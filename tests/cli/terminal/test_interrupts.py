@@ -193,6 +193,7 @@ def test_what_is_typed_on_a_plain_terminal_waits_for_the_prompt(tiny_chat_path: 
         chat.until_shown("'typed ahead'")
         chat.until_prompt()
         assert chat.lines()[-4:-1] == ["(stopped)", "> typed ahead", "'typed ahead'"]
+        assert chat.output.count("typed ahead") == 2 and "^C" not in chat.output
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
