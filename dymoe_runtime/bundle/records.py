@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle, record_name
-from dymoe_runtime.bundle.tensorfile import read_header, read_into
+from dymoe_runtime.bundle.tensorfile import TensorInfo, header_in, header_of, read_into
 from dymoe_runtime.bundle.tiers import split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
@@ -27,7 +28,7 @@ def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
     """
     path, offset = bundle.record_span(key)
     record = np.empty(bundle.layout.record_bytes, np.uint8)
-    with open(path, "rb") as file:
+    with open(bundle.open_file(path.name), "rb") as file:
         read_into(file.fileno(), path, offset, memoryview(record))
     segments = split_record(bundle.layout, record)
     for index, segment in enumerate(segments):
@@ -51,25 +52,67 @@ def check_dense(path: Path, name: str, data: np.ndarray, checksum: int) -> None:
         raise DymoeError(f"{path}: tensor {name}: checksum mismatch; {DAMAGED}")
 
 
-def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
-    """Yield (what was checked, problem) for each file index, dense tensor and expert record.
+def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
+    """Return layer -> predictor, float32 [experts, H + 1], of the layers that have one.
 
-    The problem is "" if there is none.
+    Raises DymoeError if the file is damaged or malformed, or does not fit the model.
     """
-    for name in bundle.manifest.files:
-        if name.endswith(".safetensors") and name != LOOK_AHEAD:
-            yield name, _problem(partial(_verify_index, bundle, name))
-    for name in bundle.manifest.dense_crc32:
-        yield f"{DENSE}: {name}", _problem(partial(_verify_dense, bundle, name))
-    for layer in bundle.manifest.layers:
+    path, data = bundle.path / LOOK_AHEAD, bundle.read(LOOK_AHEAD) or b""
+    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
+    predictors = {}
+    layers = {str(layer): layer for layer in bundle.spec.moe_layers}
+    for name, info in header_in(data, path).items():
+        if name not in layers or (info.dtype, info.shape) != ("F32", shape):
+            raise DymoeError(f"{path}: tensor {name[:60]} is no predictor of the model; {DAMAGED}")
+        predictors[layers[name]] = np.frombuffer(data, "<f4", math.prod(shape), info.start).reshape(shape).copy()
+        if not np.isfinite(predictors[layers[name]]).all():
+            raise DymoeError(f"{path}: tensor {name} is not finite; {DAMAGED}")
+    return predictors
+
+
+def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """Yield (what was checked, problem) for each file, dense tensor and expert record. The problem is "" if none.
+
+    Files that the manifest does not list are problems, too. Weights that have checksums alone are checked by these;
+    where all of a file's are right, its digest is compared, if the manifest has one.
+    """
+    manifest, sound = bundle.manifest, set(bundle.manifest.files)
+    for what, name, check in _checks(bundle):
+        problem = _problem(check)
+        if problem:
+            sound.discard(name)
+        yield what, problem
+    for name in sorted(sound):
+        if manifest.is_weights(name) and manifest.files[name].sha256:
+            yield name, _problem(partial(bundle.check_file, name))
+    for name in bundle.unlisted():
+        yield name, f"{bundle.path / name}: not a file of the bundle, which nothing reads; move it elsewhere"
+
+
+def _checks(bundle: Bundle) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Yield (what is checked, name of its file, function that checks it)."""
+    manifest = bundle.manifest
+    yield LOOK_AHEAD, LOOK_AHEAD, partial(read_predictors, bundle)
+    for name in manifest.files:
+        if manifest.is_weights(name):
+            yield name, name, partial(_verify_index, bundle, name)
+    for name in manifest.dense_crc32:
+        yield f"{DENSE}: {name}", DENSE, partial(_verify_dense, bundle, name)
+    for layer, entry in manifest.layers.items():
         for expert in range(bundle.spec.num_experts):
             key = ExpertKey(layer, expert)
-            yield f"expert {key}", _problem(partial(read_record, bundle, key))
+            yield f"expert {key}", entry.file, partial(read_record, bundle, key)
+
+
+def read_index(bundle: Bundle, name: str) -> dict[str, TensorInfo]:
+    """Return the tensors in a file of weights by name; raise DymoeError if it is damaged."""
+    with open(bundle.open_file(name), "rb") as file:
+        return header_of(file.fileno(), bundle.path / name)
 
 
 def _verify_index(bundle: Bundle, name: str) -> None:
     path = bundle.path / name
-    header = read_header(path)
+    header = read_index(bundle, name)
     expected = set(bundle.manifest.dense_crc32)
     for layer, entry in bundle.manifest.layers.items():
         if entry.file == name:
@@ -85,11 +128,11 @@ def _verify_index(bundle: Bundle, name: str) -> None:
 
 def _verify_dense(bundle: Bundle, name: str) -> None:
     path = bundle.path / DENSE
-    info = read_header(path).get(name)
-    if info is None:
-        raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
-    data = np.empty(info.nbytes, np.uint8)
-    with open(path, "rb") as file:
+    with open(bundle.open_file(DENSE), "rb") as file:
+        info = header_of(file.fileno(), path).get(name)
+        if info is None:
+            raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        data = np.empty(info.nbytes, np.uint8)
         read_into(file.fileno(), path, info.start, memoryview(data))
     check_dense(path, name, data, bundle.manifest.dense_crc32[name])
 

@@ -7,13 +7,13 @@ import mmap
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.records import check_segment
 from dymoe_runtime.bundle.tiers import PAGE
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store.request import Source
 
@@ -25,15 +25,15 @@ class RecordReader:
         self._bundle = bundle
         self._record_bytes = bundle.layout.record_bytes
         self._offsets = (0, *itertools.accumulate(bundle.layout.segment_spans))
-        files = sorted({bundle.path / entry.file for entry in bundle.manifest.layers.values()})
-        self.direct = all(_direct_works(path) for path in files[:1])
-        flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
-        self._files = {path: os.open(path, flags) for path in files}
+        names = sorted({entry.file for entry in bundle.manifest.layers.values()})
+        self.direct = all(_direct_works(bundle, name) for name in names[:1])
+        flags = os.O_DIRECT if self.direct else 0
+        self._files = {name: bundle.open_file(name, flags) for name in names}
         if not self.direct:
             for fd in self._files.values():
                 _advise_random(fd)
         self._layers = {
-            layer: (self._files[bundle.path / entry.file], bundle.path / entry.file, entry.data_start)
+            layer: (self._files[entry.file], bundle.path / entry.file, entry.data_start)
             for layer, entry in bundle.manifest.layers.items()
         }
         # [layers][experts], one bit for each segment.
@@ -65,14 +65,14 @@ class RecordReader:
         self._files.clear()
 
 
-def _direct_works(path: Path) -> bool:
-    """Return whether an O_DIRECT read from `path` succeeds; some file systems allow the open but not the read."""
+def _direct_works(bundle: Bundle, name: str) -> bool:
+    """Return whether an O_DIRECT read from a file succeeds; some file systems allow the open but not the read."""
     if not hasattr(os, "O_DIRECT"):
         return False
     page = mmap.mmap(-1, PAGE)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
+        fd = bundle.open_file(name, os.O_DIRECT)
+    except DymoeError:
         return False
     try:
         return os.preadv(fd, [page], PAGE) > 0
