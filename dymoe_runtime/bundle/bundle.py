@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +124,7 @@ class Manifest:
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
     provenance: Mapping[str, Any]
+    digest: str = field(default="", compare=False)  # of the file that it was read from
 
     @property
     def vouches(self) -> bool:
@@ -160,14 +161,15 @@ class Manifest:
             raise DymoeError(
                 f"{where}: version {str(version)[:60]}, this runtime reads {OLDEST} to {VERSION}; recompile or upgrade"
             )
-        if data.pop("sha256", None) != _digest({**data, "version": version}):
+        digest = data.pop("sha256", None)
+        if digest != _digest({**data, "version": version}):
             raise DymoeError(f"{where}: does not match its own digest; {DAMAGED}")
         spec = spec_from_json(data.pop("spec", None), version, f"{where}: spec")
         parts = strict(_Parts, data, where, DAMAGED)
         if set(map(str, parts.layers)) != set(data["layers"]):
             raise DymoeError(f"{where}: a key of 'layers' is not the number of a layer; {DAMAGED}")
         try:
-            manifest = Manifest(spec, **{**vars(parts), "ladder": check_ladder(parts.ladder)})
+            manifest = Manifest(spec, **{**vars(parts), "ladder": check_ladder(parts.ladder), "digest": digest})
             _check_manifest(manifest, version)
         except ValueError as error:
             raise DymoeError(f"{where}: {error}; {DAMAGED}") from error

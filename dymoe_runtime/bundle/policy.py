@@ -34,7 +34,7 @@ class OperatingPoint:
     is skipped. `model/tier_rule.py` applies these rules.
     """
 
-    name: str
+    name: Annotated[str, Meta(pattern="^[!-~][ -~]*$", max_length=100)]
     kind: str  # uniform or mixed
     decode: tuple[Thresholds, ...]
     prefill: tuple[Thresholds, ...]

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle, record_name
+from dymoe_runtime.bundle.bundle import (
+    DAMAGED,
+    DENSE,
+    LOOK_AHEAD,
+    Bundle,
+    dense_kind,
+    dense_layout,
+    quantized_bits,
+    record_name,
+)
 from dymoe_runtime.bundle.tensorfile import TensorInfo, header_in, header_of, read_into
 from dymoe_runtime.bundle.tiers import split_record
 from dymoe_runtime.errors import DymoeError
@@ -19,6 +29,11 @@ try:  # same result as zlib's, four times as fast
     from isal.isal_zlib import crc32
 except ImportError:  # isal has no build for every machine
     from zlib import crc32
+
+NOT_VOUCHED = (
+    "its digest does not vouch for its weights, which have checksums against decay alone, because it was compiled "
+    "before version 5 of the format; compile it again"
+)
 
 
 def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
@@ -68,6 +83,22 @@ def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
         if not np.isfinite(predictors[layers[name]]).all():
             raise DymoeError(f"{path}: tensor {name} is not finite; {DAMAGED}")
     return predictors
+
+
+def check_digest(bundle: Bundle, expected: str) -> None:
+    """Raise DymoeError unless the digest of a bundle is `expected`, and its weights are those that the digest means.
+
+    This reads all weights.
+    """
+    manifest = bundle.manifest
+    if re.fullmatch("[0-9a-f]{64}", expected.lower()) is None:
+        raise DymoeError(f"--expect {expected}: not a digest of 64 hexadecimal digits; dymoe-bundle digest prints one")
+    if manifest.digest != expected.lower():
+        raise DymoeError(f"{bundle.path}: its digest is {manifest.digest}, not the expected one; get the right bundle")
+    if not manifest.vouches:
+        raise DymoeError(f"{bundle.path}: {NOT_VOUCHED}")
+    for name in filter(manifest.is_weights, manifest.files):
+        bundle.check_file(name)
 
 
 def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
@@ -124,6 +155,23 @@ def _verify_index(bundle: Bundle, name: str) -> None:
                     raise DymoeError(f"{path}: record of expert {key} is not where the manifest says; {DAMAGED}")
     if set(header) != expected:
         raise DymoeError(f"{path}: its index does not list the tensors of the manifest; {DAMAGED}")
+    if name == DENSE:
+        check_dense_types(bundle, header)
+
+
+def check_dense_types(bundle: Bundle, header: Mapping[str, TensorInfo]) -> None:
+    """Raise DymoeError unless all dense tensors are there, with the types and shapes that the specification implies."""
+    path = bundle.path / DENSE
+    for name, shape in bundle.spec.each_tensor():
+        info = header.get(name)
+        if info is None:
+            raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
+            dtype, shape = "U8", (dense_layout(shape, bits).record_bytes,)
+        else:
+            dtype = "BF16" if dense_kind(name, shape) else "F32"
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise DymoeError(f"{path}: tensor {name} is {info.dtype[:20]} of shape {info.shape}; {DAMAGED}")
 
 
 def _verify_dense(bundle: Bundle, name: str) -> None:

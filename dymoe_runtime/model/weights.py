@@ -7,11 +7,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, Bundle, dense_kind, dense_layout, quantized_bits
-from dymoe_runtime.bundle.records import check_dense
-from dymoe_runtime.bundle.tensorfile import TensorInfo, header_of, read_into
+from dymoe_runtime.bundle.bundle import DENSE, Bundle, dense_layout, quantized_bits
+from dymoe_runtime.bundle.records import check_dense, check_dense_types
+from dymoe_runtime.bundle.tensorfile import header_of, read_into
 from dymoe_runtime.bundle.tiers import RecordLayout, widen_bf16
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
 
@@ -40,16 +39,10 @@ class BundleDense:
         """Return the memory that the file takes, and the tensors in it by name."""
         path, shapes = bundle.path / DENSE, bundle.spec.tensor_shapes()
         header = header_of(fd, path)
-        for name in shapes:
-            if name not in header:
-                raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        check_dense_types(bundle, header)
         for name, shape in shapes.items():
             if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
                 self._layouts[name] = dense_layout(shape, bits)
-            if not self._fits(header[name], name, shape):
-                raise DymoeError(
-                    f"{path}: tensor {name} is {header[name].dtype} of shape {header[name].shape}; {DAMAGED}"
-                )
         starts = [0, *accumulate(-(-header[name].nbytes // ALIGN) * ALIGN for name in shapes)]
         memory = np.frombuffer(map_memory(starts[-1]), np.uint8)
 
@@ -63,12 +56,6 @@ class BundleDense:
 
         with ThreadPoolExecutor(READERS) as pool:
             return memory, dict(zip(shapes, pool.map(read, shapes, starts), strict=True))
-
-    def _fits(self, info: TensorInfo, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether the tensor `name` has the type and the shape that the bundle's specification implies."""
-        if name in self._layouts:
-            return info.dtype == "U8" and info.shape == (self._layouts[name].record_bytes,)
-        return info.dtype == ("BF16" if dense_kind(name, shape) else "F32") and info.shape == shape
 
     def lock(self) -> int:
         """Lock the weights in memory; return the bytes locked, 0 if the system does not allow it."""
