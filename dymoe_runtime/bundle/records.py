@@ -26,9 +26,9 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 
 try:  # same result as zlib's, four times as fast
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:  # isal has no build for every machine
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 NOT_VOUCHED = (
     "its digest does not vouch for its weights, which have checksums against decay alone, because it was compiled "
@@ -54,11 +54,16 @@ def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
 def check_segment(bundle: Bundle, key: ExpertKey, segment: int, data: np.ndarray | memoryview) -> None:
     """Raise DymoeError unless `data` has the checksum that the manifest gives for this segment."""
     if crc32(data) != bundle.manifest.layers[key.layer].crc32[key.expert][segment]:
-        tier = bundle.layout.ladder[segment]
-        path, offset = bundle.record_span(key)
-        raise DymoeError(
-            f"{path}: expert {key}, tier {tier}: checksum mismatch in the record at offset {offset}; {DAMAGED}"
-        )
+        raise damaged_segment(bundle, key, segment)
+
+
+def damaged_segment(bundle: Bundle, key: ExpertKey, segment: int) -> DymoeError:
+    """Return the error for a segment that does not have its checksum."""
+    path, offset = bundle.record_span(key)
+    return DymoeError(
+        f"{path}: expert {key}, tier {bundle.layout.ladder[segment]}: checksum mismatch in the record at offset "
+        f"{offset}; {DAMAGED}"
+    )
 
 
 def check_dense(path: Path, name: str, data: np.ndarray, checksum: int) -> None:
