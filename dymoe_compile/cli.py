@@ -17,7 +17,7 @@ from dymoe_compile.hub import Repository, fetch
 from dymoe_compile.job.profile import check_dense_bits, load_profile
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, GroupedOption, flag, options_of, with_flags
-from dymoe_runtime.console import MAX_SEED, one_sentence, print_json, stage_progress
+from dymoe_runtime.console import MAX_SEED, one_sentence, print_json, say, stage_progress
 from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.process import MAX_THREADS
 
@@ -168,9 +168,9 @@ def compile_command(flags: CompileFlags, model: str) -> None:
     if flags.as_json:
         print_json({"changed": changed, **description})
     elif changed:
-        click.echo(format_description(description))
+        say(format_description(description))
     else:
-        click.echo(f"{flags.output}: up to date")
+        say(f"{flags.output}: up to date")
 
 
 main = click.version_option(package_name="dymoe")(
@@ -193,7 +193,7 @@ def _located(model: str) -> tuple[Path, dict[str, str]]:
     with needing_extra("compile", "compiling"):  # said before many gigabytes are fetched
         if find_spec("torch") is None:
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
-    snapshot = fetch(repository, lambda sentence: click.echo(f"note: {sentence}", err=True))
+    snapshot = fetch(repository, lambda sentence: say(f"note: {sentence}", err=True))
     return snapshot.directory, snapshot.origin
 
 

@@ -44,22 +44,23 @@ from dymoe_runtime.bundle.bundle import (
     REPORT,
     TOKENIZER,
     TOKENIZER_EXTRAS,
+    VERSION,
     Bundle,
     FileEntry,
     Manifest,
     expert_layout,
     file_entry,
-    format_version,
     read_manifest,
 )
 from dymoe_runtime.bundle.policy import Policy
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
+from dymoe_runtime.files import read_member
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.process import default_threads
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.text.tokenizer import Tokenizer
+from dymoe_runtime.text.tokenizer import RESTORE, Tokenizer
 from dymoe_runtime.units import format_size
 
 # Tokens of context for which the profile's memory is checked.
@@ -171,7 +172,7 @@ def build(
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
-        writer.finish(replace(manifest, files=files_of(writer.directory)))
+        writer.finish(replace(manifest, files=files_of(writer.directory, whole=True)))
     return Bundle.open(options.output)
 
 
@@ -187,11 +188,11 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
     """Return the provenance: everything that decides the bytes of the bundle."""
     tokenizer = hashlib.sha256()
     for name in (TOKENIZER, *TOKENIZER_EXTRAS):
-        if (options.model / name).exists():
-            tokenizer.update(name.encode() + (options.model / name).read_bytes())
+        if (data := read_member(options.model / name, RESTORE)) is not None:
+            tokenizer.update(name.encode() + data)
     return {
         "dymoe_version": dymoe_runtime.__version__,
-        "format_version": format_version(checkpoint.spec),
+        "format_version": VERSION,
         "source_sha256": _source_digest(checkpoint, progress),
         "tokenizer_sha256": tokenizer.hexdigest(),
         "calibration_sha256": windows.digest,
@@ -247,8 +248,8 @@ def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
 def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
     """Copy the tokenizer files of the checkpoint `model` to the bundle."""
     for name in (TOKENIZER, *TOKENIZER_EXTRAS):
-        if (model / name).exists():
-            writer.write_small(name, (model / name).read_bytes())
+        if (data := read_member(model / name, RESTORE)) is not None:
+            writer.write_small(name, data)
 
 
 def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
@@ -281,11 +282,11 @@ def profile_budget(bundle: Bundle, profile: Profile, kernels: Kernels) -> Budget
     return plan_budget(bundle, kernels, context, profile.memory_bytes, process_bytes=DEVICE_PROCESS_BYTES)
 
 
-def files_of(directory: Path) -> dict[str, FileEntry]:
-    """Return the files of a bundle as its manifest lists them; only small files get a digest."""
+def files_of(directory: Path, whole: bool = False) -> dict[str, FileEntry]:
+    """Return the files of a bundle as its manifest lists them; weights get a digest only if `whole` is true."""
     small = {POLICY, FINDINGS, REPORT, LOOK_AHEAD, TOKENIZER, *TOKENIZER_EXTRAS}
     return {
-        path.name: file_entry(path, digest=path.name in small)
+        path.name: file_entry(path, digest=whole or path.name in small)
         for path in sorted(directory.iterdir())
         if path.name in small or path.suffix == ".safetensors"
     }

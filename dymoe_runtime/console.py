@@ -31,7 +31,90 @@ MAX_SEED = (1 << 63) - 1
 LINE_INTERVAL_S = 30.0
 
 
-class ManyValues(click.Command):
+# Characters that make a terminal do something, or show text in another order than it has; and lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, but for line breaks and tabs.
+
+    Text from files and arguments could otherwise do anything to a terminal.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print `text` to stdout, or to stderr if `err` is true, with control characters escaped."""
+    click.echo(printable(text), err=err)
+
+
+@contextlib.contextmanager
+def _escaping() -> Iterator[None]:
+    """Escape control characters in messages about wrong usage within this context."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc]  # final since click 8.5
+        raise
+
+
+class Escaping(click.Command):
+    """A command whose messages about wrong usage show arguments with control characters escaped."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _escaping():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _escaping():
+            return super().invoke(ctx)
+
+
+class Commands(Escaping, click.Group):
+    """A group of commands."""
+
+
+def start(command: click.Command, name: str) -> NoReturn:
+    """Run a command, and exit; the exit code is 1 if stdout cannot take all that was printed."""
+    code: Any = 0
+    for fd in range(3):  # one that is closed would be the next file to be opened
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            code = 1 if fd == 1 else code
+    if code:
+        sys.exit(_lost(name, "it is closed"))
+    try:
+        try:
+            command(prog_name=name)
+        except SystemExit as exit_:
+            code = exit_.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+        code = code or 1
+    except OSError as error:
+        _drop_stdout()
+        code = code or _lost(name, error.strerror or str(error))
+    sys.exit(code)
+
+
+def _lost(name: str, why: str) -> int:
+    """Say that stdout did not take the output; return the exit code."""
+    with contextlib.suppress(OSError):
+        click.echo(f"{name}: stdout: the output could not be written ({why}); redirect it elsewhere", err=True)
+    return 1
+
+
+def _drop_stdout() -> None:
+    """Let stdout lead nowhere, so that flushing it at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class ManyValues(Escaping):
     """A command whose `multiple` options also take several values after one flag: `--eval a b c`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -122,9 +205,8 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             fail("terminated", TERMINATED)
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of stdout is gone; flushing it at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader of stdout is gone
+            _drop_stdout()
             sys.exit(1)
         except OSError as error:
             if error.errno == errno.ENOMEM:
@@ -146,7 +228,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, code: int) -> NoReturn:
     """Print the command's name and `message` on one line of stderr, and exit with `code`."""
     name = click.get_current_context().find_root().info_name
-    click.echo(f"{name}: {' '.join(message.split())}", err=True)
+    click.echo(f"{name}: {' '.join(printable(message).split())}", err=True)
     sys.exit(code)
 
 

@@ -1,29 +1,160 @@
-"""Small text and JSON files, with errors that name the file and the remedy."""
+"""Files that the program reads: opened without surprises, parsed strictly, with errors that name file and remedy."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
-from collections.abc import Mapping
-from dataclasses import fields
+import os
+import re
+import stat
+import types
+from collections.abc import Hashable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from dymoe_runtime.errors import DymoeError
 
+T = TypeVar("T")
+# Digits of the longest number in JSON: more than any float or 128-bit number has.
+MAX_DIGITS = 400
+# Bytes read at a time to compute a digest.
+PIECE_BYTES = 1 << 20
+# The most bytes of a JSON file: many times those of the largest manifest, and few enough to parse.
+MAX_JSON_BYTES = 64 << 20
+# The most bytes of a tokenizer or of what comes with it; the largest known has 35 MB.
+MAX_MEMBER_BYTES = 256 << 20
+# The most bytes of a text.
+MAX_TEXT_BYTES = 1 << 30
+
+# Types of fields that `strict` checks.
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=200)]  # in the same directory
+Sha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
+Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+
+
+def open_regular(path: Path, remedy: str, follow_links: bool = True, flags: int = 0) -> int:
+    """Open a regular file to read, with further `flags`; return its descriptor, which the caller closes.
+
+    Raises DymoeError, which ends with `remedy`, if the file cannot be opened, or is not a regular one: a pipe or a
+    device could be read without end. Without `follow_links`, a symbolic link is refused, too.
+    """
+    flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise DymoeError(f"{path}: {_reason(error, follow_links)}; {remedy}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise DymoeError(f"{path}: not the name of a file; {remedy}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DymoeError(f"{path}: not a regular file; {remedy}")
+    return fd
+
+
+def read_regular(path: Path, remedy: str, most: int, follow_links: bool = True) -> bytes:
+    """Return the bytes of a regular file that has at most `most`; raise DymoeError as `open_regular` does."""
+    with open(open_regular(path, remedy, follow_links), "rb") as file:
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise DymoeError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    if len(data) > most:
+        raise DymoeError(f"{path}: more than {most} bytes, which is too large for such a file; {remedy}")
+    return data
+
+
+def sha256_of(fd: int, path: Path, remedy: str) -> str:
+    """Return the SHA-256 of an open file from its beginning, in hexadecimal; raise DymoeError if a read fails."""
+    digest, offset = hashlib.sha256(), 0
+    try:
+        while piece := os.pread(fd, PIECE_BYTES, offset):
+            digest.update(piece)
+            offset += len(piece)
+    except OSError as error:
+        raise DymoeError(f"{path}: read error at offset {offset} ({error.strerror}); {remedy}") from error
+    return digest.hexdigest()
+
+
+def read_member(path: Path, remedy: str) -> bytes | None:
+    """Return the bytes of a small file of a model's directory, or None if it does not have the file.
+
+    A bundle has only the files that its manifest lists, with the digests that are there; a file that somebody put
+    beside them changes nothing. Raises DymoeError if the file cannot be read, is not a regular one, or is another.
+    """
+    listed = _listed(path.parent)
+    if (listed is not None and path.name not in listed) or not os.path.lexists(path):
+        return None
+    data = read_regular(path, remedy, MAX_MEMBER_BYTES, follow_links=listed is None)
+    if listed is not None and hashlib.sha256(data).hexdigest() != listed[path.name]:
+        raise DymoeError(f"{path}: does not match the manifest; {remedy}")
+    return data
+
+
+def _listed(directory: Path) -> Mapping[str, str] | None:
+    """Return the files of the bundle in `directory`, name -> SHA-256, or None if it does not hold a bundle."""
+    try:
+        manifest = directory / "manifest.json"
+        info = os.stat(manifest, follow_symlinks=False)
+        return _files_in(manifest, (info.st_ino, info.st_size, info.st_mtime_ns))
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4)
+def _files_in(manifest: Path, identity: tuple[int, ...]) -> Mapping[str, str] | None:
+    """Return name -> SHA-256 of the files that a manifest lists; `identity` tells versions of it apart."""
+    try:
+        values = json.loads(read_regular(manifest, "", MAX_JSON_BYTES, follow_links=False))
+        return {name: entry["sha256"] for name, entry in values["files"].items()} if "ladder" in values else None
+    except (DymoeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _reason(error: OSError, follow_links: bool) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if error.errno == errno.ELOOP and not follow_links:
+        return "a symbolic link, which may lead anywhere"
+    return error.strerror or str(error)
+
 
 def read_text(path: Path, remedy: str) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark.
+    """Return the text of a UTF-8 file that the user names, without a byte order mark. It may be a pipe or a terminal.
 
-    Raises DymoeError if the file cannot be read, is not UTF-8, or is blank. `remedy` ends the message unless the
-    encoding is wrong.
+    Raises DymoeError if the file cannot be read, is too large or without end, is not UTF-8, or is blank. `remedy` ends
+    the message unless the encoding is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            endless = stat.S_ISCHR(mode) and not file.isatty() and not os.path.samefile(path, os.devnull)
+            if stat.S_ISBLK(mode) or endless:
+                raise DymoeError(f"{path}: a device, not a text; {remedy}")
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise DymoeError(f"{path}: {_reason(error, True)}; {remedy}") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise DymoeError(f"{path}: more than {MAX_TEXT_BYTES >> 20} MiB, which is too long a text; {remedy}")
+    return decode_text(data, path, remedy)
+
+
+def decode_text(data: bytes, path: Path, remedy: str) -> str:
+    """Return the text of a file with UTF-8 `data`, without a byte order mark, as lines that end in a newline.
+
+    Raises DymoeError if it is not UTF-8, or is blank; then the message ends with `remedy`.
+    """
+    try:
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise DymoeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
-    except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise DymoeError(f"{path}: {what}; {remedy}") from error
     if not text.strip():
         raise DymoeError(f"{path}: the text is empty; {remedy}")
     return text
@@ -32,10 +163,13 @@ def read_text(path: Path, remedy: str) -> str:
 def parse_json(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     """Return the JSON object in `text`.
 
-    Raises DymoeError if `text` is anything else. Its message starts with `where` and ends with `remedy`.
+    Raises DymoeError if `text` is anything else, names a key of an object twice, or has a number that is not finite or
+    absurdly long. Its message starts with `where` and ends with `remedy`.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite, parse_int=_whole
+        )
     except (ValueError, RecursionError) as error:
         raise DymoeError(f"{where}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):
@@ -43,15 +177,110 @@ def parse_json(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     return values
 
 
-def strict(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    """Build dataclass `cls` from `data`.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return values
 
-    Raises DymoeError if a key is unknown or missing. Its message starts with `where` and names the key.
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the number {text[:40]}... is too large")
+    return int(text)
+
+
+def strict(
+    cls: type[T], data: object, where: str, remedy: str, kinds: Mapping[Any, tuple[type, ...]] | None = None
+) -> T:
+    """Build the dataclass `cls`, and those in its fields, from values of JSON.
+
+    `kinds` maps the type of a field to the dataclasses that it can be; the key `kind` tells them apart, by their class
+    variable of that name. Raises DymoeError if a key is unknown or missing, a value does not have the field's type,
+    which may be `Annotated` with limits of msgspec, or a class refuses its values by ValueError. Its message starts
+    with `where`, names the key, and ends with `remedy`.
     """
-    known = {field.name for field in fields(cls)}
-    if unknown := sorted(set(data) - known):
-        raise DymoeError(f"{where}: unknown key '{unknown[0]}'; known keys are {', '.join(sorted(known))}")
     try:
-        return cls(**data)
-    except TypeError as error:
-        raise DymoeError(f"{where}: {error}") from error
+        struct = _struct(cast(Hashable, cls), tuple((kinds or {}).items()))
+        built: T = _built(msgspec.convert(data, struct, str_keys=True))
+    except (ValueError, RecursionError) as error:  # msgspec's ValidationError is a ValueError
+        raise DymoeError(f"{where}: {_explained(str(error))}; {remedy}") from error
+    return built
+
+
+# Messages of msgspec about keys, in the words of this program.
+_MESSAGES = (
+    (r"^Object contains unknown field `(.*)`", r"unknown key '\1'"),
+    (r"^Object missing required field `(.*)`", r"'\1' is missing"),
+    (r"^Expected", "expected"),
+    (r"`(object|array|int|float|str|bool|null)( \| null)?`", r"\1\2"),
+)
+
+
+def _explained(message: str) -> str:
+    """Return a message of msgspec with the key first."""
+    what, _, place = message.partition(" - at ")
+    for pattern, words in _MESSAGES:
+        what = re.sub(pattern, words, what)
+    key = place.removeprefix("key in ").strip("`").removeprefix("$").removeprefix(".")
+    return f"'{key}': {what}" if key else what
+
+
+_Kinds = tuple[tuple[Any, tuple[type, ...]], ...]
+
+
+@cache
+def _struct(cls: Any, kinds: _Kinds) -> type[msgspec.Struct]:
+    """Return a struct like the dataclass `cls` that refuses unknown keys; `made_from` is that class."""
+    hints = get_type_hints(cls, include_extras=True)
+    members: list[Any] = []
+    for field in fields(cls):
+        member: tuple[Any, ...] = (field.name, _with_structs(hints[field.name], kinds))
+        if field.default is not MISSING:
+            member = (*member, field.default)
+        elif field.default_factory is not MISSING:
+            member = (*member, msgspec.field(default_factory=field.default_factory))
+        members.append(member)
+    tags = {"tag_field": "kind", "tag": cls.kind} if any(cls in classes for _, classes in kinds) else {}
+    namespace = {"made_from": cls}
+    return msgspec.defstruct(
+        cls.__name__, members, namespace=namespace, forbid_unknown_fields=True, kw_only=True, **tags
+    )
+
+
+def _with_structs(hint: Any, kinds: _Kinds) -> Any:
+    """Return a type with structs in place of dataclasses."""
+    for known, classes in kinds:
+        if hint == known:
+            return Union[tuple(_struct(cls, kinds) for cls in classes)]  # noqa: UP007  # of types known only here
+    if is_dataclass(hint):
+        return _struct(cast(Hashable, hint), kinds)
+    origin = get_origin(hint)
+    if origin is None or origin is Annotated:
+        return hint
+    inner = tuple(part if part is Ellipsis else _with_structs(part, kinds) for part in get_args(hint))
+    return Union[inner] if origin in (Union, types.UnionType) else origin[inner]  # noqa: UP007
+
+
+def _built(value: Any) -> Any:
+    """Return `value` with dataclasses in place of structs."""
+    if isinstance(value, msgspec.Struct):
+        return value.made_from(**{name: _built(getattr(value, name)) for name in value.__struct_fields__})  # type: ignore[attr-defined]
+    if isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
+        return tuple(map(_built, value))
+    if isinstance(value, dict):
+        return {key: _built(item) for key, item in value.items()}
+    return value

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
+
+from msgspec import Meta
 
 from dymoe_runtime.errors import DymoeError
 
@@ -21,6 +23,20 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 CLAMPED = "clamped_swiglu"
 # Norms of the residual stream and of what layers add to it: RMSNorm, or LayerNorm without or with biases.
 NORMS = ("rms", "layer", "layer_bias")
+# Grids of the experts' codes: that of the bundle format, and that of weights that were trained in MXFP4.
+GRIDS = ("", "mxfp4")
+
+# Kinds of rotary embeddings.
+ROPES = ("default", "linear", "llama3", "yarn", "proportional", "longrope")
+# Positions that the convolution of a gated delta rule can see; compiled code has a limit.
+MAX_TAPS = 16
+
+# Types of numbers in a specification, with the limits that reading one checks. All are far from what would overflow.
+Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+Number = Annotated[int, Meta(ge=0, le=1 << 31)]
+Real = Annotated[float, Meta(ge=-1e38, le=1e38)]
+Factor = Annotated[float, Meta(ge=0, le=1e38)]
+Positive = Annotated[float, Meta(gt=0, le=1e38)]
 
 # (name, shape) of tensors.
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -48,20 +64,33 @@ class Rope:
     `original_max_position_embeddings`, else the long ones, which `long_attention_factor` belongs to.
     """
 
-    theta: float = 10000.0
-    kind: str = "default"  # default, linear, llama3, yarn, proportional or longrope
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
+    theta: Positive = 10000.0
+    kind: str = "default"  # one of ROPES
+    factor: Positive = 1.0
+    original_max_position_embeddings: Number = 0
+    low_freq_factor: Factor = 1.0
+    high_freq_factor: Factor = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive = 1.0
     truncate: bool = True
-    dims: int = 0  # 0: all columns of a head
-    short_factors: tuple[float, ...] = ()  # by pair of columns
-    long_factors: tuple[float, ...] = ()
-    long_attention_factor: float = 1.0
+    dims: Number = 0  # 0: all columns of a head
+    short_factors: tuple[Positive, ...] = ()  # by pair of columns
+    long_factors: tuple[Positive, ...] = ()
+    long_attention_factor: Positive = 1.0
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError unless this can turn the columns of heads of `head_dim`."""
+        _expect_one("rope.kind", self.kind, ROPES)
+        dims = self.dims or head_dim
+        _expect(dims % 2 == 0 and dims <= head_dim, f"a rotary embedding of {dims} columns does not fit {head_dim}")
+        if self.kind == "longrope":
+            lengths = {len(self.short_factors), len(self.long_factors)}
+            _expect(lengths == {dims // 2}, f"longrope needs {dims // 2} short and long factors")
+        if self.kind == "yarn":
+            _expect(
+                self.theta > 1 and self.original_max_position_embeddings > 0, "yarn needs a theta above 1 and a context"
+            )
 
 
 class MixerSpec(Protocol):
@@ -77,27 +106,37 @@ class MixerSpec(Protocol):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Grouped-query attention (arXiv 2305.13245)."""
+    """Grouped-query attention (arXiv 2305.13245). Raises ValueError if heads or options do not fit."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
     rope: Rope | None  # None: no position embedding
-    window: int | None = None  # positions that a token sees, itself included; None: all
+    window: Count | None = None  # positions that a token sees, itself included; None: all
     qk_norm: str = "none"  # none, head (over head_dim) or full (over all heads)
     bias: bool = False  # in the projections to queries, keys and values
-    clip: float | None = None  # largest magnitude of queries, keys and values
+    clip: Positive | None = None  # largest magnitude of queries, keys and values
     output_bias: bool = False
-    chunk: int | None = None  # a token sees only positions of its own chunk of that many
+    chunk: Count | None = None  # a token sees only positions of its own chunk of that many
     norm_after_rope: bool = False  # whether qk_norm comes after the rotary embedding
     value_norm: bool = False  # whether values are normalized, over head_dim
     sinks: bool = False  # a learned score for each head, which takes attention from the positions (arXiv 2309.17453)
     gate: str = "none"  # of the output before the last projection: none, element (of each value) or head
     gate_activation: str = "sigmoid"  # or softplus
-    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    scale: Positive | None = None  # of the scores; None: 1 / sqrt(head_dim)
     # (floor, scale): queries at position p are multiplied by 1 + scale * log(1 + floor((p + 1) / floor)).
-    temperature: tuple[float, float] | None = None
+    temperature: tuple[Positive, Real] | None = None
     kind: ClassVar[str] = "gqa"
+
+    def __post_init__(self) -> None:
+        fits = self.heads % self.kv_heads == 0
+        _expect(fits, f"{self.heads} attention heads do not divide into {self.kv_heads} key-value heads")
+        _expect(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, attention needs an even one")
+        _expect_one("qk_norm", self.qk_norm, ("none", "head", "full"))
+        _expect_one("gate", self.gate, ("none", "element", "head"))
+        _expect_one("gate_activation", self.gate_activation, ("sigmoid", "softplus"))
+        if self.rope is not None:
+            self.rope.check(self.head_dim)
 
     def tensor_shapes(self, hidden: int) -> Shapes:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -122,14 +161,21 @@ class GatedDeltaSpec:
     """A gated delta rule (Gated DeltaNet, arXiv 2412.06464) behind a causal convolution.
 
     Each head of values has a state [key_dim, value_dim]; `value_heads / key_heads` of them share a head of keys.
+
+    Raises ValueError if they do not divide, or the convolution is too long.
     """
 
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int  # positions that the convolution sees, the token's own included
+    key_heads: Count
+    value_heads: Count
+    key_dim: Count
+    value_dim: Count
+    taps: Count  # positions that the convolution sees, the token's own included
     kind: ClassVar[str] = "gated_delta"
+
+    def __post_init__(self) -> None:
+        fits = self.value_heads % self.key_heads == 0
+        _expect(fits, f"{self.value_heads} heads of values do not divide into {self.key_heads} of keys")
+        _expect(self.taps <= MAX_TAPS, f"the convolution has {self.taps} taps, {MAX_TAPS} are the most")
 
     @property
     def keys(self) -> int:
@@ -177,26 +223,39 @@ class RouterSpec:
        chosen before it, without the experts of a logit l for which (m - l) / max(|l|, m) exceeds `threshold`.
     5. With `normalize` they are divided by their sum plus `eps`, or by at least `least_sum`. Then they are multiplied
        by `scale` and, with `expert_scale`, by the expert's number of `router_scale`.
+
+    Raises ValueError if the numbers of experts and groups do not fit.
     """
 
-    experts: int
-    top_k: int
+    experts: Count
+    top_k: Count
     normalize: bool  # routing weights are divided by their sum
     score: str = "softmax"  # one of SCORES
     bias: bool = False
     selection_bias: bool = False
-    groups: int = 1
-    top_groups: int = 1
+    groups: Count = 1
+    top_groups: Count = 1
     group_score: str = "top2"  # one of GROUP_SCORES
-    scale: float = 1.0
-    eps: float = 0.0
-    least_sum: float = 0.0
-    softcap: float = 0.0  # 0: none
+    scale: Real = 1.0
+    eps: Factor = 0.0
+    least_sum: Factor = 0.0
+    softcap: Factor = 0.0  # 0: none
     expert_scale: bool = False
     plain_norm: bool = False  # the router reads the residual stream normalized without the norm's weights
     # The routing weight of the only expert multiplies its input instead of its output.
     scales_input: bool = False
-    threshold: float = 0.0  # of the score sparsemixer
+    threshold: Factor = 0.0  # of the score sparsemixer
+
+    def __post_init__(self) -> None:
+        _expect_one("score", self.score, SCORES)
+        _expect_one("group_score", self.group_score, GROUP_SCORES)
+        _expect(self.top_k <= self.experts, f"a token uses {self.top_k} experts, and there are {self.experts}")
+        fits = self.experts % self.groups == 0 and self.top_groups <= self.groups
+        _expect(
+            fits and self.top_k <= self.experts // self.groups * self.top_groups,
+            f"{self.groups} groups of experts do not fit {self.experts} experts, {self.top_k} a token",
+        )
+        _expect(not self.scales_input or self.top_k == 1, "a routing weight multiplies the input of one expert only")
 
     @property
     def weighs_by_share(self) -> bool:
@@ -222,9 +281,9 @@ class SharedSpec:
     theirs.
     """
 
-    width: int
+    width: Count
     gated: bool = False  # its output is multiplied by the sigmoid of x . shared_gate
-    scale: float = 1.0  # of its output
+    scale: Real = 1.0  # of its output
     own_norms: bool = False
 
     def tensor_shapes(self, hidden: int) -> Shapes:
@@ -240,7 +299,7 @@ class MoeSpec:
     """A feed-forward part of routed experts."""
 
     router: RouterSpec
-    width: int  # of each expert
+    width: Count  # of each expert
     shared: SharedSpec | None = None
     biases: bool = False  # of gate, up and down, which the record of an expert holds
     kind: ClassVar[str] = "moe"
@@ -256,7 +315,7 @@ class MoeSpec:
 class MlpSpec:
     """A feed-forward part of one dense MLP."""
 
-    width: int
+    width: Count
     kind: ClassVar[str] = "mlp"
 
     def tensor_shapes(self, hidden: int) -> Shapes:
@@ -279,7 +338,7 @@ class LayerSpec:
     feed_forward: MoeSpec | MlpSpec
     pre_norms: bool = True
     post_norms: bool = False
-    residual_scale: float = 1.0  # of what each part adds
+    residual_scale: Real = 1.0  # of what each part adds
     scalar: bool = False  # whether the residual stream leaves the layer multiplied by a learned number
     parallel: bool = False
 
@@ -301,22 +360,22 @@ class LayerSpec:
 class ModelSpec:
     """A decoder-only transformer whose layers with routed experts all have the same `MoeSpec`.
 
-    Raises ValueError if they differ, or if no layer has experts.
+    Raises ValueError if they differ, if no layer has experts, or if an option is not known.
     """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    max_context: int
-    norm_eps: float
+    vocab_size: Count
+    hidden_size: Count
+    max_context: Count
+    norm_eps: Factor
     layers: tuple[LayerSpec, ...]
     activation: str = "silu"  # of experts and dense MLPs
     tie_embeddings: bool = False
-    eos_ids: tuple[int, ...] = ()
-    dense_width: int = 0  # of dense MLPs; version 3 of the bundle format keeps it even if no layer has one
-    embed_scale: float = 1.0  # of embeddings
-    logit_scale: float = 1.0
-    logit_softcap: float = 0.0  # c: logits become c * tanh(logits / c); 0: none
+    eos_ids: tuple[Number, ...] = ()
+    dense_width: Number = 0  # of dense MLPs; version 3 of the bundle format keeps it even if no layer has one
+    embed_scale: Real = 1.0  # of embeddings
+    logit_scale: Real = 1.0
+    logit_softcap: Factor = 0.0  # c: logits become c * tanh(logits / c); 0: none
     expert_grid: str = ""  # of the experts' codes: that of the bundle format, or mxfp4 for weights that were trained so
     norm: str = "rms"  # one of NORMS, of all norms but those in mixers
     head_bias: bool = False  # whether logits have a bias
@@ -324,8 +383,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if len({layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoeSpec)}) != 1:
             raise ValueError("a model has layers with experts, and they are alike")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm '{self.norm}': expected {', '.join(NORMS)}")
+        _expect_one("norm", self.norm, NORMS)
+        _expect_one("expert_grid", self.expert_grid, GRIDS)
+        if clamped_parameters(self.activation) is None:
+            _expect_one("activation", self.activation, ACTIVATIONS)
 
     @property
     def num_layers(self) -> int:
@@ -475,5 +536,19 @@ def clamped_parameters(activation: str) -> tuple[float, float] | None:
     """
     if not activation.startswith(CLAMPED):
         return None
-    _, alpha, limit = activation.split(":")
-    return float(alpha), float(limit)
+    _, *parts = activation.split(":")
+    if len(parts) != 2:
+        raise ValueError(f"activation {activation[:60]!r}: expected {CLAMPED}:ALPHA:LIMIT")
+    alpha, limit = map(float, parts)
+    _expect(abs(alpha) < 1e38 and 0 < limit < 1e38, f"activation {activation[:60]!r}: not two numbers that fit")
+    return alpha, limit
+
+
+def _expect(fits: bool, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
+
+
+def _expect_one(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value[:60]!r}: expected {', '.join(map(repr, known))}")

@@ -106,7 +106,13 @@ class SteppedThreads:
         self._tickets = 0
 
     def submit(
-        self, fd: int, offset: int, places: Sequence[Place], urgency: int, then: Callable[[], None] | None
+        self,
+        fd: int,
+        offset: int,
+        places: Sequence[Place],
+        urgency: int,
+        then: Callable[[], None] | None,
+        checksums: Sequence[int] = (),
     ) -> int:
         assert fd < 0 and then is not None
         ticket, self._tickets = self._tickets, self._tickets + 1

@@ -17,7 +17,7 @@ import numpy as np
 from dymoe_runtime.bundle.bundle import MANIFEST
 from dymoe_runtime.bundle.tensorfile import TensorInfo, read_header, read_into, read_tensor
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_text
+from dymoe_runtime.files import MAX_JSON_BYTES, decode_text, open_regular, parse_json, read_regular
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -102,7 +102,7 @@ class TensorFiles:
 
     def _file(self, path: Path) -> int:
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
+            self._open[path] = open_regular(path, REMEDY)
         return self._open[path]
 
 
@@ -136,7 +136,8 @@ def _instead(directory: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint; raise a DymoeError that names the file if it has none."""
-    return parse_json(read_text(path, REMEDY), str(path), REMEDY)
+    text = decode_text(read_regular(path, REMEDY, MAX_JSON_BYTES), path, REMEDY)
+    return parse_json(text, str(path), REMEDY)
 
 
 def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:

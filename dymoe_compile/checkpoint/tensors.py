@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dymoe_compile.checkpoint.directory import CONFIG, TensorFiles, read_config
+from dymoe_compile.checkpoint.directory import CONFIG, REMEDY, TensorFiles, read_config
 from dymoe_compile.checkpoint.formats import find, main_tensor
 from dymoe_compile.checkpoint.formats.stored import FLOATS, Shape, Stored
 from dymoe_compile.checkpoint.left_out import (
@@ -99,7 +99,10 @@ class CheckpointTensors:
         quantization = read_quantization(directory, values)
         family = family_of(values)
         config = Config(text_config(values))
-        spec = family.spec(config)
+        try:
+            spec = family.spec(config)
+        except ValueError as error:  # of a specification whose parts do not fit
+            raise DymoeError(f"{directory / CONFIG}: {error}; {REMEDY}") from error
         config.check_read()
         files = TensorFiles(directory)
         with needing_extra("compile", "reading checkpoints"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import strict
+from dymoe_runtime.files import read_regular, strict
+from dymoe_runtime.process import MAX_THREADS
 from dymoe_runtime.units import parse_size
 
 if sys.version_info >= (3, 11):
@@ -19,6 +22,8 @@ else:
 
 # Value of dense bits that has them chosen by the KL that fewer bits cost this model.
 AUTO = "auto"
+REMEDY = "correct it; profiles/ has examples"
+MAX_PROFILE_BYTES = 1 << 20
 # Memory that a run on the device is assumed to take before it loads anything. It has a margin, because other releases
 # of Python and its libraries take more than the measured ones.
 DEVICE_PROCESS_BYTES = 64 << 20
@@ -36,6 +41,18 @@ class Profile:
     threads: int
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The keys of a profile's file."""
+
+    name: str
+    ladder: tuple[int, ...]
+    dense_bits: int | str
+    memory: int | str
+    disk_bandwidth: int | str
+    threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)]
+
+
 def load_profile(name: str) -> Profile:
     """Return the shipped profile of this name, or the profile in any .toml file.
 
@@ -45,33 +62,30 @@ def load_profile(name: str) -> Profile:
     (2, 3, 4)
     """
     path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         known = ", ".join(sorted(file.stem for file in _profiles().glob("*.toml")))
-        raise DymoeError(f"{path}: no such profile; shipped are {known}, or give a .toml file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DymoeError(f"{path}: not valid TOML ({error})") from error
-    except OSError as error:
-        raise DymoeError(f"{path}: {error.strerror}; give a shipped profile's name or a readable .toml file") from error
+        raise DymoeError(f"{path}: no such profile; shipped are {known}, or give a .toml file")
+    data = read_regular(path, "give a shipped profile's name or a readable .toml file", MAX_PROFILE_BYTES)
+    try:
+        values = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise DymoeError(f"{path}: not valid TOML ({error}); {REMEDY}") from error
     return _profile(values, str(path))
 
 
 def _profile(values: dict[str, Any], where: str) -> Profile:
-    keys = {"name", "ladder", "dense_bits", "memory", "disk_bandwidth", "threads"}
-    if missing := sorted(keys - set(values)):
-        raise DymoeError(f"{where}: '{missing[0]}' is missing")
-    if unknown := sorted(set(values) - keys):
-        raise DymoeError(f"{where}: unknown key '{unknown[0]}'")
+    kept = strict(_Kept, values, where, REMEDY)
     try:
-        values["ladder"] = check_ladder(values["ladder"])
-        values["memory_bytes"] = parse_size(str(values.pop("memory")))
-        values["disk_bytes_per_s"] = parse_size(str(values.pop("disk_bandwidth")).removesuffix("/s"))
-    except (ValueError, TypeError) as error:
-        raise DymoeError(f"{where}: {error}") from error
-    profile: Profile = strict(Profile, values, where)
-    if not isinstance(profile.threads, int) or profile.threads < 1:
-        raise DymoeError(f"{where}: 'threads' is {profile.threads!r}, expected a whole number of at least 1")
+        profile = Profile(
+            kept.name,
+            check_ladder(kept.ladder),
+            kept.dense_bits,
+            parse_size(str(kept.memory)),
+            parse_size(str(kept.disk_bandwidth).removesuffix("/s")),
+            kept.threads,
+        )
+    except ValueError as error:
+        raise DymoeError(f"{where}: {error}; {REMEDY}") from error
     check_dense_bits(profile.dense_bits, where)
     return profile
 

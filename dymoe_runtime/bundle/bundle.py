@@ -7,35 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from dymoe_runtime.bundle.policy import Policy
-from dymoe_runtime.bundle.tiers import RecordLayout, check_ladder, make_layout
+from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, check_ladder, make_layout
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_text, strict
+from dymoe_runtime.files import (
+    MAX_JSON_BYTES,
+    Bytes,
+    FileName,
+    Sha256,
+    Word,
+    open_regular,
+    parse_json,
+    read_regular,
+    sha256_of,
+    strict,
+)
 from dymoe_runtime.spec import (
     ACTIVATIONS,
     AttentionSpec,
+    Count,
     ExpertKey,
+    Factor,
     GatedDeltaSpec,
     LayerSpec,
     MixerSpec,
     MlpSpec,
     ModelSpec,
     MoeSpec,
+    Number,
+    Positive,
     Rope,
     RouterSpec,
-    SharedSpec,
     alike_layers,
     is_exact,
 )
 
-# Versions of the format. A bundle is written in the oldest one that can hold its model.
-VERSION, OLDEST = 4, 3
+# Versions of the format. Since version 5 each file has a digest. `spec` has one of the forms of versions 3 and 4, the
+# older if that can hold the model.
+VERSION, OLDEST, WHOLE = 5, 3, 5
+OLD_FORM, NEW_FORM = 3, 4
 # Kinds of rotary embeddings that version 3 knows.
 OLD_ROPES = ("default", "linear", "llama3", "yarn")
 # Fields of `spec` that are left out where they have these values.
@@ -48,9 +67,14 @@ LEFT_OUT: Mapping[str, Any] = {
     "long_factors": (),
     "long_attention_factor": 1.0,
 }
-# Kinds of mixers that a bundle can hold.
-_MIXERS: dict[str, type] = {spec.kind: spec for spec in (AttentionSpec, GatedDeltaSpec)}
+# Types of a layer's parts -> what a bundle can hold of them.
+_KINDS: dict[Any, tuple[type, ...]] = {
+    MixerSpec: (AttentionSpec, GatedDeltaSpec),
+    MoeSpec | MlpSpec: (MoeSpec, MlpSpec),
+}
 DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fresh"
+# More layers than any model has; version 3 gives their number alone.
+MAX_LAYERS = 1 << 14
 # Bits that a kind of dense matrices may have: 16 is bf16, fewer is quantized.
 DENSE_BITS = (4, 5, 6, 7, 8, 16)
 MANIFEST = "manifest.json"
@@ -71,22 +95,22 @@ TOKENIZER_EXTRAS = (
 
 @dataclass(frozen=True)
 class FileEntry:
-    """The size of a file of the bundle, and the digest of a small one.
+    """The size of a file of the bundle, and its digest.
 
-    `sha256` is empty for weights, which have a CRC-32 for each dense tensor and each segment of a record.
+    Before version 5, `sha256` is empty for weights, which have a CRC-32 for each dense tensor and each segment.
     """
 
-    nbytes: int
-    sha256: str = ""
+    nbytes: Bytes
+    sha256: Sha256 = ""
 
 
 @dataclass(frozen=True)
 class LayerEntry:
     """The records of one layer: the record of expert e starts at data_start + e * record_bytes of `file`."""
 
-    file: str
-    data_start: int
-    crc32: tuple[tuple[int, ...], ...]  # [experts][segments], each over a segment and its padding
+    file: FileName
+    data_start: Bytes
+    crc32: tuple[tuple[Word, ...], ...]  # [experts][segments], each over a segment and its padding
 
 
 @dataclass(frozen=True)
@@ -100,8 +124,16 @@ class Manifest:
     dense_crc32: Mapping[str, int]
     layers: Mapping[int, LayerEntry]
     provenance: Mapping[str, Any]
-    # Digest of all other keys in the file, and so of the bundle; "" unless it was read from one.
-    sha256: str = field(default="", compare=False)
+    digest: str = field(default="", compare=False)  # of the file that it was read from
+
+    @property
+    def vouches(self) -> bool:
+        """Return whether the manifest's digest vouches for every byte of the bundle."""
+        return all(entry.sha256 for entry in self.files.values())
+
+    def is_weights(self, name: str) -> bool:
+        """Return whether a file holds weights, whose checksums are checked as they are read."""
+        return name == DENSE or any(entry.file == name for entry in self.layers.values())
 
     def to_text(self) -> str:
         """Return JSON with sorted keys; `sha256` holds the digest of all other keys."""
@@ -113,7 +145,7 @@ class Manifest:
             "dense_crc32": dict(self.dense_crc32),
             "layers": {str(layer): asdict(entry) for layer, entry in self.layers.items()},
             "provenance": dict(self.provenance),
-            "version": format_version(self.spec),
+            "version": VERSION,
         }
         return json.dumps({**body, "sha256": _digest(body)}, indent=1, sort_keys=True) + "\n"
 
@@ -125,23 +157,81 @@ class Manifest:
         """
         data = parse_json(text, where, DAMAGED)
         version = data.pop("version", None)
-        if version not in (OLDEST, VERSION):
+        if type(version) is not int or not OLDEST <= version <= VERSION:
             raise DymoeError(
-                f"{where}: version {version}, this runtime reads {OLDEST} and {VERSION}; recompile or upgrade"
+                f"{where}: version {str(version)[:60]}, this runtime reads {OLDEST} to {VERSION}; recompile or upgrade"
             )
         digest = data.pop("sha256", None)
         if digest != _digest({**data, "version": version}):
             raise DymoeError(f"{where}: does not match its own digest; {DAMAGED}")
-        data["sha256"] = digest
-        data["spec"] = spec_from_json(data["spec"], version)
-        data["ladder"] = check_ladder(data["ladder"])
-        data["files"] = {name: strict(FileEntry, entry, where) for name, entry in data["files"].items()}
-        data["layers"] = {int(layer): _layer_entry(entry, where) for layer, entry in data["layers"].items()}
-        manifest: Manifest = strict(Manifest, data, where)
-        kinds = set(dense_kinds(manifest.spec))
-        if set(manifest.dense_bits) != kinds or not set(manifest.dense_bits.values()) <= set(DENSE_BITS):
-            raise DymoeError(f"{where}: dense_bits do not give bits for {', '.join(sorted(kinds))}; {DAMAGED}")
+        spec = spec_from_json(data.pop("spec", None), version, f"{where}: spec")
+        parts = strict(_Parts, data, where, DAMAGED)
+        if set(map(str, parts.layers)) != set(data["layers"]):
+            raise DymoeError(f"{where}: a key of 'layers' is not the number of a layer; {DAMAGED}")
+        try:
+            manifest = Manifest(spec, **{**vars(parts), "ladder": check_ladder(parts.ladder), "digest": digest})
+            _check_manifest(manifest, version)
+        except ValueError as error:
+            raise DymoeError(f"{where}: {error}; {DAMAGED}") from error
         return manifest
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The keys of a manifest that are kept as they are."""
+
+    ladder: tuple[int, ...]
+    dense_bits: Mapping[str, int]
+    files: Mapping[FileName, FileEntry]
+    dense_crc32: Mapping[str, Word]
+    layers: Mapping[int, LayerEntry]
+    provenance: Mapping[str, Any]
+
+
+def _check_manifest(manifest: Manifest, version: int) -> None:
+    """Raise ValueError where parts of a manifest are each well formed, but do not fit each other.
+
+    After it, sizes and loops are bounded by the sizes of the files, which `Bundle.open` compares with the disk.
+    """
+    spec, files, bits = manifest.spec, manifest.files, manifest.dense_bits
+    for name in (POLICY, DENSE, LOOK_AHEAD, TOKENIZER):
+        if name not in files:
+            raise ValueError(f"'files' does not list {name}")
+    if MANIFEST in files:
+        raise ValueError(f"'files' lists {MANIFEST}")
+    for name, file in files.items():
+        if not file.sha256 and (version >= WHOLE or not manifest.is_weights(name)):
+            raise ValueError(f"'files.{name}.sha256' is missing")
+    for name, _ in spec.each_tensor():
+        if name not in manifest.dense_crc32:
+            raise ValueError(f"'dense_crc32.{name}' is missing")
+    shapes = spec.tensor_shapes()
+    if unknown := sorted(set(manifest.dense_crc32) - set(shapes)):
+        raise ValueError(f"'dense_crc32.{unknown[0][:60]}' is not a tensor of the model")
+    kinds = set(dense_kinds(spec))
+    if set(bits) != kinds or not set(bits.values()) <= set(DENSE_BITS):
+        raise ValueError(f"'dense_bits' do not give bits for {', '.join(sorted(kinds))}")
+    needed = sum(dense_bytes(name, shape, bits) for name, shape in shapes.items())
+    if needed > files[DENSE].nbytes:
+        raise ValueError(f"the model has {needed} bytes of dense weights, {DENSE} only {files[DENSE].nbytes}")
+    layout = expert_layout(spec, manifest.ladder)
+    if set(manifest.layers) != set(spec.moe_layers):
+        raise ValueError("'layers' are not those that have experts")
+    if len({entry.file for entry in manifest.layers.values()}) != len(manifest.layers):
+        raise ValueError("two 'layers' have the same file")
+    for layer, entry in manifest.layers.items():
+        _check_layer(f"'layers.{layer}'", entry, files, spec.num_experts, layout)
+
+
+def _check_layer(
+    where: str, entry: LayerEntry, files: Mapping[str, FileEntry], experts: int, layout: RecordLayout
+) -> None:
+    if entry.file not in files or not entry.file.endswith(".safetensors") or entry.file in (DENSE, LOOK_AHEAD):
+        raise ValueError(f"{where} has no file of its own")
+    if len(entry.crc32) != experts or any(len(row) != len(layout.ladder) for row in entry.crc32):
+        raise ValueError(f"{where} lacks checksums of its experts")
+    if entry.data_start % PAGE or files[entry.file].nbytes != entry.data_start + experts * layout.record_bytes:
+        raise ValueError(f"{where}: records of {layout.record_bytes} bytes do not fit its file")
 
 
 class Bundle:
@@ -167,12 +257,61 @@ class Bundle:
         """
         directory = Path(path)
         manifest = read_manifest(directory)
-        for name, entry in manifest.files.items():
-            _check_file(directory / name, entry)
-        text = read_text(directory / POLICY, DAMAGED)
-        policy = Policy.from_json(parse_json(text, str(directory / POLICY), DAMAGED))
-        _check_shapes(manifest, policy, directory)
+        bundle = Bundle(directory, manifest, Policy(manifest.ladder, (), (), ""))
+        for name in manifest.files:
+            if manifest.is_weights(name):
+                os.close(bundle.open_file(name))
+            else:
+                bundle.check_file(name)
+        text = bundle.read(POLICY) or b""
+        policy = Policy.from_json(parse_json(text, str(directory / POLICY), DAMAGED), str(directory / POLICY))
+        policy.check(str(directory / POLICY), manifest.ladder, [spec_experts(layer) for layer in manifest.spec.layers])
         return Bundle(directory, manifest, policy)
+
+    def open_file(self, name: str, flags: int = 0) -> int:
+        """Open a file that the manifest lists, with further `flags`; return its descriptor, which the caller closes.
+
+        Raises DymoeError unless it is a regular file of the size that the manifest says.
+        """
+        path, entry = self.path / name, self.manifest.files[name]
+        fd = open_regular(path, DAMAGED, follow_links=False, flags=flags)
+        if (size := os.fstat(fd).st_size) != entry.nbytes:
+            os.close(fd)
+            raise DymoeError(f"{path}: {size} bytes of {entry.nbytes}; {DAMAGED}")
+        return fd
+
+    def check_file(self, name: str) -> None:
+        """Raise DymoeError unless a file has the size and the digest that the manifest says."""
+        fd = self.open_file(name)
+        try:
+            digest = sha256_of(fd, self.path / name, DAMAGED)
+        finally:
+            os.close(fd)
+        self._compare(name, digest)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a small file, or None if the manifest does not list it.
+
+        Raises DymoeError if it is missing, or these bytes do not have the digest that the manifest says.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            return None
+        with open(self.open_file(name), "rb") as file:
+            try:
+                data = file.read(entry.nbytes)
+            except OSError as error:
+                raise DymoeError(f"{self.path / name}: cannot be read ({error.strerror}); {DAMAGED}") from error
+        self._compare(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _compare(self, name: str, digest: str) -> None:
+        if digest != self.manifest.files[name].sha256:
+            raise DymoeError(f"{self.path / name}: does not match the manifest; {DAMAGED}")
+
+    def unlisted(self) -> list[str]:
+        """Return the names in the bundle's directory that the manifest does not list; nothing reads them."""
+        return sorted(set(os.listdir(self.path)) - {MANIFEST, *self.manifest.files})
 
     def record_span(self, key: ExpertKey) -> tuple[Path, int]:
         """Return the file of an expert's record, and the record's offset in that file in bytes."""
@@ -189,8 +328,8 @@ class Bundle:
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    """Return the JSON form of a model's specification in version `format_version(spec)` of the format."""
-    if format_version(spec) == VERSION:
+    """Return the JSON form of a specification: that of version 3 if it can hold the model, else of version 4."""
+    if spec != _as_kept(spec):
         others = _kept((field.name, getattr(spec, field.name)) for field in fields(ModelSpec) if field.name != "layers")
         return {**others, "eos_ids": list(spec.eos_ids), **_layers_to_json(spec.layers)}
     attention = spec.layers[0].mixer
@@ -222,32 +361,42 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def format_version(spec: ModelSpec) -> int:
-    """Return the version of the format in which a model is kept: the oldest one that can hold it.
+def spec_from_json(data: Any, version: int, where: str = "manifest.json: spec") -> ModelSpec:
+    """Build a model's specification from the result of `spec_to_json`, in a manifest of `version`.
 
-    Version 3 knows one attention for all layers, and softmax routers.
+    Raises DymoeError, whose message starts with `where`, naming the key if one is unknown, missing or wrong.
     """
-    return VERSION if spec != _as_kept(spec) else OLDEST
+    if not isinstance(data, dict):
+        raise DymoeError(f"{where}: missing, or not an object; {DAMAGED}")
+    try:
+        is_new = version == NEW_FORM or (version > NEW_FORM and "kinds" in data)
+        return _from_kinds(data, where) if is_new else _from_kept(strict(_KeptSpec, data, where, DAMAGED))
+    except ValueError as error:
+        raise DymoeError(f"{where}: {error}; {DAMAGED}") from error
 
 
-def spec_from_json(data: Mapping[str, Any], version: int) -> ModelSpec:
-    """Build a model's specification from the result of `spec_to_json`.
+def _from_kinds(data: Mapping[str, Any], where: str) -> ModelSpec:
+    values = {**data, "layers": data.get("kinds")}
+    values.pop("kinds", None)
+    spec = strict(ModelSpec, values, where, DAMAGED, _KINDS)
+    order = data.get("layers")
+    if not isinstance(order, list) or not 0 < len(order) <= MAX_LAYERS:
+        raise ValueError("'layers' is not a list of layers")
+    if not all(type(index) is int and 0 <= index < len(spec.layers) for index in order):
+        raise ValueError("'layers': there is no such kind of layer")
+    return replace(spec, layers=tuple(spec.layers[index] for index in order))
 
-    Raises DymoeError naming the key if one is unknown or missing.
-    """
-    where = "manifest.json: spec"
-    if version == VERSION:
-        values = {name: value for name, value in data.items() if name != "kinds"}
-        values |= {"layers": _layers_from_json(data, where), "eos_ids": tuple(data["eos_ids"])}
-        spec: ModelSpec = strict(ModelSpec, values, where)
-        return spec
-    kept: _KeptSpec = strict(_KeptSpec, data, where)
-    rope: Rope = strict(Rope, kept.rope, f"{where}.rope")
+
+def _from_kept(kept: _KeptSpec) -> ModelSpec:
+    if any(not 0 <= layer < kept.num_layers for layer in kept.dense_layers):
+        raise ValueError("'dense_layers' has a layer that the model does not have")
+    if len(kept.dense_layers) == kept.num_layers:
+        raise ValueError("'dense_layers' has all layers")
     attention = AttentionSpec(
         kept.num_heads,
         kept.num_kv_heads,
         kept.head_dim,
-        rope,
+        kept.rope,
         kept.sliding_window,
         kept.qk_norm,
         kept.attention_bias,
@@ -264,7 +413,7 @@ def spec_from_json(data: Mapping[str, Any], version: int) -> ModelSpec:
         layers=alike_layers(kept.num_layers, attention, moe, kept.dense_layers, kept.dense_width),
         activation=kept.activation,
         tie_embeddings=kept.tie_embeddings,
-        eos_ids=tuple(kept.eos_ids),
+        eos_ids=kept.eos_ids,
         dense_width=kept.dense_width,
     )
 
@@ -308,14 +457,6 @@ def _layers_to_json(layers: Sequence[LayerSpec]) -> dict[str, Any]:
     return {"kinds": [_layer_to_json(kind) for kind in kinds], "layers": [kinds.index(layer) for layer in layers]}
 
 
-def _layers_from_json(data: Mapping[str, Any], where: str) -> tuple[LayerSpec, ...]:
-    """Return the layers of the result of `_layers_to_json`; raise DymoeError that names `where` if it is malformed."""
-    kinds = [_layer_from_json(kind, f"{where}.kinds") for kind in data["kinds"]]
-    if not all(type(index) is int and 0 <= index < len(kinds) for index in data["layers"]):
-        raise DymoeError(f"{where}.layers: there is no such kind of layer")
-    return tuple(kinds[index] for index in data["layers"])
-
-
 def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
     halves = {"mixer": layer.mixer, "feed_forward": layer.feed_forward}
     kinds: dict[str, Any] = {name: {"kind": half.kind, **_json_of(half)} for name, half in halves.items()}
@@ -332,68 +473,33 @@ def _kept(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in items if name not in LEFT_OUT or value != LEFT_OUT[name]}
 
 
-def _layer_from_json(data: Mapping[str, Any], where: str) -> LayerSpec:
-    values = {**data, "mixer": _mixer(data["mixer"], where), "feed_forward": _feed_forward(data["feed_forward"], where)}
-    layer: LayerSpec = strict(LayerSpec, values, where)
-    return layer
-
-
-def _mixer(data: Mapping[str, Any], where: str) -> MixerSpec:
-    kind, values = _kind_of(data)
-    if kind not in _MIXERS:
-        raise DymoeError(f"{where}: the mixer '{kind}' is not known; upgrade, or compile the model again")
-    if values.get("rope") is not None:
-        factors = {name: tuple(values["rope"].get(name, ())) for name in ("short_factors", "long_factors")}
-        values["rope"] = strict(Rope, {**values["rope"], **factors}, where)
-    if values.get("temperature") is not None:
-        values["temperature"] = tuple(values["temperature"])
-    mixer: MixerSpec = strict(_MIXERS[kind], values, where)
-    return mixer
-
-
-def _feed_forward(data: Mapping[str, Any], where: str) -> MoeSpec | MlpSpec:
-    kind, values = _kind_of(data)
-    if kind not in (MoeSpec.kind, MlpSpec.kind):
-        raise DymoeError(f"{where}: the feed-forward part '{kind}' is not known; upgrade, or compile the model again")
-    if kind == MoeSpec.kind:
-        values["router"] = strict(RouterSpec, values["router"], where)
-        if values.get("shared") is not None:
-            values["shared"] = strict(SharedSpec, values["shared"], where)
-    part: MoeSpec | MlpSpec = strict(MoeSpec if kind == MoeSpec.kind else MlpSpec, values, where)
-    return part
-
-
-def _kind_of(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    return str(data["kind"]), {name: value for name, value in data.items() if name != "kind"}
-
-
 @dataclass(frozen=True, eq=False)
 class _KeptSpec:
-    """The keys that `spec_to_json` returns."""
+    """The keys of the older form that `spec_to_json` returns."""
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_context: int
-    norm_eps: float
-    num_experts: int
-    top_k: int
+    vocab_size: Count
+    hidden_size: Count
+    num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS)]
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    max_context: Count
+    norm_eps: Factor
+    num_experts: Count
+    top_k: Count
     norm_topk: bool
-    expert_width: int
-    rope: Mapping[str, Any]
+    expert_width: Count
+    rope: Rope
     activation: str = "silu"
     qk_norm: str = "none"
     attention_bias: bool = False
-    clip_qkv: float | None = None
-    sliding_window: int | None = None
-    dense_layers: tuple[int, ...] = ()
-    dense_width: int = 0
+    clip_qkv: Positive | None = None
+    sliding_window: Count | None = None
+    dense_layers: tuple[Number, ...] = ()
+    dense_width: Number = 0
     tie_embeddings: bool = False
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[Number, ...] = ()
 
 
 def expert_layout(spec: ModelSpec, ladder: tuple[int, ...]) -> RecordLayout:
@@ -434,6 +540,18 @@ def quantized_bits(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, i
     return dense_bits[kind] if kind is not None and dense_bits[kind] <= 8 else None
 
 
+def dense_bytes(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, int]) -> int:
+    """Return the bytes of a dense tensor in a bundle."""
+    if bits := quantized_bits(name, shape, dense_bits):
+        return dense_layout(shape, bits).record_bytes
+    return math.prod(shape) * (2 if dense_kind(name, shape) else 4)
+
+
+def spec_experts(layer: LayerSpec) -> int:
+    """Return the number of experts of a layer, 0 for one without any."""
+    return layer.feed_forward.router.experts if isinstance(layer.feed_forward, MoeSpec) else 0
+
+
 def record_name(key: ExpertKey) -> str:
     """Return the name of an expert's record in its file."""
     return f"experts.{key}"
@@ -453,49 +571,20 @@ def read_manifest(directory: Path) -> Manifest:
         what = "not a directory" if directory.exists() else "no such bundle"
         raise DymoeError(f"{directory}: {what}; make one with dymoe-compile MODEL -o {directory}")
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         raise DymoeError(f"{path}: no such file; {directory} is not a bundle, or damaged: recompile it")
+    data = read_regular(path, DAMAGED, MAX_JSON_BYTES, follow_links=False)
     try:
-        return Manifest.from_text(path.read_text(encoding="utf-8"), str(path))
+        return Manifest.from_text(data.decode(), str(path))
     except UnicodeDecodeError as error:
         raise DymoeError(f"{path}: not valid UTF-8; {DAMAGED}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DymoeError(f"{path}: malformed ({error!r}); {DAMAGED}") from error
 
 
 def file_entry(path: Path, digest: bool) -> FileEntry:
     """Return the manifest entry of a file, with its SHA-256 if `digest` is true."""
-    data_digest = hashlib.sha256(path.read_bytes()).hexdigest() if digest else ""
-    return FileEntry(path.stat().st_size, data_digest)
-
-
-def _check_file(path: Path, entry: FileEntry) -> None:
-    if not path.exists():
-        raise DymoeError(f"{path}: missing; {DAMAGED}")
-    if path.stat().st_size != entry.nbytes:
-        raise DymoeError(f"{path}: {path.stat().st_size} bytes of {entry.nbytes}; {DAMAGED}")
-    if entry.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
-        raise DymoeError(f"{path}: does not match the manifest; {DAMAGED}")
-
-
-def _check_shapes(manifest: Manifest, policy: Policy, directory: Path) -> None:
-    """Raise DymoeError where manifest and policy are each well formed, but do not fit the model or each other."""
-    spec, segments = manifest.spec, len(manifest.ladder)
-    for layer in spec.moe_layers:
-        checksums = manifest.layers[layer].crc32 if layer in manifest.layers else ()
-        if len(checksums) != spec.num_experts or any(len(row) != segments for row in checksums):
-            raise DymoeError(f"{directory / MANIFEST}: layer {layer} lacks checksums of its experts; {DAMAGED}")
-    rows = [row for point in policy.points for row in (*point.decode, *point.prefill)]
-    layers = {len(thresholds) for point in policy.points for thresholds in (point.decode, point.prefill)}
-    fits = layers == {spec.num_layers} == {len(policy.layers)} and {len(row) for row in rows} == {segments}
-    if set(manifest.layers) != set(spec.moe_layers) or policy.ladder != manifest.ladder or not fits:
-        raise DymoeError(f"{directory / POLICY}: does not fit the model of {MANIFEST}; {DAMAGED}")
-
-
-def _layer_entry(entry: Mapping[str, Any], where: str) -> LayerEntry:
-    values = {**entry, "crc32": tuple(tuple(row) for row in entry.get("crc32", ()))}
-    layer: LayerEntry = strict(LayerEntry, values, where)
-    return layer
+    with open(path, "rb") as file:
+        data_digest = sha256_of(file.fileno(), path, "check the disk") if digest else ""
+        return FileEntry(os.fstat(file.fileno()).st_size, data_digest)
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, NoReturn
+
+from msgspec import Meta
 
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import strict
+from dymoe_runtime.spec import Factor, Number, Real
 
 VERSION = 2
 # Points whose distances to the wanted bits differ by at most this count as equally near.
 SAME_BITS = 0.06
 
-Thresholds = tuple[float, ...]
+REMEDY = "recompile the bundle"
+
+Threshold = Annotated[float, Meta(ge=0, le=2)]
+Thresholds = tuple[Threshold, ...]
+KINDS, LOOK_AHEADS = ("uniform", "mixed"), ("router", "linear", "none")
 
 
 @dataclass(frozen=True)
@@ -27,33 +34,53 @@ class OperatingPoint:
     is skipped. `model/tier_rule.py` applies these rules.
     """
 
-    name: str
+    name: Annotated[str, Meta(pattern="^[!-~][ -~]*$", max_length=100)]
     kind: str  # uniform or mixed
     decode: tuple[Thresholds, ...]
     prefill: tuple[Thresholds, ...]
-    bits_mean: float  # mean tier of an active expert when decoding, over tokens and layers
-    effective_bits: float  # bits per weight when decoding, scale indices and multipliers included
-    bytes_per_token: float  # bytes of expert records that decoding one token uses
-    kl: float  # to the original model, nats per token, decoding held-out calibration text
-    nll: float  # nats per token
-    top1_agreement: float
-    prefill_kl: float  # KL when the prefill thresholds choose the tiers
+    bits_mean: Factor  # mean tier of an active expert when decoding, over tokens and layers
+    effective_bits: Factor  # bits per weight when decoding, scale indices and multipliers included
+    bytes_per_token: Factor  # bytes of expert records that decoding one token uses
+    kl: Real  # to the original model, nats per token, decoding held-out calibration text
+    nll: Real  # nats per token
+    top1_agreement: Factor
+    prefill_kl: Real  # KL when the prefill thresholds choose the tiers
+
+    def fits(self, layers: int, tiers: int) -> bool:
+        """Return whether there is a rising row of thresholds for each layer, with one for each tier."""
+        return self.kind in KINDS and all(
+            len(rows) == layers and all(len(row) == tiers and list(row) == sorted(row) for row in rows)
+            for rows in (self.decode, self.prefill)
+        )
 
 
 @dataclass(frozen=True)
 class LayerPolicy:
     """Measurements of one layer; lists over experts are empty for a dense layer."""
 
-    layer: int
-    sensitivity: Mapping[str, float]  # tier -> KL of the model with only this layer at the tier, others highest
-    frequency: tuple[float, ...]  # [experts], share of tokens routed to each
-    gate_mass: tuple[float, ...]  # [experts], share of the layer's routing weights
-    expert_error: Mapping[str, tuple[float, ...]]  # tier -> [experts], squared error relative to squared output
-    router_overlap: Mapping[str, float]  # tier -> share of the next router's choices unchanged by this layer at it
-    pinned: tuple[int, ...]  # experts that the lowest tier ruins; mixed points run them at the highest
-    data_free: tuple[int, ...]  # experts with too few routed tokens, quantized without calibration
+    layer: Number
+    sensitivity: Mapping[str, Real]  # tier -> KL of the model with only this layer at the tier, others highest
+    frequency: tuple[Factor, ...]  # [experts], share of tokens routed to each
+    gate_mass: tuple[Factor, ...]  # [experts], share of the layer's routing weights
+    expert_error: Mapping[str, tuple[Factor, ...]]  # tier -> [experts], squared error relative to squared output
+    router_overlap: Mapping[str, Factor]  # tier -> share of the next router's choices unchanged by this layer at it
+    pinned: tuple[Number, ...]  # experts that the lowest tier ruins; mixed points run them at the highest
+    data_free: tuple[Number, ...]  # experts with too few routed tokens, quantized without calibration
     look_ahead_by: str  # what prefetch asks one layer early: router, linear (a fitted predictor) or none
-    look_ahead_recall: tuple[float, ...]  # [ranks], share of tokens whose guess of that rank was routed to
+    look_ahead_recall: tuple[Factor, ...]  # [ranks], share of tokens whose guess of that rank was routed to
+
+    def fits(self, experts: int, ladder: tuple[int, ...]) -> bool:
+        """Return whether lists and numbers fit a layer of so many experts, 0 for none, at the tiers of `ladder`."""
+        tiers = set(map(str, ladder)) if experts else set()
+        lists = (self.frequency, self.gate_mass, *self.expert_error.values())
+        return (
+            self.look_ahead_by in LOOK_AHEADS
+            and all(len(values) == experts for values in lists)
+            and set(self.sensitivity) == set(self.expert_error) == tiers
+            and set(self.router_overlap) <= tiers
+            and all(expert < experts for expert in (*self.pinned, *self.data_free))
+            and len(self.look_ahead_recall) <= experts
+        )
 
 
 @dataclass(frozen=True)
@@ -107,37 +134,42 @@ class Policy:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Policy:
-        """Build a policy from the content of policy.json.
+    def from_json(data: Mapping[str, Any], where: str = "policy.json") -> Policy:
+        """Build a policy from the content of policy.json; `where` names the file in errors.
 
         Raises DymoeError if it is malformed or of another version.
         """
-        where = "policy.json"
-        if data.get("version") != VERSION:
+        version = data.get("version")
+        if type(version) is not int or version != VERSION:
             raise DymoeError(
-                f"{where}: version {data.get('version')}, this runtime reads {VERSION}; recompile or upgrade"
+                f"{where}: version {str(version)[:60]}, this runtime reads {VERSION}; recompile or upgrade"
             )
+        policy = strict(Policy, data, where, REMEDY)
         try:
-            values = {name: _tuple(value) for name, value in data.items()}
-            for name, cls in (("layers", LayerPolicy), ("points", OperatingPoint)):
-                if name in values:
-                    values[name] = tuple(_tuples(cls, item, f"{where}: {name}") for item in values[name])
-            values["notes"] = tuple(values.get("notes", ()))
-            if "ladder" in values:
-                values["ladder"] = check_ladder(values["ladder"])
-            policy: Policy = strict(Policy, values, where)
-            policy.point(policy.default_point)
-        except (TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise DymoeError(f"{where}: malformed ({error!r}); recompile the bundle") from error
+            check_ladder(policy.ladder)
+        except ValueError as error:
+            raise DymoeError(f"{where}: {error}; {REMEDY}") from error
+        names = [point.name for point in policy.points]
+        if len(set(names)) < len(names) or policy.default_point not in names:
+            raise DymoeError(f"{where}: 'default_point' is no point, or two points have one name; {REMEDY}")
         return policy
 
+    def check(self, where: str, ladder: tuple[int, ...], experts: Sequence[int]) -> None:
+        """Raise DymoeError unless the policy fits a model: its ladder, and the number of experts of each layer.
 
-def _tuples(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    """Build dataclass `cls` from JSON values, with lists turned into tuples."""
-    return strict(cls, {name: _tuple(value) for name, value in data.items()}, where)
+        The number is 0 for a layer without experts. `where` names the file.
+        """
+        if self.ladder != ladder:
+            self._refuse(where, "'ladder' is another one than in the manifest")
+        if [layer.layer for layer in self.layers] != list(range(len(experts))):
+            self._refuse(where, "'layers' are not those of the model")
+        for layer, count in zip(self.layers, experts, strict=True):
+            if not layer.fits(count, ladder):
+                self._refuse(where, f"'layers[{layer.layer}]' does not fit the model")
+        for number, point in enumerate(self.points):
+            if not point.fits(len(experts), len(ladder)):
+                self._refuse(where, f"'points[{number}]' does not fit the model")
 
-
-def _tuple(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuple(item) for name, item in value.items()}
-    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value
+    @staticmethod
+    def _refuse(where: str, what: str) -> NoReturn:
+        raise DymoeError(f"{where}: {what}; {REMEDY}")

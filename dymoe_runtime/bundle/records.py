@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, LOOK_AHEAD, Bundle, record_name
-from dymoe_runtime.bundle.tensorfile import read_header, read_into
+from dymoe_runtime.bundle.bundle import (
+    DAMAGED,
+    DENSE,
+    LOOK_AHEAD,
+    Bundle,
+    dense_kind,
+    dense_layout,
+    quantized_bits,
+    record_name,
+)
+from dymoe_runtime.bundle.tensorfile import TensorInfo, header_in, header_of, read_into
 from dymoe_runtime.bundle.tiers import split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
@@ -19,6 +30,11 @@ try:  # same result as zlib's, four times as fast
 except ImportError:  # isal has no build for every machine
     from zlib import crc32 as crc32
 
+NOT_VOUCHED = (
+    "its digest does not vouch for its weights, which have checksums against decay alone, because it was compiled "
+    "before version 5 of the format; compile it again"
+)
+
 
 def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
     """Return all segments of one expert, each uint8 [bytes], with their checksums checked.
@@ -27,7 +43,7 @@ def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
     """
     path, offset = bundle.record_span(key)
     record = np.empty(bundle.layout.record_bytes, np.uint8)
-    with open(path, "rb") as file:
+    with open(bundle.open_file(path.name), "rb") as file:
         read_into(file.fileno(), path, offset, memoryview(record))
     segments = split_record(bundle.layout, record)
     for index, segment in enumerate(segments):
@@ -38,11 +54,16 @@ def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
 def check_segment(bundle: Bundle, key: ExpertKey, segment: int, data: np.ndarray | memoryview) -> None:
     """Raise DymoeError unless `data` has the checksum that the manifest gives for this segment."""
     if crc32(data) != bundle.manifest.layers[key.layer].crc32[key.expert][segment]:
-        tier = bundle.layout.ladder[segment]
-        path, offset = bundle.record_span(key)
-        raise DymoeError(
-            f"{path}: expert {key}, tier {tier}: checksum mismatch in the record at offset {offset}; {DAMAGED}"
-        )
+        raise damaged_segment(bundle, key, segment)
+
+
+def damaged_segment(bundle: Bundle, key: ExpertKey, segment: int) -> DymoeError:
+    """Return the error for a segment that does not have its checksum."""
+    path, offset = bundle.record_span(key)
+    return DymoeError(
+        f"{path}: expert {key}, tier {bundle.layout.ladder[segment]}: checksum mismatch in the record at offset "
+        f"{offset}; {DAMAGED}"
+    )
 
 
 def check_dense(path: Path, name: str, data: np.ndarray, checksum: int) -> None:
@@ -51,25 +72,83 @@ def check_dense(path: Path, name: str, data: np.ndarray, checksum: int) -> None:
         raise DymoeError(f"{path}: tensor {name}: checksum mismatch; {DAMAGED}")
 
 
-def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
-    """Yield (what was checked, problem) for each file index, dense tensor and expert record.
+def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
+    """Return layer -> predictor, float32 [experts, H + 1], of the layers that have one.
 
-    The problem is "" if there is none.
+    Raises DymoeError if the file is damaged or malformed, or does not fit the model.
     """
-    for name in bundle.manifest.files:
-        if name.endswith(".safetensors") and name != LOOK_AHEAD:
-            yield name, _problem(partial(_verify_index, bundle, name))
-    for name in bundle.manifest.dense_crc32:
-        yield f"{DENSE}: {name}", _problem(partial(_verify_dense, bundle, name))
-    for layer in bundle.manifest.layers:
+    path, data = bundle.path / LOOK_AHEAD, bundle.read(LOOK_AHEAD) or b""
+    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
+    predictors = {}
+    layers = {str(layer): layer for layer in bundle.spec.moe_layers}
+    for name, info in header_in(data, path).items():
+        if name not in layers or (info.dtype, info.shape) != ("F32", shape):
+            raise DymoeError(f"{path}: tensor {name[:60]} is no predictor of the model; {DAMAGED}")
+        predictors[layers[name]] = np.frombuffer(data, "<f4", math.prod(shape), info.start).reshape(shape).copy()
+        if not np.isfinite(predictors[layers[name]]).all():
+            raise DymoeError(f"{path}: tensor {name} is not finite; {DAMAGED}")
+    return predictors
+
+
+def check_digest(bundle: Bundle, expected: str) -> None:
+    """Raise DymoeError unless the digest of a bundle is `expected`, and its weights are those that the digest means.
+
+    This reads all weights.
+    """
+    manifest = bundle.manifest
+    if re.fullmatch("[0-9a-f]{64}", expected.lower()) is None:
+        raise DymoeError(f"--expect {expected}: not a digest of 64 hexadecimal digits; dymoe-bundle digest prints one")
+    if manifest.digest != expected.lower():
+        raise DymoeError(f"{bundle.path}: its digest is {manifest.digest}, not the expected one; get the right bundle")
+    if not manifest.vouches:
+        raise DymoeError(f"{bundle.path}: {NOT_VOUCHED}")
+    for name in filter(manifest.is_weights, manifest.files):
+        bundle.check_file(name)
+
+
+def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """Yield (what was checked, problem) for each file, dense tensor and expert record. The problem is "" if none.
+
+    Files that the manifest does not list are problems, too. Weights that have checksums alone are checked by these;
+    where all of a file's are right, its digest is compared, if the manifest has one.
+    """
+    manifest, sound = bundle.manifest, set(bundle.manifest.files)
+    for what, name, check in _checks(bundle):
+        problem = _problem(check)
+        if problem:
+            sound.discard(name)
+        yield what, problem
+    for name in sorted(sound):
+        if manifest.is_weights(name) and manifest.files[name].sha256:
+            yield name, _problem(partial(bundle.check_file, name))
+    for name in bundle.unlisted():
+        yield name, f"{bundle.path / name}: not a file of the bundle, which nothing reads; move it elsewhere"
+
+
+def _checks(bundle: Bundle) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Yield (what is checked, name of its file, function that checks it)."""
+    manifest = bundle.manifest
+    yield LOOK_AHEAD, LOOK_AHEAD, partial(read_predictors, bundle)
+    for name in manifest.files:
+        if manifest.is_weights(name):
+            yield name, name, partial(_verify_index, bundle, name)
+    for name in manifest.dense_crc32:
+        yield f"{DENSE}: {name}", DENSE, partial(_verify_dense, bundle, name)
+    for layer, entry in manifest.layers.items():
         for expert in range(bundle.spec.num_experts):
             key = ExpertKey(layer, expert)
-            yield f"expert {key}", _problem(partial(read_record, bundle, key))
+            yield f"expert {key}", entry.file, partial(read_record, bundle, key)
+
+
+def read_index(bundle: Bundle, name: str) -> dict[str, TensorInfo]:
+    """Return the tensors in a file of weights by name; raise DymoeError if it is damaged."""
+    with open(bundle.open_file(name), "rb") as file:
+        return header_of(file.fileno(), bundle.path / name)
 
 
 def _verify_index(bundle: Bundle, name: str) -> None:
     path = bundle.path / name
-    header = read_header(path)
+    header = read_index(bundle, name)
     expected = set(bundle.manifest.dense_crc32)
     for layer, entry in bundle.manifest.layers.items():
         if entry.file == name:
@@ -81,15 +160,32 @@ def _verify_index(bundle: Bundle, name: str) -> None:
                     raise DymoeError(f"{path}: record of expert {key} is not where the manifest says; {DAMAGED}")
     if set(header) != expected:
         raise DymoeError(f"{path}: its index does not list the tensors of the manifest; {DAMAGED}")
+    if name == DENSE:
+        check_dense_types(bundle, header)
+
+
+def check_dense_types(bundle: Bundle, header: Mapping[str, TensorInfo]) -> None:
+    """Raise DymoeError unless all dense tensors are there, with the types and shapes that the specification implies."""
+    path = bundle.path / DENSE
+    for name, shape in bundle.spec.each_tensor():
+        info = header.get(name)
+        if info is None:
+            raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
+            dtype, shape = "U8", (dense_layout(shape, bits).record_bytes,)
+        else:
+            dtype = "BF16" if dense_kind(name, shape) else "F32"
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise DymoeError(f"{path}: tensor {name} is {info.dtype[:20]} of shape {info.shape}; {DAMAGED}")
 
 
 def _verify_dense(bundle: Bundle, name: str) -> None:
     path = bundle.path / DENSE
-    info = read_header(path).get(name)
-    if info is None:
-        raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
-    data = np.empty(info.nbytes, np.uint8)
-    with open(path, "rb") as file:
+    with open(bundle.open_file(DENSE), "rb") as file:
+        info = header_of(file.fileno(), path).get(name)
+        if info is None:
+            raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        data = np.empty(info.nbytes, np.uint8)
         read_into(file.fileno(), path, info.start, memoryview(data))
     check_dense(path, name, data, bundle.manifest.dense_crc32[name])
 

@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json
+from dymoe_runtime.files import open_regular, parse_json
 
 # Readable dtypes -> bytes of an element.
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1},
 }
-MAX_HEADER_BYTES = 100_000_000
+# Several times those of the largest shards. What a header holds takes about eight times its bytes in memory.
+MAX_HEADER_BYTES = 32 << 20
+MAX_DIMENSIONS = 8
+REMEDY = "copy the file again"
 # Linux reads at most about 2 GiB per call.
 MAX_AT_ONCE = 1 << 30
 
@@ -45,36 +48,63 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises DymoeError if the file is missing, truncated or malformed.
     """
+    fd = open_regular(path, "copy it again")
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise DymoeError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
-            header = parse_json(file.read(length), f"{path}: header", "copy the file again")
-        tensors = {name: _info(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: no such file; copy it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DymoeError(f"{path}: malformed safetensors header ({error}); copy the file again") from error
-    end = 8 + length
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        return header_of(fd, path)
+    finally:
+        os.close(fd)
+
+
+def header_of(fd: int, path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of an open file by name; raise DymoeError if it is truncated or malformed."""
+    size = os.fstat(fd).st_size
+    start = bytearray(min(8, size))
+    read_into(fd, path, 0, memoryview(start))
+    text = bytearray(_length(start, size, path))
+    read_into(fd, path, 8, memoryview(text))
+    return _tensors(text, size, path)
+
+
+def header_in(data: bytes, path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors in the bytes of a whole file by name; raise DymoeError if they are truncated or malformed."""
+    return _tensors(data[8 : 8 + _length(data[:8], len(data), path)], len(data), path)
+
+
+def _length(start: bytes | bytearray, size: int, path: Path) -> int:
+    """Return the bytes of the header of a file with `size` bytes, from its first 8."""
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise DymoeError(f"{path}: not a complete safetensors file ({size} bytes); copy it again")
+    return length
+
+
+def _tensors(text: bytes | bytearray, size: int, path: Path) -> dict[str, TensorInfo]:
+    data_start = 8 + len(text)
+    try:
+        header = parse_json(text.decode(), f"{path}: header", REMEDY)
+        tensors = {name: _info(entry, data_start) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DymoeError(f"{path}: malformed safetensors header ({problem}); {REMEDY}") from problem
+    end = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start < end:
-            raise DymoeError(f"{path}: tensor {name} overlaps another; copy the file again")
+            raise DymoeError(f"{path}: tensor {name} overlaps another; {REMEDY}")
         end = info.start + info.nbytes
     if end > size:
-        raise DymoeError(f"{path}: truncated, {size} bytes of {end}; copy the file again")
+        raise DymoeError(f"{path}: truncated, {size} bytes of {end}; {REMEDY}")
     return tensors
 
 
 def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
-        raise ValueError(f"shape {shape}, data_offsets {begin}, {end}")
-    if entry["dtype"] in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[entry["dtype"]] != end - begin:
-        raise ValueError(f"{end - begin} bytes for {entry['dtype']} of shape {shape}")
-    return TensorInfo(entry["dtype"], shape, data_start + begin, end - begin)
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not isinstance(dtype, str) or len(entry) != 3 or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"an entry has the keys {', '.join(map(str, entry))[:60]}")
+    numbers = (begin, end, *shape)
+    if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers) or end < begin:
+        raise ValueError(f"shape {str(shape)[:60]}, data_offsets {str(begin)[:20]}, {str(end)[:20]}")
+    if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
+        raise ValueError(f"{end - begin} bytes for {dtype} of shape {shape}")
+    return TensorInfo(dtype, shape, data_start + begin, end - begin)
 
 
 def read_tensor(fd: int, path: Path, info: TensorInfo, name: str, index: int | None = None) -> np.ndarray:

@@ -8,23 +8,42 @@ from pathlib import Path
 
 import click
 
-from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.bundle.records import verify
+from dymoe_runtime.bundle.bundle import Bundle, read_manifest
+from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
 from dymoe_runtime.cli.flags import FlagsCommand
-from dymoe_runtime.console import Size, one_sentence, print_json, progress_bar
+from dymoe_runtime.console import Commands, Size, one_sentence, print_json, progress_bar, say
 from dymoe_runtime.engine.options import MAX_DECAY
 from dymoe_runtime.engine.trace import read_trace
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.store import DECAY, EVICTIONS
+from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.tools.describe import describe, format_description
 from dymoe_runtime.tools.replay import format_replay, plot_split, replay, split
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(package_name="dymoe")
 def bundle() -> None:
     """Look at a bundle, check it, or replay a trace of it with other memory."""
+
+
+EXPECT = "Refuse a bundle of another digest than this one, which `dymoe-bundle digest` prints."
+
+
+@bundle.command("digest", cls=FlagsCommand, examples=("dymoe-bundle digest my.dymoe",))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
+@one_sentence
+def digest_command(bundle: Path, as_json: bool) -> None:
+    """Print the digest of BUNDLE, which vouches for every byte of it once `verify` has found it sound."""
+    manifest = read_manifest(bundle)
+    if as_json:
+        print_json({"digest": manifest.digest, "vouches_for_weights": manifest.vouches})
+        return
+    if not manifest.vouches:
+        say(f"note: {bundle}: {NOT_VOUCHED}", err=True)
+    say(manifest.digest)
 
 
 @bundle.command("inspect", cls=FlagsCommand, examples=("dymoe-bundle inspect my.dymoe",))
@@ -37,18 +56,22 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
     if as_json:
         print_json(description)
     else:
-        click.echo(format_description(description))
+        say(format_description(description))
 
 
 @bundle.command("verify", cls=FlagsCommand, examples=("dymoe-bundle verify my.dymoe",))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
+@click.option("--expect", metavar="DIGEST", help=EXPECT)
 @one_sentence
-def verify_command(bundle: Path, as_json: bool) -> None:
-    """Check every tensor and record of BUNDLE against its checksum."""
+def verify_command(bundle: Path, as_json: bool, expect: str | None) -> None:
+    """Check every tensor and record of BUNDLE against its checksum, and every file against its digest."""
     opened = Bundle.open(bundle)
+    if expect is not None:
+        check_digest(opened, expect)
+    Tokenizer.load(bundle, opened.spec.eos_ids)
     checked, problems = 0, []
-    pieces = len(opened.manifest.dense_crc32) + opened.spec.total_experts + len(opened.manifest.layers) + 1
+    pieces = len(opened.manifest.dense_crc32) + opened.spec.total_experts + 2 * len(opened.manifest.layers) + 3
     with progress_bar("verify", pieces) as advance:
         for _, problem in verify(opened):
             advance()
@@ -56,13 +79,16 @@ def verify_command(bundle: Path, as_json: bool) -> None:
             if problem:
                 problems.append(problem)
     if as_json:
-        print_json({"ok": not problems, "checked": checked, "problems": problems})
+        vouches = opened.manifest.vouches
+        print_json({"ok": not problems, "checked": checked, "problems": problems, "vouches_for_weights": vouches})
     if problems:
         for problem in problems[1:]:
-            click.echo(problem, err=True)
+            say(problem, err=True)
         raise DymoeError(problems[0])
     if not as_json:
-        click.echo(f"{bundle}: {checked} pieces checked, all sound")
+        say(f"{bundle}: {checked} pieces checked, all sound")
+        if not opened.manifest.vouches:
+            say(f"note: {bundle}: {NOT_VOUCHED}", err=True)
 
 
 @bundle.command("replay", cls=FlagsCommand, examples=("dymoe-bundle replay my.dymoe trace.jsonl --arena 1GiB",))

@@ -13,7 +13,7 @@ import numpy as np
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli.load import format_statistics, load, run_options
 from dymoe_runtime.cli.run_flags import RunFlags
-from dymoe_runtime.console import print_json, progress_bar
+from dymoe_runtime.console import print_json, progress_bar, say
 from dymoe_runtime.engine.load import load_model, load_scorer
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_text
@@ -108,4 +108,4 @@ def evaluate_files(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     if flags.as_json:
         print_json(result)
     else:
-        click.echo(format_table(result))
+        say(format_table(result))

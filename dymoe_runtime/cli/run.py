@@ -14,6 +14,7 @@ from dymoe_runtime.cli.run_flags import (
     COMPARISON,
     EVALUATION,
     INPUT,
+    INTEGRITY,
     MEMORY,
     MODE,
     OUTPUT,
@@ -25,7 +26,7 @@ from dymoe_runtime.cli.run_flags import (
     check_flags,
     unfit_for,
 )
-from dymoe_runtime.console import one_sentence, sparing_imports
+from dymoe_runtime.console import Commands, one_sentence, sparing_imports
 from dymoe_runtime.errors import importing
 
 # The short form has no name on the command line.
@@ -100,7 +101,7 @@ class ShortForm(FlagsCommand):
     context_class = _UnnamedContext
 
 
-class RunGroup(click.Group):
+class RunGroup(Commands):
     """The subcommands of dymoe-run; arguments that do not begin with a subcommand are the short form."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -153,7 +154,9 @@ def make_command(name: str) -> click.Command:
     parameters: list[click.Parameter] = [click.Argument(["bundle"], type=click.Path(path_type=Path))]
     if reads_files:
         parameters.append(click.Argument(["eval_files"], nargs=-1, required=True, metavar="FILE..."))
-    parameters += options_of(RunFlags, subcommand.groups, () if mode is None else unfit_for(mode), subcommand.also)
+    parameters += options_of(
+        RunFlags, (*subcommand.groups, INTEGRITY), () if mode is None else unfit_for(mode), subcommand.also
+    )
     short_help = f"{subcommand.help.partition(':')[0]}."
     command_class = ShortForm if name == SHORT_FORM else FlagsCommand
     made = command_class(
@@ -173,6 +176,10 @@ def execute(path: Path, flags: RunFlags) -> None:
         from dymoe_runtime.bundle.bundle import Bundle
         from dymoe_runtime.kernels import load_kernels
     bundle = Bundle.open(path)
+    if flags.expect is not None:
+        from dymoe_runtime.bundle.records import check_digest
+
+        check_digest(bundle, flags.expect)
     kernels = load_kernels(threads=flags.threads)
     if kernels.notice is not None:
         click.echo(f"note: {kernels.notice}", err=True)

@@ -20,6 +20,7 @@ from dymoe_runtime.text import CONTEXT_POLICIES
 MODE, INPUT, CHAT, OUTPUT, SAMPLING = "What to do", "Input", "Conversation", "Output", "Sampling"
 MEMORY, PRECISION, SPEED, TRACING = "Memory", "Precision", "Speed", "Tracing"
 EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
+INTEGRITY = "Integrity"
 
 REASONING = ("show", "hide")
 BY_MODEL = "Default: the model's."
@@ -112,6 +113,12 @@ class RunFlags:
         "--stop", group=SAMPLING, default=(), multiple=True, metavar="TEXT…", help="End before this text."
     )
     ignore_eos: bool = flag("--ignore-eos", group=SAMPLING, default=False, help="Go on past the end-of-text token.")
+    expect: str | None = flag(
+        "--expect",
+        group=INTEGRITY,
+        metavar="DIGEST",
+        help="Read all of BUNDLE first, and refuse one of another digest; `dymoe-bundle digest` prints it.",
+    )
     memory: int | None = flag(
         "--memory", group=MEMORY, type=Size(), help="Budget of the whole process. Default: what is available."
     )

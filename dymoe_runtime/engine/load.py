@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.records import read_predictors
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer, LimitedExperts
 from dymoe_runtime.engine.budget import Budget
@@ -21,7 +22,7 @@ from dymoe_runtime.engine.memory_plan import check_memory, plan_budget
 from dymoe_runtime.engine.model import Model, ModelParts, Scorer, preload_requests
 from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.engine.precision import LatencyTiers, Precision, RuleTiers, TokenTiers, choose_precision
-from dymoe_runtime.engine.prefetch import Guess, Prefetcher, ranks_worth_reading, read_predictors
+from dymoe_runtime.engine.prefetch import Guess, Prefetcher, ranks_worth_reading
 from dymoe_runtime.engine.trace import Decisions, TracedExperts, Tracer, read_trace
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import load_kernels

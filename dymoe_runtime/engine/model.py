@@ -282,8 +282,8 @@ class Model:
         """Return what a state that is saved now belongs to."""
         parts, manifest = self._parts, self.bundle.manifest
         if parts.control.changes_points or not parts.precision.is_requested:
-            return Origin(manifest.sha256, self.max_context, parts.kv_bits, "", "")
-        return Origin(manifest.sha256, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
+            return Origin(manifest.digest, self.max_context, parts.kv_bits, "", "")
+        return Origin(manifest.digest, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from safetensors.numpy import load
 
-from dymoe_runtime.bundle.bundle import DAMAGED, LOOK_AHEAD, Bundle
+from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.precision import Precision
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.prepared import PreparedExpert
 from dymoe_runtime.model.routing import PromptRouting, Routing
 from dymoe_runtime.spec import ExpertKey
@@ -120,19 +118,6 @@ class Prefetcher:
         if self._left is not None and self._left[0] == layer - 1:
             self._gap_s += SMOOTHING * (entered - self._left[1] - self._gap_s)
         return self._gap_s + self._cost.layer((request.tier, 1) for request in requests)
-
-
-def read_predictors(bundle: Bundle) -> dict[int, np.ndarray]:
-    """Return layer -> predictor float32 [experts, H + 1].
-
-    The file was checked when the bundle was opened. Raises DymoeError if a predictor does not fit the model.
-    """
-    shape = bundle.spec.num_experts, bundle.spec.hidden_size + 1
-    path = bundle.path / LOOK_AHEAD
-    predictors = {int(layer): tensor for layer, tensor in load(path.read_bytes()).items()}
-    if any(tensor.shape != shape or tensor.dtype != np.float32 for tensor in predictors.values()):
-        raise DymoeError(f"{path}: a predictor does not fit the model; {DAMAGED}")
-    return predictors
 
 
 def ranks_worth_reading(bundle: Bundle) -> dict[int, int]:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +18,14 @@ import numpy as np
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.precision import Chosen
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import Bytes, open_regular, parse_json, strict
 from dymoe_runtime.model.routing import Experts, PromptRouting, Routing
+from dymoe_runtime.spec import Factor, Number
 from dymoe_runtime.store.request import ExpertRequest
 from dymoe_runtime.store.stats import StoreStats
+
+REMEDY = "make a trace with dymoe-run --trace"
+MAX_LINE_BYTES = 16 << 20
 
 
 class Counted(Protocol):
@@ -123,35 +128,64 @@ class TracedExperts:
 
 def read_trace(path: Path, bundle: Bundle) -> Iterator[dict[str, Any]]:
     """Yield the lines of a trace, at least one; raise DymoeError if it is not a trace of `bundle`."""
-    fits = False
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for text in lines:
-                line = json.loads(text)
-                fits = _fits(line, bundle)
-                if not fits:
-                    break
+    number = 0
+    with open(open_regular(path, REMEDY), "rb") as lines:
+        try:
+            while text := lines.readline(MAX_LINE_BYTES):
+                number += 1
+                where = f"{path}: not a trace: line {number}"
+                line = parse_json(text, where, REMEDY)
+                of_layer = strict(_LayerLine if "layer" in line else _PassLine, _python_names(line), where, REMEDY)
+                if isinstance(of_layer, _LayerLine) and not _fits(of_layer, bundle):
+                    raise DymoeError(f"{path}: not a trace of this bundle (line {number}); {REMEDY}")
                 yield line
-    except OSError as error:
-        raise DymoeError(f"{path}: cannot be read ({error.strerror}); make a trace with dymoe-run --trace") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise DymoeError(f"{path}: not a trace ({error!r}); make one with dymoe-run --trace") from error
-    if not fits:
-        raise DymoeError(f"{path}: not a trace of this bundle; make one with dymoe-run --trace")
+        except OSError as error:
+            raise DymoeError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        except UnicodeDecodeError as error:
+            raise DymoeError(f"{path}: not a trace: not UTF-8 text; {REMEDY}") from error
+    if not number:
+        raise DymoeError(f"{path}: not a trace: it is empty; {REMEDY}")
 
 
-def _fits(line: Mapping[str, Any], bundle: Bundle) -> bool:
-    counts = [line["pass"], line["tokens"]]
-    if "layer" in line:
-        counts += [line["hits"], line["read_bytes"], line["look_ahead_bytes"]]
-        known = line["layer"] in bundle.manifest.layers and line["wait_s"] >= 0
-        experts, ladder = range(bundle.spec.num_experts), bundle.manifest.ladder
-        if not known or not all(expert in experts and tier in ladder for expert, tier, _ in line["wants"]):
-            return False
-        counts += [tokens for _, _, tokens in line["wants"]]
-    elif not isinstance(line["point"], str) or not isinstance(line["prompt"], bool):
-        return False
-    return all(isinstance(count, int) and count >= 0 for count in counts) and line["seconds"] >= 0
+@dataclass(frozen=True)
+class _LayerLine:
+    """A line of a layer. `pass` is no name in Python."""
+
+    pass_: Number
+    tokens: Number
+    layer: Number
+    wants: tuple[tuple[Number, Number, Number], ...]
+    hits: Number
+    read_bytes: Bytes
+    look_ahead_bytes: Bytes
+    wait_s: Factor
+    seconds: Factor
+    gates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _PassLine:
+    """A line of a whole pass."""
+
+    pass_: Number
+    tokens: Number
+    seconds: Factor
+    point: str
+    prompt: bool
+
+
+def _python_names(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {"pass_" if key == "pass" else key: value for key, value in line.items()}
+
+
+def _fits(line: _LayerLine, bundle: Bundle) -> bool:
+    experts = {expert for expert, _, _ in line.wants}
+    return (
+        line.layer in bundle.manifest.layers
+        and len(experts) == len(line.wants)
+        and max(experts, default=0) < bundle.spec.num_experts
+        and all(tier in bundle.manifest.ladder for _, tier, _ in line.wants)
+    )
 
 
 class Decisions:

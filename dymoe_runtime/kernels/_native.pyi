@@ -71,7 +71,13 @@ class DecodeStack:
 class ReadThreads:
     def __init__(self, threads: int) -> None: ...
     def submit(
-        self, fd: int, offset: int, places: Sequence[_Vector], urgency: int, then: Callable[[], None] | None
+        self,
+        fd: int,
+        offset: int,
+        places: Sequence[_Vector],
+        urgency: int,
+        then: Callable[[], None] | None,
+        checksums: Sequence[int] = (),
     ) -> int: ...
     def reprioritize(self, ticket: int, now: int, urgency: int) -> bool: ...
     def cancel(self, ticket: int, urgency: int) -> bool: ...

@@ -14,12 +14,18 @@ class ReadThreads(Protocol):
     """Threads that read by ticket. Only reads that no thread has begun can be reprioritized or cancelled."""
 
     def submit(
-        self, fd: int, offset: int, places: Sequence[Place], urgency: int, then: Callable[[], None] | None
+        self,
+        fd: int,
+        offset: int,
+        places: Sequence[Place],
+        urgency: int,
+        then: Callable[[], None] | None,
+        checksums: Sequence[int] = (),
     ) -> int:
         """Queue a read that fills `places`, in order, from `offset` of the file `fd`; return its ticket.
 
-        Once the places are full, the thread calls `then`, which must not raise. If `fd` is -1 there is no file, and
-        the thread only calls `then`.
+        Once the places are full, the thread compares their CRC-32 with `checksums`, if there are any, and calls `then`,
+        which must not raise. If `fd` is -1 there is no file, and the thread only calls `then`.
         """
 
     def reprioritize(self, ticket: int, now: int, urgency: int) -> bool:
@@ -35,7 +41,10 @@ class ReadThreads(Protocol):
         """Return the tickets of reads begun since the last call."""
 
     def finished(self) -> Sequence[tuple[int, int, int, float]]:
-        """Return the reads that ended since the last call: (ticket, errno or 0, bytes read, seconds) each."""
+        """Return the reads that ended since the last call: (ticket, error, bytes read, seconds) each.
+
+        The error is errno, 0, or -1 - i if the bytes of place i do not have their checksum.
+        """
 
     def wait(self, ticket: int) -> None:
         """Wait until the read has ended."""

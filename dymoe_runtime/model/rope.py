@@ -9,8 +9,6 @@ import numpy as np
 
 from dymoe_runtime.spec import Rope
 
-KINDS = ("default", "linear", "llama3", "yarn", "proportional", "longrope")
-
 
 class Rotary:
     """Tables of cosines and sines. The last one is cached, because the next layer uses it too."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import DAMAGED, DENSE, Bundle, dense_kind, dense_layout, quantized_bits
-from dymoe_runtime.bundle.records import check_dense
-from dymoe_runtime.bundle.tensorfile import TensorInfo, read_header, read_into
+from dymoe_runtime.bundle.bundle import DENSE, Bundle, dense_layout, quantized_bits
+from dymoe_runtime.bundle.records import check_dense, check_dense_types
+from dymoe_runtime.bundle.tensorfile import header_of, read_into
 from dymoe_runtime.bundle.tiers import RecordLayout, widen_bf16
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
 
@@ -34,41 +32,30 @@ class BundleDense:
         """
         self._kernels = kernels
         self._layouts: dict[str, RecordLayout] = {}
+        with open(bundle.open_file(DENSE), "rb") as file:
+            self._memory, self._tensors = self._read(bundle, file.fileno())
+
+    def _read(self, bundle: Bundle, fd: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the memory that the file takes, and the tensors in it by name."""
         path, shapes = bundle.path / DENSE, bundle.spec.tensor_shapes()
-        header = read_header(path)
-        for name in shapes:
-            if name not in header:
-                raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
+        header = header_of(fd, path)
+        check_dense_types(bundle, header)
         for name, shape in shapes.items():
             if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
                 self._layouts[name] = dense_layout(shape, bits)
-            if not self._fits(header[name], name, shape):
-                raise DymoeError(
-                    f"{path}: tensor {name} is {header[name].dtype} of shape {header[name].shape}; {DAMAGED}"
-                )
         starts = [0, *accumulate(-(-header[name].nbytes // ALIGN) * ALIGN for name in shapes)]
-        self._memory = np.frombuffer(map_memory(starts[-1]), np.uint8)
-        fd = os.open(path, os.O_RDONLY)
+        memory = np.frombuffer(map_memory(starts[-1]), np.uint8)
 
         def read(name: str, start: int) -> np.ndarray:
             info = header[name]
-            data = self._memory[start : start + info.nbytes]
+            data = memory[start : start + info.nbytes]
             if info.nbytes:
                 read_into(fd, path, info.start, memoryview(data))
             check_dense(path, name, data, bundle.manifest.dense_crc32[name])
             return data.view(DTYPES[info.dtype]).reshape(info.shape)
 
-        try:
-            with ThreadPoolExecutor(READERS) as pool:
-                self._tensors = dict(zip(shapes, pool.map(read, shapes, starts), strict=True))
-        finally:
-            os.close(fd)
-
-    def _fits(self, info: TensorInfo, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether the tensor `name` has the type and the shape that the bundle's specification implies."""
-        if name in self._layouts:
-            return info.dtype == "U8" and info.shape == (self._layouts[name].record_bytes,)
-        return info.dtype == ("BF16" if dense_kind(name, shape) else "F32") and info.shape == shape
+        with ThreadPoolExecutor(READERS) as pool:
+            return memory, dict(zip(shapes, pool.map(read, shapes, starts), strict=True))
 
     def lock(self) -> int:
         """Lock the weights in memory; return the bytes locked, 0 if the system does not allow it."""

@@ -44,7 +44,7 @@ class ReadQueue:
         assert not self._closed
         source = self._reader(read.key, read.first, len(read.places))
         then = read.submit(source)
-        ticket = self._threads.submit(source.fd, source.offset, read.places, read.urgency, then)
+        ticket = self._threads.submit(source.fd, source.offset, read.places, read.urgency, then, source.checksums)
         self._tickets[read], self._reads[ticket] = ticket, read
         self._waiting[read.urgency][read] = None
 
@@ -138,6 +138,8 @@ class ReadQueue:
         problem, source = None, read.source
         if source is not None and source.fd >= 0 and read.error is None:
             try:
+                if error < 0 and source.damaged is not None:
+                    raise source.damaged(-1 - error)
                 check_read(source.path, source.offset, read.nbytes, error, done)
             except DymoeError as found:
                 problem = found

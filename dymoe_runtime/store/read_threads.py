@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from dymoe_runtime.bundle.records import crc32
 from dymoe_runtime.bundle.tensorfile import fill
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.reads import ReadThreads
@@ -22,7 +23,7 @@ class Outcome(NamedTuple):
     """The result of a read: `done` bytes were read, all unless there was an error or the file ended."""
 
     ticket: int
-    error: int  # errno, or 0
+    error: int  # errno, 0, or -1 - i if place i does not have its checksum
     done: int  # bytes
     seconds: float
 
@@ -47,6 +48,15 @@ class _Read(NamedTuple):
     then: Callable[[], None] | None
 
 
+def _fill(fd: int, offset: int, buffers: Sequence[memoryview], checksums: Sequence[int]) -> tuple[int, int]:
+    """Fill `buffers` from a file and compare their checksums; return (error of an `Outcome`, bytes read)."""
+    error, done = fill(fd, offset, buffers)
+    if not error and done == sum(map(len, buffers)):
+        wrong = (i for i, (data, known) in enumerate(zip(buffers, checksums, strict=False)) if crc32(data) != known)
+        error = -1 - next(wrong, -1)
+    return error, done
+
+
 class PythonThreads:
     """Implementation of `ReadThreads` in Python."""
 
@@ -63,10 +73,16 @@ class PythonThreads:
             thread.start()
 
     def submit(
-        self, fd: int, offset: int, places: Sequence[Place], urgency: int, then: Callable[[], None] | None
+        self,
+        fd: int,
+        offset: int,
+        places: Sequence[Place],
+        urgency: int,
+        then: Callable[[], None] | None,
+        checksums: Sequence[int] = (),
     ) -> int:
         buffers = [memoryview(memory_at(place)) for place in places]
-        filling = partial(fill, fd, offset, buffers) if fd >= 0 else None
+        filling = partial(_fill, fd, offset, buffers, checksums) if fd >= 0 else None
         with self._changed:
             ticket, self._tickets = self._tickets, self._tickets + 1
             self._pending.add(ticket)

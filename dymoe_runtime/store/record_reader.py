@@ -5,52 +5,49 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-
-import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.bundle.records import check_segment
+from dymoe_runtime.bundle.records import damaged_segment
 from dymoe_runtime.bundle.tiers import PAGE
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store.request import Source
 
 
 class RecordReader:
-    """A `Reader` for page-aligned memory. The first read of a segment verifies its checksum."""
+    """A `Reader` for page-aligned memory. Every read verifies the checksums of its segments."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._record_bytes = bundle.layout.record_bytes
         self._offsets = (0, *itertools.accumulate(bundle.layout.segment_spans))
-        files = sorted({bundle.path / entry.file for entry in bundle.manifest.layers.values()})
-        self.direct = all(_direct_works(path) for path in files[:1])
-        flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
-        self._files = {path: os.open(path, flags) for path in files}
+        layers = bundle.manifest.layers
+        names = sorted({entry.file for entry in layers.values()})
+        self.direct = all(_direct_works(bundle, name) for name in names[:1])
+        self._files: dict[str, int] = {}
+        try:
+            for name in names:
+                self._files[name] = bundle.open_file(name, os.O_DIRECT if self.direct else 0)
+        except BaseException:
+            self.close()
+            raise
         if not self.direct:
             for fd in self._files.values():
                 _advise_random(fd)
         self._layers = {
-            layer: (self._files[bundle.path / entry.file], bundle.path / entry.file, entry.data_start)
-            for layer, entry in bundle.manifest.layers.items()
+            layer: (self._files[entry.file], bundle.path / entry.file, entry.data_start, entry.crc32)
+            for layer, entry in layers.items()
         }
-        # [layers][experts], one bit for each segment.
-        self._checked = [[0] * bundle.spec.num_experts for _ in range(bundle.spec.num_layers)]
 
     def __call__(self, key: ExpertKey, first: int, segments: int) -> Source:
-        fd, path, start = self._layers[key.layer]
+        fd, path, start, checksums = self._layers[key.layer]
         offset = start + key.expert * self._record_bytes + self._offsets[first]
-        wanted = (1 << first + segments) - (1 << first)
-        checked = self._checked[key.layer][key.expert] & wanted == wanted
-        return Source(fd, path, offset, None if checked else partial(self._check, key, first))
+        wanted = checksums[key.expert][first : first + segments]
+        return Source(fd, path, offset, None, wanted, partial(self._damaged, key, first))
 
-    def _check(self, key: ExpertKey, first: int, buffers: Sequence[np.ndarray]) -> None:
-        for segment, buffer in enumerate(buffers, first):
-            if not self._checked[key.layer][key.expert] >> segment & 1:
-                check_segment(self._bundle, key, segment, memoryview(buffer))
-                self._checked[key.layer][key.expert] |= 1 << segment
+    def _damaged(self, key: ExpertKey, first: int, place: int) -> DymoeError:
+        return damaged_segment(self._bundle, key, first + place)
 
     def forget(self) -> None:
         """Drop the files from the page cache, if reads go through it and the system allows this."""
@@ -65,14 +62,14 @@ class RecordReader:
         self._files.clear()
 
 
-def _direct_works(path: Path) -> bool:
-    """Return whether an O_DIRECT read from `path` succeeds; some file systems allow the open but not the read."""
+def _direct_works(bundle: Bundle, name: str) -> bool:
+    """Return whether an O_DIRECT read from a file succeeds; some file systems allow the open but not the read."""
     if not hasattr(os, "O_DIRECT"):
         return False
     page = mmap.mmap(-1, PAGE)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
+        fd = bundle.open_file(name, os.O_DIRECT)
+    except DymoeError:
         return False
     try:
         return os.preadv(fd, [page], PAGE) > 0

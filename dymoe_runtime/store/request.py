@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.spec import ExpertKey
 
@@ -32,13 +33,17 @@ def token_request(layer: int, expert: int, tier: int) -> ExpertRequest:
 class Source(NamedTuple):
     """The place of a read's bytes in a file, and a function to call with its full buffers, uint8 [bytes] each.
 
-    The reading thread calls `then`, which may raise. If `fd` is -1 there is no file, and `then` fills the buffers.
+    The reading thread calls `then`, which may raise. If `fd` is -1 there is no file, and `then` fills the buffers. The
+    thread compares each buffer's CRC-32 with `checksums`, if there are any; `damaged(i)` is the error if that of buffer
+    i is another.
     """
 
     fd: int
     path: Path
     offset: int
     then: Callable[[Sequence[np.ndarray]], None] | None
+    checksums: Sequence[int] = ()
+    damaged: Callable[[int], DymoeError] | None = None
 
 
 # (key, first segment, number of segments) -> source of these consecutive segments.

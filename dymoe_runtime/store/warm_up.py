@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json
-from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.files import MAX_JSON_BYTES, parse_json, read_regular, strict
+from dymoe_runtime.spec import ExpertKey, Factor
 from dymoe_runtime.store import DECAY, EVICTIONS
 from dymoe_runtime.store.eviction import Eviction
 from dymoe_runtime.store.request import ExpertRequest
@@ -24,6 +26,13 @@ PRIOR_TOKENS = 100
 FILLED = 0.94
 # Fixed time of a read and transfer speed of a typical NVMe drive; only their relation matters.
 READ_S, DISK_BYTES_PER_S = 1e-4, 1e9
+
+
+@dataclass(frozen=True)
+class _WarmSet:
+    """The content of a warm set: uses per token, [layers][experts]."""
+
+    uses: tuple[tuple[Factor, ...], ...]
 
 
 class WarmUp:
@@ -128,23 +137,19 @@ def read_warm_set(path: Path, bundle: Bundle) -> np.ndarray | None:
     if not os.access(path.parent, os.W_OK):
         raise DymoeError(f"{path}: a warm set cannot be written there; give --warm-set a folder that can be written to")
     remedy = "delete it, and the next run makes a new one"
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    values = parse_json(text, str(path), remedy)
-    try:
-        uses = np.asarray(values["uses"], np.float64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DymoeError(f"{path}: not a warm set ({error!r}); {remedy}") from error
-    if uses.shape != (bundle.spec.num_layers, bundle.spec.num_experts) or not (uses >= 0).all():
+    values = parse_json(read_regular(path, remedy, MAX_JSON_BYTES), str(path), remedy)
+    kept = strict(_WarmSet, values, f"{path}: not a warm set", remedy)
+    shape = bundle.spec.num_layers, bundle.spec.num_experts
+    if len(kept.uses) != shape[0] or any(len(row) != shape[1] for row in kept.uses):
         raise DymoeError(f"{path}: not a warm set of this bundle; {remedy}")
-    return np.minimum(uses, 1.0)
+    return np.minimum(np.array(kept.uses, np.float64), 1.0)
 
 
 def write_warm_set(path: Path, uses: np.ndarray) -> None:
     """Replace the file by one with `uses` per token, [layers, experts]; raise DymoeError if it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         partial.write_text(json.dumps({"uses": np.round(uses, 5).tolist()}) + "\n", encoding="utf-8")
         partial.replace(path)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json
+from dymoe_runtime.files import parse_json, read_member
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
 
@@ -232,18 +232,23 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_text(path: Path) -> str:
+    text = _read_if_there(path)
+    if text is None:
+        raise DymoeError(f"{path}: missing; {RESTORE}")
+    return text
+
+
+def _read_if_there(path: Path) -> str | None:
+    data = read_member(path, RESTORE)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DymoeError(f"{path}: missing; {RESTORE}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        return None if data is None else data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
         raise DymoeError(f"{path}: cannot be read ({error}); {RESTORE}") from error
 
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    return parse_json(_read_text(path), str(path), RESTORE)
+    text = _read_if_there(path) if optional else _read_text(path)
+    return {} if text is None else parse_json(text, str(path), RESTORE)
 
 
 def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
@@ -276,9 +281,9 @@ def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[
 
 def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Return name -> template; a chat_template.jinja replaces those of tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return {"default": _read_text(path)}
+    own = _read_if_there(directory / "chat_template.jinja")
+    if own is not None:
+        return {"default": own}
     entry = config.get("chat_template")
     if entry is None:
         return {}

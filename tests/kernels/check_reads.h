@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "reading.h"
+#include "record/checksum.h"
 #include "threads/read_threads.h"
 
 namespace dymoe {
@@ -94,6 +95,34 @@ void check_files() {
   expect(ended(no_file, 0, 0) && ended(no_bytes, 0, 0) && ended(no_call, 0, 0) && calls == 2, kReads,
          "nothing to read");
   expect(close(reads, kPatience, never), kReads, "threads without work end");
+}
+
+/// Checksums, whichever instructions compute them, and reads whose bytes do not have theirs.
+void check_checksums() {
+  const std::string digits = "123456789";
+  const uint8_t* const text = reinterpret_cast<const uint8_t*>(digits.data());
+  expect(crc32_of(text, 9) == 0xcbf43926u && plain_crc32_of(text, 9) == 0xcbf43926u, kReads, "a known checksum");
+  const std::vector<uint8_t> content = random_bytes(kFileBytes);
+  for (int64_t nbytes = 0; nbytes < 400; ++nbytes)
+    for (int64_t from : {0, 1, 6}) {
+      const auto bytes = buffer<uint8_t>(nbytes);
+      std::copy_n(content.data() + from, nbytes, bytes.get());
+      expect(crc32_of(bytes.get(), nbytes) == plain_crc32_of(bytes.get(), nbytes), kReads,
+             "a checksum of " + std::to_string(nbytes) + " bytes");
+    }
+  const TemporaryFile file(content);
+  ReadThreads reads(2);
+  std::vector<uint32_t> right;
+  int64_t at = 5;
+  for (int64_t size : kSizes) right.push_back(plain_crc32_of(content.data() + at, size)), at += size;
+  for (int wrong = -1; wrong < int(kSizes.size()); ++wrong) {
+    std::vector<uint32_t> checksums = right;
+    if (wrong >= 0) checksums[wrong] ^= 1u << 31;
+    const Places places(kSizes);
+    const Outcome outcome = outcome_of(reads, reads.submit(file.fd, 5, places.spans, 0, nullptr, checksums));
+    expect(ended(outcome, wrong < 0 ? 0 : -1 - wrong, kTotal), kReads, "the checksum that is wrong is told");
+  }
+  expect(close(reads, kPatience, never), kReads, "threads that compare checksums end");
 }
 
 #if defined(__linux__)
@@ -268,6 +297,7 @@ void check_close_while_reading() {
 #endif
 
 void check_reads() {
+  check_checksums();
   check_files();
   check_many();
   check_order();

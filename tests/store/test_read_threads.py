@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def test_an_error_is_told_by_its_number(make: Make, tmp_path: Path) -> None:
     outcome = outcome_of(threads, threads.submit(fd, 0, places(*buffers()), 0, lambda: called.append(1)))
     os.close(fd)
     assert (outcome.error, outcome.done, called) == (errno.EISDIR, 0, [])
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 2])
+def test_the_place_whose_checksum_is_wrong_is_told(wrong: int | None, make: Make, file: tuple[int, np.ndarray]) -> None:
+    threads, (fd, content), into = make(), file, buffers()
+    parts = np.split(content[7 : 7 + sum(SIZES)], np.cumsum(SIZES)[:-1])
+    checksums = [zlib.crc32(part) ^ (index == wrong) for index, part in enumerate(parts)]
+    outcome = outcome_of(threads, threads.submit(fd, 7, places(*into), 0, None, checksums))
+    assert (outcome.error, outcome.done) == (0 if wrong is None else -1 - wrong, sum(SIZES))
 
 
 def test_nothing_at_all_can_be_read(make: Make, file: tuple[int, np.ndarray]) -> None:

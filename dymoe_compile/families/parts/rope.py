@@ -6,8 +6,8 @@ from typing import Any
 
 from dymoe_compile.families.parts.config import Config
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.model.rope import KINDS, longrope_attention_factor, yarn_attention_factor
-from dymoe_runtime.spec import Rope
+from dymoe_runtime.model.rope import longrope_attention_factor, yarn_attention_factor
+from dymoe_runtime.spec import ROPES, Rope
 
 # Keys that change nothing for text: its three positions of mrope are one, and the others are for other programs.
 TEXT_ONLY = ("mrope_section", "mrope_interleaved", "interleaved", "finetuned", "rope_type", "type")
@@ -31,7 +31,7 @@ def rope_of(
     Raises DymoeError for a key that is not known, because it may change the mathematics.
     """
     values = _values_of(config, layer_type)
-    kind = values.choice("rope_type", "type", default="default", known=(*KINDS, *WITHIN_CONTEXT))
+    kind = values.choice("rope_type", "type", default="default", known=(*ROPES, *WITHIN_CONTEXT))
     kind = WITHIN_CONTEXT.get(kind, kind)
     _check_complete(values, kind)
     context = config.integer("max_position_embeddings")

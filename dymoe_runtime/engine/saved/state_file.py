@@ -18,7 +18,7 @@ import numpy as np
 from dymoe_runtime.bundle.records import crc32
 from dymoe_runtime.engine.saved.origin import OTHERWISE, Origin
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, strict
+from dymoe_runtime.files import Bytes, Word, parse_json, strict
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.spec import ModelSpec
 
@@ -36,8 +36,8 @@ REMEDY = f"bring it back from a copy, {OTHERWISE}"
 class Section:
     """One of the pieces of data that follow the header without a gap."""
 
-    nbytes: int
-    crc32: int
+    nbytes: Bytes
+    crc32: Word
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,9 @@ class Header:
     @staticmethod
     def from_bytes(data: bytes, where: str) -> Header:
         """Read the result of `to_bytes`; raise DymoeError that names `where` if it is malformed."""
-        values, what = parse_json(data, f"{where}: {DAMAGED}", REMEDY), f"{where}: {DAMAGED}"
-        try:
-            values["origin"] = strict(Origin, values["origin"], what)
-            ids, note = (strict(Section, values[name], what) for name in ("ids", "note"))
-            layers = tuple(strict(Section, entry, what) for entry in values["layers"])
-        except (KeyError, TypeError) as error:
-            raise DymoeError(f"{what} ({error!r}); {REMEDY}") from error
-        header: Header = strict(Header, {**values, "ids": ids, "note": note, "layers": layers}, what)
-        numbers = [number for section in (ids, note, *layers) for number in (section.nbytes, section.crc32)]
-        if not header.origin.is_valid() or not all(type(n) is int and n >= 0 for n in numbers):
+        what = f"{where}: {DAMAGED}"
+        header = strict(Header, parse_json(data, what, REMEDY), what, REMEDY)
+        if not header.origin.is_valid():
             raise DymoeError(f"{what} (its header is malformed); {REMEDY}")
         return header
 

@@ -43,14 +43,15 @@ void make_reads(ReadThreads* reads, int threads) {
 }
 
 uint64_t submit_read(ReadThreads& reads, int fd, int64_t offset, const SegmentTuples& tuples, int urgency,
-                     nb::object then) {
+                     nb::object then, std::vector<uint32_t> checksums) {
   check_urgency(urgency);
   std::vector<Span> spans;
   for (const auto& [address, nbytes] : tuples) {
     if (nbytes < 0) reject("places: expected no fewer than 0 bytes");
     spans.push_back({reinterpret_cast<uint8_t*>(address), nbytes});
   }
-  return reads.submit(fd, offset, std::move(spans), urgency, callback(std::move(then)));
+  if (!checksums.empty() && checksums.size() != spans.size()) reject("checksums: expected one for each place");
+  return reads.submit(fd, offset, std::move(spans), urgency, callback(std::move(then)), std::move(checksums));
 }
 
 bool reprioritize_read(ReadThreads& reads, uint64_t ticket, int now, int urgency) {
@@ -92,7 +93,8 @@ bool close_reads(ReadThreads& reads, double patience_s) {
 void bind_reads(nb::module_& m) {
   nb::class_<ReadThreads>(m, "ReadThreads")
       .def("__init__", &make_reads, "threads"_a)
-      .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none())
+      .def("submit", &submit_read, "fd"_a, "offset"_a, "places"_a, "urgency"_a, "then"_a.none(),
+           "checksums"_a = std::vector<uint32_t>())
       .def("reprioritize", &reprioritize_read, "ticket"_a, "now"_a, "urgency"_a)
       .def("cancel", &cancel_read, "ticket"_a, "urgency"_a)
       .def("started", &ReadThreads::started)

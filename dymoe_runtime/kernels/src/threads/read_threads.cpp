@@ -19,6 +19,8 @@
 #include <pthread.h>
 #endif
 
+#include "record/checksum.h"
+
 namespace dymoe {
 namespace {
 
@@ -31,6 +33,7 @@ struct Read {
   int64_t offset;
   std::vector<Span> spans;
   std::function<void()> then;
+  std::vector<uint32_t> checksums;
 };
 
 /// Makes one system call: into all spans where the system can read into several, else into the first.
@@ -80,6 +83,13 @@ void fill(const Read& read, int& error, int64_t& done) {
   }
 }
 
+/// Returns 0 if all spans of a read have their checksums, else -1 - the index of the first that has not.
+int wrong_span(const Read& read) {
+  for (size_t i = 0; i < read.checksums.size(); ++i)
+    if (crc32_of(read.spans[i].data, read.spans[i].nbytes) != read.checksums[i]) return -1 - int(i);
+  return 0;
+}
+
 }  // namespace
 
 /// Queues and results, which the caller and the threads share.
@@ -122,7 +132,9 @@ struct ReadThreads::State {
         break;
       }
       lock.unlock();
-      if (read.then && (read.fd < 0 || rest_of(read.spans, outcome.done).empty())) read.then();
+      const bool is_full = rest_of(read.spans, outcome.done).empty();
+      if (read.fd >= 0 && is_full) outcome.error = wrong_span(read);
+      if (read.then && (read.fd < 0 || is_full)) read.then();
       read.then = nullptr;  // destroyed while no lock is held, because that may take another lock
       outcome.seconds = std::chrono::duration<double>(Clock::now() - begun).count();
       lock.lock();
@@ -168,11 +180,12 @@ ReadThreads::~ReadThreads() {
   abandon();
 }
 
-uint64_t ReadThreads::submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then) {
+uint64_t ReadThreads::submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then,
+                             std::vector<uint32_t> checksums) {
   std::unique_lock<std::mutex> lock(state_->mutex);
   const uint64_t ticket = state_->next++;
   state_->pending.insert(ticket);
-  state_->waiting[urgency].push_back({ticket, fd, offset, std::move(spans), std::move(then)});
+  state_->waiting[urgency].push_back({ticket, fd, offset, std::move(spans), std::move(then), std::move(checksums)});
   lock.unlock();
   state_->wake.notify_one();
   return ticket;

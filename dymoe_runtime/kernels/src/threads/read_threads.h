@@ -17,7 +17,7 @@ struct Span {
 /// How a read ended: with all of its bytes, unless an error or the end of the file came first.
 struct Outcome {
   uint64_t ticket;
-  int error;       // errno, or 0
+  int error;       // errno, 0, or -1 - i if the bytes of span i do not have their checksum
   int64_t done;    // bytes read
   double seconds;  // of the read and its callback
 };
@@ -38,10 +38,11 @@ class ReadThreads {
   /// Leaves behind the threads that still read.
   ~ReadThreads();
 
-  /// Queues a read that fills the spans, one after another, from `offset` of the file. Once all spans are full, the
-  /// thread that read calls `then`, unless that is empty. With a negative `fd`, it calls `then` without reading.
-  /// Returns the ticket.
-  uint64_t submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then);
+  /// Queues a read that fills the spans, one after another, from `offset` of the file. If there are `checksums`, one
+  /// CRC-32 for each span, the thread that read compares them. Once all spans are full, it calls `then`, unless that is
+  /// empty. With a negative `fd`, it calls `then` without reading. Returns the ticket.
+  uint64_t submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then,
+                  std::vector<uint32_t> checksums = {});
 
   /// Moves a read that waits with urgency `now` to the end of the reads of another urgency. Returns false if no such
   /// read waits.
