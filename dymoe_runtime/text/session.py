@@ -66,8 +66,8 @@ class Turn:
 class Session:
     """A conversation by the model's chat template. A turn computes only what is new.
 
-    `messages` holds all that was said, also what has left the context. `unanswered` is a question that no answer was
-    begun to. `dropped_turns` counts the turns that have left the context, and `last_turn` is what the last one cost.
+    `messages` holds all that was said, also what has left the context. `unanswered` is a question whose turn failed.
+    `dropped_turns` counts the turns that have left the context, and `last_turn` is what the last one cost.
 
     >>> from dymoe_runtime import load_model
     >>> with load_model("build/demo.dymoe") as model:
@@ -128,7 +128,8 @@ class Session:
     ) -> Generator[Token, None, None]:
         """Yield the tokens of the answer to the user's `text`.
 
-        Both become messages once the answer has ended, or the generator is closed. The arguments are those of
+        Both become messages once the answer has ended, was interrupted or the generator is closed; then the answer is
+        what was said until then, or "". The arguments are those of
         `generate`; `params` hold for the following turns, too. Each answer draws random numbers from the seed anew, so
         that it depends on nothing but the conversation.
 
@@ -246,12 +247,16 @@ class Session:
             splitter=splitter,
             make_room=lambda answered: self._make_room(asked, answered),
         )
+        failed = False
         try:
             for token in tokens:
                 said.add(token)
                 yield token
-        finally:
-            if said.ids:
+        except Exception:
+            failed = not said.ids
+            raise
+        finally:  # also where somebody interrupts the answer or closes the generator
+            if not failed:
                 self._transcript.add_answer(said.ids)
                 self.messages = [*asked, said.message]
                 self.unanswered = None

@@ -366,22 +366,25 @@ def test_an_answer_that_is_left_is_kept_and_can_be_tried_again() -> None:
         session.retry()
 
 
-def test_an_unanswered_question_can_be_tried_again() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DymoeError("the disk is gone")])
+def test_a_question_without_an_answer_can_be_tried_again(error: Any) -> None:
     tokenizer = make_chat()
     model = Speaker(tokenizer, ["a dog"])
     session = Session(model, tokenizer)
     session.reply("never begun").close()
-    run, model.prefill = model.prefill, interrupt  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+
+    def fail(ids: Sequence[int]) -> np.ndarray:
+        raise error
+
+    run, model.prefill = model.prefill, fail  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, DymoeError)):
         say(session, "who?")
-    assert session.messages == [] and session.unanswered == "who?"
+    interrupted = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": ""}]
+    assert session.messages == (interrupted if error is KeyboardInterrupt else [])
+    assert session.unanswered == (None if error is KeyboardInterrupt else "who?")
     model.prefill = run  # type: ignore[method-assign]
     assert "".join(token.text for token in session.retry()) == "a dog"
-    assert session.unanswered is None and session.messages[0]["content"] == "who?"
-
-
-def interrupt(ids: Sequence[int]) -> np.ndarray:
-    raise KeyboardInterrupt
+    assert session.unanswered is None and [m["content"] for m in session.messages] == ["who?", "a dog"]
 
 
 def test_a_session_goes_on_from_a_history_and_with_another_system_message() -> None:
