@@ -227,7 +227,8 @@ class Session:
     def _answer(
         self, asked: list[Message], ending: Ending, logprobs: int | None = None
     ) -> Generator[Token, None, None]:
-        self.unanswered = asked[-1]["content"]
+        if len(asked) > len(self.messages):  # else another answer to a question that has one
+            self.unanswered = asked[-1]["content"]
         prompt = self._prompt(asked)
         ids = self._transcript.encode(prompt)
         reused = self._rewind(ids)
@@ -277,7 +278,6 @@ class Session:
         shorter = self._render(self._window(asked, first))
         if self._size(shorter) <= room:  # else the question alone is too long, and no turn leaves
             self._leave(asked, first)
-            return shorter
         return shorter
 
     def _make_room(self, asked: list[Message], answered: Sequence[int]) -> np.ndarray | None:

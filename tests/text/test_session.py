@@ -470,6 +470,24 @@ def test_reasoning_is_no_part_of_the_answer() -> None:
     assert model.run[1] == len(model.prompts[1]) - len(model.prompts[0])  # the longest common beginning
 
 
+def test_a_retry_that_is_left_before_its_answer_begins_changes_nothing() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox", "a dog"])
+    session = Session(model, tokenizer)
+    say(session, "who?")
+    before = list(session.messages)
+
+    def interrupt(ids: Sequence[int]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(model, "prefill", interrupt)
+        list(session.retry())
+    assert session.messages == before and session.unanswered is None
+    list(session.retry())
+    assert [message["content"] for message in session.messages] == ["who?", "a dog"]
+
+
 def test_each_answer_is_drawn_from_the_seed_and_a_retry_from_another() -> None:
     class Undecided(Speaker):
         def _next(self) -> np.ndarray:
