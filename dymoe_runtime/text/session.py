@@ -321,7 +321,7 @@ class Session:
         return [*messages[:head], *messages[max(head, first) :]]
 
     def _size(self, prompt: str) -> int:
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False))
+        return self._transcript.count(prompt)
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.chat(messages, **self._variables)

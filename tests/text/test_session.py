@@ -470,6 +470,17 @@ def test_reasoning_is_no_part_of_the_answer() -> None:
     assert model.run[1] == len(model.prompts[1]) - len(model.prompts[0])  # the longest common beginning
 
 
+@pytest.mark.parametrize("room", range(60, 200, 7))
+def test_turns_leave_in_time_where_the_model_spells_otherwise_than_the_tokenizer(room: int) -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the quick brown fox jumps"] * 8, max_context=room)
+    model.spells = True
+    session = Session(model, tokenizer)
+    for _ in range(8):
+        say(session, "The quick brown fox")
+    assert session.dropped_turns and len(session.messages) == 16
+
+
 def test_a_retry_that_is_left_before_its_answer_begins_changes_nothing() -> None:
     tokenizer = make_chat()
     model = Speaker(tokenizer, ["the fox", "a dog"])
