@@ -276,8 +276,14 @@ class Session:
             )
         first = self._without_oldest(asked, 0)
         shorter = self._render(self._window(asked, first))
-        if self._size(shorter) <= room:  # else the question alone is too long, and no turn leaves
-            self._leave(asked, first)
+        size = self._size(shorter)
+        if size > room:
+            with_system = " with the system message" if asked[0]["role"] == "system" else ""
+            raise DymoeError(
+                f"the question has {size} tokens{with_system}, but the context holds {room}; "
+                "shorten it, or give a larger --context"
+            )
+        self._leave(asked, first)
         return shorter
 
     def _make_room(self, asked: list[Message], answered: Sequence[int]) -> np.ndarray | None:

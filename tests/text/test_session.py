@@ -481,6 +481,19 @@ def test_turns_leave_in_time_where_the_model_spells_otherwise_than_the_tokenizer
     assert session.dropped_turns and len(session.messages) == 16
 
 
+def test_a_question_that_is_too_long_costs_nothing_of_what_the_model_knows() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox", "a dog"], max_context=100)
+    session = Session(model, tokenizer, "Be brief.")
+    say(session, "who?")
+    known = model.position
+    with pytest.raises(DymoeError, match=r"^the question has [0-9]+ tokens with the system message, .* holds 100"):
+        say(session, "x " * 100)
+    assert model.position == known and session.dropped_turns == 0
+    say(session, "and then?")
+    assert session.last_turn is not None and session.last_turn.reused_tokens == known
+
+
 def test_a_retry_that_is_left_before_its_answer_begins_changes_nothing() -> None:
     tokenizer = make_chat()
     model = Speaker(tokenizer, ["the fox", "a dog"])
