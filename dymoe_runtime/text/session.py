@@ -228,7 +228,8 @@ class Session:
     def _answer(
         self, asked: list[Message], ending: Ending, logprobs: int | None = None
     ) -> Generator[Token, None, None]:
-        self.unanswered = asked[-1]["content"]
+        if len(asked) > len(self.messages):  # else another answer to a question that has one
+            self.unanswered = asked[-1]["content"]
         prompt = self._prompt(asked)
         ids = self._transcript.encode(prompt)
         reused = self._rewind(ids)
@@ -280,9 +281,14 @@ class Session:
             )
         first = self._without_oldest(asked, 0)
         shorter = self._render(self._window(asked, first))
-        if self._size(shorter) <= room:  # else the question alone is too long, and no turn leaves
-            self._leave(asked, first)
-            return shorter
+        size = self._size(shorter)
+        if size > room:
+            with_system = " with the system message" if asked[0]["role"] == "system" else ""
+            raise DymoeError(
+                f"the question has {size} tokens{with_system}, but the context holds {room}; "
+                "shorten it, or give a larger --context"
+            )
+        self._leave(asked, first)
         return shorter
 
     def _make_room(self, asked: list[Message], answered: Sequence[int]) -> np.ndarray | None:
@@ -326,7 +332,7 @@ class Session:
         return [*messages[:head], *messages[max(head, first) :]]
 
     def _size(self, prompt: str) -> int:
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False))
+        return self._transcript.count(prompt)
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.chat(messages, **self._variables)
