@@ -15,6 +15,8 @@ from dymoe_runtime.text.tokenizer import Tokenizer
 
 # Variables by which chat templates switch reasoning on and off.
 SWITCHES = ("enable_thinking", "thinking")
+# How Python, and so chat templates, write what JSON writes otherwise. As texts they would all be true.
+CONSTANTS = {"True": True, "False": False, "None": None}
 
 
 def sampling(tokenizer: Tokenizer, flags: RunFlags) -> SamplingParams:
@@ -40,10 +42,12 @@ def template_variables(tokenizer: Tokenizer, flags: RunFlags) -> dict[str, Any]:
 
 
 def _variable(entry: str) -> tuple[str, Any]:
-    """Return the name and the value of NAME=VALUE; a value that is no JSON is a text."""
+    """Return the name and the value of NAME=VALUE; a value that is neither JSON nor a constant is a text."""
     name, mark, value = entry.partition("=")
     if not name or not mark:
         raise click.UsageError(f"--template-var {entry}: expected NAME=VALUE")
+    if value in CONSTANTS:
+        return name, CONSTANTS[value]
     try:
         return name, json.loads(value)
     except ValueError:

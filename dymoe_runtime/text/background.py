@@ -22,5 +22,13 @@ async def in_background(items: Generator[T, None, None]) -> AsyncGenerator[T, No
             yield item  # type: ignore[misc]
     finally:
         # The thread may still compute an item that nobody awaits any more; closing waits its turn there.
-        await asyncio.shield(loop.run_in_executor(executor, items.close))
+        closing, cancelled = loop.run_in_executor(executor, items.close), False
+        while not closing.done():
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError:  # whoever cancels once more must not use what the thread still uses
+                cancelled = True
         executor.shutdown()
+        closing.result()
+        if cancelled:
+            raise asyncio.CancelledError

@@ -66,8 +66,8 @@ class Ending:
     ) -> Ending:
         """Gather the conditions; raise DymoeError if one is not possible."""
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        if max_tokens is not None and max_tokens < 1:
-            raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1, and a whole number")
         if "" in strings:
             raise DymoeError("a stop string is empty; give it at least one character")
         named = {tokenizer.special_ids[text] for text in strings if text in tokenizer.special_ids}

@@ -11,6 +11,7 @@ TAGS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),  # Gemma 4, whose first mark is a special token and a word
 )
 # Harmony, the format of gpt-oss: <|channel|>NAME<|message|>TEXT<|end|>; the answer is in the channel "final".
 CHANNEL, MESSAGE, END, START = "<|channel|>", "<|message|>", "<|end|>", "<|start|>"
@@ -52,7 +53,8 @@ class TagSplitter(Splitter):
         self._trims = inside  # drop line breaks before the next text
 
     def push(self, text: str, special: str | None = None) -> Part:
-        self._held += text + (special if special in (self._begin, self._end) else "")
+        marks = special is not None and (special == self._end or self._begin.startswith(special))
+        self._held += text + (special or "" if marks else "")
         if self._state == "start":
             self._look_for_begin()
         reasoning = self._take_reasoning() if self._state == "reasoning" else ""
@@ -129,6 +131,6 @@ def make_splitter(template: str, prompt: str, special: Collection[str]) -> Split
     if CHANNEL in special and MESSAGE in special:
         return ChannelSplitter()
     for begin, end in TAGS:
-        if end in template or (begin in special and end in special):
+        if end in template or (end in special and any(begin.startswith(mark) for mark in special)):
             return TagSplitter(begin, end, inside=prompt.rstrip().endswith(begin))
     return Splitter()

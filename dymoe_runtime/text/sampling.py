@@ -73,6 +73,8 @@ class SamplingParams:
             del values["top_k"]
         penalty = {name: value for name, value in values.items() if name == "repetition_penalty"}
         samples = config.get("do_sample")
+        if not isinstance(samples, bool | None):
+            raise DymoeError(f"do_sample {samples!r}: must be true or false")
         if not (values.keys() - penalty.keys() if samples is None else samples):
             return SamplingParams(**penalty)
         return SamplingParams(**{"temperature": 1.0, **values})
@@ -124,7 +126,12 @@ def check_logits(logits: np.ndarray) -> None:
 
 
 def log_probabilities(logits: np.ndarray, token_id: int, count: int) -> dict[str, Any]:
-    """Return the `logprob` of `token_id` under logits [V], and the `top_logprobs`: the `count` likeliest, falling."""
+    """Return the `logprob` of `token_id` under logits [V], and the `top_logprobs`: the `count` likeliest, falling.
+
+    Raises DymoeError if `count` is negative.
+    """
+    if count < 0:
+        raise DymoeError(f"logprobs {count}: must be at least 0")
     logits = logits.astype(np.float64)
     logs = logits - logits.max()
     logs -= np.log(np.exp(logs).sum())

@@ -66,8 +66,8 @@ class Turn:
 class Session:
     """A conversation by the model's chat template. A turn computes only what is new.
 
-    `messages` holds all that was said, also what has left the context. `unanswered` is a question that no answer was
-    begun to. `dropped_turns` counts the turns that have left the context, and `last_turn` is what the last one cost.
+    `messages` holds all that was said, also what has left the context. `unanswered` is a question whose turn failed.
+    `dropped_turns` counts the turns that have left the context, and `last_turn` is what the last one cost.
 
     >>> from dymoe_runtime import load_model
     >>> with load_model("build/demo.dymoe") as model:
@@ -128,7 +128,8 @@ class Session:
     ) -> Generator[Token, None, None]:
         """Yield the tokens of the answer to the user's `text`.
 
-        Both become messages once the answer has ended, or the generator is closed. The arguments are those of
+        Both become messages once the answer has ended, was interrupted or the generator is closed; then the answer is
+        what was said until then, or "". The arguments are those of
         `generate`; `params` hold for the following turns, too. Each answer draws random numbers from the seed anew, so
         that it depends on nothing but the conversation.
 
@@ -227,7 +228,8 @@ class Session:
     def _answer(
         self, asked: list[Message], ending: Ending, logprobs: int | None = None
     ) -> Generator[Token, None, None]:
-        self.unanswered = asked[-1]["content"]
+        if len(asked) > len(self.messages):  # else another answer to a question that has one
+            self.unanswered = asked[-1]["content"]
         prompt = self._prompt(asked)
         ids = self._transcript.encode(prompt)
         reused = self._rewind(ids)
@@ -246,12 +248,16 @@ class Session:
             splitter=splitter,
             make_room=lambda answered: self._make_room(asked, answered),
         )
+        failed = False
         try:
             for token in tokens:
                 said.add(token)
                 yield token
-        finally:
-            if said.ids:
+        except Exception:
+            failed = not said.ids
+            raise
+        finally:  # also where somebody interrupts the answer or closes the generator
+            if not failed:
                 self._transcript.add_answer(said.ids)
                 self.messages = [*asked, said.message]
                 self.unanswered = None
@@ -275,9 +281,14 @@ class Session:
             )
         first = self._without_oldest(asked, 0)
         shorter = self._render(self._window(asked, first))
-        if self._size(shorter) <= room:  # else the question alone is too long, and no turn leaves
-            self._leave(asked, first)
-            return shorter
+        size = self._size(shorter)
+        if size > room:
+            with_system = " with the system message" if asked[0]["role"] == "system" else ""
+            raise DymoeError(
+                f"the question has {size} tokens{with_system}, but the context holds {room}; "
+                "shorten it, or give a larger --context"
+            )
+        self._leave(asked, first)
         return shorter
 
     def _make_room(self, asked: list[Message], answered: Sequence[int]) -> np.ndarray | None:
@@ -321,7 +332,7 @@ class Session:
         return [*messages[:head], *messages[max(head, first) :]]
 
     def _size(self, prompt: str) -> int:
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False))
+        return self._transcript.count(prompt)
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.chat(messages, **self._variables)

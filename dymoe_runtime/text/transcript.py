@@ -32,12 +32,12 @@ class Transcript:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, which `add_answer` may follow."""
-        ids, offsets = self._tokenizer.encode_with_offsets(text)
-        count, start = self._known(text, offsets)
-        kept = self._pieces[:count]
-        begun = sum(len(piece.text) for piece in kept)
-        self._prompt = [*kept, Piece(text[begun:], tuple(ids[start:]))]
+        self._prompt = self._divide(text)
         return [token_id for piece in self._prompt for token_id in piece.ids]
+
+    def count(self, text: str) -> int:
+        """Return the number of ids that `encode` would return; the prompt of the last `encode` stays."""
+        return sum(len(piece.ids) for piece in self._divide(text))
 
     def add_answer(self, ids: Sequence[int]) -> None:
         """Take the ids that the model answered to the prompt of the last `encode`."""
@@ -60,6 +60,13 @@ class Transcript:
         if not sound:
             raise DymoeError("the tokens of the conversation are damaged; start a new session")
         self._pieces = [Piece(text, tuple(ids)) for text, ids in pieces]
+
+    def _divide(self, text: str) -> list[Piece]:
+        ids, offsets = self._tokenizer.encode_with_offsets(text)
+        count, start = self._known(text, offsets)
+        kept = self._pieces[:count]
+        begun = sum(len(piece.text) for piece in kept)
+        return [*kept, Piece(text[begun:], tuple(ids[start:]))]
 
     def _known(self, text: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return how many pieces `text` begins with, and the first of its own tokens that follow them.

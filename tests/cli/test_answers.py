@@ -123,7 +123,9 @@ def test_the_template_takes_its_variables_from_flags(tmp_path: Path, calibration
     assert off["prompt_tokens"] == len("user: a\n<think></think>") and "reasoning" not in off
     assert run_cli(*args, "--thinking").json["text"] == ""
     assert run_cli(*args, "--template-var", "note=xyz").json["prompt_tokens"] == default["prompt_tokens"] + 3
-    assert run_cli(*args, "--template-var", "enable_thinking=false").json["prompt_tokens"] == off["prompt_tokens"]
+    for value in ("false", "False"):
+        by_name = run_cli(*args, "--template-var", f"enable_thinking={value}").json
+        assert by_name["prompt_tokens"] == off["prompt_tokens"]
     assert_one_sentence(run_cli(*args, "--template-var", "notes=1"), "no variable 'notes'", "enable_thinking, note")
     assert run_cli(*args, "--template-var", "note").code == 2
     shown = run_cli(*args[:-1])

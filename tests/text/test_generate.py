@@ -218,6 +218,7 @@ def test_random_texts_with_stop_strings_and_characters_across_tokens(
     (range(11), {}, "the prompt has 11 tokens, but the context holds 10; shorten the prompt$"),
     ([5], {"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
     ([5], {"max_tokens": -3}, "--max-tokens -3: must be at least 1"),
+    ([5], {"max_tokens": 2.5}, "--max-tokens 2.5: must be at least 1, and a whole number"),
     ([5], {"stop": ["a", ""]}, "a stop string is empty; give it"),
 ])  # fmt: skip
 def test_bad_arguments_are_errors_before_the_model_runs(

@@ -65,7 +65,8 @@ def test_two_streams_run_at_the_same_time() -> None:
     assert asyncio.run(both()) == [list(range(40, 49))] * 2
 
 
-def test_a_cancelled_stream_leaves_the_model_when_its_token_is_computed() -> None:
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_cancelled_stream_leaves_the_model_when_its_token_is_computed(times: int) -> None:
     model = Counter()
     model.may_end.clear()
 
@@ -76,8 +77,10 @@ def test_a_cancelled_stream_leaves_the_model_when_its_token_is_computed() -> Non
 
         task = asyncio.create_task(first())
         await asyncio.to_thread(model.computing.wait, 10)
-        task.cancel()
-        await asyncio.sleep(0)
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert not task.done()
         model.may_end.set()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -113,6 +116,8 @@ def test_tokens_have_their_log_probabilities() -> None:
         own = expected if token.id == token.top_logprobs[0][0] else expected - 5
         assert token.logprob == pytest.approx(own)
     logs = log_probabilities(np.array([1.0, 3.0, 2.0], np.float32), 0, 9)["top_logprobs"]
+    with pytest.raises(DymoeError, match="logprobs -1: must be at least 0"):
+        log_probabilities(np.zeros(3, np.float32), 0, -1)
     assert [i for i, _ in logs] == [1, 2, 0] and sum(math.exp(x) for _, x in logs) == pytest.approx(1)
 
 
@@ -131,6 +136,13 @@ def test_tokens_have_their_log_probabilities() -> None:
 )
 def test_a_model_is_sampled_as_its_file_says(config: dict[str, object], expected: SamplingParams) -> None:
     assert Tokenizer(byte_level_backend(), CONFIG, {}, generation=config).sampling == expected
+
+
+@pytest.mark.parametrize("value", ["false", 0])
+def test_whether_to_sample_is_true_or_false(value: object) -> None:
+    tokenizer = Tokenizer(byte_level_backend(), CONFIG, {}, generation={"do_sample": value, "temperature": 0.7})
+    with pytest.raises(DymoeError, match=r"generation_config.json: do_sample .*true or false; give --greedy"):
+        assert tokenizer.sampling
 
 
 @pytest.mark.parametrize("value", ["hot", -1, True, [1], float("nan")])

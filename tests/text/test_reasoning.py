@@ -46,6 +46,13 @@ def test_tags_may_be_special_tokens() -> None:
     assert split(TagSplitter("[THINK]", "[/THINK]", False), parts, marks) == ("yes", "hm")
 
 
+def test_a_mark_may_be_a_special_token_and_a_word() -> None:
+    splitter, marks = TagSplitter("<|channel>thought", "<channel|>", False), ("<|channel>", "<channel|>")
+    parts = ["<|channel>", "thou", "ght", "\nhm\n", "<channel|>", "yes"]
+    assert split(splitter, parts, marks) == ("yes", "hm")
+    assert split(TagSplitter("<|channel>thought", "<channel|>", False), ["th", "at"], marks) == ("that", "")
+
+
 def test_channels_other_than_the_final_one_hold_reasoning() -> None:
     marks = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
     assert split(ChannelSplitter(), HARMONY, marks) == ("2.", "1+1")
@@ -59,6 +66,8 @@ def test_channels_other_than_the_final_one_hold_reasoning() -> None:
         ("{{ messages }}", "x", [], Splitter),
         ("{{ '</think>' }}", "x", [], TagSplitter),
         ("{{ messages }}", "x", ["<think>", "</think>"], TagSplitter),
+        ("{{ messages }}", "x", ["<|channel>", "<channel|>"], TagSplitter),
+        ("{{ messages }}", "x", ["<channel|>"], Splitter),
         ("{{ messages }}", "x", ["<|channel|>", "<|message|>"], ChannelSplitter),
     ],
 )

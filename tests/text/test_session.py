@@ -366,22 +366,25 @@ def test_an_answer_that_is_left_is_kept_and_can_be_tried_again() -> None:
         session.retry()
 
 
-def test_an_unanswered_question_can_be_tried_again() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DymoeError("the disk is gone")])
+def test_a_question_without_an_answer_can_be_tried_again(error: Any) -> None:
     tokenizer = make_chat()
     model = Speaker(tokenizer, ["a dog"])
     session = Session(model, tokenizer)
     session.reply("never begun").close()
-    run, model.prefill = model.prefill, interrupt  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+
+    def fail(ids: Sequence[int]) -> np.ndarray:
+        raise error
+
+    run, model.prefill = model.prefill, fail  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, DymoeError)):
         say(session, "who?")
-    assert session.messages == [] and session.unanswered == "who?"
+    interrupted = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": ""}]
+    assert session.messages == (interrupted if error is KeyboardInterrupt else [])
+    assert session.unanswered == (None if error is KeyboardInterrupt else "who?")
     model.prefill = run  # type: ignore[method-assign]
     assert "".join(token.text for token in session.retry()) == "a dog"
-    assert session.unanswered is None and session.messages[0]["content"] == "who?"
-
-
-def interrupt(ids: Sequence[int]) -> np.ndarray:
-    raise KeyboardInterrupt
+    assert session.unanswered is None and [m["content"] for m in session.messages] == ["who?", "a dog"]
 
 
 def test_a_session_goes_on_from_a_history_and_with_another_system_message() -> None:
@@ -468,6 +471,48 @@ def test_reasoning_is_no_part_of_the_answer() -> None:
     say(session, "2 + 1?")
     assert model.prompts[1] == prompt_of(tokenizer, "1 + 1?", "2", "2 + 1?")
     assert model.run[1] == len(model.prompts[1]) - len(model.prompts[0])  # the longest common beginning
+
+
+@pytest.mark.parametrize("room", range(60, 200, 7))
+def test_turns_leave_in_time_where_the_model_spells_otherwise_than_the_tokenizer(room: int) -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the quick brown fox jumps"] * 8, max_context=room)
+    model.spells = True
+    session = Session(model, tokenizer)
+    for _ in range(8):
+        say(session, "The quick brown fox")
+    assert session.dropped_turns and len(session.messages) == 16
+
+
+def test_a_question_that_is_too_long_costs_nothing_of_what_the_model_knows() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox", "a dog"], max_context=100)
+    session = Session(model, tokenizer, "Be brief.")
+    say(session, "who?")
+    known = model.position
+    with pytest.raises(DymoeError, match=r"^the question has [0-9]+ tokens with the system message, .* holds 100"):
+        say(session, "x " * 100)
+    assert model.position == known and session.dropped_turns == 0
+    say(session, "and then?")
+    assert session.last_turn is not None and session.last_turn.reused_tokens == known
+
+
+def test_a_retry_that_is_left_before_its_answer_begins_changes_nothing() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox", "a dog"])
+    session = Session(model, tokenizer)
+    say(session, "who?")
+    before = list(session.messages)
+
+    def interrupt(ids: Sequence[int]) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(model, "prefill", interrupt)
+        list(session.retry())
+    assert session.messages == before and session.unanswered is None
+    list(session.retry())
+    assert [message["content"] for message in session.messages] == ["who?", "a dog"]
 
 
 def test_each_answer_is_drawn_from_the_seed_and_a_retry_from_another() -> None:

@@ -29,11 +29,11 @@ class PlainLines:
         return "\n".join(lines)
 
     def _line(self, prompt: str) -> str:
-        sys.stdout.write(prompt)
-        sys.stdout.flush()
         typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])
         try:
             with self._terminal.prompting(_interrupt), self._terminal.echoing():
+                sys.stdout.write(prompt)  # only now, because whoever sees it may type at once
+                sys.stdout.flush()
                 line = sys.stdin.buffer.readline()
         except KeyboardInterrupt:
             self._terminal.take_interrupts()

@@ -25,6 +25,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.load import load_model
 from dymoe_runtime.engine.model import Model
 from dymoe_runtime.engine.options import RunOptions
+from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -149,7 +150,7 @@ def fresh_answer(model: Model, tokenizer: Tokenizer, said: list[dict[str, str]])
     model.reset()
     turns: list[dict[str, str]] = []
     for question, answer in zip(said[::2], [*said[1::2], {"content": "not said"}], strict=True):
-        text, session = "", Session(model, tokenizer, history=turns)
+        text, session = "", Session(model, tokenizer, history=turns, params=SamplingParams())
         if answer["content"]:
             for token in session.reply(question["content"], max_tokens=60, ignore_eos=True):
                 text += token.text
