@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dymoe_runtime.cli.sampling_flags import sampling, template_variables
 from dymoe_runtime.console import print_json
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
+from dymoe_runtime.engine.saved.state_file import saved_context
 from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import read_text
 from dymoe_runtime.kernels.interface import Kernels
@@ -50,7 +52,8 @@ def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     head = [{"role": "system", "content": flags.system}] if flags.system else []
     begun = tokenizer.chat([*head, {"role": "user", "content": prompt}], **variables)
     size = len(tokenizer.encode(begun, add_special_tokens=False))
-    with load(bundle, kernels, flags, max(DEFAULT_CONTEXT, size + (flags.max_tokens or DEFAULT_CONTEXT))) as model:
+    room = max(DEFAULT_CONTEXT, size + (flags.max_tokens or DEFAULT_CONTEXT), _kept_context(flags))
+    with load(bundle, kernels, flags, room) as model:
 
         def begin(system: str | None, history: Sequence[dict[str, str]], params: SamplingParams) -> Session:
             return Session(
@@ -96,7 +99,8 @@ def keep(session: Session, model: Model, flags: RunFlags) -> None:
 def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams) -> None:
     """Continue one prompt."""
     ids = tokenizer.encode(_read_prompt(flags))
-    with load(bundle, kernels, flags, len(ids) + (flags.max_tokens or DEFAULT_CONTEXT)) as model:
+    room = max(len(ids) + (flags.max_tokens or DEFAULT_CONTEXT), _kept_context(flags))
+    with load(bundle, kernels, flags, room) as model:
         note = model.load_state(flags.session) if flags.session is not None and flags.session.exists() else ""
         answer = show(_continue(model, tokenizer, ids, params, flags), flags)
         say_cut(answer, model.max_context, flags)
@@ -108,6 +112,11 @@ def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Token
         if flags.session is not None:
             model.save_state(flags.session, note)
         model.remember()
+
+
+def _kept_context(flags: RunFlags) -> int:
+    """Return the context in tokens of the run that wrote the file of --session; 0 if there is none."""
+    return saved_context(flags.session) if flags.session is not None and flags.session.exists() else 0
 
 
 def _continue(
@@ -127,7 +136,9 @@ def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunF
     try:
         for prompt in prompts:
             dropped = session.dropped_turns
-            answer = show(session.reply(prompt, None, flags.max_tokens, flags.stop, flags.ignore_eos), flags)
+            reply = session.reply(prompt, None, flags.max_tokens, flags.stop, flags.ignore_eos)
+            with closing(reply):  # where showing it fails, the session keeps what was answered so far
+                answer = show(reply, flags)
             if session.dropped_turns and not dropped:
                 say_dropped(model.max_context)
             say_cut(answer, model.max_context, flags)

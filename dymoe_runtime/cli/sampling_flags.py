@@ -37,6 +37,8 @@ def template_variables(tokenizer: Tokenizer, flags: RunFlags) -> dict[str, Any]:
                 f"{flag}: the model's chat template has no switch for reasoning "
                 f"(variables that it reads: {', '.join(sorted(tokenizer.template_variables)) or 'none'}); leave it out"
             )
+        if twice := [name for name in switches if name in values]:
+            raise click.UsageError(f"--template-var {twice[0]} and --thinking or --no-thinking exclude each other")
         values |= dict.fromkeys(switches, flags.thinking)
     return values
 

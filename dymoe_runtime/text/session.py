@@ -228,7 +228,8 @@ class Session:
     def _answer(
         self, asked: list[Message], ending: Ending, logprobs: int | None = None
     ) -> Generator[Token, None, None]:
-        if len(asked) > len(self.messages):  # else another answer to a question that has one
+        is_new = len(asked) > len(self.messages)  # else another answer to a question that has one
+        if is_new:
             self.unanswered = asked[-1]["content"]
         prompt = self._prompt(asked)
         ids = self._transcript.encode(prompt)
@@ -248,16 +249,16 @@ class Session:
             splitter=splitter,
             make_room=lambda answered: self._make_room(asked, answered),
         )
-        failed = False
+        keeps = is_new
         try:
             for token in tokens:
                 said.add(token)
                 yield token
         except Exception:
-            failed = not said.ids
+            keeps = False
             raise
         finally:  # also where somebody interrupts the answer or closes the generator
-            if not failed:
+            if said.ids or keeps:
                 self._transcript.add_answer(said.ids)
                 self.messages = [*asked, said.message]
                 self.unanswered = None

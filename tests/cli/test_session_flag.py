@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,20 @@ def test_the_state_of_a_prompt_begins_a_conversation(shipped_path: Path, tmp_pat
     outcome = run_cli(shipped_path, *CHAT, "--session", talk, stdin="Hello\n")
     assert outcome.code == 0, outcome.err
     assert [message["role"] for message in outcome.json["messages"]] == ["user", "assistant"]
+
+
+def test_a_session_brings_its_context(shipped_path: Path, tmp_path: Path) -> None:
+    talk = ("--session", tmp_path / "talk")
+    assert run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 40, *talk).code == 0
+    outcome = run_cli(shipped_path, "--prompt", PROMPT, "--max-tokens", 4, *talk)
+    assert outcome.code == 0, outcome.err
+    assert_one_sentence(run_cli(shipped_path, "--prompt", "a", "--context", 8, *talk), "--context")
+
+
+def test_what_cannot_be_shown_is_kept(shipped_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dymoe_runtime", shipped_path, "--chat", "--session", tmp_path / "talk"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--max-tokens", "9"], input=b"hi\n", stdout=full, timeout=60)
+    assert done.returncode == 1
+    kept = run_cli(shipped_path, *CHAT, "--session", tmp_path / "talk", stdin="").json
+    assert kept["messages"][0] == {"role": "user", "content": "hi"} and len(kept["messages"]) == 2

@@ -89,7 +89,7 @@ def _point(conversation: Conversation, argument: str) -> str:
 
 
 def _save(conversation: Conversation, argument: str) -> str:
-    overwrite = argument.startswith(f"{REPLACE} ")
+    overwrite = f"{argument} ".startswith(f"{REPLACE} ")
     path = _path(argument.removeprefix(REPLACE) if overwrite else argument, "/save")
     conversation.save(path, overwrite)
     return f"{len(conversation.session.messages)} messages saved to {path}"

@@ -101,10 +101,7 @@ def load(path: Path, origin: Origin, spec: ModelSpec, state: SequenceState) -> t
     then as before, or empty if the data of a layer is damaged.
     """
     try:
-        if not path.is_file():
-            what = "not a file" if path.exists() else "no such file"
-            raise DymoeError(f"{path}: {what}; give a session that was saved")
-        with open(path, "rb", buffering=0) as file:
+        with _opened(path) as file:
             header = _read_header(file, path)
             origin.check_continues(header.origin, header.tokens, spec, str(path))
             ids = np.empty(header.tokens, IDS)
@@ -125,6 +122,23 @@ def load(path: Path, origin: Origin, spec: ModelSpec, state: SequenceState) -> t
             return ids.tolist(), text
     except OSError as error:
         raise DymoeError(f"{path}: the session cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def saved_context(path: Path) -> int:
+    """Return the context, in tokens, of the run that saved a state; raise DymoeError if the file is no saved state."""
+    try:
+        with _opened(path) as file:
+            return _read_header(file, path).origin.context
+    except OSError as error:
+        raise DymoeError(f"{path}: the session cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to read it; raise DymoeError if there is none."""
+    if not path.is_file():
+        what = "not a file" if path.exists() else "no such file"
+        raise DymoeError(f"{path}: {what}; give a session that was saved")
+    return open(path, "rb", buffering=0)
 
 
 def _read_header(file: BinaryIO, path: Path) -> Header:

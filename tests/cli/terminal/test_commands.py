@@ -105,7 +105,8 @@ def test_a_file_that_is_no_conversation_changes_nothing(chat: TerminalProgram, t
 
 
 def test_files_that_cannot_be_had_are_one_sentence_each(chat: TerminalProgram, tmp_path: Path) -> None:
-    assert "needs a file" in chat.ask("/save") and "needs a file" in chat.ask("/load")
+    for command in ("/save", "/save --replace", "/load"):
+        assert "needs a file" in chat.ask(command)
     assert "no such file" in chat.ask(f"/load {tmp_path}/none")
     assert "No such file" in chat.ask(f"/save {tmp_path}/none/x")
     assert "irectory" in chat.ask(f"/save --replace {tmp_path}")
