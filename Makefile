@@ -1,4 +1,4 @@
-# make demo, make test, make lint, make bench. Everything goes into .venv and build/.
+# make demo, make test, make fuzz, make lint, make bench. Everything goes into .venv and build/.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtim
 
 CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz lint bench clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
@@ -19,6 +19,14 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Seeded mutations of inputs; SEED=2 makes others.
+SEED ?= 0
+FUZZ := PYTHONPATH=tests $(BIN)/python -m fuzz.campaign --seed $(SEED)
+fuzz: $(VENV)/.dev
+	$(FUZZ) other 1000
+	$(FUZZ) checkpoint 1000
+	$(FUZZ) bundle 5000
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from dymoe_compile.calibrate.calibration import calibrate, spilled
 from dymoe_compile.calibrate.statistics import LayerStatistics
 from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
+from dymoe_compile.job.place import holds_only_a_bundle
 from dymoe_compile.job.profile import AUTO, DEVICE_PROCESS_BYTES, Profile
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
@@ -37,9 +38,9 @@ from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.report.findings import collect
 from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import (
+    DENSE,
     FINDINGS,
     LOOK_AHEAD,
-    MANIFEST,
     POLICY,
     REPORT,
     TOKENIZER,
@@ -47,6 +48,7 @@ from dymoe_runtime.bundle.bundle import (
     VERSION,
     Bundle,
     FileEntry,
+    LayerEntry,
     Manifest,
     expert_layout,
     file_entry,
@@ -113,6 +115,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
     checkpoint.spec.check_ids([*windows.train.reshape(-1).tolist(), *windows.held_out.reshape(-1).tolist()])
     provenance = describe(options, checkpoint, windows, progress)
     if not options.fresh and (bundle := up_to_date(options.output, provenance)):
+        BundleWriter.clear(options.output)
         check_quality(bundle, options, kernels)
         return bundle, False
     return build(options, checkpoint, windows, provenance, kernels, progress), True
@@ -150,7 +153,7 @@ def build(
             checkpoint.spec,
             options.ladder,
             choice.bits,
-            files_of(writer.directory),
+            files_of(writer.directory, done.layers),
             dense_crc32,
             done.layers,
             provenance,
@@ -163,7 +166,7 @@ def build(
             keep_choice(choice, writer)
             dense_crc32 = write_dense(checkpoint, choice.bits, writer, kernels, progress)
             manifest = replace(
-                manifest, dense_bits=choice.bits, files=files_of(writer.directory), dense_crc32=dense_crc32
+                manifest, dense_bits=choice.bits, files=files_of(writer.directory, done.layers), dense_crc32=dense_crc32
             )
             draft = Bundle(writer.directory, manifest, draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, kernels, progress)
@@ -172,7 +175,7 @@ def build(
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
-        writer.finish(replace(manifest, files=files_of(writer.directory, whole=True)))
+        writer.finish(replace(manifest, files=files_of(writer.directory, done.layers, whole=True)))
     return Bundle.open(options.output)
 
 
@@ -180,7 +183,7 @@ def check_output(output: Path) -> None:
     """Raise DymoeError if writing to `output` would destroy something that is not a bundle."""
     if not output.exists():
         return
-    if not output.is_dir() or output.is_mount() or not _holds_only_a_bundle(output):
+    if not output.is_dir() or output.is_mount() or not holds_only_a_bundle(output):
         raise DymoeError(f"{output}: exists and is not a bundle, or holds other files; choose another place with -o")
 
 
@@ -282,30 +285,19 @@ def profile_budget(bundle: Bundle, profile: Profile, kernels: Kernels) -> Budget
     return plan_budget(bundle, kernels, context, profile.memory_bytes, process_bytes=DEVICE_PROCESS_BYTES)
 
 
-def files_of(directory: Path, whole: bool = False) -> dict[str, FileEntry]:
+def files_of(directory: Path, layers: Mapping[int, LayerEntry], whole: bool = False) -> dict[str, FileEntry]:
     """Return the files of a bundle as its manifest lists them; weights get a digest only if `whole` is true."""
     small = {POLICY, FINDINGS, REPORT, LOOK_AHEAD, TOKENIZER, *TOKENIZER_EXTRAS}
+    weights = {DENSE, *(entry.file for entry in layers.values())}
     return {
         path.name: file_entry(path, digest=whole or path.name in small)
         for path in sorted(directory.iterdir())
-        if path.name in small or path.suffix == ".safetensors"
+        if path.name in small | weights
     }
 
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _holds_only_a_bundle(directory: Path) -> bool:
-    """Return whether a directory is empty, or has a bundle's manifest and only files that the manifest names."""
-    present = {path.name for path in directory.iterdir()}
-    try:
-        if not present:
-            return True
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return "ladder" in manifest and present <= {MANIFEST, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _source_digest(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -29,7 +29,7 @@ PIECE_BYTES = 1 << 20
 # The most bytes of a JSON file: many times those of the largest manifest, and few enough to parse.
 MAX_JSON_BYTES = 64 << 20
 # The most bytes of a tokenizer or of what comes with it; the largest known has 35 MB.
-MAX_MEMBER_BYTES = 256 << 20
+MAX_MEMBER_BYTES = 128 << 20
 # The most bytes of a text.
 MAX_TEXT_BYTES = 1 << 30
 
@@ -63,10 +63,11 @@ def read_regular(path: Path, remedy: str, most: int, follow_links: bool = True) 
     """Return the bytes of a regular file that has at most `most`; raise DymoeError as `open_regular` does."""
     with open(open_regular(path, remedy, follow_links), "rb") as file:
         try:
-            data = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(most + 1) if size <= most else b""
         except OSError as error:
             raise DymoeError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    if len(data) > most:
+    if max(size, len(data)) > most:
         raise DymoeError(f"{path}: more than {most} bytes, which is too large for such a file; {remedy}")
     return data
 

@@ -24,12 +24,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dymoe_compile.job.place import (
+    exchange,
+    holds_only_a_bundle,
+    is_own_directory,
+    remove_bundle,
+    remove_own,
+    rename_new,
+)
 from dymoe_runtime.bundle.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_file, record_name
 from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, read_header
 from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.units import format_size
+
+IDENTITY, LOCK, TEMPORARY = "identity.json", "lock", ".tmp"
+AGAIN = "run the same command again, which goes on"
 
 
 class BundleWriter:
@@ -38,19 +49,29 @@ class BundleWriter:
     Work in progress of another identity is discarded. Raises DymoeError if another process is writing the bundle.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any] | None, fresh: bool = False) -> None:
         self.path = path
         self._partial = path.parent / f".{path.name}.partial"
         self.directory = self._partial / "bundle"
         self._state = self._partial / "state"
+        self._replaced = self._partial / "replaced"
         self._lock = self._take_lock()
         self._recover()
-        if fresh or self._read_identity() != identity:
+        if fresh or self._read_identity() != identity or not (self.directory.is_dir() and self._state.is_dir()):
             self._start_over(identity)
 
     def close(self) -> None:
         """Release the lock on the work in progress."""
         os.close(self._lock)
+
+    @classmethod
+    def clear(cls, path: Path) -> None:
+        """Delete what a run has left that was killed when it had put the bundle `path` in place, unless one is busy."""
+        partial = path.parent / f".{path.name}.partial"
+        over = not os.path.lexists(partial / "bundle") or os.path.lexists(partial / "bundle" / MANIFEST)
+        if os.path.lexists(partial) and (over or os.path.lexists(partial / "replaced")):
+            with contextlib.suppress(DymoeError), contextlib.closing(cls(path, None)) as writer:
+                writer._remove_work()
 
     def load_state(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return the tensors and values saved under `name`, or None if they are missing or damaged."""
@@ -152,46 +173,109 @@ class BundleWriter:
         _replace(self.directory / name, data)
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest and move the complete bundle to its place; then delete the previous bundle."""
-        self.write_small(MANIFEST, manifest.to_text().encode())
-        _flush(self.directory)
-        if self.path.exists():
-            os.rename(self.path, self._old())
-        os.rename(self.directory, self.path)
-        _flush(self.path.parent)
-        shutil.rmtree(self._old(), ignore_errors=True)
-        shutil.rmtree(self._partial)
+        """Write the manifest and move the complete bundle to its place; then delete the bundle that was there.
 
-    def _old(self) -> Path:
-        return self.path.parent / f".{self.path.name}.old"
+        Raises DymoeError, with all work kept, if anything else than a bundle is there by now.
+        """
+        self.write_small(MANIFEST, manifest.to_text().encode())
+        remove = set(os.listdir(self.directory)) - {MANIFEST, *manifest.files}
+        for name in remove:
+            if name.endswith(TEMPORARY):
+                os.unlink(self.directory / name)
+            else:
+                raise DymoeError(f"{self.directory / name}: no file of the bundle; move it away, then {AGAIN}")
+        _flush(self.directory)
+        try:
+            if os.path.lexists(self.path):
+                self._replace_bundle()
+            else:
+                rename_new(self.directory, self.path)
+        except FileExistsError as error:
+            raise self._in_the_way() from error
+        _flush(self.path.parent)
+        self._check_replaced()
+        self._remove_work()
+
+    def _replace_bundle(self) -> None:
+        if not holds_only_a_bundle(self.path):
+            raise self._in_the_way()
+        self._check_replaced()
+        before = exchange(self.directory, self.path, self._replaced)
+        if not holds_only_a_bundle(before):  # something came between the look and the exchange
+            ours = exchange(before, self.path, self._partial / "aside")
+            if ours != self.directory:
+                os.rename(ours, self.directory)
+            raise self._in_the_way()
+        if before != self._replaced:
+            os.rename(before, self._replaced)
+
+    def _in_the_way(self) -> DymoeError:
+        return DymoeError(
+            f"{self.path}: something that is not a bundle, or holds other files, is there by now; "
+            f"move it away, then {AGAIN}"
+        )
+
+    def _check_replaced(self) -> None:
+        """Delete the bundle that was replaced, if any; raise DymoeError if other files are with it, which stay."""
+        if os.path.lexists(self._replaced) and not remove_bundle(self._replaced):
+            raise DymoeError(
+                f"{self._replaced}: holds other files than the bundle that it was; move them away, then {AGAIN}"
+            )
+
+    def _remove_work(self) -> None:
+        """Delete the work in progress, but no file of others."""
+        self._remove_progress()
+        remove_own(self._partial, lambda name: name.startswith(IDENTITY) or name == LOCK)
+
+    def _remove_progress(self) -> None:
+        remove_own(self._state, lambda name: name.endswith((".json", ".safetensors", TEMPORARY)))
+        remove_own(self.directory, lambda name: name.endswith((".json", ".safetensors", ".html", ".jinja", TEMPORARY)))
 
     def _recover(self) -> None:
-        """Put the previous bundle back if a run was killed between the renames of `finish`; delete it otherwise."""
-        if self._old().exists() and not self.path.exists():
-            os.rename(self._old(), self.path)
-        shutil.rmtree(self._old(), ignore_errors=True)
+        """Put the previous bundle back if a run was killed while `finish` had moved it away; else delete it."""
+        if not os.path.lexists(self._replaced):
+            return
+        if os.path.lexists(self.path):
+            self._check_replaced()
+        else:
+            rename_new(self._replaced, self.path)
 
     def _take_lock(self) -> int:
-        self._partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._partial / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise DymoeError(f"{self.path}: another dymoe-compile is writing it; wait for it or stop it") from error
-        return lock
+        """Return the descriptor of the lock on the work in progress, which is in a directory for this user alone."""
+        busy = f"{self.path}: another dymoe-compile is writing it; wait for it or stop it"
+        while True:
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(self._partial.parent, exist_ok=True)
+                os.mkdir(self._partial, 0o700)
+            if not is_own_directory(self._partial):
+                raise DymoeError(
+                    f"{self._partial}: not a directory of yours; remove it, or choose another place with -o"
+                )
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            lock = os.open(self._partial / LOCK, flags, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A compiler that ends removes its lock, which one that waited for it must not take for its own.
+                if os.path.samestat(os.fstat(lock), os.stat(self._partial / LOCK)):
+                    return lock
+                os.close(lock)
+            except FileNotFoundError:
+                os.close(lock)
+            except OSError as error:
+                os.close(lock)
+                raise DymoeError(busy) from error
 
     def _read_identity(self) -> Any:
         try:
-            return json.loads((self._partial / "identity.json").read_text())
+            return json.loads((self._partial / IDENTITY).read_text())
         except (OSError, ValueError):
             return None
 
-    def _start_over(self, identity: Mapping[str, Any]) -> None:
+    def _start_over(self, identity: Mapping[str, Any] | None) -> None:
+        self._remove_progress()
         for directory in (self.directory, self._state):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-        _replace(self._partial / "identity.json", json.dumps(identity).encode())
+            directory.mkdir(exist_ok=True)
+        _replace(self._partial / IDENTITY, json.dumps(identity).encode())
 
 
 @contextlib.contextmanager
@@ -221,8 +305,9 @@ def check_space(path: Path, needed: int) -> None:
 @contextlib.contextmanager
 def _becoming(path: Path) -> Iterator[Any]:
     """Yield a file that gets the name `path` once it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:  # never through a link
         yield file
         file.flush()
         os.fsync(file.fileno())
