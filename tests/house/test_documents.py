@@ -78,7 +78,7 @@ def test_examples_in_docstrings_are_true() -> None:
 # What pip installs for the dependencies in pyproject.toml, without extras.
 RUNTIME_PACKAGES = {
     *("numpy", "safetensors", "tokenizers", "click", "tqdm", "jinja2", "markupsafe", "isal", "tomli"),
-    *("prompt_toolkit", "wcwidth"),
+    *("prompt_toolkit", "wcwidth", "msgspec"),
 }
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 

@@ -107,6 +107,7 @@ def test_where_nothing_stops_the_answer_the_third_ctrl_c_ends_the_program(shippe
     with TerminalProgram([sys.executable, "-c", STUCK, shipped_path, "--chat"], tmp_path) as chat:
         chat.enter("Tell me")
         chat.until(lambda: len(chat.line) > 0)
+        chat.read_for(1.0)  # the second token is being computed now
         chat.send(CTRL_C)
         chat.read_for(0.2)
         chat.send(CTRL_C)
