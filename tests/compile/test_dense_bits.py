@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compile_kit import interrupt, same_files
 from bundle_kit import forge
+from compile_kit import interrupt, same_files
 from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.numpy import save
 
