@@ -174,6 +174,13 @@ def replace_kind(path: Path, rng: random.Random) -> str:
     return f"{path.name}: {what}"
 
 
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a file; raise ValueError if a mutation has made it larger than memory may be."""
+    if path.stat().st_size > 1 << 26:
+        raise ValueError(f"{path} is too large")
+    return path.read_bytes()
+
+
 def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
     """Make the sizes and digests in a manifest right again; with the sizes of segments, checksums of weights, too.
 
@@ -181,7 +188,7 @@ def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
     """
     path = bundle / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(content_of(path))
         manifest.pop("sha256", None)
         for name, entry in manifest["files"].items():
             file = bundle / name
@@ -203,14 +210,14 @@ def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
 
 def make_checksums_right(bundle: Path, manifest: dict[str, Any], spans: Sequence[int]) -> None:
     """Set the CRC-32 of dense tensors and of segments, as far as files and manifest are as they should be."""
-    data = (bundle / "dense.safetensors").read_bytes()
+    data = content_of(bundle / "dense.safetensors")
     length = int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8 : 8 + length]).items():
         if name in manifest["dense_crc32"]:
             begin, end = entry["data_offsets"]
             manifest["dense_crc32"][name] = zlib.crc32(data[8 + length + begin : 8 + length + end])
     for layer in manifest["layers"].values():
-        records = (bundle / layer["file"]).read_bytes()[layer["data_start"] :]
+        records = content_of(bundle / layer["file"])[layer["data_start"] :]
         for expert, row in enumerate(layer["crc32"]):
             at = expert * sum(spans)
             for segment, span in enumerate(spans[: len(row)]):
