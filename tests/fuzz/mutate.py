@@ -175,9 +175,9 @@ def replace_kind(path: Path, rng: random.Random) -> str:
 
 
 def content_of(path: Path) -> bytes:
-    """Return the bytes of a file; raise ValueError if a mutation has made it larger than memory may be."""
-    if path.stat().st_size > 1 << 26:
-        raise ValueError(f"{path} is too large")
+    """Return the bytes of a file; raise ValueError if a mutation has made it something else, or endless."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 26:
+        raise ValueError(f"{path} is no file of a bundle any more")
     return path.read_bytes()
 
 
