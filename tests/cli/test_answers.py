@@ -69,7 +69,7 @@ def test_a_conversation_outlasts_its_context(shipped_path: Path) -> None:
     """Fifty turns of any length, sampled as the model's file says."""
     turns = "".join(f"Tell me about {word}\n" for word in ["the sea", "a king and his ships", "7", "ice"] * 13)
     args = (shipped_path, "--chat", "--context", 512)
-    outcome = run_cli(*args, "--json", stdin=turns)
+    outcome = run_cli(*args, "--max-tokens", 60, "--json", stdin=turns)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("its oldest turns leave it") == 1 and outcome.err.count("\n") == 1
     said = outcome.json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import json
 import os
 import pty
 import select
@@ -188,3 +189,32 @@ def tokens(text):
 
 def scripted_command(bundle: Path, *args: object, script: str = "") -> list[Any]:
     return [sys.executable, "-c", SCRIPTED.replace("{script}", script), bundle, "--chat", *args]
+
+
+# A model that takes its time in the layers of a prompt and in each token.
+SLOW_MODEL = """
+import time
+from dymoe_runtime.engine import model
+from dymoe_runtime.engine.arena_sizing import LimitedExperts
+decode, prefill = model.Model.decode, LimitedExperts.prefill
+def slow_decode(self, token_id):
+    time.sleep({decode_s})
+    return decode(self, token_id)
+def slow_prefill(self, *args):
+    y = prefill(self, *args)
+    time.sleep({prefill_s})
+    return y
+model.Model.decode, LimitedExperts.prefill = slow_decode, slow_prefill
+from dymoe_runtime.cli.__main__ import run
+run()
+"""
+
+
+def slow_command(bundle: Path, *args: object, decode_s: float = 0.002, prefill_s: float = 0.01) -> list[object]:
+    script = SLOW_MODEL.format(decode_s=decode_s, prefill_s=prefill_s)
+    return [sys.executable, "-c", script, bundle, "--chat", "--temperature", 0, *args]
+
+
+def messages(chat: TerminalProgram, file: Path) -> list[dict[str, str]]:
+    chat.ask(f"/save --replace {file}")
+    return list(json.loads(file.read_text())["messages"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,45 +16,10 @@ from cli.terminal.terminal_kit import (
     ENTER,
     UP,
     TerminalProgram,
+    messages,
     scripted_command,
+    slow_command,
 )
-
-from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.engine.load import load_model
-from dymoe_runtime.engine.model import Model
-from dymoe_runtime.engine.options import RunOptions
-from dymoe_runtime.text.sampling import SamplingParams
-from dymoe_runtime.text.session import Session
-from dymoe_runtime.text.tokenizer import Tokenizer
-
-# A model that takes its time in the layers of a prompt and in each token.
-SLOW_MODEL = """
-import time
-from dymoe_runtime.engine import model
-from dymoe_runtime.engine.arena_sizing import LimitedExperts
-decode, prefill = model.Model.decode, LimitedExperts.prefill
-def slow_decode(self, token_id):
-    time.sleep({decode_s})
-    return decode(self, token_id)
-def slow_prefill(self, *args):
-    y = prefill(self, *args)
-    time.sleep({prefill_s})
-    return y
-model.Model.decode, LimitedExperts.prefill = slow_decode, slow_prefill
-from dymoe_runtime.cli.__main__ import run
-run()
-"""
-STEPS = 100
-
-
-def slow_command(bundle: Path, *args: object, decode_s: float = 0.002, prefill_s: float = 0.01) -> list[object]:
-    script = SLOW_MODEL.format(decode_s=decode_s, prefill_s=prefill_s)
-    return [sys.executable, "-c", script, bundle, "--chat", "--temperature", 0, *args]
-
-
-def messages(chat: TerminalProgram, file: Path) -> list[dict[str, str]]:
-    chat.ask(f"/save --replace {file}")
-    return list(json.loads(file.read_text())["messages"])
 
 
 @pytest.fixture
@@ -115,50 +78,6 @@ def test_where_nothing_stops_the_answer_the_third_ctrl_c_ends_the_program(shippe
         chat.send(CTRL_C)
         chat.ends(130)
         assert "interrupted" in chat.text()
-
-
-def test_ctrl_c_at_random_moments_a_hundred_times(shipped: Bundle, tmp_path: Path) -> None:
-    """The program lives, its memory stays, and each next answer is that of a fresh conversation."""
-    arena = shipped.expert_bytes() // 3
-    like_it = RunOptions(tier=4, context=512, arena_bytes=arena)
-    options = ("--tiers", 4, "--arena", arena, "--context", 512, "--ignore-eos", "--max-tokens", 60)
-    chance, sizes = random.Random(0), []
-    tokenizer = Tokenizer.load(shipped.path, shipped.spec.eos_ids)
-    command = slow_command(shipped.path, *options)
-    with load_model(shipped, like_it) as model, TerminalProgram(command, tmp_path) as chat:
-        for step in range(STEPS):
-            chat.enter("Tell me more of it " * chance.randint(1, 5))
-            chat.read_for(chance.uniform(0, 0.35))
-            chat.send(CTRL_C)
-            chat.until_prompt()
-            if step % 4 == 3:
-                chat.ask("And then?")
-                said = messages(chat, tmp_path / "chat.json")
-                assert said[-1]["content"] == fresh_answer(model, tokenizer, said[:-1]), (step, said)
-                chat.ask("/clear")
-                sizes.append(chat.resident_bytes())
-        chat.send(CTRL_D)
-        chat.ends(0)
-        assert chat.output.count("(stopped)") > STEPS // 2
-    assert max(sizes) - sizes[2] < 4 << 20, sizes
-
-
-def fresh_answer(model: Model, tokenizer: Tokenizer, said: list[dict[str, str]]) -> str:
-    """The answer to the last message in a conversation of the same turns that nothing interrupts.
-
-    The tokens of an answer are decoded, as in the conversation, because a prompt of them is rounded differently.
-    """
-    model.reset()
-    turns: list[dict[str, str]] = []
-    for question, answer in zip(said[::2], [*said[1::2], {"content": "not said"}], strict=True):
-        text, session = "", Session(model, tokenizer, history=turns, params=SamplingParams())
-        if answer["content"]:
-            for token in session.reply(question["content"], max_tokens=60, ignore_eos=True):
-                text += token.text
-                if text == answer["content"]:
-                    break
-        turns += [question, {"role": "assistant", "content": text}]
-    return text
 
 
 def test_what_is_typed_while_it_answers_waits_for_the_prompt(counting: TerminalProgram) -> None:
