@@ -71,8 +71,8 @@ def is_own_directory(path: Path) -> bool:
 def holds_only_a_bundle(directory: Path) -> bool:
     """Return whether a directory, no link, is empty, or has a bundle's manifest and only files that this names."""
     try:
-        present = set(os.listdir(directory))
-        names = {MANIFEST, *_listed(directory)} if present else set()
+        present, listed = set(os.listdir(directory)), _listed(directory)
+        names = set() if listed is None else {MANIFEST, *listed}
         return not directory.is_symlink() and present <= names and all(_is_file(directory / name) for name in present)
     except OSError:
         return False
@@ -80,9 +80,9 @@ def holds_only_a_bundle(directory: Path) -> bool:
 
 def remove_bundle(directory: Path) -> bool:
     """Remove the files of a bundle, then its directory; return False if other things are there, which stay."""
-    listed = _listed(directory)  # before the manifest goes, which is last: what is left is a bundle until then
+    listed = _listed(directory) or set()  # before the manifest goes, which is last: what is left is a bundle until then
     remove_own(directory, lambda name: name in listed)
-    return remove_own(directory, lambda name: name == MANIFEST)
+    return remove_own(directory, lambda name: bool(listed) and name == MANIFEST)
 
 
 def remove_own(directory: Path, is_own: Callable[[str], bool]) -> bool:
@@ -105,10 +105,10 @@ def _is_file(path: Path) -> bool:
     return stat.S_ISREG(os.lstat(path).st_mode)
 
 
-def _listed(directory: Path) -> set[str]:
-    """Return the names of files in the manifest of a bundle; none if it is not the manifest of one."""
+def _listed(directory: Path) -> set[str] | None:
+    """Return the names of files in the manifest of a bundle, or None if it is not the manifest of one."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return {str(name) for name in manifest["files"] if "ladder" in manifest}
+        return set(map(str, manifest["files"])) if "ladder" in manifest else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        return None
