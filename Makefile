@@ -15,7 +15,7 @@ CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLD
 demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
 	@echo; echo '> $(PROMPT)'
-	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --max-tokens 60 --stats
+	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --greedy --max-tokens 60 --stats
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

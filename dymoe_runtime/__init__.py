@@ -2,8 +2,8 @@
 
 >>> from dymoe_runtime import RunOptions, SamplingParams, Tokenizer, generate, load_model
 >>> with load_model("build/demo.dymoe", RunOptions(memory_bytes=1 << 30)) as model:
-...     tokenizer = Tokenizer.load(model.bundle.path, model.spec.eos_ids)
-...     tokens = list(generate(model, tokenizer, "Once upon a time", SamplingParams(), max_tokens=6))
+...     greedy = SamplingParams()
+...     tokens = list(generate(model, Tokenizer.of(model), "Once upon a time", greedy, max_tokens=6))
 >>> "".join(token.text for token in tokens)
 ' of time, the time of'
 """
@@ -17,16 +17,22 @@ __all__ = [
     "Bundle",
     "DymoeError",
     "Kernels",
+    "LogLikelihood",
     "Model",
     "RunOptions",
     "SamplingParams",
+    "Scorer",
     "Session",
     "Token",
     "Tokenizer",
     "__version__",
     "generate",
+    "generate_async",
     "load_kernels",
     "load_model",
+    "load_scorer",
+    "log_likelihoods",
+    "rolling_log_likelihood",
 ]
 
 # Read when torch's OpenMP library is loaded, hence here: idle threads that spin instead of
@@ -39,15 +45,21 @@ _HOMES = {
     "Bundle": "dymoe_runtime.bundle.bundle",
     "DymoeError": "dymoe_runtime.errors",
     "Kernels": "dymoe_runtime.kernels.interface",
+    "LogLikelihood": "dymoe_runtime.tools.likelihood",
     "Model": "dymoe_runtime.engine.model",
     "RunOptions": "dymoe_runtime.engine.options",
     "SamplingParams": "dymoe_runtime.text.sampling",
+    "Scorer": "dymoe_runtime.engine.model",
     "Session": "dymoe_runtime.text.session",
     "Token": "dymoe_runtime.text.generate",
     "Tokenizer": "dymoe_runtime.text.tokenizer",
     "generate": "dymoe_runtime.text.generate",
+    "generate_async": "dymoe_runtime.text.generate",
     "load_kernels": "dymoe_runtime.kernels",
     "load_model": "dymoe_runtime.engine.load",
+    "load_scorer": "dymoe_runtime.engine.load",
+    "log_likelihoods": "dymoe_runtime.tools.likelihood",
+    "rolling_log_likelihood": "dymoe_runtime.tools.likelihood",
 }
 
 

@@ -42,7 +42,8 @@ def needing_extra(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError) as error:
+        torch = " (PyTorch's CPU build first, unless you want its CUDA packages)" if extra == "compile" else ""
         raise DymoeError(
             f"{purpose} needs the extra '{extra}', which is missing or incomplete ({error}); "
-            f"run: pip install 'dymoe[{extra}]' (PyTorch's CPU build first, unless you want its CUDA packages)"
+            f"run: pip install 'dymoe[{extra}]'{torch}"
         ) from error

@@ -249,8 +249,8 @@ class RouterSpec:
     def __post_init__(self) -> None:
         _expect_one("score", self.score, SCORES)
         _expect_one("group_score", self.group_score, GROUP_SCORES)
-        _expect(self.top_k <= self.experts, f"a token uses {self.top_k} experts, and there are {self.experts}")
-        fits = self.experts % self.groups == 0 and self.top_groups <= self.groups
+        _expect(1 <= self.top_k <= self.experts, f"a token uses {self.top_k} experts, and there are {self.experts}")
+        fits = 1 <= self.top_groups <= self.groups and self.experts % self.groups == 0
         _expect(
             fits and self.top_k <= self.experts // self.groups * self.top_groups,
             f"{self.groups} groups of experts do not fit {self.experts} experts, {self.top_k} a token",

@@ -48,6 +48,9 @@ class ConvolutionState:
     def rollback(self, snapshot: np.ndarray) -> None:
         self.inputs[:] = snapshot
 
+    def used(self, length: int) -> list[np.ndarray]:
+        return [self.inputs]
+
 
 class ShortConvolution:
     """The convolution of one layer."""

@@ -153,6 +153,30 @@ def gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     }
 
 
+def olmoe(layers: int, experts: int) -> dict[str, Any]:
+    """Return a configuration like OLMoE-1B-7B's, with fewer tokens."""
+    return {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": experts,
+        "num_experts_per_tok": min(8, experts // 2),
+        "norm_topk_prob": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000},
+        "tie_word_embeddings": False,
+        "eos_token_id": 0,
+        "dtype": "bfloat16",
+    }
+
+
 SHAPES = {
     "qwen3_5_moe": Shape(
         qwen3_5_moe,
@@ -163,6 +187,7 @@ SHAPES = {
         norms=0.0,
         plain_norms=("linear_attn.norm.weight",),
     ),
+    "olmoe": Shape(olmoe, layers=16, experts=64, router="mlp.gate"),
     "gpt_oss": Shape(gpt_oss, layers=4, experts=32, router="mlp.router", mxfp4=True),
 }
 
@@ -193,6 +218,7 @@ def write_weights(
     """Write the shards and their index; `ids` [sequences, LENGTH] run through each layer."""
     generator = torch.Generator().manual_seed(seed)
     layers, hidden = values["num_hidden_layers"], values["hidden_size"]
+    kinds = values.get("layer_types", ["full_attention"] * layers)
     index: dict[str, str] = {}
     total = 0
 
@@ -208,7 +234,7 @@ def write_weights(
     write(0, ends)
     del ends
     for layer in range(layers):
-        model = one_layer(values, values["layer_types"][layer])
+        model = one_layer(values, kinds[layer])
         module = model.layers[0]
         tensors = random_tensors(module, shape, generator)
         module.load_state_dict(unpacked(tensors), assign=True)
@@ -217,7 +243,7 @@ def write_weights(
             x = model(inputs_embeds=x, use_cache=False).last_hidden_state
         tensors |= {f"{shape.router}.{name}": tensor.data for name, tensor in router.module.named_parameters()}
         write(layer + 1, {f"{shape.prefix}layers.{layer}.{name}": tensor for name, tensor in tensors.items()})
-        print(f"layer {layer}, {values['layer_types'][layer]}: {router.statistics()}", flush=True)
+        print(f"layer {layer}, {kinds[layer]}: {router.statistics()}", flush=True)
         del model, module, tensors
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     print(f"{total / 1e9:.2f} GB in {out}")

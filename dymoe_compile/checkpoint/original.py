@@ -53,7 +53,7 @@ class CheckpointExperts:
 
 
 class OriginalModel:
-    """A checkpoint in float32, with the members of `evaluate.Reference`."""
+    """A checkpoint in float32, with the members of `score.WindowModel`."""
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
         experts = CheckpointExperts(checkpoint)

@@ -2,81 +2,167 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.cli.load import format_statistics, load
+from dymoe_runtime.cli.load import format_statistics, load, run_options
+from dymoe_runtime.cli.output import Answer, say_cut, say_dropped, show
 from dymoe_runtime.cli.run_flags import RunFlags
+from dymoe_runtime.cli.sampling_flags import sampling, template_variables
 from dymoe_runtime.console import print_json
+from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.engine.saved.state_file import saved_context
+from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import read_text
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
-
-CHAT_CONTEXT = 4096
+from dymoe_runtime.text.transcript import shared_prefix
 
 
 def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     """Answer once, or hold a conversation, as the flags say."""
-    if flags.chat and flags.prompt is None and flags.prompt_file is None:
-        converse(bundle, kernels, flags)
-    else:
-        answer(bundle, kernels, flags)
-
-
-def answer(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
-    """Continue one prompt, or answer it by the chat template."""
+    if flags.session is not None:
+        check_place(flags.session)
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
-    prompt = _read_prompt(flags)
-    if flags.chat:
-        ids = tokenizer.encode(tokenizer.chat(_messages(flags, prompt)), add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt)
-    params = _sampling(flags)
-    with load(bundle, kernels, flags, len(ids) + flags.max_tokens) as model:
-        text, finish, timing = _stream(_generate(model, tokenizer, ids, params, flags), flags)
-        statistics = model.statistics() | timing
+    params = sampling(tokenizer, flags)
+    if not flags.chat:
+        complete(bundle, kernels, flags, tokenizer, params)
+        return
+    variables = template_variables(tokenizer, flags)
+    once = flags.prompt is not None or flags.prompt_file is not None
+    prompt = _read_prompt(flags) if once else ""
+    interactive = not once and on_terminal(flags)
+    if interactive:
+        with importing():  # before the model, so that the budget counts what it takes
+            from dymoe_runtime.cli.chat.conversation import Conversation
+            from dymoe_runtime.cli.chat.loop import interact, prepare
+
+            prepare()
+    head = [{"role": "system", "content": flags.system}] if flags.system else []
+    begun = tokenizer.chat([*head, {"role": "user", "content": prompt}], **variables)
+    size = len(tokenizer.encode(begun, add_special_tokens=False))
+    room = max(DEFAULT_CONTEXT, size + (flags.max_tokens or DEFAULT_CONTEXT), _kept_context(flags))
+    with load(bundle, kernels, flags, room) as model:
+
+        def begin(system: str | None, history: Sequence[dict[str, str]], params: SamplingParams) -> Session:
+            return Session(
+                model,
+                tokenizer,
+                system,
+                history=history,
+                params=params,
+                variables=variables,
+                context_policy=flags.context_policy,
+            )
+
+        session = begin(flags.system, (), params)
+        if flags.session is not None and flags.session.exists():
+            note = model.load_state(flags.session)
+            if note:  # none was written by a prompt without a conversation
+                session.restore(note)
+            if flags.system:
+                session.set_system(flags.system)
+        if interactive:
+            options = run_options(flags, model.max_context)
+            conversation = Conversation(model, options, flags, session, begin, format_statistics)
+            try:
+                interact(conversation)
+            finally:
+                keep(conversation.session, model, flags)
+        else:
+            converse(session, model, iter([prompt]) if once else _turns(), flags, once)
+        model.remember()
+
+
+def on_terminal(flags: RunFlags) -> bool:
+    """Return whether somebody sits at the terminal and reads the answers there."""
+    return not flags.as_json and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def keep(session: Session, model: Model, flags: RunFlags) -> None:
+    """Write the file of --session, if there is one."""
+    if flags.session is not None:
+        model.save_state(flags.session, session.to_json())
+
+
+def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    """Continue one prompt."""
+    ids = tokenizer.encode(_read_prompt(flags))
+    room = max(len(ids) + (flags.max_tokens or DEFAULT_CONTEXT), _kept_context(flags))
+    with load(bundle, kernels, flags, room) as model:
+        note = model.load_state(flags.session) if flags.session is not None and flags.session.exists() else ""
+        answer = show(_continue(model, tokenizer, ids, params, flags), flags)
+        say_cut(answer, model.max_context, flags)
+        statistics = model.statistics() | answer.timing | {"sampling": params.to_json()}
         if flags.stats:
             click.echo(format_statistics(statistics), err=True)
         if flags.as_json:
-            print_json({"text": text, "finish": finish, **statistics})
+            print_json({"text": answer.text, "finish": answer.finish, **statistics})
+        if flags.session is not None:
+            model.save_state(flags.session, note)
         model.remember()
 
 
-def converse(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
-    """Hold a conversation on stdin."""
-    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
-    tokenizer.chat([*_messages(flags), {"role": "user", "content": ""}])  # fails early without a template
-    params = _sampling(flags)
+def _kept_context(flags: RunFlags) -> int:
+    """Return the context in tokens of the run that wrote the file of --session; 0 if there is none."""
+    return saved_context(flags.session) if flags.session is not None and flags.session.exists() else 0
+
+
+def _continue(
+    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, flags: RunFlags
+) -> Generator[Token, None, None]:
+    """Return the tokens that follow `ids`; what a saved state holds of these is not computed again."""
+    kept = model.reset(min(shared_prefix(model.tokens, ids), len(ids) - 1)) if ids else 0
+    before, new = ids[:kept], ids[kept:]
+    return generate(model, tokenizer, new, params, flags.max_tokens, flags.stop, flags.ignore_eos, before)
+
+
+def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunFlags, once: bool) -> None:
+    """Answer prompts; with `once` the JSON object has the answer's text, otherwise all messages."""
     statistics: dict[str, Any] = {}
-    with load(bundle, kernels, flags, CHAT_CONTEXT) as model:
-        session = Session(model, tokenizer, flags.system)
-        try:
-            for line in _turns():
-                reply = session.reply(line, params, flags.max_tokens, flags.stop, flags.ignore_eos)
-                _, _, timing = _stream(reply, flags)
-                statistics = model.statistics() | timing
-                if flags.stats:
-                    click.echo(format_statistics(statistics), err=True)
-        finally:  # what was said is not lost where a turn fails
-            if flags.as_json:
-                print_json({"messages": session.messages, **statistics})
-        model.remember()
+    turns: list[dict[str, Any]] = []
+    answer = Answer()
+    try:
+        for prompt in prompts:
+            dropped = session.dropped_turns
+            reply = session.reply(prompt, None, flags.max_tokens, flags.stop, flags.ignore_eos)
+            with closing(reply):  # where showing it fails, the session keeps what was answered so far
+                answer = show(reply, flags)
+            if session.dropped_turns and not dropped:
+                say_dropped(model.max_context)
+            say_cut(answer, model.max_context, flags)
+            statistics = model.statistics() | answer.timing | {"sampling": session.params.to_json()}
+            turns += [session.last_turn.to_json()] if session.last_turn is not None else []
+            if flags.stats:
+                click.echo(format_statistics(statistics | {"turn": session.last_turn}), err=True)
+    finally:  # what was said is not lost where a turn fails
+        unanswered = {} if session.unanswered is None else {"unanswered": session.unanswered}
+        said = {"messages": session.messages, "turns": turns, **unanswered}
+        if flags.as_json and once:
+            said |= {"text": answer.text, "finish": answer.finish}
+            said |= {"reasoning": answer.reasoning} if answer.reasoning else {}
+        if flags.as_json:
+            print_json({**said, **statistics})
+        keep(session, model, flags)
 
 
-def _sampling(flags: RunFlags) -> SamplingParams:
-    return SamplingParams(
-        flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty, flags.seed
-    )
+def check_place(path: Path) -> None:
+    """Raise DymoeError if a session cannot be saved at `path`, before there is one to lose."""
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not writable" if folder.is_dir() else "does not exist"
+        raise DymoeError(f"--session {path}: the session cannot be saved there, {folder} {what}; give another file")
 
 
 def _turns() -> Iterator[str]:
@@ -91,38 +177,6 @@ def _turns() -> Iterator[str]:
             return
         if line.strip():
             yield _decoded(line, "stdin").rstrip("\r\n")
-
-
-def _messages(flags: RunFlags, prompt: str | None = None) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": flags.system}] if flags.system else []
-    return system + ([] if prompt is None else [{"role": "user", "content": prompt}])
-
-
-def _generate(
-    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, flags: RunFlags
-) -> Iterator[Token]:
-    return generate(model, tokenizer, ids, params, flags.max_tokens, flags.stop, ignore_eos=flags.ignore_eos)
-
-
-def _stream(tokens: Iterator[Token], flags: RunFlags) -> tuple[str, str, dict[str, float]]:
-    """Print tokens as they come, unless JSON is wanted.
-
-    Returns (text, finish reason, times). The times are the seconds to the first token and per further token.
-    """
-    started = time.perf_counter()
-    arrived: list[float] = []
-    text, finish = "", ""
-    for token in tokens:
-        arrived.append(time.perf_counter())
-        text += token.text
-        if not flags.as_json:
-            click.echo(token.text, nl=False)
-        finish = token.finish or finish
-    if not flags.as_json:
-        click.echo("")
-    first = arrived[0] - started if arrived else 0.0
-    per_token = (arrived[-1] - arrived[0]) / (len(arrived) - 1) if len(arrived) > 1 else 0.0
-    return text, finish, {"ttft_s": first, "tpot_s": per_token}
 
 
 def _read_prompt(flags: RunFlags) -> str:

@@ -32,7 +32,7 @@ def flag(*names: str, group: str, default: Any = None, **attributes: Any) -> Any
 
 def names_of(flags: type[Any]) -> dict[str, str]:
     """Return field -> the first name of its option."""
-    return {f.name: f.metadata["names"][0] for f in fields(flags)}
+    return {f.name: f.metadata["names"][0].partition("/")[0] for f in fields(flags)}
 
 
 def options_of(

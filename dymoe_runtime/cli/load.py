@@ -13,6 +13,7 @@ from dymoe_runtime.engine.model import Model
 from dymoe_runtime.engine.options import RunOptions, label_of
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.process import memory_limit
+from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.units import format_size
 
 
@@ -75,11 +76,23 @@ def say_what_differs(model: Model, flags: RunFlags) -> None:
 
 
 def format_statistics(s: dict[str, Any]) -> str:
-    """Return the statistics of a run as a few lines of text."""
+    """Return the statistics of a run as a few lines of text.
+
+    `sampling`, the settings of the sampler, and `turn`, the last Turn, may be among them.
+    """
     shares = ", ".join(f"{tier} bits {share:.0%}" for tier, share in s["tier_shares"].items())
     ahead = s["look_ahead"]
+    text = []
+    if "sampling" in s:
+        text.append(f"sampling    {SamplingParams(**s['sampling'])}")
+    if s.get("turn") is not None:
+        text.append(
+            f"turn        {s['turn'].new_tokens} new tokens of {s['turn'].prompt_tokens}, "
+            f"{s['turn'].reused_tokens} kept from before, {s['turn'].answer_tokens} answered"
+        )
     return "\n".join(
         (
+            *text,
             f"precision   {label_of(s['point'])}: {s['bits_mean']:.2f} bits per active expert ({shares})",
             f"experts     {format_size(s['read_bytes'])} read, {format_size(s['read_bytes_per_token'])} per token, "
             f"hit rate {s['hit_rate']:.1%}, {s['evictions']} evictions, "

@@ -10,6 +10,7 @@ import click
 from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, format_examples, format_groups, options_of, with_flags
 from dymoe_runtime.cli.run_flags import (
     BENCHMARK,
+    CHAT,
     COMPARISON,
     EVALUATION,
     INPUT,
@@ -52,7 +53,7 @@ SUBCOMMANDS = {
     SHORT_FORM: Subcommand(
         "Do with BUNDLE what the options say; by default continue a prompt.",
         (
-            *(MODE, INPUT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT),
+            *(MODE, INPUT, CHAT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT),
             *(EVALUATION, BENCHMARK, TRACING, COMPARISON),
         ),
         EXAMPLES,
@@ -60,7 +61,7 @@ SUBCOMMANDS = {
     ),
     "chat": Subcommand(
         "Converse with BUNDLE: by the model's chat template, a line a turn; with a prompt, answer once.",
-        (INPUT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT, TRACING, COMPARISON),
+        (INPUT, CHAT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT, TRACING, COMPARISON),
         ("dymoe-run chat my.dymoe --memory 6GiB", 'dymoe-run chat my.dymoe --prompt "Why is the sky blue?"'),
         "chat",
     ),

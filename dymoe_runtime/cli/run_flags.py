@@ -15,11 +15,15 @@ from dymoe_runtime.engine.options import MAX_DECAY, MIN_CONTEXT
 from dymoe_runtime.process import MAX_THREADS
 from dymoe_runtime.spec import KV_BITS
 from dymoe_runtime.store import DECAY, EVICTIONS
+from dymoe_runtime.text import CONTEXT_POLICIES
 
-MODE, INPUT, OUTPUT, SAMPLING = "What to do", "Input", "Output", "Sampling"
+MODE, INPUT, CHAT, OUTPUT, SAMPLING = "What to do", "Input", "Conversation", "Output", "Sampling"
 MEMORY, PRECISION, SPEED, TRACING = "Memory", "Precision", "Speed", "Tracing"
 EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
 INTEGRITY = "Integrity"
+
+REASONING = ("show", "hide")
+BY_MODEL = "Default: the model's."
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +51,55 @@ class RunFlags:
         help="Read the prompt from a file; - is stdin.",
     )
     system: str | None = flag("--system", group=INPUT, help="System message of the conversation.")
-    max_tokens: int = flag(
+    thinking: bool | None = flag(
+        "--thinking/--no-thinking",
+        group=CHAT,
+        is_flag=True,
+        help="Switch the model's reasoning on or off, if its chat template can. Default: the template's.",
+    )
+    reasoning: str = flag(
+        "--reasoning",
+        group=CHAT,
+        default=REASONING[0],
+        type=click.Choice(REASONING),
+        show_default=True,
+        help="Show what the model thinks before it answers, or hide it.",
+    )
+    template_var: tuple[str, ...] = flag(
+        "--template-var",
+        group=CHAT,
+        default=(),
+        multiple=True,
+        metavar="NAME=VALUE…",
+        help="Set a variable of the chat template; VALUE is JSON or else a text.",
+    )
+    context_policy: str = flag(
+        "--context-policy",
+        group=CHAT,
+        default=CONTEXT_POLICIES[0],
+        type=click.Choice(CONTEXT_POLICIES),
+        show_default=True,
+        help="When the context is full, drop the oldest turns from it, or stop.",
+    )
+    session: Path | None = flag(
+        "--session",
+        group=INPUT,
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Keep the conversation and the model's state in this file, and go on with it.",
+    )
+    max_tokens: int | None = flag(
         "--max-tokens",
         group=SAMPLING,
-        default=128,
         type=click.IntRange(1),
-        show_default=True,
-        help="Most tokens of an answer.",
+        help="Most tokens of an answer. Default: until the model ends it or the context is full.",
     )
-    temperature: float = flag(
-        "--temperature", group=SAMPLING, default=0.0, type=float, show_default=True, help="0 is greedy."
-    )
-    top_k: int = flag("--top-k", group=SAMPLING, default=0, type=int, metavar="N", show_default=True, help="0 is off.")
-    top_p: float = flag("--top-p", group=SAMPLING, default=1.0, type=float, show_default=True, help="1 is off.")
-    min_p: float = flag("--min-p", group=SAMPLING, default=0.0, type=float, show_default=True, help="0 is off.")
-    repetition_penalty: float = flag(
-        "--repetition-penalty", group=SAMPLING, default=1.0, type=float, show_default=True, help="1 is off."
+    greedy: bool = flag("--greedy", group=SAMPLING, default=False, help="Always take the likeliest token.")
+    temperature: float | None = flag("--temperature", group=SAMPLING, type=float, help=f"0 is greedy. {BY_MODEL}")
+    top_k: int | None = flag("--top-k", group=SAMPLING, type=int, metavar="N", help=f"0 is off. {BY_MODEL}")
+    top_p: float | None = flag("--top-p", group=SAMPLING, type=float, help=f"1 is off. {BY_MODEL}")
+    min_p: float | None = flag("--min-p", group=SAMPLING, type=float, help=f"0 is off. {BY_MODEL}")
+    repetition_penalty: float | None = flag(
+        "--repetition-penalty", group=SAMPLING, type=float, help=f"1 is off. {BY_MODEL}"
     )
     seed: int = flag(
         "--seed",
@@ -253,11 +290,14 @@ EXCLUSIVE = (
     Conflict(("eval_files", "bench", "probe", "chat")),
     Conflict(("prompt", "prompt_file")),
     Conflict(("point", "quality", "tpot", "tiers")),
+    Conflict(("greedy", "temperature")),
 )
 # (flag, flags that it cannot be combined with, reason if it is not obvious)
 NOT_WITH: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("prompt", ("bench", "probe", "eval_files"), ""),
     ("prompt_file", ("bench", "probe", "eval_files"), ""),
+    ("session", ("bench", "probe", "eval_files"), ""),
+    ("session", ("decisions",), "the trace begins with an empty context"),
     ("tpot", ("eval_files", "probe"), ""),
     ("tpot", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
     ("quality", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
@@ -269,6 +309,10 @@ NOT_WITH: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 REQUIRES = {
     "system": "chat",
+    "thinking": "chat",
+    "reasoning": "chat",
+    "template_var": "chat",
+    "context_policy": "chat",
     "warm_up": "bench",
     "prompt_tokens": "bench",
     "new_tokens": "bench",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -89,17 +90,21 @@ class ArenaSizer:
 class LimitedExperts:
     """`Experts` that check the memory limit before each call, because a pass of a prompt may take many seconds.
 
+    For the same reason, `interrupted` is called there, too: it raises what shall end the pass.
+
     The arena never shrinks below its minimum. If that is not enough during a pass, the rest of the memory is given back
     when the pass ends and returns what it borrowed.
     """
 
-    def __init__(self, experts: Experts, sizer: ArenaSizer) -> None:
-        self._experts, self._sizer = experts, sizer
+    def __init__(self, experts: Experts, sizer: ArenaSizer, interrupted: Callable[[], None] = lambda: None) -> None:
+        self._experts, self._sizer, self._interrupted = experts, sizer, interrupted
 
     def decode(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         self._sizer.check_limit()
+        self._interrupted()
         return self._experts.decode(layer, h, routing)
 
     def prefill(self, layer: int, h: np.ndarray, routing: PromptRouting) -> np.ndarray:
         self._sizer.check_limit()
+        self._interrupted()
         return self._experts.prefill(layer, h, routing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,22 @@ SPARE = 0.8
 BARRED = 4
 
 
+class Interruption:
+    """Ends a pass at a point where all parts are in order, once somebody asks for it."""
+
+    def __init__(self) -> None:
+        self._asked: Callable[[], bool] = lambda: False
+
+    def when(self, asked: Callable[[], bool]) -> None:
+        """Ask `asked` from now on."""
+        self._asked = asked
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the pass is to end."""
+        if self._asked():
+            raise KeyboardInterrupt
+
+
 class Control:
     """Sets prefetching and the operating point before each pass, and adapts them to measured times."""
 
@@ -32,6 +48,11 @@ class Control:
         self._tempo: TpotController | None = None
         self._points: tuple[OperatingPoint, ...] = ()
         self._in_prompt = True
+
+    @property
+    def changes_points(self) -> bool:
+        """Return whether the point changes by itself: by measured times, or as a trace says."""
+        return self._tempo is not None or self._decisions is not None
 
     def prefetching(self) -> bool:
         """Return whether to prefetch now: always in a prompt, and for decoded tokens as the trial says."""

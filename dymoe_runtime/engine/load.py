@@ -15,7 +15,7 @@ from dymoe_runtime.bundle.records import read_predictors
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer, LimitedExperts
 from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.control import Control
+from dymoe_runtime.engine.control import Control, Interruption
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.experts import DirectUse, ResidentTable, StoredExperts
 from dymoe_runtime.engine.memory_plan import check_memory, plan_budget
@@ -34,7 +34,7 @@ from dymoe_runtime.model.router import Routers
 from dymoe_runtime.model.routing import Experts
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.model.weights import BundleDense
-from dymoe_runtime.process import return_large_blocks
+from dymoe_runtime.process import resident_bytes, return_large_blocks
 from dymoe_runtime.store.record_reader import RecordReader
 from dymoe_runtime.store.store import ExpertStore
 from dymoe_runtime.store.warm_up import WarmUp
@@ -67,9 +67,24 @@ def load_model(
         return loader.model(stack)
 
 
-def load_scorer(bundle: Bundle, options: RunOptions, window: int, kernels: Kernels | None = None) -> Scorer:
-    """Load a bundle to score texts in windows of at most `window` tokens; raise DymoeError as `load_model` does."""
-    loader = _Loader(bundle, options, kernels, window)
+def load_scorer(
+    bundle: Bundle | str | os.PathLike[str],
+    options: RunOptions | None = None,
+    window: int | None = None,
+    kernels: Kernels | None = None,
+) -> Scorer:
+    """Load a bundle, or the bundle at a path, to score texts in windows of at most `window` tokens.
+
+    `window` is by default the context of the options, as `load_model` takes it. Use the scorer as a context manager,
+    or close it. Raises DymoeError as `load_model` does, and for a window of another length than 1 to the model's
+    context.
+
+    >>> with load_scorer("build/demo.dymoe", RunOptions(tier=4), window=64) as scorer:
+    ...     logits = scorer.logits(scorer.hidden([1, 2, 3]))  # float32 [3, vocab]
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    options = options or RunOptions()
+    loader = _Loader(opened, options, kernels, _context_of(opened, options) if window is None else window)
     with ExitStack() as stack:
         return loader.scorer(stack)
 
@@ -97,11 +112,17 @@ class _Loader:
         if self._kernels.frees_large_blocks:
             return_large_blocks()
         self._context = _context_of(bundle, options)
+        if window is not None and not 1 <= window <= bundle.spec.max_context:
+            raise DymoeError(
+                f"a window of {window} tokens: expected 1 to the model's context, {bundle.spec.max_context}"
+            )
         self._decisions = _read_decisions(bundle, options)  # read before _plan, which counts the memory in use
         self._budget = self._plan()
         choice = choose_precision(bundle, options, self._budget.arena_bytes)
-        self._note, self._precision = choice.note, Precision(choice.name, choice.rule)
+        self._note = choice.note
+        self._precision = Precision(choice.name, choice.rule, is_requested=options.point != "auto")
         self._warm_up = WarmUp(bundle, options.warm_set)
+        self._interruption = Interruption()
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
     def model(self, stack: ExitStack) -> Model:
@@ -138,9 +159,11 @@ class _Loader:
             bundle=self._bundle,
             kernels=self._kernels,
             context=self._context,
+            kv_bits=options.kv_bits,
             precision=self._precision,
             note=self._note,
             control=self._control,
+            interruption=self._interruption,
             reader=reader,
             store=store,
             sizer=sizer,
@@ -180,7 +203,7 @@ class _Loader:
             self._kernels,
             self._context,
             options.memory_bytes,
-            options.uncounted_bytes,
+            options.uncounted_bytes if options.count_program else resident_bytes(),
             window=self._window,
             kv_bits=options.kv_bits,
         )
@@ -251,7 +274,7 @@ class _Loader:
         observer = None if tracer is None else tracer.note_requests
         stored = StoredExperts(store, self._kernels, spec.activation, self._precision, tiers, prefetcher, observer)
         traced = stored if tracer is None else TracedExperts(stored, tracer)
-        return _Experts(stored, LimitedExperts(traced, sizer), prefetcher, tiers)
+        return _Experts(stored, LimitedExperts(traced, sizer, self._interruption.check), prefetcher, tiers)
 
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ from dymoe_runtime.bundle.policy import OperatingPoint
 from dymoe_runtime.engine import cost
 from dymoe_runtime.engine.arena_sizing import ArenaSizer
 from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.control import Control
+from dymoe_runtime.engine.control import Control, Interruption
 from dymoe_runtime.engine.cost import CostModel
 from dymoe_runtime.engine.precision import Precision
+from dymoe_runtime.engine.saved import state_file
+from dymoe_runtime.engine.saved.origin import Origin, digest_of
 from dymoe_runtime.engine.stats import RunStats
 from dymoe_runtime.engine.trace import Tracer
 from dymoe_runtime.errors import DymoeError
@@ -46,9 +50,11 @@ class ModelParts:
     bundle: Bundle
     kernels: Kernels
     context: int  # tokens
+    kv_bits: int
     precision: Precision
     note: str  # tells the user how the point differs from the requested one, or ""
     control: Control
+    interruption: Interruption
     reader: RecordReader
     store: ExpertStore[PreparedExpert]
     sizer: ArenaSizer
@@ -128,6 +134,14 @@ class Model:
         """
         self._parts.control.hold_tpot(points, start, target_s)
 
+    def interrupt_when(self, asked: Callable[[], bool]) -> None:
+        """End a pass with KeyboardInterrupt, before the experts of its next layer, once `asked()` is true.
+
+        The sequence then has the tokens of the passes before it, or none if a layer cannot go back that far, and goes
+        on from there. An interrupt at any other point may leave the model in disorder.
+        """
+        self._parts.interruption.when(asked)
+
     def preload(self) -> None:
         """Start reading the experts that will be used most, as many as fit.
 
@@ -145,6 +159,31 @@ class Model:
     def reset(self, position: int = 0) -> int:
         """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
         return self._parts.state.truncate(operator.index(position))
+
+    def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
+        """Write the state of the sequence and a note to a file, which only its owner may read.
+
+        The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
+        closed.
+        """
+        self._check_open()
+        state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> str:
+        """Continue the sequence that `save_state` has written; return the note.
+
+        What follows equals, bit for bit, what would have followed in the run that saved it, with the same kernels,
+        whatever the memory and the threads; unless that run or this one chooses tiers by memory or time, as
+        `--point auto`, `--tpot` and `--latency` do.
+
+        Raises DymoeError if the file is no saved state or is damaged, another bundle, other `kv_bits` or another point
+        have made it, it does not fit the context, or the model is closed. The sequence is then as before, or empty if
+        the damage showed too late.
+        """
+        self._check_open()
+        parts = self._parts
+        self._ids, note = state_file.load(Path(path), self._origin(), self.spec, parts.state)
+        return note
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append a prompt; return the logits float32 [vocab] after its last token.
@@ -239,6 +278,13 @@ class Model:
         layout, highest = self.bundle.layout, self.rule.highest
         return self.spec.num_experts * sum(layout.prefix_bytes(highest[layer]) for layer in self.spec.moe_layers)
 
+    def _origin(self) -> Origin:
+        """Return what a state that is saved now belongs to."""
+        parts, manifest = self._parts, self.bundle.manifest
+        if parts.control.changes_points or not parts.precision.is_requested:
+            return Origin(manifest.digest, self.max_context, parts.kv_bits, "", "")
+        return Origin(manifest.digest, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
+
     def _check_open(self) -> None:
         if self._closed:
             raise DymoeError("the model is closed; load it again")
@@ -299,11 +345,16 @@ class Scorer:
         """Use another tier rule from the next window on; `name` becomes `point`."""
         self._precision.set(name, rule)
 
-    def hidden(self, ids: np.ndarray, by_prefill: bool = False) -> np.ndarray:
+    def hidden(self, ids: np.ndarray | Sequence[int], by_prefill: bool = False) -> np.ndarray:
         """Return hidden states [T, H] of a window of token ids [T].
 
-        Tiers follow the decode rule or, with `by_prefill`, the prefill rule with the window as one chunk.
+        Tiers follow the decode rule or, with `by_prefill`, the prefill rule with the window as one chunk. Raises
+        DymoeError if there is no id or one outside the vocabulary, or the window is longer than the scorer's.
         """
+        if not 1 <= len(ids) <= self._state.capacity:
+            raise DymoeError(f"{len(ids)} tokens: this scorer takes windows of 1 to {self._state.capacity}")
+        ids = np.asarray(ids)
+        self.spec.check_ids(ids.tolist())
         self._state.truncate(0)
         if by_prefill:
             return self._decoder.prefill(ids, self._state, len(ids))

@@ -28,11 +28,20 @@ def label_of(name: str) -> str:
     return name if name.startswith(TIER) else f"point {name}"
 
 
+def options_for(name: str) -> str:
+    """Return the options of `dymoe-run` that run a point or tier, such as '--tiers 4' or '--point 3'."""
+    if name.startswith(TIER):
+        return f"--tiers {name.removeprefix(TIER)}"
+    depth = " --no-depth" if name.endswith(NO_DEPTH) else ""
+    return f"--point {name.removesuffix(NO_DEPTH)}{depth}"
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How to run a bundle; None means the measured or detected default."""
 
     memory_bytes: int | None = None  # budget of the whole process
+    count_program: bool = True  # whether it includes what the program held before it loaded the model
     uncounted_bytes: int = 0  # resident bytes of the process that do not count towards the budget
     arena_bytes: int | None = None  # size of the expert arena, whatever the budget leaves for it
     context: int | None = None  # tokens

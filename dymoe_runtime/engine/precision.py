@@ -19,10 +19,13 @@ BEYOND_BITS = 0.5
 
 
 class Precision:
-    """The name of the current operating point or tier, and its rule. They can change between passes."""
+    """The name of the current operating point or tier, and its rule. They can change between passes.
 
-    def __init__(self, name: str, rule: TierRule) -> None:
-        self.name, self.rule = name, rule
+    `is_requested` is false if the memory has decided which one.
+    """
+
+    def __init__(self, name: str, rule: TierRule, is_requested: bool = True) -> None:
+        self.name, self.rule, self.is_requested = name, rule, is_requested
 
     def bits_mean(self, policy: Policy) -> float:
         """Return the measured mean bits of an active expert; the highest tier of the rule if none were measured."""
@@ -32,7 +35,7 @@ class Precision:
 
     def set(self, name: str, rule: TierRule) -> None:
         """Use another rule from the next pass on, under a new name."""
-        self.name, self.rule = name, rule
+        self.name, self.rule, self.is_requested = name, rule, True
 
     def set_point(self, point: OperatingPoint, policy: Policy) -> None:
         """Use another operating point of `policy` from the next pass on."""

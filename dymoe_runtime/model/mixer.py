@@ -43,6 +43,13 @@ class LayerState(Protocol):
     def rollback(self, snapshot: Any) -> None:
         """Forget the tokens that came after `snapshot` was taken."""
 
+    def used(self, length: int) -> list[np.ndarray]:
+        """Return the parts of the memory that keep a sequence of `length` tokens.
+
+        They are contiguous arrays that can be written to, and their sizes do not depend on the capacity. Written to
+        another state, they continue the sequence there.
+        """
+
 
 # (q [heads, T, d], k, v [kv_heads, T, d], what a token sees, weigh, sinks [heads] or None) -> outputs and received
 # attention as by `Kernels.attend`, for tokens that are a whole sequence and leave no state.

@@ -15,7 +15,7 @@ class Rotary:
 
     def __init__(self, rope: Rope, head_dim: int) -> None:
         self._rope = rope
-        self._frequencies = [inverse_frequencies(rope, head_dim, is_long) for is_long in (False, True)]
+        self._frequencies = [inverse_frequencies(rope, head_dim, long) for long in (False, True)]
         # Replaced as a whole, so that threads can share it.
         self._last: tuple[tuple[int, int, bool], tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -24,13 +24,12 @@ class Rotary:
 
         n is the number of leading columns of a head that turn. `context` is the longest that the sequence may become.
         """
-        rope = self._rope
-        is_long = rope.kind == "longrope" and context > rope.original_max_position_embeddings
-        last, wanted = self._last, (start, stop, is_long)
+        rope, long = self._rope, is_long(self._rope, context)
+        last, wanted = self._last, (start, stop, long)
         if last is not None and last[0] == wanted:
             return last[1]
-        factor = np.float32(rope.long_attention_factor if is_long else rope.attention_factor)
-        angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies[is_long]
+        factor = np.float32(rope.long_attention_factor if long else rope.attention_factor)
+        angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._frequencies[long]
         angles = np.concatenate((angles, angles), axis=-1)  # [T, n]
         table = (np.cos(angles) * factor, np.sin(angles) * factor)
         self._last = (wanted, table)
@@ -43,10 +42,15 @@ def rotary(rope: Rope, head_dim: int) -> Rotary:
     return Rotary(rope, head_dim)
 
 
-def inverse_frequencies(rope: Rope, head_dim: int, is_long: bool = False) -> np.ndarray:
+def is_long(rope: Rope, context: int) -> bool:
+    """Return whether a context of so many tokens takes the long factors of LongRoPE."""
+    return rope.kind == "longrope" and context > rope.original_max_position_embeddings
+
+
+def inverse_frequencies(rope: Rope, head_dim: int, long: bool = False) -> np.ndarray:
     """Return the rotation angles per position in radians, float32 [n / 2], for the n columns that turn.
 
-    `is_long` chooses the factors of kind `longrope`.
+    `long` chooses the factors of kind `longrope`.
     """
     dims = rope.dims or head_dim
     width = head_dim if rope.kind == "proportional" else dims
@@ -61,7 +65,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, is_long: bool = False) -> np.
     if rope.kind == "yarn":
         return _yarn(plain, rope, dims)
     if rope.kind == "longrope":
-        return plain / np.array(rope.long_factors if is_long else rope.short_factors, np.float32)
+        return plain / np.array(rope.long_factors if long else rope.short_factors, np.float32)
     return plain
 
 

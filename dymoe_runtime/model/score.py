@@ -5,17 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.spec import ModelSpec
 
 # Positions of a window whose logits are in memory at once.
 SCORED_ROWS = 64
 
 # Logits [rows, vocab] of hidden states [rows, H].
 Head = Callable[[np.ndarray], np.ndarray]
+
+
+class WindowModel(Protocol):
+    """A model that runs whole windows of text, each as a new sequence, such as a `Scorer`."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Return the specification of the model."""
+
+    def hidden(self, ids: np.ndarray, /) -> np.ndarray:
+        """Return hidden states [T, H] of a window of token ids [T]."""
+
+    def logits(self, hidden: np.ndarray, /) -> np.ndarray:
+        """Return logits [rows, vocab] of hidden states [rows, H]."""
 
 
 @dataclass
@@ -58,7 +73,6 @@ def windows(ids: Sequence[int], length: int) -> Iterator[np.ndarray]:
             yield window
 
 
-@np.errstate(over="ignore", invalid="ignore")  # `Score.to_json` checks for values that are not finite
 def score_window(
     ids: np.ndarray, hidden: np.ndarray, head: Head, reference: tuple[np.ndarray, Head] | None = None
 ) -> Score:
@@ -68,13 +82,26 @@ def score_window(
     vocabulary.
     """
     score = Score()
-    for start in range(0, len(ids) - 1, SCORED_ROWS):
-        stop = min(start + SCORED_ROWS, len(ids) - 1)
-        log_p = log_softmax(head(hidden[start:stop]))
-        score.add(_likelihood(log_p, ids[start + 1 : stop + 1]))
-        if reference is not None:
-            score.add(_distance(log_p, log_softmax(reference[1](reference[0][start:stop]))))
+    for block in score_blocks(ids, hidden, head, reference):
+        score.add(block)
     return score
+
+
+def score_blocks(
+    ids: np.ndarray, hidden: np.ndarray, head: Head, reference: tuple[np.ndarray, Head] | None = None
+) -> list[Score]:
+    """Return the score of each SCORED_ROWS consecutive predictions of a window; the arguments are `score_window`'s."""
+    blocks = []
+    # `Score.to_json` checks for values that are not finite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(ids) - 1, SCORED_ROWS):
+            stop = min(start + SCORED_ROWS, len(ids) - 1)
+            log_p = log_softmax(head(hidden[start:stop]))
+            block = _likelihood(log_p, ids[start + 1 : stop + 1])
+            if reference is not None:
+                block.add(_distance(log_p, log_softmax(reference[1](reference[0][start:stop]))))
+            blocks.append(block)
+    return blocks
 
 
 def _likelihood(log_p: np.ndarray, ids: np.ndarray) -> Score:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -71,6 +73,20 @@ class SequenceState:
                 layer.truncate(0)
         self._cut(length)
         return length
+
+    @contextlib.contextmanager
+    def replaced(self, length: int) -> Iterator[None]:
+        """Return a context in which `LayerState.used(length)` of all layers are written; then it has `length` tokens.
+
+        All tokens before are forgotten. If the context fails, there are none.
+        """
+        self.truncate(0)
+        try:
+            yield
+        except BaseException:
+            self.recover()
+            raise
+        self.advance(length)
 
     def recover(self) -> None:
         """Forget what a pass that has failed left in some layers: all tokens, if a layer cannot go back otherwise."""

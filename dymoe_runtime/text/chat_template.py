@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -64,6 +65,19 @@ def _to_json(
 @lru_cache(maxsize=8)
 def compiled(template: str) -> jinja2.Template:
     """Return `template` compiled in a sandbox."""
+    return _environment().from_string(template)
+
+
+def variables_of(template: str) -> frozenset[str]:
+    """Return the names that `template` reads and does not set."""
+    environment = _environment()
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template))) - set(environment.globals)
+    except jinja2.TemplateError:  # rendering says what is wrong
+        return frozenset()
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -71,4 +85,4 @@ def compiled(template: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["namespace"] = _Namespace
-    return environment.from_string(template)
+    return environment

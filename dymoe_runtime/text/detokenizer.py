@@ -11,6 +11,10 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class _Stream(Protocol):
+    @property
+    def pending(self) -> bool:
+        """Return whether text is held back."""
+
     def push(self, token_id: int, token: str) -> str:
         """Return the text that this token makes certain."""
 
@@ -29,6 +33,11 @@ class StreamDecoder:
         self._skipped = frozenset(tokenizer.special_ids.values())
         byte_level = tokenizer.decoder_types == ["ByteLevel"]
         self._stream: _Stream = _ByteLevelStream() if byte_level else _WindowStream(tokenizer)
+
+    @property
+    def pending(self) -> bool:
+        """Return whether the last tokens end within a character, or their text is not certain yet."""
+        return self._stream.pending
 
     def push(self, token_id: int) -> str:
         """Return the text that this token makes certain; it never ends within a character."""
@@ -56,6 +65,10 @@ class _ByteLevelStream:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    @property
+    def pending(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
     def push(self, token_id: int, token: str) -> str:
         try:
             return self._decoder.decode(bytes(_BYTE_OF_CHAR[char] for char in token))
@@ -78,6 +91,10 @@ class _WindowStream:
         self._byte_fallback = "ByteFallback" in tokenizer.decoder_types
         self._context: list[int] = []
         self._pending: list[int] = []
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._pending)
 
     def push(self, token_id: int, token: str) -> str:
         self._pending.append(token_id)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text.background import in_background
 from dymoe_runtime.text.detokenizer import StreamDecoder
-from dymoe_runtime.text.sampling import Sampler, SamplingParams
+from dymoe_runtime.text.reasoning import Splitter
+from dymoe_runtime.text.sampling import Sampler, SamplingParams, log_probabilities
+from dymoe_runtime.text.stop_strings import StopStrings
 from dymoe_runtime.text.tokenizer import Tokenizer
-
-# Tokens of an answer where nobody says how many.
-DEFAULT_MAX_TOKENS = 128
 
 
 class LanguageModel(Protocol):
@@ -43,6 +43,37 @@ class Token:
     id: int
     text: str  # may be empty
     finish: str | None = None  # on the last token: "stop" (eos or a stop string) or "length"
+    reasoning: str = ""  # what the model thinks, apart from its answer
+    logprob: float | None = None  # logarithm of the probability that the model gave this token
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs, falling
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends an answer, besides a full context."""
+
+    max_tokens: int | None
+    strings: tuple[str, ...]
+    ids: frozenset[int]
+
+    @staticmethod
+    def of(
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        stop: str | Sequence[str],
+        stop_ids: Collection[int],
+        ignore_eos: bool,
+    ) -> Ending:
+        """Gather the conditions; raise DymoeError if one is not possible."""
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1, and a whole number")
+        if "" in strings:
+            raise DymoeError("a stop string is empty; give it at least one character")
+        named = {tokenizer.special_ids[text] for text in strings if text in tokenizer.special_ids}
+        return Ending(
+            max_tokens, strings, frozenset(named | {*stop_ids} | (set() if ignore_eos else tokenizer.eos_ids))
+        )
 
 
 def generate(
@@ -50,17 +81,21 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     params: SamplingParams | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     before: Sequence[int] = (),
+    *,
+    stop_ids: Collection[int] = (),
+    logprobs: int | None = None,
 ) -> Generator[Token, None, None]:
     """Return a generator of the tokens that follow the model's cache and `prompt`, a text or its token ids.
 
-    Generation ends at an id in `tokenizer.eos_ids` (unless `ignore_eos`), before the first complete string of `stop`,
-    after `max_tokens`, or when the context is full. A stop string that is a special token ends generation at that
-    token. `params` are greedy by default. `before` holds ids that are in the cache already, which the repetition
-    penalty counts like those of the prompt.
+    Generation ends at an id in `tokenizer.eos_ids` (unless `ignore_eos`) or `stop_ids`, before the first complete
+    string of `stop`, after `max_tokens` if given, or when the context is full. A stop string that is a special token
+    ends generation at that token. `params` are by default those that the model's generation_config.json asks for.
+    `before` holds ids that are in the cache already, which the repetition penalty counts like those of the prompt. With
+    `logprobs` tokens have their log-probability before any sampling setting, and those of as many likeliest tokens.
 
     The model decodes a token only when the next one is asked for. The last token is therefore not in the cache, and
     closing the generator early leaves the cache at the tokens before it.
@@ -68,28 +103,31 @@ def generate(
     Raises DymoeError before the model runs if the prompt is empty or too long, `max_tokens` is below 1, or a stop
     string is empty.
 
-    >>> from dymoe_runtime import Tokenizer, load_model
+    >>> from dymoe_runtime import SamplingParams, Tokenizer, load_model
     >>> with load_model("build/demo.dymoe") as model:
-    ...     tokenizer = Tokenizer.load(model.bundle.path, model.spec.eos_ids)
-    ...     tokens = list(generate(model, tokenizer, "Once upon a time", max_tokens=6, stop=[" the time"]))
+    ...     greedy = SamplingParams()
+    ...     tokens = list(generate(model, Tokenizer.of(model), "Once upon a time", greedy, stop=[" the time"]))
     >>> "".join(token.text for token in tokens), tokens[-1].finish
     (' of time,', 'stop')
     """
     prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    stop = (stop,) if isinstance(stop, str) else stop
-    _check(model, prompt_ids, max_tokens, stop)
-    ends = set() if ignore_eos else set(tokenizer.eos_ids)
-    ends |= {tokenizer.special_ids[text] for text in stop if text in tokenizer.special_ids}
-    return _generate(
-        model, tokenizer, prompt_ids, before, Sampler(params or SamplingParams()), max_tokens, StopStrings(stop), ends
-    )
+    ending = Ending.of(tokenizer, max_tokens, stop, stop_ids, ignore_eos)
+    check_prompt(model, prompt_ids)
+    sampler = Sampler(tokenizer.sampling if params is None else params)
+    return answer_tokens(model, tokenizer, prompt_ids, sampler, ending, before=before, logprobs=logprobs)
 
 
-def _check(model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int, stop: Sequence[str]) -> None:
-    if max_tokens < 1:
-        raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1")
-    if "" in stop:
-        raise DymoeError("a stop string is empty; give it at least one character")
+def generate_async(*args: Any, **options: Any) -> AsyncGenerator[Token, None]:
+    """Return an asynchronous generator of what `generate` yields with the same arguments.
+
+    The model runs in a thread of its own. Closing the generator, or cancelling its task, ends generation after the
+    token that is being computed.
+    """
+    return in_background(generate(*args, **options))
+
+
+def check_prompt(model: LanguageModel, prompt_ids: Sequence[int]) -> None:
+    """Raise DymoeError if the prompt is empty, or does not fit the context after what is in the cache."""
     if not prompt_ids:
         raise DymoeError("the prompt is empty; give it at least one token of text")
     needed = model.position + len(prompt_ids)
@@ -101,67 +139,48 @@ def _check(model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int, sto
         )
 
 
-def _generate(
+def answer_tokens(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
-    before: Sequence[int],
     sampler: Sampler,
-    max_tokens: int,
-    stop: StopStrings,
-    ends: Collection[int],
+    ending: Ending,
+    *,
+    before: Sequence[int] = (),
+    logprobs: int | None = None,
+    splitter: Splitter | None = None,
+    make_room: Callable[[Sequence[int]], np.ndarray | None] = lambda answered: None,
 ) -> Generator[Token, None, None]:
-    decoder = StreamDecoder(tokenizer)
+    """Yield the tokens of an answer to `prompt_ids`.
+
+    `splitter` divides reasoning from the answer. When the context is full, `make_room` gets the ids answered so far. It
+    either runs the model on a shorter conversation that ends with them, and returns the logits after the last one, or
+    returns None.
+    """
+    decoder, stop = StreamDecoder(tokenizer), StopStrings(ending.strings)
+    splitter = Splitter() if splitter is None else splitter
+    special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     logits = model.prefill(prompt_ids)
     history = array("q", [*before, *prompt_ids])
-    for count in range(1, max_tokens + 1):
+    begun, count = len(history), 0
+    while True:
         token_id = sampler.sample(logits, history)
+        likely = {} if logprobs is None else log_probabilities(logits, token_id, logprobs)
         history.append(token_id)
-        ended = token_id in ends
-        full = count == max_tokens or model.position >= model.max_context
-        text = stop.push("" if ended else decoder.push(token_id))
+        count += 1
+        ended, following = token_id in ending.ids, None
+        full = count == ending.max_tokens
+        if not (ended or full) and model.position >= model.max_context:
+            following = make_room(history[begun:])
+            full = following is None
+        part = splitter.push("" if ended else decoder.push(token_id), None if ended else special.get(token_id))
+        text, thought = stop.push(part.answer), part.reasoning
         if ended or full:
-            text += stop.push(decoder.flush()) + stop.flush()
+            last, rest = splitter.push(decoder.flush()), splitter.flush()
+            text += stop.push(last.answer + rest.answer) + stop.flush()
+            thought += last.reasoning + rest.reasoning
         finish = "stop" if ended or stop.found else "length" if full else None
-        yield Token(token_id, text, finish)
+        yield Token(token_id, text, finish, thought, **likely)
         if finish:
             return
-        logits = model.decode(token_id)
-
-
-class StopStrings:
-    """A filter that cuts a stream of text before the stop string that is complete first.
-
-    If two are complete at the same character, the longer one counts. Text that could still begin a stop string is held
-    back, so the result does not depend on how the stream is divided.
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = tuple(strings)
-        self._longest = max(map(len, self._strings), default=0)
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return the text that may be shown now; empty once a stop string was found."""
-        if self.found or not text:
-            return ""
-        text = self._held + text
-        self.found, shown = self._search(text)
-        self._held = "" if self.found else text[shown:]
-        return text[:shown]
-
-    def flush(self) -> str:
-        """Return the text held back; call it at the end of the stream."""
-        held, self._held = self._held, ""
-        return held
-
-    def _search(self, text: str) -> tuple[bool, int]:
-        """Return whether a stop string is in `text`, and the number of characters that may be shown."""
-        starts = [(start + len(s), start) for s in self._strings if (start := text.find(s)) >= 0]
-        if starts:
-            return True, min(starts)[1]
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            if any(s.startswith(text[start:]) for s in self._strings):
-                return False, start
-        return False, len(text)
+        logits = model.decode(token_id) if following is None else following

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,38 @@ class SamplingParams:
         """Return whether the likeliest token is always chosen."""
         return self.temperature < GREEDY_BELOW
 
+    @staticmethod
+    def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
+        """Return what a generation_config.json asks for; filters that it does not name are off.
+
+        As in transformers it is greedy where `do_sample` is false. A file that has a temperature or a filter but no
+        `do_sample` asks to sample. Raises DymoeError for a value that is not possible.
+        """
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        if values.get("top_k") == -1:  # how some write that it is off
+            del values["top_k"]
+        penalty = {name: value for name, value in values.items() if name == "repetition_penalty"}
+        samples = config.get("do_sample")
+        if not isinstance(samples, bool | None):
+            raise DymoeError(f"do_sample {samples!r}: must be true or false")
+        if not (values.keys() - penalty.keys() if samples is None else samples):
+            return SamplingParams(**penalty)
+        return SamplingParams(**{"temperature": 1.0, **values})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings by their names."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return the settings that are not off, such as 'temperature 0.8, top-p 0.95, seed 0'."""
+        off = SamplingParams()
+        values = {name.replace("_", "-"): value for name, value in asdict(self).items() if name != "seed"}
+        given = [f"{name} {value:g}" for name, value in values.items() if value != getattr(off, name.replace("-", "_"))]
+        if not self.greedy:
+            return ", ".join([*given, f"seed {self.seed}"])
+        return ", ".join(["greedy", *(entry for entry in given if entry.startswith("repetition"))])
+
 
 class Sampler:
     """A sampler with a random generator of its own: equal seeds and logits give equal tokens."""
@@ -90,6 +123,20 @@ def check_logits(logits: np.ndarray) -> None:
     if not math.isfinite(top):
         kind = "NaN" if math.isnan(top) else "infinite"
         raise DymoeError(f"the model produced {kind} logits; its weights may be damaged: run dymoe-bundle verify")
+
+
+def log_probabilities(logits: np.ndarray, token_id: int, count: int) -> dict[str, Any]:
+    """Return the `logprob` of `token_id` under logits [V], and the `top_logprobs`: the `count` likeliest, falling.
+
+    Raises DymoeError if `count` is negative.
+    """
+    if count < 0:
+        raise DymoeError(f"logprobs {count}: must be at least 0")
+    logits = logits.astype(np.float64)
+    logs = logits - logits.max()
+    logs -= np.log(np.exp(logs).sum())
+    ids = np.argsort(-logs, kind="stable")[:count].tolist()
+    return {"logprob": float(logs[token_id]), "top_logprobs": tuple((i, float(logs[i])) for i in ids)}
 
 
 def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:

@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json, read_member
+from dymoe_runtime.text.reasoning import Splitter, make_splitter
+from dymoe_runtime.text.sampling import SamplingParams
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 RESTORE = "copy it from the model's repository or recompile the bundle"
+
+
+class BundleOf(Protocol):
+    """The part of a bundle that says where its tokenizer is."""
+
+    @property
+    def path(self) -> Path:
+        """Return the directory."""
+
+
+class SpecOf(Protocol):
+    """The part of a model's specification that a tokenizer needs."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text."""
+
+
+class ModelOfBundle(Protocol):
+    """A model loaded from a bundle."""
+
+    @property
+    def bundle(self) -> BundleOf:
+        """Return the bundle."""
+
+    @property
+    def spec(self) -> SpecOf:
+        """Return the specification."""
 
 
 class Tokenizer:
@@ -32,13 +62,18 @@ class Tokenizer:
         chat_templates: Mapping[str, str],
         eos_ids: Iterable[int] = (),
         add_bos: bool = False,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap `backend`; `special_tokens` maps names in SPECIAL_TOKENS to texts in the vocabulary."""
+        """Wrap `backend`; `special_tokens` maps names in SPECIAL_TOKENS to texts in the vocabulary.
+
+        `generation` is what generation_config.json holds.
+        """
         _mark_special(backend, special_tokens.values())
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._chat_templates = dict(chat_templates)
         self._add_bos = add_bos
+        self._generation = dict(generation or {})
         self.bos_id = self._named_id("bos_token")
         eos_id = self._named_id("eos_token")
         self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else frozenset())
@@ -68,11 +103,28 @@ class Tokenizer:
             _chat_templates(config, directory),
             {*eos_ids, *_generation_eos_ids(generation, directory)},
             add_bos=config.get("add_bos_token") is True,
+            generation=generation,
         )
+
+    @classmethod
+    def of(cls, model: ModelOfBundle) -> Tokenizer:
+        """Load the tokenizer of a loaded model; raise DymoeError as `load` does."""
+        return cls.load(model.bundle.path, model.spec.eos_ids)
 
     def _named_id(self, name: str) -> int | None:
         text = self._special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Return how to sample, as generation_config.json says; greedy if it does not.
+
+        Raises DymoeError if a value there is not possible.
+        """
+        try:
+            return SamplingParams.from_generation_config(self._generation)
+        except DymoeError as error:
+            raise DymoeError(f"the model's generation_config.json: {error}; give --greedy") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
@@ -80,14 +132,25 @@ class Tokenizer:
         With `add_special_tokens` the post-processor and `add_bos_token` may add special tokens. Raises DymoeError if
         the text is not valid Unicode, and TypeError if it is no text.
         """
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        wants_bos = add_special_tokens and self._add_bos and self.bos_id is not None
+        return [self.bos_id, *ids] if wants_bos and ids[:1] != [self.bos_id] else ids  # type: ignore[list-item]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of `text`, without added ones, and the characters (first, last + 1) of each.
+
+        Raises DymoeError as `encode` does.
+        """
+        encoding = self._encoding(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
-        wants_bos = add_special_tokens and self._add_bos and self.bos_id is not None
-        return [self.bos_id, *ids] if wants_bos and ids[:1] != [self.bos_id] else ids  # type: ignore[list-item]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary add nothing."""
@@ -126,6 +189,25 @@ class Tokenizer:
             )
         except Exception as error:  # a template is a program of the model's author: it can raise anything
             raise DymoeError(f"the chat template failed: {error}; change the messages or use --prompt") from error
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Return the names that the chat template reads, such as `enable_thinking`."""
+        from dymoe_runtime.text.chat_template import variables_of  # imports jinja2
+
+        return variables_of(self._pick_chat_template(tools=False)) - {"messages", "add_generation_prompt"}
+
+    def check_variables(self, variables: Collection[str]) -> None:
+        """Raise DymoeError if the chat template does not read one of `variables`."""
+        known = self.template_variables if variables else frozenset()
+        for name in variables:
+            if name not in known:
+                own = ", ".join(sorted(known)) or "none"
+                raise DymoeError(f"the chat template reads no variable '{name}' (it reads: {own}); leave it out")
+
+    def splitter(self, prompt: str) -> Splitter:
+        """Return a new splitter of reasoning from the answer to a prompt that `chat` returned."""
+        return make_splitter(self._pick_chat_template(tools=False), prompt, self.special_ids)
 
     def _pick_chat_template(self, tools: bool) -> str:
         if not self._chat_templates:

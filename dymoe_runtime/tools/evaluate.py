@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,30 +18,20 @@ from dymoe_runtime.engine.model import Scorer
 from dymoe_runtime.engine.options import RunOptions, label_of
 from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.kernels.interface import Kernels
-from dymoe_runtime.model.score import Score, score_window, windows
+from dymoe_runtime.model.score import Score, WindowModel, score_blocks, windows
 from dymoe_runtime.model.tier_counts import TierCounts
 from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.process import memory_limit, resident_bytes
 from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.tools.intervals import CONFIDENCE, intervals, total
 from dymoe_runtime.units import format_size
 
 ORIGINAL = "reference"
 # Module and function that open checkpoints. They belong to the compiler, which a runtime may be installed without.
 OPEN_CHECKPOINT = ("dymoe_compile.checkpoint.original", "open_original")
 
-
-class Reference(Protocol):
-    """The model to compare with."""
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Return the specification of the model."""
-
-    def hidden(self, ids: np.ndarray) -> np.ndarray:
-        """Return hidden states [T, H] of a window of token ids [T]."""
-
-    def logits(self, hidden: np.ndarray, /) -> np.ndarray:
-        """Return logits [rows, vocab] of hidden states [rows, H]."""
+# Columns of a table: key of a figure, its format, its width, and the width of half of its interval.
+COLUMNS = (("nll", ".4f", 9, 8), ("perplexity", ".3f", 12, 9), ("kl", ".5f", 10, 9), ("top1_agreement", ".1%", 8, 6))
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class Evaluation:
     texts: Mapping[str, Sequence[int]]
     length: int
     by_prefill: bool = False  # choose tiers by the prefill rule, each window as one chunk of a prompt
-    reference: Reference | None = None
+    reference: WindowModel | None = None
 
     @property
     def windows(self) -> int:
@@ -89,17 +79,19 @@ def evaluate(
 class _Row:
     """Scores of one setting by file, and counts of the tiers that it used."""
 
-    scores: dict[str, Score] = field(default_factory=dict)
+    blocks: dict[str, list[Score]] = field(default_factory=dict)
     counts: TierCounts = field(default_factory=TierCounts)
 
-    def add(self, file: str, score: Score) -> None:
-        """Add the score of one window of a file."""
-        self.scores.setdefault(file, Score()).add(score)
+    def add(self, file: str, blocks: Sequence[Score]) -> None:
+        """Add the scores of the blocks of one window of a file."""
+        self.blocks.setdefault(file, []).extend(blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the mean bits, None if no expert ran, and the scores of each file."""
+        """Return the mean bits, None if no expert ran, and the scores of each file with their intervals."""
         bits = self.counts.bits_mean if self.counts.used else None
-        files = [{"file": file, **score.to_json()} for file, score in self.scores.items()]
+        files = []
+        for file, blocks in self.blocks.items():
+            files.append({"file": file, **total(blocks).to_json(), **intervals(blocks)})
         return {"bits_mean": bits, "files": files}
 
 
@@ -115,19 +107,19 @@ def _score_rows(
     reference = None
     if job.reference is not None:
         reference = (job.reference.hidden(ids), job.reference.logits)
-        rows[ORIGINAL].add(file, score_window(ids, *reference))
+        rows[ORIGINAL].add(file, score_blocks(ids, *reference))
     for name, rule in rules.items():
         scorer.use(name, rule)
         scorer.counts.clear()
         hidden = scorer.hidden(ids, job.by_prefill)
-        rows[name].add(file, score_window(ids, hidden, scorer.logits, reference))
+        rows[name].add(file, score_blocks(ids, hidden, scorer.logits, reference))
         rows[name].counts.add_all(scorer.counts)
 
 
 class Beside(NamedTuple):
     """A reference, the bytes left for the model to compare, and the bytes of this process the reference holds now."""
 
-    reference: Reference
+    reference: WindowModel
     left_bytes: int
     held_bytes: int
 
@@ -148,10 +140,10 @@ def open_reference(
             bundle = Bundle.open(path)
             options = _options_of_reference(bundle, kernels, window, limit, memory_bytes)
             scorer = stack.enter_context(load_scorer(bundle, options, window, kernels))
-            reference: Reference = scorer
+            reference: WindowModel = scorer
             limit -= max(0, scorer.budget.memory_bytes - resident_bytes())  # budgeted, not yet resident
         else:
-            reference = _open_checkpoint(path, kernels)
+            reference = open_checkpoint(path, kernels)
         if reference.spec.vocab_size != spec.vocab_size:
             raise DymoeError(
                 f"{path}: its vocabulary has {reference.spec.vocab_size} tokens, the bundle's {spec.vocab_size}; "
@@ -181,29 +173,34 @@ def _options_of_reference(
     return RunOptions(tier=bundle.manifest.ladder[-1], memory_bytes=left, kv_bits=32, preload=False, context=window)
 
 
-def _open_checkpoint(path: Path, kernels: Kernels) -> Reference:
+def open_checkpoint(path: Path, kernels: Kernels) -> WindowModel:
+    """Open a checkpoint directory in float32; raise DymoeError if it is not complete, or the compiler is missing."""
     module, name = OPEN_CHECKPOINT
     with needing_extra("compile", "reading checkpoints"):
-        opener: Callable[[Path, Kernels], Reference] = getattr(importlib.import_module(module), name)
+        opener: Callable[[Path, Kernels], WindowModel] = getattr(importlib.import_module(module), name)
     return opener(path, kernels)
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `evaluate` as text, one block per file."""
+    """Return the result of `evaluate` as text, one block per file, with half of each interval after its figure."""
     blocks = []
     for index, first in enumerate(result["files"]):
-        lines = [f"{first['file']}: {first['tokens']} tokens scored, by the {result['phase']} rule"]
-        lines.append(f"  {'':<12}{'bits':>6}{'nll':>9}{'perplexity':>12}{'kl':>10}{'top-1':>8}")
+        known = first["nll_interval"] is not None
+        shown = f"± half of the {CONFIDENCE:.0%} interval" if known else f"too few for {CONFIDENCE:.0%} intervals"
+        lines = [f"{first['file']}: {first['tokens']} tokens scored, by the {result['phase']} rule; {shown}"]
+        lines.append(f"  {'':<12}{'bits':>6}{'nll':>9}{'':8}{'perplexity':>12}{'':9}{'kl':>10}{'':9}{'top-1':>8}")
         for row in result["table"]:
             lines.append(_format_row(row["point"], row["bits_mean"], row["files"][index]))
-        blocks.append("\n".join(lines))
+        blocks.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(blocks)
 
 
 def _format_row(name: str, bits: float | None, score: Mapping[str, Any]) -> str:
     label = name if name == ORIGINAL else label_of(name)
-    shown = "" if bits is None else f"{bits:.2f}"
-    line = f"  {label:<12}{shown:>6}{score['nll']:>9.4f}{score['perplexity']:>12.3f}"
-    if "kl" in score:
-        line += f"{score['kl']:>10.5f}{score['top1_agreement']:>8.1%}"
+    line = f"  {label:<12}{'' if bits is None else f'{bits:.2f}':>6}"
+    for key, form, width, more in COLUMNS:
+        if key in score:
+            interval = score[f"{key}_interval"]
+            half = "" if interval is None else f"±{(interval[1] - interval[0]) / 2:{form}}"
+            line += f"{score[key]:>{width}{form}}{f' {half}':<{more}}"
     return line

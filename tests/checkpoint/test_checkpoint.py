@@ -176,7 +176,7 @@ BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("no bias where there is one", add_bias, ("q_proj.bias", "no place")),
     ("absurd number of layers", lambda d: rewrite_config(d, num_hidden_layers=10**7), ("num_hidden_layers",)),
     ("negative epsilon", lambda d: rewrite_config(d, rms_norm_eps=-1.0), ("rms_norm_eps",)),
-    ("NaN epsilon", lambda d: rewrite_config(d, rms_norm_eps=float("nan")), ("rms_norm_eps",)),
+    ("NaN epsilon", lambda d: rewrite_config(d, rms_norm_eps=float("nan")), ("config.json", "NaN")),
     ("text for a boolean", lambda d: rewrite_config(d, tie_word_embeddings="no"), ("tie_word_embeddings",)),
     ("negative window", lambda d: rewrite_config(d, use_sliding_window=True, sliding_window=-3), ("sliding_window",)),
     ("odd end of text", lambda d: rewrite_config(d, eos_token_id=["a"]), ("eos_token_id",)),

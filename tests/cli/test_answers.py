@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PROMPT, answer, bundle_cli, compile_cli, run_cli, save_tiny
+from helpers import PROMPT, answer, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.load import load_model
@@ -51,11 +53,91 @@ def test_the_ends_of_lines_are_alike_in_a_file_and_on_stdin(shipped_path: Path, 
     assert run_cli(*args, stdin="one\r\ntwo\rthree\n").json["prompt_tokens"] == expected
 
 
-def test_a_turn_that_fails_loses_no_turn_before_it(shipped_path: Path) -> None:
-    turns = "Hello\n" + "And again " * 60 + "\n"
-    outcome = run_cli(shipped_path, "--chat", "--context", 32, "--max-tokens", 4, "--json", stdin=turns)
+def test_a_turn_that_fails_loses_nothing_that_was_said(shipped_path: Path) -> None:
+    question = "And again " * 60
+    args = (shipped_path, "--chat", "--context", 32, "--max-tokens", 4, "--json")
+    outcome = run_cli(*args, stdin=f"Hello\n{question}\n")
     assert outcome.code == 1 and "the context holds 32" in outcome.err
     assert [message["role"] for message in outcome.json["messages"]] == ["user", "assistant"]
+    assert outcome.json["unanswered"] == question
+    outcome = run_cli(*args, "--context-policy", "stop", stdin="Hello\n" * 3)
+    assert_one_sentence(outcome, "the context holds 32", "--context-policy stop")
+    assert len(outcome.json["messages"]) == 2 * len(outcome.json["turns"]) and outcome.json["unanswered"] == "Hello"
+
+
+def test_a_conversation_outlasts_its_context(shipped_path: Path) -> None:
+    """Fifty turns of any length, sampled as the model's file says."""
+    turns = "".join(f"Tell me about {word}\n" for word in ["the sea", "a king and his ships", "7", "ice"] * 13)
+    args = (shipped_path, "--chat", "--context", 512)
+    outcome = run_cli(*args, "--json", stdin=turns)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("its oldest turns leave it") == 1 and outcome.err.count("\n") == 1
+    said = outcome.json
+    assert [message["content"] for message in said["messages"][::2]] == turns.splitlines()
+    assert all(message["content"] for message in said["messages"][1::2])
+    assert len(said["turns"]) == 52 and {turn["finish"] for turn in said["turns"]} <= {"stop", "length"}
+    assert all(turn["new_tokens"] + turn["reused_tokens"] == turn["prompt_tokens"] <= 512 for turn in said["turns"])
+    sampling = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+    assert said["sampling"] == sampling
+    cut = run_cli(*args, "--stats", stdin=turns[:20] + "\n").err
+    assert "(the context of 512 tokens is full)" in cut or "length" not in said["turns"][0]["finish"]
+    assert "temperature 0.8, top-p 0.95, seed 0" in cut and "new tokens of" in cut
+
+
+def test_a_cut_is_said(shipped_path: Path) -> None:
+    for mode in ((), ("--chat",)):
+        outcome = run_cli(shipped_path, *mode, "--prompt", PROMPT, "--max-tokens", 7, "--ignore-eos")
+        assert outcome.err == "note: cut at 7 tokens (--max-tokens)\n"
+        outcome = run_cli(shipped_path, *mode, "--prompt", PROMPT, "--context", 40, "--ignore-eos")
+        assert re.fullmatch(r"note: cut at \d+ tokens \(the context of 40 tokens is full\)\n", outcome.err)
+
+
+def test_flags_change_what_the_model_asks_for(shipped_path: Path, tiny_path: Path) -> None:
+    asked = answer(shipped_path, tokens=2)["sampling"]
+    assert asked["temperature"] == 0.8
+    assert answer(shipped_path, "--top-k", 9, tokens=2)["sampling"] == asked | {"top_k": 9}
+    greedy = answer(shipped_path, "--greedy", "--repetition-penalty", 1.1, tokens=2)["sampling"]
+    assert greedy == answer(tiny_path, tokens=2)["sampling"] | {"repetition_penalty": 1.1}
+    assert greedy["temperature"] == 0
+    texts = {answer(shipped_path, *args)["text"] for args in ((), ("--seed", 1), ("--greedy",), ("--temperature", 0.3))}
+    assert len(texts) == 4
+    assert run_cli(shipped_path, "--prompt", "a", "--greedy", "--temperature", 1).code == 2
+
+
+THINKS = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if not (enable_thinking is defined and not enable_thinking) %}<think>{% else %}<think></think>{% endif %}"
+    "{{ note }}"
+)
+
+
+def test_the_template_takes_its_variables_from_flags(tmp_path: Path, calibration_text: Path) -> None:
+    model, bundle = save_tiny(tmp_path / "model", "qwen3_moe"), tmp_path / "thinks.dymoe"
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": THINKS}))
+    assert compile_cli(model, "-o", bundle, "--calibration", calibration_text).code == 0
+    args = (bundle, "--chat", "--prompt", "a", "--max-tokens", 9, "--ignore-eos", "--json")
+    default = run_cli(*args).json
+    assert default["text"] == "" and default["reasoning"] and default["prompt_tokens"] == len("user: a\n<think>")
+    off = run_cli(*args, "--no-thinking").json
+    assert off["prompt_tokens"] == len("user: a\n<think></think>") and "reasoning" not in off
+    assert run_cli(*args, "--thinking").json["text"] == ""
+    assert run_cli(*args, "--template-var", "note=xyz").json["prompt_tokens"] == default["prompt_tokens"] + 3
+    for value in ("false", "False"):
+        by_name = run_cli(*args, "--template-var", f"enable_thinking={value}").json
+        assert by_name["prompt_tokens"] == off["prompt_tokens"]
+    assert_one_sentence(run_cli(*args, "--template-var", "notes=1"), "no variable 'notes'", "enable_thinking, note")
+    assert run_cli(*args, "--template-var", "note").code == 2
+    shown = run_cli(*args[:-1])
+    assert shown.out == "\n" and shown.err.startswith(default["reasoning"])
+    hidden = run_cli(*args[:-1], "--reasoning", "hide")
+    assert hidden.out == "\n" and hidden.err == "note: cut at 9 tokens (--max-tokens)\n"
+
+
+def test_a_switch_that_the_template_lacks_is_refused(shipped_path: Path) -> None:
+    for flag in ("--thinking", "--no-thinking"):
+        assert_one_sentence(run_cli(shipped_path, "--chat", "--prompt", "a", flag), flag, "no switch for reasoning")
+    assert run_cli(shipped_path, "--prompt", "a", "--no-thinking").code == 2
 
 
 def test_bench_gives_the_keys_of_the_contract(tiny_path: Path) -> None:
@@ -112,11 +194,11 @@ def test_chat_answers_by_the_template(shipped_path: Path) -> None:
 
 def test_a_second_turn_goes_on_as_if_it_were_one_prompt(shipped_path: Path) -> None:
     """What the KV cache keeps of the first turn changes nothing."""
-    args = ("--chat", "--max-tokens", 6, "--tiers", 4, "--json")
+    args = ("--chat", "--max-tokens", 6, "--tiers", 4, "--greedy", "--json")
     turns = run_cli(shipped_path, *args, stdin="Tell me\nAnd more\n").json["messages"]
     template = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns[:3])
     prompt = template + "<|im_start|>assistant\n"
-    again = run_cli(shipped_path, "--prompt", prompt, "--max-tokens", 6, "--tiers", 4, "--json").json["text"]
+    again = run_cli(shipped_path, "--prompt", prompt, *args[1:]).json["text"]
     assert again == turns[3]["content"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundle_kit import forge
 from compile_kit import interrupt, same_files
 from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.numpy import save
@@ -32,9 +33,9 @@ from dymoe_compile.policy.dense_bits import (
 from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.quantize import load_descent
 from dymoe_runtime.bundle.bundle import DENSE, LOOK_AHEAD, Bundle, Manifest, dense_kind, dense_kinds
+from dymoe_runtime.bundle.records import read_predictors
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.memory_plan import plan_budget
-from dymoe_runtime.engine.prefetch import read_predictors
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.model.weights import BundleDense
@@ -211,15 +212,16 @@ def test_a_tensor_of_another_type_gets_one_sentence(before: str, after: str, dam
 def test_a_predictor_that_does_not_fit_gets_one_sentence(
     change: Callable[[np.ndarray], np.ndarray], damaged: Path
 ) -> None:
-    bundle = Bundle.open(damaged)
-    predictor = np.zeros((bundle.spec.num_experts, bundle.spec.hidden_size + 1), np.float32)
+    spec = Bundle.open(damaged).spec
+    predictor = np.zeros((spec.num_experts, spec.hidden_size + 1), np.float32)
     for one, fits in ((predictor, True), (np.ascontiguousarray(change(predictor)), False)):
-        (damaged / LOOK_AHEAD).write_bytes(save({"1": one}))
+        content = save({"1": one})
+        forge(damaged, lambda directory, _, content=content: (directory / LOOK_AHEAD).write_bytes(content))
         if fits:
-            assert np.array_equal(read_predictors(bundle)[1], one)
+            assert np.array_equal(read_predictors(Bundle.open(damaged))[1], one)
         else:
-            with pytest.raises(DymoeError, match="does not fit the model"):
-                read_predictors(bundle)
+            with pytest.raises(DymoeError, match="is no predictor of the model"):
+                read_predictors(Bundle.open(damaged))
 
 
 @pytest.mark.parametrize("bits", ["eight", "3", "", "-8", "8.0"])

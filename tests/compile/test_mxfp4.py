@@ -19,7 +19,7 @@ from kernel_kit import ALL, COMPILED, kernels_of
 from safetensors.torch import load_file, save_file
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
-from dymoe_runtime.bundle.bundle import MANIFEST, Bundle
+from dymoe_runtime.bundle.bundle import MANIFEST, VERSION, Bundle
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import MXFP4
 from dymoe_runtime.spec import MATRICES, ExpertKey
@@ -109,7 +109,7 @@ def kl_of(bundle: Path, original: Path, text: Path) -> float:
 
 def test_a_bundle_says_that_it_keeps_mxfp4(kept: Path) -> None:
     bundle = Bundle.open(kept)
-    assert json.loads((kept / MANIFEST).read_text(encoding="utf-8"))["version"] == 4
+    assert json.loads((kept / MANIFEST).read_text(encoding="utf-8"))["version"] == VERSION
     assert bundle.spec.expert_grid == MXFP4
     assert all(where.grid == MXFP4 for where in bundle.layout.matrices.values())
     assert_findings_fit(kept)

@@ -179,3 +179,15 @@ def test_a_decoder_beside_the_model_leaves_its_sequence_alone(kept: bool, tiny_p
                     gc.collect()
             found.append(np.stack([model.decode(token) for token in (5, 6)]))
     np.testing.assert_array_equal(*found)
+
+
+def test_a_program_chooses_whether_its_own_memory_counts(tiny_path: Path) -> None:
+    own = np.ones(300 * MIB, np.uint8)  # resident
+    bundle = Bundle.open(tiny_path)
+    alone = RunOptions(memory_bytes=200 * MIB, context=64, count_program=False)
+    with load_model(bundle, alone) as model:
+        assert model.budget.floor_bytes < 200 * MIB
+        assert len(model.prefill([1, 2, 3])) == bundle.spec.vocab_size
+    with pytest.raises(DymoeError, match="least that works"):
+        load_model(bundle, RunOptions(memory_bytes=200 * MIB, context=64))
+    assert own.nbytes == 300 * MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from families.harness import PROMPT, STEPS, our_logits, random_model
 from helpers import compile_cli, save_byte_tokenizer
 from kernel_kit import ALL, COMPILED, kernels_of
 
-from dymoe_runtime import Bundle, RunOptions, load_model
+from dymoe_runtime import Bundle, Model, RunOptions, load_model
 from dymoe_runtime.model.decode_step import decode_weights
 from dymoe_runtime.model.score import log_softmax
 from dymoe_runtime.model.weights import BundleDense
@@ -74,6 +75,28 @@ def test_memory_and_threads_change_no_bit(compiled: tuple[Path, Bundle], name: s
         seen.append(logits_of(bundle, name, options, few))
     kernels.set_threads(before)
     assert all(np.array_equal(seen[0], other) for other in seen[1:])
+
+
+@pytest.mark.parametrize("name", ALL[:1])
+def test_a_saved_sequence_goes_on_bit_for_bit(compiled: tuple[Path, Bundle], name: str, tmp_path: Path) -> None:
+    """Whatever its layers keep: windows, recurrent states, positions by the context."""
+    _, bundle = compiled
+    options = RunOptions(context=128, tier=8)
+    with load_model(bundle, options, kernels_of(name)) as model:
+        model.prefill(IDS[:PROMPT].tolist())
+        model.decode(int(IDS[PROMPT]))
+        model.save_state(tmp_path / "session", "a note")
+        expected = continued(model)
+    with load_model(bundle, replace(options, arena_bytes=min_arena_bytes(bundle.layout)), kernels_of(name)) as model:
+        assert model.load_state(tmp_path / "session") == "a note"
+        assert all(np.array_equal(a, b) for a, b in zip(continued(model), expected, strict=True))
+
+
+def continued(model: Model) -> list[np.ndarray]:
+    """The logits of greedy tokens after a sequence, and of a second prompt."""
+    logits = [model.decode(int(IDS[PROMPT + 1]))]
+    logits += [model.decode(int(logits[-1].argmax())) for _ in range(12)]
+    return [*logits, model.prefill(IDS[:PROMPT].tolist())]
 
 
 @pytest.mark.parametrize("name", COMPILED[:1])

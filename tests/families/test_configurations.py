@@ -29,7 +29,10 @@ def values_of(case: Case) -> dict[str, Any]:
 def spec_of(values: dict[str, Any]) -> ModelSpec:
     """The model that a config.json describes, once all of its keys are known to be read."""
     config, family = Config(text_config(values)), family_of(values)
-    spec = family.spec(config)
+    try:
+        spec = family.spec(config)
+    except ValueError as error:  # whoever opens a checkpoint makes a sentence of it
+        raise DymoeError(f"config.json: {error}") from error
     config.check_read()
     family.names(spec)
     return spec

@@ -21,8 +21,6 @@ VALUES: tuple[Any, ...] = (
     *([], {}, [[]], [None], ["x"], [0] * 1000, {"x": {}}, {"": None}, [[[[[[[[0]]]]]]]], [1, 2, 3], [4, 2], [2, 9]),
 )
 DEEP = 100_000
-# Files of more bytes are those that a mutation made so large, almost all of them a hole.
-LARGE_BYTES = 1 << 24
 
 
 def mutate_file(path: Path, rng: random.Random) -> str:
@@ -176,6 +174,13 @@ def replace_kind(path: Path, rng: random.Random) -> str:
     return f"{path.name}: {what}"
 
 
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a file; raise ValueError if a mutation has made it something else, or endless."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 26:
+        raise ValueError(f"{path} is no file of a bundle any more")
+    return path.read_bytes()
+
+
 def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
     """Make the sizes and digests in a manifest right again; with the sizes of segments, checksums of weights, too.
 
@@ -183,17 +188,16 @@ def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
     """
     path = bundle / "manifest.json"
     try:
-        manifest = json.loads(regular_bytes(path))
+        manifest = json.loads(content_of(path))
         manifest.pop("sha256", None)
         for name, entry in manifest["files"].items():
             file = bundle / name
-            if "/" in name or not file.is_file() or file.is_symlink() or file.stat().st_size > LARGE_BYTES:
+            if "/" in name or not file.is_file() or file.is_symlink() or file.stat().st_size > 1 << 24:
                 continue
             entry["nbytes"] = file.stat().st_size
             if entry.get("sha256"):
                 entry["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        small = all(path.is_symlink() or path.lstat().st_size <= LARGE_BYTES for path in bundle.iterdir())
-        if spans is not None and small:
+        if spans is not None:
             make_checksums_right(bundle, manifest, spans)
         text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -206,23 +210,16 @@ def make_digests_right(bundle: Path, spans: Sequence[int] | None) -> bool:
 
 def make_checksums_right(bundle: Path, manifest: dict[str, Any], spans: Sequence[int]) -> None:
     """Set the CRC-32 of dense tensors and of segments, as far as files and manifest are as they should be."""
-    data = regular_bytes(bundle / "dense.safetensors")
+    data = content_of(bundle / "dense.safetensors")
     length = int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8 : 8 + length]).items():
         if name in manifest["dense_crc32"]:
             begin, end = entry["data_offsets"]
             manifest["dense_crc32"][name] = zlib.crc32(data[8 + length + begin : 8 + length + end])
     for layer in manifest["layers"].values():
-        records = regular_bytes(bundle / layer["file"])[layer["data_start"] :]
+        records = content_of(bundle / layer["file"])[layer["data_start"] :]
         for expert, row in enumerate(layer["crc32"]):
             at = expert * sum(spans)
             for segment, span in enumerate(spans[: len(row)]):
                 row[segment] = zlib.crc32(records[at : at + span])
                 at += span
-
-
-def regular_bytes(path: Path) -> bytes:
-    """Return the bytes of a small regular file; raise OSError for anything else."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGE_BYTES:
-        raise OSError(f"{path} is no small file")
-    return path.read_bytes()

@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +21,13 @@ WITH_EXAMPLES = {
     "dymoe_runtime",
     "dymoe_runtime.bundle.bundle.Bundle.open",
     "dymoe_runtime.engine.load.load_model",
+    "dymoe_runtime.engine.load.load_scorer",
     "dymoe_runtime.kernels.load_kernels",
     "dymoe_runtime.text.generate.generate",
     "dymoe_runtime.text.sampling.SamplingParams",
     "dymoe_runtime.text.session.Session",
     "dymoe_runtime.text.tokenizer.Tokenizer.load",
+    "dymoe_runtime.tools.likelihood.log_likelihoods",
 }
 
 
@@ -72,6 +75,11 @@ def test_examples_in_docstrings_are_true() -> None:
     assert shown >= WITH_EXAMPLES, WITH_EXAMPLES - shown
 
 
+# What pip installs for the dependencies in pyproject.toml, without extras.
+RUNTIME_PACKAGES = {
+    *("numpy", "safetensors", "tokenizers", "click", "tqdm", "jinja2", "markupsafe", "isal", "tomli"),
+    *("prompt_toolkit", "wcwidth", "msgspec"),
+}
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 
 
@@ -82,6 +90,29 @@ def test_python_in_documents_runs(document: str) -> None:
     assert blocks or document != "README.md"
     for block in blocks:
         assert run_python("-c", block).strip()
+
+
+WITHOUT_TORCH = """
+import importlib.util, site, sys
+site.addsitedir(sys.argv[1])
+assert not any(importlib.util.find_spec(name) for name in ("torch", "transformers", "lm_eval", "onnx"))
+exec(compile(open(sys.argv[2], encoding="utf-8").read(), sys.argv[2], "exec"))
+"""
+
+
+@pytest.mark.usefixtures("beside_the_demo")
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_python_in_documents_needs_no_torch(document: str, tmp_path: Path) -> None:
+    """It runs in an environment that has what the runtime requires, and nothing else."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name.partition("-")[0].partition(".")[0] in RUNTIME_PACKAGES or "dymoe" in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        (tmp_path / "block.py").write_text(block, encoding="utf-8")
+        assert run_python("-I", "-S", "-c", WITHOUT_TORCH, str(packages), str(tmp_path / "block.py")).strip()
 
 
 def test_public_names_are_those_of_the_stub() -> None:

@@ -356,7 +356,6 @@ MISTAKES: list[tuple[str, Callable[[LayerSpec], LayerSpec]]] = [
     ("plain", lambda layer: replace(layer, mixer=replace(ATTENTION, sinks=True))),
     ("plain", lambda layer: replace(layer, mixer=replace(ATTENTION, qk_norm="none"))),
     ("plain", lambda layer: replace(layer, mixer=replace(ATTENTION, bias=True))),
-    ("plain", lambda layer: replace(layer, mixer=replace(ATTENTION, gate="neither"))),
     ("plain", lambda layer: replace(layer, mixer=DELTA)),
     ("plain", lambda layer: replace(layer, post_norms=True)),
     ("delta", lambda layer: replace(layer, mixer=replace(DELTA, taps=2))),

@@ -118,6 +118,26 @@ def test_a_rollback_undoes_all_that_came_after_the_snapshot(toy: Toy) -> None:
     toy.check(toy.run([toy.ids[15:]], state), 15)
 
 
+def test_what_is_used_continues_a_sequence_in_another_state(toy: Toy) -> None:
+    state = toy.state()
+    toy.run([toy.ids[:15]], state)
+    parts = [[part.copy() for part in layer.used(15)] for layer in state.layers]
+    other = SequenceState(SPEC, TOKENS, kv_bits=32)
+    toy.run([toy.ids[::-1]], other)
+    snapshot = other.snapshot()
+    with other.replaced(15):
+        for layer, kept in zip(other.layers, parts, strict=True):
+            for place, part in zip(layer.used(15), kept, strict=True):
+                place[:] = part
+    assert other.length == 15 and not snapshot.valid
+    toy.check(toy.run(in_groups(toy.ids[15:19], 1), other), 15)
+    toy.check(toy.run([toy.ids[19:]], other), 19)
+    with pytest.raises(KeyboardInterrupt), other.replaced(3):
+        raise KeyboardInterrupt
+    assert other.length == 0
+    toy.check(toy.run([toy.ids], other))
+
+
 def test_snapshots_may_be_nested_and_a_cut_makes_later_ones_invalid(toy: Toy) -> None:
     state = toy.state()
     snapshots = [state.snapshot()]

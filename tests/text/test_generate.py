@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ import tokenizers
 from text_kit import CONFIG, SPECIAL, byte_level_backend, byte_spelling, fallback_backend, make_tokenizer
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.text.generate import DEFAULT_MAX_TOKENS, StopStrings, Token, generate
+from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
+from dymoe_runtime.text.stop_strings import StopStrings
 from dymoe_runtime.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams()
@@ -99,11 +101,14 @@ def test_ignore_eos_goes_on_to_the_length() -> None:
 
 
 def test_a_prompt_may_be_a_text_and_the_rest_has_defaults() -> None:
-    model = script("a b c d e f g h i j " * 20)
+    """It goes on until the context is full, and is greedy where the model's files say nothing else."""
+    model = script("a b c d e f g h i j " * 20, max_context=250)
     tokens = list(generate(model, BYTE_LEVEL, "The fox"))
-    assert model.prefilled == BYTE_LEVEL.encode("The fox")
-    assert len(tokens) == DEFAULT_MAX_TOKENS and tokens[-1].finish == "length"
-    assert [token.id for token in tokens] == model.ids[:DEFAULT_MAX_TOKENS]  # greedy
+    prompt = BYTE_LEVEL.encode("The fox")
+    assert model.prefilled == prompt
+    assert len(tokens) == 250 - len(prompt) + 1 and tokens[-1].finish == "length"
+    said = itertools.cycle(model.ids)
+    assert [token.id for token in tokens] == [next(said) for _ in tokens]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -213,6 +218,7 @@ def test_random_texts_with_stop_strings_and_characters_across_tokens(
     (range(11), {}, "the prompt has 11 tokens, but the context holds 10; shorten the prompt$"),
     ([5], {"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
     ([5], {"max_tokens": -3}, "--max-tokens -3: must be at least 1"),
+    ([5], {"max_tokens": 2.5}, "--max-tokens 2.5: must be at least 1, and a whole number"),
     ([5], {"stop": ["a", ""]}, "a stop string is empty; give it"),
 ])  # fmt: skip
 def test_bad_arguments_are_errors_before_the_model_runs(

@@ -33,6 +33,9 @@ class DeltaState:
         for array, seen in zip(self.arrays, snapshot, strict=True):
             array[:] = seen
 
+    def used(self, length: int) -> list[np.ndarray]:
+        return list(self.arrays)
+
 
 class GatedDelta:
     """The gated delta rule of one layer."""

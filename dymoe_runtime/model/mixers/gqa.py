@@ -32,6 +32,9 @@ class AttentionState:
     def rollback(self, snapshot: None) -> None:
         pass
 
+    def used(self, length: int) -> list[np.ndarray]:
+        return [rows[:length] for heads in self.cache.rows for rows in heads]
+
 
 class GroupedQueryAttention:
     """The attention of one layer."""

@@ -1,0 +1,21 @@
+"""dymoe-lm-eval: lm-eval's command, which then knows the model `dymoe`."""
+
+from __future__ import annotations
+
+import click
+
+from dymoe_runtime.console import one_sentence
+from dymoe_runtime.errors import needing_extra
+
+
+# lm-eval reads the arguments, --help too, from the command line itself.
+@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@one_sentence
+def main(arguments: tuple[str, ...]) -> None:
+    """Run lm-eval's command with the arguments of this process."""
+    with needing_extra("eval", "scoring tasks"):
+        import lm_eval.__main__
+
+        import dymoe_runtime.tools.lm_eval_model  # noqa: F401, registers the model
+    lm_eval.__main__.cli_evaluate()

@@ -1,0 +1,56 @@
+"""What the flags of dymoe-run make of a model's own sampling settings and chat template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import click
+
+from dymoe_runtime.cli.run_flags import RunFlags
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text.sampling import SamplingParams
+from dymoe_runtime.text.tokenizer import Tokenizer
+
+# Variables by which chat templates switch reasoning on and off.
+SWITCHES = ("enable_thinking", "thinking")
+# How Python, and so chat templates, write what JSON writes otherwise. As texts they would all be true.
+CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def sampling(tokenizer: Tokenizer, flags: RunFlags) -> SamplingParams:
+    """Return the settings that the model asks for, with those that the flags give; raise DymoeError as these do."""
+    given = {f.name: value for f in fields(SamplingParams) if (value := getattr(flags, f.name)) is not None}
+    return replace(SamplingParams() if flags.greedy else tokenizer.sampling, **given)
+
+
+def template_variables(tokenizer: Tokenizer, flags: RunFlags) -> dict[str, Any]:
+    """Return the variables for the chat template; raise DymoeError if it does not read one of them."""
+    values = dict(_variable(entry) for entry in flags.template_var)
+    tokenizer.check_variables(values)
+    if flags.thinking is not None:
+        switches = [name for name in SWITCHES if name in tokenizer.template_variables]
+        if not switches:
+            flag = "--thinking" if flags.thinking else "--no-thinking"
+            raise DymoeError(
+                f"{flag}: the model's chat template has no switch for reasoning "
+                f"(variables that it reads: {', '.join(sorted(tokenizer.template_variables)) or 'none'}); leave it out"
+            )
+        if twice := [name for name in switches if name in values]:
+            raise click.UsageError(f"--template-var {twice[0]} and --thinking or --no-thinking exclude each other")
+        values |= dict.fromkeys(switches, flags.thinking)
+    return values
+
+
+def _variable(entry: str) -> tuple[str, Any]:
+    """Return the name and the value of NAME=VALUE; a value that is neither JSON nor a constant is a text."""
+    name, mark, value = entry.partition("=")
+    if not name or not mark:
+        raise click.UsageError(f"--template-var {entry}: expected NAME=VALUE")
+    if value in CONSTANTS:
+        return name, CONSTANTS[value]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,1 @@
+"""The state of a sequence in a file, for another run to continue it."""
