@@ -82,7 +82,7 @@ def remove_bundle(directory: Path) -> bool:
     """Remove the files of a bundle, then its directory; return False if other things are there, which stay."""
     listed = _listed(directory) or set()  # before the manifest goes, which is last: what is left is a bundle until then
     remove_own(directory, lambda name: name in listed)
-    return remove_own(directory, lambda name: name == MANIFEST)
+    return remove_own(directory, lambda name: bool(listed) and name == MANIFEST)
 
 
 def remove_own(directory: Path, is_own: Callable[[str], bool]) -> bool:
@@ -106,9 +106,9 @@ def _is_file(path: Path) -> bool:
 
 
 def _listed(directory: Path) -> set[str] | None:
-    """Return the names of files in the manifest of a bundle; None if there is none, or it is another program's."""
+    """Return the names of files in the manifest of a bundle, or None if it is not the manifest of one."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return set(manifest["files"]) if "ladder" in manifest else None
+        return set(map(str, manifest["files"])) if "ladder" in manifest else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

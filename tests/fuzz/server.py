@@ -69,9 +69,10 @@ def child(command: Any, request: dict[str, Any], out: int, err: int) -> NoReturn
     try:
         for fd, into in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(fd, into)
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
-        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES, ADDRESS_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limits = ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, ADDRESS_BYTES), (resource.RLIMIT_CORE, 0))
+        for kind, most in limits:
+            hard = resource.getrlimit(kind)[1]
+            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
         from dymoe_runtime.console import start
 
         sys.argv = [request["command"], *request["args"]]
