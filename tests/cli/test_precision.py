@@ -38,7 +38,7 @@ def test_prefetching_turns_misses_into_hits_and_can_be_switched_off(shipped: Bun
 
 
 def test_latency_runs_what_is_there(shipped_path: Path) -> None:
-    small = ("--point", 3, "--arena", "3MB", "--no-prefetch")
+    small = ("--point", 3, "--arena", "3MB", "--no-prefetch", "--greedy")
     plain, quick = answer(shipped_path, *small, tokens=60), answer(shipped_path, *small, "--latency", tokens=60)
     assert quick["bits_mean"] < plain["bits_mean"] and quick["hit_rate"] > plain["hit_rate"]
     assert quick["tier_shares"]["2"] > plain["tier_shares"]["2"] + 0.02  # also of what is not there at all
