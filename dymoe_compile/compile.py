@@ -21,7 +21,6 @@ from dymoe_compile.calibrate.calibration import calibrate, spilled
 from dymoe_compile.calibrate.statistics import LayerStatistics
 from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
-from dymoe_compile.job.place import holds_only_a_bundle
 from dymoe_compile.job.profile import AUTO, DEVICE_PROCESS_BYTES, Profile
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
@@ -58,10 +57,11 @@ from dymoe_runtime.bundle.policy import Policy
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
-from dymoe_runtime.files import read_member
 from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.place import holds_only_a_bundle
 from dymoe_runtime.process import default_threads
 from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.storage import read_member
 from dymoe_runtime.text.tokenizer import RESTORE, Tokenizer
 from dymoe_runtime.units import format_size
 

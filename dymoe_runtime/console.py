@@ -250,6 +250,19 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], object]]:
 
 
 @contextlib.contextmanager
+def byte_progress(title: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Show a bar of bytes on stderr, as `progress_bar` does; yield the function that counts some.
+
+    `total` is None if it is not known.
+    """
+    from tqdm import tqdm
+
+    scale = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(total=total, desc=title, leave=False, disable=None, file=sys.stderr, **scale) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
 def stage_progress(title: str, total: int) -> Iterator[Callable[[], object]]:
     """Show the progress of a long stage on stderr; yield the function that counts one step.
 

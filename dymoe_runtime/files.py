@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -12,7 +11,7 @@ import stat
 import types
 from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -24,8 +23,6 @@ from dymoe_runtime.errors import DymoeError
 T = TypeVar("T")
 # Digits of the longest number in JSON: more than any float or 128-bit number has.
 MAX_DIGITS = 400
-# Bytes read at a time to compute a digest.
-PIECE_BYTES = 1 << 20
 # The most bytes of a JSON file: many times those of the largest manifest, and few enough to parse.
 MAX_JSON_BYTES = 64 << 20
 # The most bytes of a tokenizer or of what comes with it; the largest known has 35 MB.
@@ -33,8 +30,10 @@ MAX_MEMBER_BYTES = 128 << 20
 # The most bytes of a text.
 MAX_TEXT_BYTES = 1 << 30
 
+# Names of files in the same directory.
+PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}$"
 # Types of fields that `strict` checks.
-FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=200)]  # in the same directory
+FileName = Annotated[str, Meta(pattern=PLAIN_NAME)]
 Sha256 = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 62)]
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
@@ -70,53 +69,6 @@ def read_regular(path: Path, remedy: str, most: int, follow_links: bool = True) 
     if max(size, len(data)) > most:
         raise DymoeError(f"{path}: more than {most} bytes, which is too large for such a file; {remedy}")
     return data
-
-
-def sha256_of(fd: int, path: Path, remedy: str) -> str:
-    """Return the SHA-256 of an open file from its beginning, in hexadecimal; raise DymoeError if a read fails."""
-    digest, offset = hashlib.sha256(), 0
-    try:
-        while piece := os.pread(fd, PIECE_BYTES, offset):
-            digest.update(piece)
-            offset += len(piece)
-    except OSError as error:
-        raise DymoeError(f"{path}: read error at offset {offset} ({error.strerror}); {remedy}") from error
-    return digest.hexdigest()
-
-
-def read_member(path: Path, remedy: str) -> bytes | None:
-    """Return the bytes of a small file of a model's directory, or None if it does not have the file.
-
-    A bundle has only the files that its manifest lists, with the digests that are there; a file that somebody put
-    beside them changes nothing. Raises DymoeError if the file cannot be read, is not a regular one, or is another.
-    """
-    listed = _listed(path.parent)
-    if (listed is not None and path.name not in listed) or not os.path.lexists(path):
-        return None
-    data = read_regular(path, remedy, MAX_MEMBER_BYTES, follow_links=listed is None)
-    if listed is not None and hashlib.sha256(data).hexdigest() != listed[path.name]:
-        raise DymoeError(f"{path}: does not match the manifest; {remedy}")
-    return data
-
-
-def _listed(directory: Path) -> Mapping[str, str] | None:
-    """Return the files of the bundle in `directory`, name -> SHA-256, or None if it does not hold a bundle."""
-    try:
-        manifest = directory / "manifest.json"
-        info = os.stat(manifest, follow_symlinks=False)
-        return _files_in(manifest, (info.st_ino, info.st_size, info.st_mtime_ns))
-    except OSError:
-        return None
-
-
-@lru_cache(maxsize=4)
-def _files_in(manifest: Path, identity: tuple[int, ...]) -> Mapping[str, str] | None:
-    """Return name -> SHA-256 of the files that a manifest lists; `identity` tells versions of it apart."""
-    try:
-        values = json.loads(read_regular(manifest, "", MAX_JSON_BYTES, follow_links=False))
-        return {name: entry["sha256"] for name, entry in values["files"].items()} if "ladder" in values else None
-    except (DymoeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
 
 
 def _reason(error: OSError, follow_links: bool) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import MANIFEST
 from dymoe_runtime.bundle.tensorfile import TensorInfo, read_header, read_into, read_tensor
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import MAX_JSON_BYTES, decode_text, open_regular, parse_json, read_regular
+from dymoe_runtime.storage import MANIFEST
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -24,7 +24,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dymoe_compile.job.place import (
+from dymoe_runtime.bundle.bundle import DENSE, LayerEntry, Manifest, layer_file, record_name
+from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, read_header
+from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, split_record
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.place import (
     exchange,
     holds_only_a_bundle,
     is_own_directory,
@@ -32,11 +36,8 @@ from dymoe_compile.job.place import (
     remove_own,
     rename_new,
 )
-from dymoe_runtime.bundle.bundle import DENSE, MANIFEST, LayerEntry, Manifest, layer_file, record_name
-from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, read_header
-from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, split_record
-from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.storage import MANIFEST
 from dymoe_runtime.units import format_size
 
 IDENTITY, LOCK, TEMPORARY = "identity.json", "lock", ".tmp"

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +26,7 @@ from dymoe_runtime.files import (
     FileName,
     Sha256,
     Word,
-    open_regular,
     parse_json,
-    read_regular,
-    sha256_of,
     strict,
 )
 from dymoe_runtime.spec import (
@@ -50,6 +48,7 @@ from dymoe_runtime.spec import (
     alike_layers,
     is_exact,
 )
+from dymoe_runtime.storage import MANIFEST, Directory, Member, Storage, open_storage, read_bounded
 
 # Versions of the format. Since version 5 each file has a digest. `spec` has one of the forms of versions 3 and 4, the
 # older if that can hold the model.
@@ -77,7 +76,6 @@ DAMAGED = "the bundle is damaged: copy it again, or compile it again with --fres
 MAX_LAYERS = 1 << 14
 # Bits that a kind of dense matrices may have: 16 is bf16, fewer is quantized.
 DENSE_BITS = (4, 5, 6, 7, 8, 16)
-MANIFEST = "manifest.json"
 POLICY = "policy.json"
 FINDINGS = "compile.json"
 REPORT = "report.html"
@@ -237,9 +235,10 @@ def _check_layer(
 class Bundle:
     """An opened bundle. Opening checks the manifest, the size of each file, and the digests of small files."""
 
-    def __init__(self, path: Path, manifest: Manifest, policy: Policy) -> None:
-        """Take what `open` has read."""
+    def __init__(self, path: Path, manifest: Manifest, policy: Policy, storage: Storage | None = None) -> None:
+        """Take what `open` has read; `storage` is the directory `path` if it is not given."""
         self.path = path
+        self.storage = storage or Directory(path)
         self.manifest = manifest
         self.policy = policy
         self.spec = manifest.spec
@@ -247,7 +246,7 @@ class Bundle:
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Bundle:
-        """Open the bundle in directory `path`.
+        """Open the bundle in the directory or the packed file `path`.
 
         Raises DymoeError naming the file if one is missing, damaged or of another version.
 
@@ -255,53 +254,43 @@ class Bundle:
         >>> bundle.spec.num_experts, bundle.spec.top_k, bundle.manifest.ladder
         (16, 4, (2, 3, 4))
         """
-        directory = Path(path)
-        manifest = read_manifest(directory)
-        bundle = Bundle(directory, manifest, Policy(manifest.ladder, (), (), ""))
+        storage = _bundle_at(Path(path))
+        manifest, where = _manifest_in(storage), str(storage.path / POLICY)
+        bundle = Bundle(storage.path, manifest, Policy(manifest.ladder, (), (), ""), storage)
         for name in manifest.files:
             if manifest.is_weights(name):
-                os.close(bundle.open_file(name))
+                bundle.open_file(name).close()
             else:
                 bundle.check_file(name)
-        text = bundle.read(POLICY) or b""
-        policy = Policy.from_json(parse_json(text, str(directory / POLICY), DAMAGED), str(directory / POLICY))
-        policy.check(str(directory / POLICY), manifest.ladder, [spec_experts(layer) for layer in manifest.spec.layers])
-        return Bundle(directory, manifest, policy)
+        policy = Policy.from_json(parse_json(bundle.read(POLICY) or b"", where, DAMAGED), where)
+        policy.check(where, manifest.ladder, [spec_experts(layer) for layer in manifest.spec.layers])
+        return Bundle(storage.path, manifest, policy, storage)
 
-    def open_file(self, name: str, flags: int = 0) -> int:
-        """Open a file that the manifest lists, with further `flags`; return its descriptor, which the caller closes.
+    def open_file(self, name: str, flags: int = 0) -> Member:
+        """Open a file that the manifest lists, with further `flags`; the caller closes it.
 
         Raises DymoeError unless it is a regular file of the size that the manifest says.
         """
-        path, entry = self.path / name, self.manifest.files[name]
-        fd = open_regular(path, DAMAGED, follow_links=False, flags=flags)
-        if (size := os.fstat(fd).st_size) != entry.nbytes:
-            os.close(fd)
-            raise DymoeError(f"{path}: {size} bytes of {entry.nbytes}; {DAMAGED}")
-        return fd
+        entry, member = self.manifest.files[name], self.storage.open(name, DAMAGED, flags)
+        if member.nbytes != entry.nbytes:
+            member.close()
+            raise DymoeError(f"{self.path / name}: {member.nbytes} bytes of {entry.nbytes}; {DAMAGED}")
+        return member
 
     def check_file(self, name: str) -> None:
         """Raise DymoeError unless a file has the size and the digest that the manifest says."""
-        fd = self.open_file(name)
-        try:
-            digest = sha256_of(fd, self.path / name, DAMAGED)
-        finally:
-            os.close(fd)
-        self._compare(name, digest)
+        with closing(self.open_file(name)) as member:
+            self._compare(name, member.sha256(DAMAGED))
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a small file, or None if the manifest does not list it.
 
         Raises DymoeError if it is missing, or these bytes do not have the digest that the manifest says.
         """
-        entry = self.manifest.files.get(name)
-        if entry is None:
+        if name not in self.manifest.files:
             return None
-        with open(self.open_file(name), "rb") as file:
-            try:
-                data = file.read(entry.nbytes)
-            except OSError as error:
-                raise DymoeError(f"{self.path / name}: cannot be read ({error.strerror}); {DAMAGED}") from error
+        with closing(self.open_file(name)) as member:
+            data = member.read(DAMAGED)
         self._compare(name, hashlib.sha256(data).hexdigest())
         return data
 
@@ -310,13 +299,13 @@ class Bundle:
             raise DymoeError(f"{self.path / name}: does not match the manifest; {DAMAGED}")
 
     def unlisted(self) -> list[str]:
-        """Return the names in the bundle's directory that the manifest does not list; nothing reads them."""
-        return sorted(set(os.listdir(self.path)) - {MANIFEST, *self.manifest.files})
+        """Return the names beside the bundle's files that the manifest does not list; nothing reads them."""
+        return sorted(set(self.storage.names()) - {MANIFEST, *self.manifest.files})
 
-    def record_span(self, key: ExpertKey) -> tuple[Path, int]:
-        """Return the file of an expert's record, and the record's offset in that file in bytes."""
+    def record_span(self, key: ExpertKey) -> tuple[str, int]:
+        """Return the name of the file with an expert's record, and the record's offset in that file in bytes."""
         entry = self.manifest.layers[key.layer]
-        return self.path / entry.file, entry.data_start + key.expert * self.layout.record_bytes
+        return entry.file, entry.data_start + key.expert * self.layout.record_bytes
 
     def expert_bytes(self) -> int:
         """Return the bytes of all expert records, padding included."""
@@ -324,7 +313,8 @@ class Bundle:
 
     def total_bytes(self) -> int:
         """Return the bytes of all files of the bundle, the manifest included."""
-        return sum(entry.nbytes for entry in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
+        with closing(self.storage.open(MANIFEST, DAMAGED)) as manifest:
+            return sum(entry.nbytes for entry in self.manifest.files.values()) + manifest.nbytes
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
@@ -562,18 +552,26 @@ def layer_file(index: int) -> str:
     return f"experts-{index:05d}.safetensors"
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Return the manifest of the bundle in `directory`.
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the bundle in the directory or packed file `path`.
 
     Raises DymoeError if there is none, or none that this runtime can read.
     """
-    if not directory.is_dir():
-        what = "not a directory" if directory.exists() else "no such bundle"
-        raise DymoeError(f"{directory}: {what}; make one with dymoe-compile MODEL -o {directory}")
-    path = directory / MANIFEST
-    if not os.path.lexists(path):
-        raise DymoeError(f"{path}: no such file; {directory} is not a bundle, or damaged: recompile it")
-    data = read_regular(path, DAMAGED, MAX_JSON_BYTES, follow_links=False)
+    return _manifest_in(_bundle_at(path))
+
+
+def _bundle_at(path: Path) -> Storage:
+    if not path.is_dir() and not path.is_file():
+        what = "neither a directory nor a file" if path.exists() else "no such bundle"
+        raise DymoeError(f"{path}: {what}; make one with dymoe-compile MODEL -o {path}")
+    return open_storage(path)
+
+
+def _manifest_in(storage: Storage) -> Manifest:
+    path = storage.path / MANIFEST
+    if not storage.holds(MANIFEST):
+        raise DymoeError(f"{path}: no such file; {storage.path} is not a bundle, or damaged: recompile it")
+    data = read_bounded(storage, MANIFEST, DAMAGED, MAX_JSON_BYTES)
     try:
         return Manifest.from_text(data.decode(), str(path))
     except UnicodeDecodeError as error:
@@ -582,9 +580,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def file_entry(path: Path, digest: bool) -> FileEntry:
     """Return the manifest entry of a file, with its SHA-256 if `digest` is true."""
-    with open(path, "rb") as file:
-        data_digest = sha256_of(file.fileno(), path, "check the disk") if digest else ""
-        return FileEntry(os.fstat(file.fileno()).st_size, data_digest)
+    with closing(Directory(path.parent).open(path.name, "check the disk")) as member:
+        return FileEntry(member.nbytes, member.sha256("check the disk") if digest else "")
 
 
 def _digest(body: Mapping[str, Any]) -> str:

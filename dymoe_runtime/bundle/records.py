@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dymoe_runtime.bundle.bundle import (
     DENSE,
     LOOK_AHEAD,
     Bundle,
+    Manifest,
     dense_kind,
     dense_layout,
     quantized_bits,
@@ -41,10 +43,10 @@ def read_record(bundle: Bundle, key: ExpertKey) -> list[np.ndarray]:
 
     This is for tools; a run reads through the store. Raises DymoeError if the record cannot be read or is damaged.
     """
-    path, offset = bundle.record_span(key)
+    name, offset = bundle.record_span(key)
     record = np.empty(bundle.layout.record_bytes, np.uint8)
-    with open(bundle.open_file(path.name), "rb") as file:
-        read_into(file.fileno(), path, offset, memoryview(record))
+    with closing(bundle.open_file(name)) as file:
+        read_into(file.fd, file.path, file.start + offset, memoryview(record))
     segments = split_record(bundle.layout, record)
     for index, segment in enumerate(segments):
         check_segment(bundle, key, index, segment)
@@ -59,10 +61,10 @@ def check_segment(bundle: Bundle, key: ExpertKey, segment: int, data: np.ndarray
 
 def damaged_segment(bundle: Bundle, key: ExpertKey, segment: int) -> DymoeError:
     """Return the error for a segment that does not have its checksum."""
-    path, offset = bundle.record_span(key)
+    name, offset = bundle.record_span(key)
     return DymoeError(
-        f"{path}: expert {key}, tier {bundle.layout.ladder[segment]}: checksum mismatch in the record at offset "
-        f"{offset}; {DAMAGED}"
+        f"{bundle.path / name}: expert {key}, tier {bundle.layout.ladder[segment]}: checksum mismatch in the record "
+        f"at offset {offset}; {DAMAGED}"
     )
 
 
@@ -95,15 +97,21 @@ def check_digest(bundle: Bundle, expected: str) -> None:
 
     This reads all weights.
     """
-    manifest = bundle.manifest
+    compare_digest(bundle.manifest, str(bundle.path), expected)
+    if not bundle.manifest.vouches:
+        raise DymoeError(f"{bundle.path}: {NOT_VOUCHED}")
+    for name in filter(bundle.manifest.is_weights, bundle.manifest.files):
+        bundle.check_file(name)
+
+
+def compare_digest(manifest: Manifest, where: str, expected: str | None) -> None:
+    """Raise DymoeError, which starts with `where`, if a digest is expected and the manifest has another."""
+    if expected is None:
+        return
     if re.fullmatch("[0-9a-f]{64}", expected.lower()) is None:
         raise DymoeError(f"--expect {expected}: not a digest of 64 hexadecimal digits; dymoe-bundle digest prints one")
     if manifest.digest != expected.lower():
-        raise DymoeError(f"{bundle.path}: its digest is {manifest.digest}, not the expected one; get the right bundle")
-    if not manifest.vouches:
-        raise DymoeError(f"{bundle.path}: {NOT_VOUCHED}")
-    for name in filter(manifest.is_weights, manifest.files):
-        bundle.check_file(name)
+        raise DymoeError(f"{where}: its digest is {manifest.digest}, not the expected one; get the right bundle")
 
 
 def verify(bundle: Bundle) -> Iterator[tuple[str, str]]:
@@ -142,8 +150,8 @@ def _checks(bundle: Bundle) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
 def read_index(bundle: Bundle, name: str) -> dict[str, TensorInfo]:
     """Return the tensors in a file of weights by name; raise DymoeError if it is damaged."""
-    with open(bundle.open_file(name), "rb") as file:
-        return header_of(file.fileno(), bundle.path / name)
+    with closing(bundle.open_file(name)) as file:
+        return header_of(file.fd, bundle.path / name, file.nbytes, file.start)
 
 
 def _verify_index(bundle: Bundle, name: str) -> None:
@@ -181,12 +189,12 @@ def check_dense_types(bundle: Bundle, header: Mapping[str, TensorInfo]) -> None:
 
 def _verify_dense(bundle: Bundle, name: str) -> None:
     path = bundle.path / DENSE
-    with open(bundle.open_file(DENSE), "rb") as file:
-        info = header_of(file.fileno(), path).get(name)
+    with closing(bundle.open_file(DENSE)) as file:
+        info = header_of(file.fd, path, file.nbytes, file.start).get(name)
         if info is None:
             raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
         data = np.empty(info.nbytes, np.uint8)
-        read_into(file.fileno(), path, info.start, memoryview(data))
+        read_into(file.fd, file.path, file.start + info.start, memoryview(data))
     check_dense(path, name, data, bundle.manifest.dense_crc32[name])
 
 

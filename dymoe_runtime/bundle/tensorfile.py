@@ -39,7 +39,7 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
-    start: int  # absolute offset in the file
+    start: int  # offset in the file
     nbytes: int
 
 
@@ -50,19 +50,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     fd = open_regular(path, "copy it again")
     try:
-        return header_of(fd, path)
+        return header_of(fd, path, os.fstat(fd).st_size)
     finally:
         os.close(fd)
 
 
-def header_of(fd: int, path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of an open file by name; raise DymoeError if it is truncated or malformed."""
-    size = os.fstat(fd).st_size
-    start = bytearray(min(8, size))
-    read_into(fd, path, 0, memoryview(start))
-    text = bytearray(_length(start, size, path))
-    read_into(fd, path, 8, memoryview(text))
-    return _tensors(text, size, path)
+def header_of(fd: int, path: Path, nbytes: int, offset: int = 0) -> dict[str, TensorInfo]:
+    """Return the tensors by name of the file that is `nbytes` bytes of `fd` from `offset` on; `path` names it.
+
+    Raises DymoeError if it is truncated or malformed.
+    """
+    start = bytearray(min(8, nbytes))
+    read_into(fd, path, offset, memoryview(start))
+    text = bytearray(_length(start, nbytes, path))
+    read_into(fd, path, offset + 8, memoryview(text))
+    return _tensors(text, nbytes, path)
 
 
 def header_in(data: bytes, path: Path) -> dict[str, TensorInfo]:

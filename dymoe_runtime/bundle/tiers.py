@@ -308,10 +308,20 @@ def vector_of(segments: Sequence[np.ndarray], part: Part) -> np.ndarray:
 
 def tier_scales_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
     """Return scale_t of a matrix, float32 [rows, scales], from the segments of a record."""
-    packed = _get(segments, where.scale_indices[where.ladder.index(tier)]).reshape(where.rows, -1)
-    indices = np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.scales]
     multiplier = widen_bf16(_get(segments, where.multiplier).view(np.uint16))
-    return tier_scales(indices, multiplier, tier, where.ladder[-1], where.grid)
+    return tier_scales(_indices_of(segments, where, tier), multiplier, tier, where.ladder[-1], where.grid)
+
+
+def _indices_of(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> np.ndarray:
+    packed = _get(segments, where.scale_indices[where.ladder.index(tier)]).reshape(where.rows, -1)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(where.rows, -1)[:, : where.scales]
+
+
+def matrix_of(segments: Sequence[np.ndarray], where: MatrixLayout) -> QuantizedMatrix:
+    """Return a matrix as `pack_record` takes it, from all segments of a record."""
+    indices = {tier: _indices_of(segments, where, tier) for tier in where.ladder}
+    multiplier = widen_bf16(_get(segments, where.multiplier).view(np.uint16))
+    return QuantizedMatrix(unpack_codes(segments, where, where.ladder[-1]), indices, multiplier)
 
 
 def tier_scales(indices: np.ndarray, multiplier: np.ndarray, tier: int, top: int, grid: str = "") -> np.ndarray:

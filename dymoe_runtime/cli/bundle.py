@@ -1,4 +1,4 @@
-"""dymoe-bundle: inspects a bundle, verifies it, and replays a trace of it with other memory."""
+"""dymoe-bundle: inspects a bundle, verifies it, ships it, and replays a trace of it with other memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
+from dymoe_runtime.cli import shipping
 from dymoe_runtime.cli.flags import FlagsCommand
 from dymoe_runtime.console import Commands, Size, one_sentence, print_json, progress_bar, say
 from dymoe_runtime.engine.options import MAX_DECAY
@@ -25,7 +26,11 @@ from dymoe_runtime.tools.replay import format_replay, plot_split, replay, split
 @click.group(cls=Commands)
 @click.version_option(package_name="dymoe")
 def bundle() -> None:
-    """Look at a bundle, check it, or replay a trace of it with other memory."""
+    """Look at a bundle, check it, ship it, or replay a trace of it with other memory."""
+
+
+for command in shipping.COMMANDS:
+    bundle.add_command(command)
 
 
 EXPECT = "Refuse a bundle of another digest than this one, which `dymoe-bundle digest` prints."

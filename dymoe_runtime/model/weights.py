@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import accumulate
 
 import numpy as np
@@ -13,6 +14,7 @@ from dymoe_runtime.bundle.tensorfile import header_of, read_into
 from dymoe_runtime.bundle.tiers import RecordLayout, widen_bf16
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
+from dymoe_runtime.storage import Member
 
 # NumPy types of the tensors in a bundle; bf16 stays as its bits.
 DTYPES = {"F32": np.float32, "BF16": np.uint16, "U8": np.uint8}
@@ -32,13 +34,13 @@ class BundleDense:
         """
         self._kernels = kernels
         self._layouts: dict[str, RecordLayout] = {}
-        with open(bundle.open_file(DENSE), "rb") as file:
-            self._memory, self._tensors = self._read(bundle, file.fileno())
+        with closing(bundle.open_file(DENSE)) as file:
+            self._memory, self._tensors = self._read(bundle, file)
 
-    def _read(self, bundle: Bundle, fd: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _read(self, bundle: Bundle, file: Member) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the memory that the file takes, and the tensors in it by name."""
         path, shapes = bundle.path / DENSE, bundle.spec.tensor_shapes()
-        header = header_of(fd, path)
+        header = header_of(file.fd, path, file.nbytes, file.start)
         check_dense_types(bundle, header)
         for name, shape in shapes.items():
             if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
@@ -50,7 +52,7 @@ class BundleDense:
             info = header[name]
             data = memory[start : start + info.nbytes]
             if info.nbytes:
-                read_into(fd, path, info.start, memoryview(data))
+                read_into(file.fd, file.path, file.start + info.start, memoryview(data))
             check_dense(path, name, data, bundle.manifest.dense_crc32[name])
             return data.view(DTYPES[info.dtype]).reshape(info.shape)
 

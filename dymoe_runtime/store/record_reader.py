@@ -12,6 +12,7 @@ from dymoe_runtime.bundle.records import damaged_segment
 from dymoe_runtime.bundle.tiers import PAGE
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.storage import Member
 from dymoe_runtime.store.request import Source
 
 
@@ -25,7 +26,7 @@ class RecordReader:
         layers = bundle.manifest.layers
         names = sorted({entry.file for entry in layers.values()})
         self.direct = all(_direct_works(bundle, name) for name in names[:1])
-        self._files: dict[str, int] = {}
+        self._files: dict[str, Member] = {}
         try:
             for name in names:
                 self._files[name] = bundle.open_file(name, os.O_DIRECT if self.direct else 0)
@@ -33,18 +34,17 @@ class RecordReader:
             self.close()
             raise
         if not self.direct:
-            for fd in self._files.values():
-                _advise_random(fd)
+            for file in self._files.values():
+                _advise_random(file.fd)
         self._layers = {
-            layer: (self._files[entry.file], bundle.path / entry.file, entry.data_start, entry.crc32)
-            for layer, entry in layers.items()
+            layer: (self._files[entry.file], entry.data_start, entry.crc32) for layer, entry in layers.items()
         }
 
     def __call__(self, key: ExpertKey, first: int, segments: int) -> Source:
-        fd, path, start, checksums = self._layers[key.layer]
-        offset = start + key.expert * self._record_bytes + self._offsets[first]
+        file, start, checksums = self._layers[key.layer]
+        offset = file.start + start + key.expert * self._record_bytes + self._offsets[first]
         wanted = checksums[key.expert][first : first + segments]
-        return Source(fd, path, offset, None, wanted, partial(self._damaged, key, first))
+        return Source(file.fd, file.path, offset, None, wanted, partial(self._damaged, key, first))
 
     def _damaged(self, key: ExpertKey, first: int, place: int) -> DymoeError:
         return damaged_segment(self._bundle, key, first + place)
@@ -52,13 +52,13 @@ class RecordReader:
     def forget(self) -> None:
         """Drop the files from the page cache, if reads go through it and the system allows this."""
         if not self.direct and hasattr(os, "posix_fadvise"):
-            for fd in self._files.values():
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for file in self._files.values():
+                os.posix_fadvise(file.fd, file.start, file.nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the files."""
-        for fd in self._files.values():
-            os.close(fd)
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
 
@@ -68,15 +68,15 @@ def _direct_works(bundle: Bundle, name: str) -> bool:
         return False
     page = mmap.mmap(-1, PAGE)
     try:
-        fd = bundle.open_file(name, os.O_DIRECT)
+        file = bundle.open_file(name, os.O_DIRECT)
     except DymoeError:
         return False
     try:
-        return os.preadv(fd, [page], PAGE) > 0
+        return os.preadv(file.fd, [page], file.start + PAGE) > 0
     except OSError:
         return False
     finally:
-        os.close(fd)
+        file.close()
 
 
 def _advise_random(fd: int) -> None:

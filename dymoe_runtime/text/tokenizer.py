@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import tokenizers
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_member
+from dymoe_runtime.files import parse_json
+from dymoe_runtime.storage import read_member
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
 
@@ -83,7 +84,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos_ids: Iterable[int] = ()) -> Tokenizer:
-        """Load tokenizer.json from the directory `path`, with tokenizer_config.json and other files that may be there.
+        """Load tokenizer.json from the directory or packed bundle `path`, with other files there, if any.
 
         `eos_ids` come from the model's configuration and are joined with those of the files. Raises DymoeError
         naming the file if one is missing or malformed.

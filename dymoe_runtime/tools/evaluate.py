@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dymoe_runtime.bundle.bundle import MANIFEST, Bundle
+from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.load import load_scorer
 from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.engine.model import Scorer
@@ -23,6 +23,7 @@ from dymoe_runtime.model.tier_counts import TierCounts
 from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.process import memory_limit, resident_bytes
 from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.storage import MANIFEST
 from dymoe_runtime.tools.intervals import CONFIDENCE, intervals, total
 from dymoe_runtime.units import format_size
 
@@ -136,7 +137,7 @@ def open_reference(
     """
     with ExitStack() as stack:
         limit, before = memory_limit(), resident_bytes()
-        if (path / MANIFEST).exists():
+        if path.is_file() or (path / MANIFEST).exists():
             bundle = Bundle.open(path)
             options = _options_of_reference(bundle, kernels, window, limit, memory_bytes)
             scorer = stack.enter_context(load_scorer(bundle, options, window, kernels))

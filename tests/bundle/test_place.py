@@ -14,10 +14,11 @@ import pytest
 from compile_kit import same_files, without_stages
 from helpers import assert_one_sentence, bundle_cli, compile_cli
 
-from dymoe_compile.job import place, writer
-from dymoe_compile.job.place import exchange, rename_new
+from dymoe_compile.job import writer
 from dymoe_compile.job.writer import BundleWriter
+from dymoe_runtime import place
 from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.place import exchange, rename_new
 
 
 @pytest.fixture(params=["renameat2", "without it"])
@@ -191,7 +192,8 @@ def test_a_lock_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.
 # A compile that is killed in the n-th of these calls, before or after it is done.
 KILLED = """
 import os, signal, sys
-from dymoe_compile.job import place, writer
+from dymoe_compile.job import writer
+from dymoe_runtime import place
 calls = 0
 def killing(real):
     def called(*args, **kwargs):

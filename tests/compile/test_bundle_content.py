@@ -76,15 +76,15 @@ def test_record_files_are_page_aligned_safetensors(shipped: Bundle) -> None:
 
 def test_one_direct_read_brings_a_record_prefix(shipped: Bundle) -> None:
     key = ExpertKey(2, 5)
-    path, offset = shipped.record_span(key)
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    name, offset = shipped.record_span(key)
+    fd = os.open(shipped.path / name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
     try:
         for tier in shipped.layout.ladder:
             buffer = mmap.mmap(-1, shipped.layout.prefix_bytes(tier))
             try:
                 count = os.preadv(fd, [buffer], offset)
             except OSError as error:
-                pytest.skip(f"the file system of {path} refuses O_DIRECT: {error}")
+                pytest.skip(f"the file system of {name} refuses O_DIRECT: {error}")
             assert count == len(buffer)
             expected = np.concatenate(read_record(shipped, key)[: shipped.layout.segments_of(tier)])
             assert bytes(buffer) == expected.tobytes()

@@ -1,4 +1,4 @@
-"""Placing of a finished directory where something may be already: nothing that is there is lost, whatever happens."""
+"""Placing of finished files and directories: nothing that is at their place is lost, whatever happens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from dymoe_runtime.bundle.bundle import MANIFEST
+from dymoe_runtime.storage import MANIFEST
 
 # linux/fs.h
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -20,8 +20,12 @@ _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a directory to a name that nothing has; raise FileExistsError if something is there at that moment."""
+    """Rename a file or directory to a name that nothing has; raise FileExistsError if something is there by then."""
     if _renameat2(source, target, _NOREPLACE):
+        return
+    if not source.is_dir():
+        os.link(source, target)
+        os.unlink(source)
         return
     os.mkdir(target)  # reserves the name; what is put into it from now on makes the rename fail
     try:

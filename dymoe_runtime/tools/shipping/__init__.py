@@ -1,0 +1,1 @@
+"""Bundles on their way to other machines: packed into one file, copied, made smaller, compared."""
