@@ -24,6 +24,8 @@ NAMES = {
     "qwen3.dymoe": "build/demo.dymoe",
     "MODEL": "examples/model",
     "CHECKPOINT": "examples/model",
+    "https://host/packed.dymoe": "packed.dymoe",
+    "/media/stick/my.dymoe": "build/demo.dymoe",
     "Qwen/Qwen3-30B-A3B": "examples/model",
     "TEXT": "Hello",
     "FILE": "text.txt",
@@ -70,7 +72,7 @@ def execute(command: str) -> subprocess.CompletedProcess[str]:
     digest = json.loads(Path("build/demo.dymoe/manifest.json").read_text(encoding="utf-8"))["sha256"]
     words = [(NAMES | {"DIGEST": digest}).get(word, word) for word in words]
     words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
-    if not any(word in words for word in ("build/demo.dymoe", "examples/model", "--supported")):
+    if not any(word in words for word in ("build/demo.dymoe", "examples/model", "packed.dymoe", "--supported")):
         words = [*(word for word in words if not word.startswith("-")), "--help"]
     # A process of its own, because a budget counts what the process of the tests holds.
     installed = Path(sys.executable).with_name(program)

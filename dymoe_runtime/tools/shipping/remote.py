@@ -78,9 +78,11 @@ class Remote:
     def _begins_packed(self) -> bool:
         try:
             response = _get(self.where, 0)
-            with closing(response) as body:  # type: ignore[type-var]
-                return bool(body and body.read(len(HEADER_START)) == HEADER_START)
-        except Interrupted as error:
+            if response is None:
+                return False
+            with closing(response):
+                return response.read(len(HEADER_START)) == HEADER_START
+        except (Interrupted, OSError, http.client.HTTPException) as error:
             raise DymoeError(f"{self.where}: {error}; {UNREACHABLE}") from error
         except _Missing:
             return False  # a directory that the server does not list; its manifest may be there
@@ -92,8 +94,8 @@ class _Missing(DymoeError):
 
 def _get(url: str, offset: int) -> http.client.HTTPResponse | None:
     """Return the response to a request for the bytes from `offset` on, or None if there are none."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-", "Accept-Encoding": "identity"})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-", "Accept-Encoding": "identity"})
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
         return response
     except urllib.error.HTTPError as error:
@@ -133,7 +135,7 @@ def _body(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def source_of(text: str) -> Source:
     """Return the source that `text` names: an address of HTTP, or a path. Raises DymoeError if nothing is there."""
-    scheme = urllib.parse.urlsplit(text).scheme if "://" in text else ""
+    scheme = text.partition("://")[0].lower() if "://" in text else ""
     if scheme in ("http", "https"):
         return Remote(text)
     if scheme:
