@@ -1,0 +1,53 @@
+"""The files of a Hugging Face tokenizer, read with errors that name the file and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import parse_json
+from dymoe_runtime.storage import read_member
+
+RESTORE = "copy it from the model's repository or recompile the bundle"
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+
+
+def load_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer in tokenizer.json; raise DymoeError if it is missing or malformed."""
+    path = directory / TOKENIZER
+    try:
+        backend = tokenizers.Tokenizer.from_str(_read_text(path))
+    except DymoeError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower type
+        raise DymoeError(f"{path}: not a valid tokenizer ({error}); {RESTORE}") from error
+    # Training settings that would silently shorten or lengthen a prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_if_there(path: Path) -> str | None:
+    """Return the text of a file, whatever ends its lines in the file, or None if there is none."""
+    data = read_member(path, RESTORE)
+    try:
+        return None if data is None else data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: cannot be read ({error}); {RESTORE}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, empty if there is no file; raise DymoeError if it holds anything else."""
+    text = read_if_there(path)
+    return {} if text is None else parse_json(text, str(path), RESTORE)
+
+
+def _read_text(path: Path) -> str:
+    text = read_if_there(path)
+    if text is None:
+        raise DymoeError(f"{path}: missing; {RESTORE}")
+    return text
