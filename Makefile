@@ -1,16 +1,16 @@
-# make demo, make test, make fuzz, make lint, make bench. Everything goes into .venv and build/.
+# make demo, make test, make fuzz, make faults, make lint, make bench. Everything goes into .venv and build/.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := build/demo.dymoe
 PROMPT ?= def __init__(self, name):
-CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels
+CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels tests/faults
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/* dymoe_runtime/kernels/src/*/*)
 
 CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz faults lint bench clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
@@ -27,6 +27,12 @@ fuzz: $(VENV)/.dev
 	$(FUZZ) other 1000
 	$(FUZZ) checkpoint 1000
 	$(FUZZ) bundle 5000
+
+# Kills of a compilation, and disks that fail under one.
+FAULTS := PYTHONPATH=tests $(BIN)/python -m faults.campaign --seed $(SEED)
+faults: $(VENV)/.dev
+	$(FAULTS) kills 100
+	$(FAULTS) disks 10
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

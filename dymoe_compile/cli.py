@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -201,7 +202,7 @@ def _checked(flags: CompileFlags) -> dict[str, Any]:
     """Return the checked fields of CompileOptions, without model and output."""
     profile = load_profile(flags.profile)
     given = flags.dense_bits
-    dense_bits = profile.dense_bits if given is None else int(given) if given.isdecimal() else given
+    dense_bits = profile.dense_bits if given is None else int(given) if re.fullmatch("[0-9]{1,2}", given) else given
     check_dense_bits(dense_bits, "--dense-bits")
     if flags.max_kl is not None and not 0 < flags.max_kl < math.inf:
         raise DymoeError(f"--max-kl {flags.max_kl}: expected a number above 0")

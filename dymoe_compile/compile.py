@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -102,8 +103,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
     Raises DymoeError for errors that the user can fix, QualityError if no operating point reaches `options.max_kl`, and
     BudgetError if the profile's device cannot run the bundle.
     """
-    # Follow a link at the output, so that its target is replaced and not the link.
-    options = replace(options, output=options.output.resolve())
+    options = replace(options, output=resolved(options.output))
     torch.set_num_threads(options.jobs or default_threads())
     check_output(options.output)
     checkpoint = Checkpoint.open(options.model, options.ladder)
@@ -182,9 +182,22 @@ def build(
     return Bundle.open(options.output)
 
 
+def resolved(output: Path) -> Path:
+    """Return what a link at the output leads to, so that its target is replaced and not the link.
+
+    Raises DymoeError if it leads nowhere.
+    """
+    try:
+        return output.resolve()
+    except RuntimeError as error:  # how Python before 3.13 reports a loop
+        raise DymoeError(f"{output}: a symbolic link that leads to itself; choose another place with -o") from error
+    except ValueError as error:
+        raise DymoeError(f"{output}: not the name of a file ({error}); choose another place with -o") from error
+
+
 def check_output(output: Path) -> None:
     """Raise DymoeError if writing to `output` would destroy something that is not a bundle."""
-    if not output.exists():
+    if not os.path.lexists(output):
         return
     if not output.is_dir() or output.is_mount() or not holds_only_a_bundle(output):
         raise DymoeError(f"{output}: exists and is not a bundle, or holds other files; choose another place with -o")

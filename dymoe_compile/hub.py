@@ -34,6 +34,8 @@ NAME = re.compile(rf"(?P<name>{PART}/{PART})(?:@(?P<revision>\S+))?", re.ASCII)
 SMALL = (INDEX, TOKENIZER, *TOKENIZER_EXTRAS, ADDED_TOKENS)
 LOG_IN = "log in with: hf auth login"
 AGAIN = "run the same command again to go on"
+# Errors of the disk that holds the cache; others without the name of a file are those of a network.
+LOCAL_ERRORS = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,10 @@ def _explanation(error: BaseException, repository: Repository) -> DymoeError:
             f"{repository}: the disk of {_cache()} is full; free space, or set HF_HOME to a folder on a larger disk, "
             f"then {AGAIN}"
         )
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and (error.filename or number in LOCAL_ERRORS):
         return DymoeError(
-            f"{error.filename}: {error.strerror}; check the permissions, or set HF_HOME to another folder"
+            f"{error.filename or _cache()}: {error.strerror}; check the permissions and the disk, or set HF_HOME to "
+            "another folder"
         )
     reason = next((line[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return _UnreachableError(

@@ -7,7 +7,9 @@ import errno
 import functools
 import gc
 import io
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -26,6 +28,17 @@ INTERRUPTED, TERMINATED = 130, 143
 OUT_OF_MEMORY = (
     "out of memory; give dymoe-run a smaller --memory or --context, dymoe-compile fewer --calibration-tokens or --jobs"
 )
+# What to do about errors of the system; other ones have to do with the path.
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.EIO: "check the disk, or use another one",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 MAX_SEED = (1 << 63) - 1
 # Time between the progress lines of a stage, where stderr is not a terminal.
 LINE_INTERVAL_S = 30.0
@@ -118,27 +131,35 @@ class ManyValues(Escaping):
     """A command whose `multiple` options also take several values after one flag: `--eval a b c`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        many = {flag for p in self.params if isinstance(p, click.Option) and p.multiple for flag in p.opts}
-        return super().parse_args(ctx, _spread(args, many, any(isinstance(p, click.Argument) for p in self.params)))
+        options = [p for p in self.params if isinstance(p, click.Option) and not p.is_flag]
+        many, one = ({flag for p in options if p.multiple is multiple for flag in p.opts} for multiple in (True, False))
+        return super().parse_args(
+            ctx, _spread(args, many, one, any(isinstance(p, click.Argument) for p in self.params))
+        )
 
 
-def _spread(args: list[str], many: set[str], needs_argument: bool) -> list[str]:
-    """Repeat the flags in `many` before each of their values."""
+def _spread(args: list[str], many: set[str], one: set[str], needs_argument: bool) -> list[str]:
+    """Repeat the flags in `many` before each of their values; those in `one` take a single value."""
     spread: list[str] = []
-    flag, values, positional = "", 0, 0
-    for arg in args:
-        if arg.startswith("-") and arg != "-":
+    flag, values, positional, last = "", 0, 0, 0
+    left = iter(args)
+    for arg in left:
+        if arg in one:
+            flag = ""
+            spread += [arg, *itertools.islice(left, 1)]
+        elif arg.startswith("-") and arg != "-":
             flag, values = arg if arg in many else "", 0
             spread.append(arg)
         elif flag:
             spread += [arg] if values == 0 else [flag, arg]
             values += 1
+            last = len(spread) if values > 1 else last
         else:
             spread.append(arg)
             positional += 1
-    # `--calibration text.txt MODEL`: the last value is the missing argument.
-    if needs_argument and positional == 0 and values > 1:
-        spread[-2:] = [spread[-1]]
+    # `--stop a BUNDLE --prompt x`: the last of several values is the missing argument.
+    if needs_argument and positional == 0 and last:
+        del spread[last - 2]
     return spread
 
 
@@ -154,6 +175,16 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers, of which NaN and infinity are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number that is meant here", param, ctx)
+        return number
+
+
 class Duration(click.ParamType):  # type: ignore[type-arg]
     """A click type for a positive time, converted to seconds: 100ms, 0.1s."""
 
@@ -163,7 +194,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s)", str(value).strip())
-        if match is None or float(match[1]) <= 0:
+        if match is None or not 0 < float(match[1]) < math.inf:
             self.fail(f"'{value}' is not a time; write it like 100ms or 0.1s", param, ctx)
         return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
@@ -211,9 +242,8 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno == errno.ENOMEM:
                 fail(OUT_OF_MEMORY, 1)
-            where = f"{error.filename}: " if error.filename else ""
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = "free some space" if full else "check the path and its permissions"
+            where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            remedy = REMEDIES.get(error.errno or 0, "check the path and its permissions")
             fail(f"{where}{error.strerror or error}; {remedy}", 1)
         except MemoryError:
             fail(OUT_OF_MEMORY, 1)

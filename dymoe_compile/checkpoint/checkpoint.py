@@ -16,7 +16,7 @@ from dymoe_compile.checkpoint.formats.read import DTYPES, read
 from dymoe_compile.checkpoint.quantization import MODELOPT
 from dymoe_compile.checkpoint.tensors import CheckpointTensors, Stack
 from dymoe_runtime.bundle.tiers import MXFP4
-from dymoe_runtime.files import open_regular
+from dymoe_runtime.files import naming, open_regular
 from dymoe_runtime.spec import ExpertKey
 
 __all__ = ["DTYPES", "Checkpoint", "CheckpointDense", "linear_by_rows"]
@@ -90,7 +90,7 @@ class Checkpoint:
         sha = hashlib.sha256()
         for path in (files.directory / CONFIG, *files.shards, *extras):
             sha.update(path.name.encode())
-            with open(open_regular(path, REMEDY), "rb") as file:
+            with naming(path), open(open_regular(path, REMEDY), "rb") as file:
                 while block := file.read(step):
                     sha.update(block)
                     advance()

@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from dymoe_runtime.bundle.bundle import DENSE, LayerEntry, Manifest, layer_file, record_name
-from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, read_header
+from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, header_of, read_header, read_into
 from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, split_record
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import naming, open_regular
 from dymoe_runtime.place import (
     exchange,
     holds_only_a_bundle,
@@ -42,6 +41,8 @@ from dymoe_runtime.units import format_size
 
 IDENTITY, LOCK, TEMPORARY = "identity.json", "lock", ".tmp"
 AGAIN = "run the same command again, which goes on"
+# Types of the tensors that are kept for a later run.
+KEPT_TYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 class BundleWriter:
@@ -78,15 +79,13 @@ class BundleWriter:
         """Return the tensors and values saved under `name`, or None if they are missing or damaged."""
         try:
             values = json.loads((self._state / f"{name}.json").read_text())
-            return load_file(self._state / f"{name}.safetensors"), values
-        except (OSError, ValueError, SafetensorError):
+            return _read_tensors(self._state / f"{name}.safetensors"), values
+        except (OSError, ValueError, KeyError, DymoeError):
             return None
 
     def save_state(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Save tensors and values for a later run; they are flushed to the disk on return."""
-        path = self._state / f"{name}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-        _flush(path)
+        _write_tensors(self._state / f"{name}.safetensors", tensors)
         _replace(self._state / f"{name}.json", json.dumps(values).encode())
 
     def drop_state(self, name: str) -> None:
@@ -97,7 +96,7 @@ class BundleWriter:
     def scratch(self, shape: tuple[int, ...]) -> np.ndarray:
         """Return a float32 array in an unnamed file, which is freed with the array."""
         nbytes = 4 * int(np.prod(shape))
-        with tempfile.TemporaryFile(dir=self._state) as file:
+        with naming(self._state), tempfile.TemporaryFile(dir=self._state, suffix=TEMPORARY) as file:
             if hasattr(os, "posix_fallocate"):
                 # Writing to a mapped file on a full disk would kill the process; this raises OSError in time.
                 os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -307,12 +306,13 @@ def check_space(path: Path, needed: int) -> None:
 def _becoming(path: Path) -> Iterator[Any]:
     """Yield a file that gets the name `path` once it is complete and on the disk."""
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:  # never through a link
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    with naming(path):
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # never through a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -321,8 +321,41 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as a safetensors file."""
+    names = {dtype: name for name, dtype in KEPT_TYPES.items()}
+    sizes = {key: (names[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for key, t in tensors.items()}
+    with _becoming(path) as file:
+        file.write(header_bytes(sizes))
+        for tensor in tensors.values():
+            file.write(_bytes_of(tensor.contiguous()))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    flat = torch.as_strided(tensor, (tensor.numel(),), (1,))  # a single element may have any stride
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the result of `_write_tensors`, by explicit reads: a mapped file on a bad disk would kill the process.
+
+    Raises DymoeError if it is damaged.
+    """
+    fd = open_regular(path, AGAIN, follow_links=False)
+    tensors = {}
     try:
-        os.fsync(fd)
+        for name, info in header_of(fd, path, os.fstat(fd).st_size).items():
+            tensors[name] = torch.empty(info.shape, dtype=KEPT_TYPES[info.dtype])
+            read_into(fd, path, info.start, _bytes_of(tensors[name]))
     finally:
         os.close(fd)
+    return tensors

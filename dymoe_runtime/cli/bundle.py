@@ -12,10 +12,20 @@ from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
 from dymoe_runtime.cli import shipping
 from dymoe_runtime.cli.flags import FlagsCommand
-from dymoe_runtime.console import Commands, Size, one_sentence, print_json, progress_bar, say
+from dymoe_runtime.console import (
+    Commands,
+    FiniteRange,
+    Size,
+    one_sentence,
+    print_json,
+    printable,
+    progress_bar,
+    say,
+)
 from dymoe_runtime.engine.options import MAX_DECAY
 from dymoe_runtime.engine.trace import read_trace
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.files import replacing
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.store import DECAY, EVICTIONS
 from dymoe_runtime.text.tokenizer import Tokenizer
@@ -111,7 +121,7 @@ def verify_command(bundle: Path, as_json: bool, expect: str | None) -> None:
     "--decay",
     "--fade",
     "decays",
-    type=click.FloatRange(1, MAX_DECAY),
+    type=FiniteRange(1, MAX_DECAY),
     multiple=True,
     metavar="X…",
     help=f"Factor by which a use counts more with each token: 1 is LFU, 2 nearly LRU. Default: {DECAY}.",
@@ -139,7 +149,9 @@ def replay_command(
     opened = Bundle.open(bundle)
     lines = list(read_trace(trace, opened))
     if plot is not None:
-        plot.write_text(plot_split(lines, trace.name), encoding="utf-8")
+        chart = plot_split(lines, printable(trace.name)).encode()
+        with replacing(plot) as file:
+            file.write(chart)
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
     settings = list(itertools.product(sizes, evictions or EVICTIONS[:1], decays or (DECAY,)))
     rows = []

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import click
 
 from dymoe_runtime.cli.flags import flag, names_of
-from dymoe_runtime.console import MAX_SEED, Duration, Size
+from dymoe_runtime.console import MAX_SEED, Duration, FiniteRange, Size
 from dymoe_runtime.engine.options import MAX_DECAY, MIN_CONTEXT
 from dymoe_runtime.process import MAX_THREADS
 from dymoe_runtime.spec import KV_BITS
@@ -150,7 +150,7 @@ class RunFlags:
     quality: float | None = flag(
         "--quality",
         group=PRECISION,
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         metavar="KL",
         help="Run the smallest point with at most this KL.",
     )
@@ -255,7 +255,7 @@ class RunFlags:
         "--fade",
         group=COMPARISON,
         default=DECAY,
-        type=click.FloatRange(1, MAX_DECAY),
+        type=FiniteRange(1, MAX_DECAY),
         show_default=True,
         help="Factor by which a use counts more with each token: 1 is LFU, 2 nearly LRU.",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,10 @@ def options_for(name: str) -> str:
     return f"--point {name.removesuffix(NO_DEPTH)}{depth}"
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How to run a bundle; None means the measured or detected default."""
@@ -66,7 +72,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         """Make paths of strings; raise DymoeError if a value is not possible with any bundle."""
         for name in ("trace", "decisions", "warm_set"):
-            if isinstance(path := getattr(self, name), str):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str | os.PathLike):
+                raise DymoeError(f"{name} {path!r}: expected the path of a file")
+            if path is not None:
                 object.__setattr__(self, name, Path(path))
         for name in _WHOLE_NUMBERS:
             value = getattr(self, name)
@@ -80,7 +89,11 @@ class RunOptions:
             raise DymoeError(f"--context {self.context}: expected at least {MIN_CONTEXT} tokens")
         if self.eviction not in EVICTIONS:
             raise DymoeError(f"--eviction {self.eviction}: expected one of {', '.join(EVICTIONS)}")
-        if not 1 <= self.decay <= MAX_DECAY:
-            raise DymoeError(f"--decay {self.decay:g}: expected a factor from 1 to {MAX_DECAY}")
+        if not _is_number(self.decay) or not 1 <= self.decay <= MAX_DECAY:
+            raise DymoeError(f"--decay {self.decay}: expected a factor from 1 to {MAX_DECAY}")
+        if self.quality is not None and (not _is_number(self.quality) or not 0 < self.quality < math.inf):
+            raise DymoeError(f"--quality {self.quality}: expected a KL above 0")
+        if self.point is not None and not isinstance(self.point, str):
+            raise DymoeError(f"--point {self.point!r}: expected a text, such as '3.25' or 'auto'")
         if sum(value is not None for value in (self.point, self.quality, self.tier)) > 1:
             raise DymoeError("--point, --quality and --tiers exclude each other; give one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import MAX_JSON_BYTES, parse_json, read_regular, strict
+from dymoe_runtime.files import MAX_JSON_BYTES, parse_json, read_regular, replacing, strict
 from dymoe_runtime.spec import ExpertKey, Factor
 from dymoe_runtime.store import DECAY, EVICTIONS
 from dymoe_runtime.store.eviction import Eviction
@@ -149,13 +148,10 @@ def read_warm_set(path: Path, bundle: Bundle) -> np.ndarray | None:
 
 def write_warm_set(path: Path, uses: np.ndarray) -> None:
     """Replace the file by one with `uses` per token, [layers, experts]; raise DymoeError if it cannot be written."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.write_text(json.dumps({"uses": np.round(uses, 5).tolist()}) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write((json.dumps({"uses": np.round(uses, 5).tolist()}) + "\n").encode())
     except OSError as error:
         raise DymoeError(
             f"{path}: the warm set cannot be written ({error.strerror}); free some space, or leave --warm-set out"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,11 +65,16 @@ class Ending:
         ignore_eos: bool,
     ) -> Ending:
         """Gather the conditions; raise DymoeError if one is not possible."""
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1, and a whole number")
+        for string in strings:
+            if not isinstance(string, str):
+                raise DymoeError(f"a stop string is {string!r}, which is no text; give texts")
         if "" in strings:
             raise DymoeError("a stop string is empty; give it at least one character")
+        if not isinstance(stop_ids, Iterable) or not all(map(_is_id, stop_ids)):
+            raise DymoeError(f"stop_ids {stop_ids!r}: expected the ids of tokens")
         named = {tokenizer.special_ids[text] for text in strings if text in tokenizer.special_ids}
         return Ending(
             max_tokens, strings, frozenset(named | {*stop_ids} | (set() if ignore_eos else tokenizer.eos_ids))
@@ -100,8 +105,8 @@ def generate(
     The model decodes a token only when the next one is asked for. The last token is therefore not in the cache, and
     closing the generator early leaves the cache at the tokens before it.
 
-    Raises DymoeError before the model runs if the prompt is empty or too long, `max_tokens` is below 1, or a stop
-    string is empty.
+    Raises DymoeError before the model runs if the prompt is empty or too long, `max_tokens` is below 1, a stop string
+    is empty, or an argument has a wrong type.
 
     >>> from dymoe_runtime import SamplingParams, Tokenizer, load_model
     >>> with load_model("build/demo.dymoe") as model:
@@ -110,8 +115,10 @@ def generate(
     >>> "".join(token.text for token in tokens), tokens[-1].finish
     (' of time,', 'stop')
     """
-    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
     ending = Ending.of(tokenizer, max_tokens, stop, stop_ids, ignore_eos)
+    check_params(params)
+    check_logprobs(logprobs)
     check_prompt(model, prompt_ids)
     sampler = Sampler(tokenizer.sampling if params is None else params)
     return answer_tokens(model, tokenizer, prompt_ids, sampler, ending, before=before, logprobs=logprobs)
@@ -124,6 +131,29 @@ def generate_async(*args: Any, **options: Any) -> AsyncGenerator[Token, None]:
     token that is being computed.
     """
     return in_background(generate(*args, **options))
+
+
+def _is_id(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Return the ids of a prompt as a list; raise DymoeError if it is neither a text nor ids."""
+    if not isinstance(prompt, Iterable) or not all(map(_is_id, prompt := list(prompt))):
+        raise DymoeError(f"the prompt is of type {type(prompt).__name__}; give a text, or the ids of its tokens")
+    return [int(token_id) for token_id in prompt]
+
+
+def check_params(params: object) -> None:
+    """Raise DymoeError unless `params` are None or SamplingParams."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise DymoeError(f"params {params!r}: expected SamplingParams, such as SamplingParams(temperature=0.8)")
+
+
+def check_logprobs(count: object) -> None:
+    """Raise DymoeError unless `count` is None or a whole number of at least 0."""
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise DymoeError(f"logprobs {count!r}: must be at least 0, and a whole number")
 
 
 def check_prompt(model: LanguageModel, prompt_ids: Sequence[int]) -> None:

@@ -14,7 +14,15 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.text import CONTEXT_POLICIES
 from dymoe_runtime.text.background import in_background
-from dymoe_runtime.text.generate import Ending, LanguageModel, Token, answer_tokens, check_prompt
+from dymoe_runtime.text.generate import (
+    Ending,
+    LanguageModel,
+    Token,
+    answer_tokens,
+    check_logprobs,
+    check_params,
+    check_prompt,
+)
 from dymoe_runtime.text.reasoning import Splitter
 from dymoe_runtime.text.sampling import LIMITS, Sampler, SamplingParams
 from dymoe_runtime.text.tokenizer import ModelOfBundle, Tokenizer
@@ -95,10 +103,14 @@ class Session:
         generation_config.json asks for. `variables` go to the chat template, such as `enable_thinking`. When the
         context is full, the oldest turns leave it, or with the policy "stop" the turn fails.
 
-        Raises DymoeError if there is no chat template, or none that takes these messages and variables.
+        Raises DymoeError if there is no chat template, or none that takes these messages and variables, if `history`
+        has a system message elsewhere than at its begin or beside `system`, or if an argument has a wrong type.
         """
         if context_policy not in CONTEXT_POLICIES:
             raise DymoeError(f"--context-policy {context_policy}: expected one of {', '.join(CONTEXT_POLICIES)}")
+        _check_text(system or "", "the system message")
+        _check_history(history, bool(system))
+        check_params(params)
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages += [dict(message) for message in history]
         self.unanswered: str | None = None
@@ -135,8 +147,9 @@ class Session:
 
         Raises DymoeError if the question does not fit the context, or with the policy "stop" the conversation.
         """
-        if params is not None:
-            self.params = params
+        _check_text(text, "the question")
+        check_logprobs(logprobs)
+        self._set_params(params)
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
         self._attempts = 1
         return self._answer([*self.messages, {"role": "user", "content": text}], ending, logprobs)
@@ -156,8 +169,7 @@ class Session:
 
         Raises DymoeError if there is no question.
         """
-        if params is not None:
-            self.params = params
+        self._set_params(params)
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
         if self.unanswered is not None:
             return self.reply(self.unanswered, params, max_tokens, stop, ignore_eos)
@@ -174,6 +186,7 @@ class Session:
 
     def set_system(self, text: str | None) -> None:
         """Replace the system message; raise DymoeError if the chat template takes none."""
+        _check_text(text or "", "the system message")
         head: list[Message] = [{"role": "system", "content": text}] if text else []
         self._render([*head, {"role": "user", "content": ""}])
         moved = len(head) - self._head
@@ -224,6 +237,11 @@ class Session:
     def _head(self) -> int:
         """Return the number of messages that never leave the context."""
         return int(bool(self.messages) and self.messages[0]["role"] == "system")
+
+    def _set_params(self, params: SamplingParams | None) -> None:
+        check_params(params)
+        if params is not None:
+            self.params = params
 
     def _answer(
         self, asked: list[Message], ending: Ending, logprobs: int | None = None
@@ -337,6 +355,24 @@ class Session:
 
     def _render(self, messages: Sequence[Message]) -> str:
         return self._tokenizer.chat(messages, **self._variables)
+
+
+def _check_text(value: object, what: str) -> None:
+    if not isinstance(value, str):
+        raise DymoeError(f"{what} is of type {type(value).__name__}; give a text")
+
+
+def _check_history(history: object, has_system: bool) -> None:
+    """Raise DymoeError unless `history` is a sequence of messages, with at most one system message, at its begin."""
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise DymoeError(f"the history is of type {type(history).__name__}; give a list of messages")
+    for number, message in enumerate(history):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DymoeError(f"message {number} of the history has no role and content; give them to each message")
+        if message["role"] == "system" and (number or has_system):
+            raise DymoeError(
+                "the history has a system message beside another or after other messages; give one, at the begin"
+            )
 
 
 class _Said:

@@ -417,6 +417,8 @@ def test_what_fetching_and_compiling_need_is_said_before_anything_is_fetched(
         (OSError(errno.ENOSPC, "No space left on device"), ("is full", "HF_HOME", "run the same command again")),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), ("is full",)),
         (PermissionError(errno.EACCES, "Permission denied", "/cache"), ("/cache: Permission denied", "HF_HOME")),
+        (OSError(errno.EIO, "Input/output error"), ("hub: Input/output error", "check", "the disk", "HF_HOME")),
+        (OSError(errno.EROFS, "Read-only file system", "/cache"), ("/cache: Read-only file system", "HF_HOME")),
         (RuntimeError("CAS service error: request timed out\nmore"), ("request timed out", "check the network")),
     ],
 )

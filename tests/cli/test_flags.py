@@ -96,9 +96,30 @@ def test_subcommands_do_what_the_short_form_does(shipped_path: Path, tmp_path: P
         assert [first.json[key] for key in keys] == [second.json[key] for key in keys]
 
 
+FEW = ("--prompt", PROMPT, "--max-tokens", 12, "--greedy")
+
+
 def test_flags_may_come_before_the_bundle(shipped_path: Path) -> None:
     outcome = run_cli("--prompt", PROMPT, "--max-tokens", 24, "--ignore-eos", shipped_path, "--json")
     assert outcome.json["text"] == answer(shipped_path)["text"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("BUNDLE", *FEW, "--stop", "a", "b"),
+        (*FEW, "--stop", "a", "b", "BUNDLE"),
+        ("--stop", "a", "b", "BUNDLE", *FEW),
+        ("--stop", "a", "--stop", "b", "BUNDLE", *FEW),
+        ("--stop=a", "--stop=b", *FEW, "BUNDLE"),
+        ("--stop", "a", "b", *FEW, "BUNDLE"),
+        ("--stop", "a", "b", *FEW, "--", "BUNDLE"),
+    ],
+)
+def test_several_values_of_a_flag_do_not_take_the_bundle(args: tuple[object, ...], shipped_path: Path) -> None:
+    given = [shipped_path if arg == "BUNDLE" else arg for arg in args]
+    expected = run_cli(shipped_path, *FEW, "--stop", "a", "--stop", "b")
+    assert expected.code == 0 and run_cli(*given) == expected
 
 
 def test_a_bundle_may_have_the_name_of_a_subcommand(

@@ -43,25 +43,26 @@ class Run(NamedTuple):
     out: str
     err: str
     peak: int
+    seconds: float = 0.0
+    calls: int = 0  # that the library of tests/faults counted
 
 
 class Server:
-    """Runs commands in forks of one process that has loaded all modules."""
+    """Runs commands in forks of one process that has loaded all modules, and a library that is preloaded, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Path | None = None) -> None:
         command = [sys.executable, "-m", "fuzz.server"]
         env = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **env}
+        env |= {} if preload is None else {"LD_PRELOAD": str(preload)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
-    def run(self, command: str, *args: object) -> Run:
-        """Run a command; return how it ended."""
+    def run(self, command: str, *args: object, **more: object) -> Run:
+        """Run a command, with `more` of what fuzz.server takes; return how it ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(
-            json.dumps({"command": command, "args": [str(arg) for arg in args]}), file=self._process.stdin, flush=True
-        )
-        reply = json.loads(self._process.stdout.readline())
-        return Run(reply["code"], reply["out"], reply["err"], reply["peak"])
+        request = {"command": command, "args": [str(arg) for arg in args], **more}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return Run(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -70,9 +71,9 @@ class Server:
 
 
 @contextmanager
-def server() -> Iterator[Server]:
+def server(preload: Path | None = None) -> Iterator[Server]:
     """Yield a server that is closed at the end."""
-    made = Server()
+    made = Server(preload)
     try:
         yield made
     finally:

@@ -1,10 +1,13 @@
 """A process that has loaded all modules, and runs each command in a fork of itself inside limits.
 
-A line of JSON on stdin, {"command": NAME, "args": [...]}, is answered with one on stdout: how the command ended.
+A line of JSON on stdin, {"command": NAME, "args": [...]}, is answered with one on stdout: how the command ended. It may
+say more: `faults` for the library of tests/faults/shim.cpp, `limits` as {"RLIMIT_...": most}, `cwd`, `env`, and
+`kill_s`, the seconds after which the command is killed, and `stdout`, a file for its output.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -47,20 +50,29 @@ def run_one(command: Any, request: dict[str, Any]) -> dict[str, Any]:
         pid = os.fork()
         if pid == 0:
             child(command, request, out.fileno(), err.fileno())
-        deadline, code = time.monotonic() + WALL_S, None
+        started, code = time.monotonic(), None
+        most = request.get("kill_s") or WALL_S
         while True:
             ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
                 break
-            if time.monotonic() > deadline:
+            if time.monotonic() - started > most:
                 os.kill(pid, signal.SIGKILL)
-                code = HANG
+                code = None if "kill_s" in request else HANG
             time.sleep(0.002)
         if code is None:
             code = SIGNAL + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         out.seek(0), err.seek(0)
         texts = {"out": out.read(1 << 20).decode(errors="replace"), "err": err.read(1 << 20).decode(errors="replace")}
-        return {"code": code, "peak": usage.ru_maxrss << 10, **texts}
+        seconds, calls = time.monotonic() - started, shim().faults_count() if "faults" in request else 0
+        return {"code": code, "peak": usage.ru_maxrss << 10, "seconds": seconds, "calls": calls, **texts}
+
+
+def shim() -> Any:
+    """Return the library of tests/faults/shim.cpp, which has been preloaded."""
+    library = ctypes.CDLL(None)
+    library.faults_count.restype = ctypes.c_long
+    return library
 
 
 def child(command: Any, request: dict[str, Any], out: int, err: int) -> NoReturn:
@@ -69,13 +81,22 @@ def child(command: Any, request: dict[str, Any], out: int, err: int) -> NoReturn
     try:
         for fd, into in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
             os.dup2(fd, into)
-        limits = ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, ADDRESS_BYTES), (resource.RLIMIT_CORE, 0))
-        for kind, most in limits:
+        limits = {"RLIMIT_CPU": CPU_S, "RLIMIT_AS": ADDRESS_BYTES, "RLIMIT_CORE": 0, **request.get("limits", {})}
+        os.chdir(request.get("cwd", "."))
+        os.environ.update(request.get("env", {}))
+        if "stdout" in request:
+            os.dup2(os.open(request["stdout"], os.O_WRONLY), 1)
+        for name, most in limits.items():
+            kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
         from dymoe_runtime.console import start
 
         sys.argv = [request["command"], *request["args"]]
+        if request.get("without_renameat2"):
+            shim().faults_without_renameat2()
+        if "faults" in request:
+            shim().faults_arm(os.fsencode(request["faults"]))
         start(command, request["command"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1

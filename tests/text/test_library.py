@@ -6,11 +6,13 @@ import asyncio
 import math
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from text_kit import CONFIG, byte_level_backend, make_tokenizer
 
+from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.generate import Token, generate, generate_async
 from dymoe_runtime.text.sampling import SamplingParams, log_probabilities
@@ -155,3 +157,58 @@ def test_a_value_that_is_not_possible_names_the_file(value: object) -> None:
 def test_settings_read_as_a_line() -> None:
     assert str(SamplingParams(0.8, top_p=0.95, seed=3)) == "temperature 0.8, top-p 0.95, seed 3"
     assert str(SamplingParams(repetition_penalty=1.1)) == "greedy, repetition-penalty 1.1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stop": [1]}, "stop string is 1"),
+        ({"stop": 1}, "stop string is 1"),
+        ({"stop": [None]}, "stop string is None"),
+        ({"stop": b"x"}, "no text"),
+        ({"max_tokens": "3"}, "whole number"),
+        ({"max_tokens": 2.5}, "whole number"),
+        ({"max_tokens": True}, "whole number"),
+        ({"stop_ids": ["x"]}, "ids of tokens"),
+        ({"stop_ids": 5}, "ids of tokens"),
+        ({"params": {"temperature": 1}}, "expected SamplingParams"),
+        ({"params": 0.5}, "expected SamplingParams"),
+        ({"logprobs": "2"}, "logprobs '2'"),
+        ({"logprobs": -1}, "at least 0"),
+        ({"prompt": 5}, "type int"),
+        ({"prompt": None}, "type NoneType"),
+        ({"prompt": ["a"]}, "give a text, or the ids"),
+        ({"prompt": [1.5]}, "give a text, or the ids"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_before_the_model_runs(options: dict[str, Any], words: str) -> None:
+    model = Counter()
+    with pytest.raises(DymoeError, match=words):
+        generate(model, TOKENIZER, **{"prompt": [5], **options})
+    assert model.position == 0
+
+
+def test_ids_may_be_those_of_numpy() -> None:
+    tokens = list(generate(Counter(), TOKENIZER, np.array([5, 6]), GREEDY, 3, stop_ids=np.array([1])))
+    assert tokens == list(generate(Counter(), TOKENIZER, [5, 6], GREEDY, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": "2"},
+        {"decay": float("nan")},
+        {"quality": float("nan")},
+        {"quality": "low"},
+        {"quality": float("inf")},
+        {"point": 3},
+        {"threads": "2"},
+        {"context": 1.5},
+        {"trace": 3},
+        {"warm_set": b"x"},
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DymoeError, match=next(iter(options))):
+        RunOptions(**options)

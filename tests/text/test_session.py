@@ -532,3 +532,39 @@ def test_each_answer_is_drawn_from_the_seed_and_a_retry_from_another() -> None:
 
 def say_ids(tokens: Iterator[Token]) -> list[int]:
     return [token.id for token in tokens]
+
+
+MINE = {"role": "system", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"history": ["x"]}, "message 0 of the history"),
+        ({"history": "x"}, "the history is of type str"),
+        ({"history": 5}, "the history is of type int"),
+        ({"history": [{"role": "user"}]}, "no role and content"),
+        ({"history": [{"role": 1, "content": "a"}]}, "no role and content"),
+        ({"system": 5}, "system message is of type int"),
+        ({"system": "b", "history": [MINE]}, "give one"),
+        ({"history": [MINE, MINE]}, "give one"),
+        ({"history": [{"role": "user", "content": "a"}, MINE]}, "give one"),
+        ({"params": {}}, "expected SamplingParams"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(options: dict[str, Any], words: str) -> None:
+    tokenizer = Tokenizer(byte_level_backend(), CONFIG, {"default": CHAT})
+    with pytest.raises(DymoeError, match=words):
+        Session(Speaker(tokenizer, []), tokenizer, **options)
+
+
+def test_arguments_of_a_turn_are_checked_and_cost_nothing() -> None:
+    tokenizer = Tokenizer(byte_level_backend(), CONFIG, {"default": CHAT})
+    session = Session(Speaker(tokenizer, ["yes"]), tokenizer, history=[MINE])
+    for options in ({"text": 5}, {"stop": [1]}, {"max_tokens": "3"}, {"params": 1}, {"logprobs": "2"}):
+        with pytest.raises(DymoeError):
+            list(session.reply(**{"text": "a", **options}))
+    with pytest.raises(DymoeError):
+        session.set_system(5)  # type: ignore[arg-type]
+    assert session.messages == [MINE] and session.unanswered is None
+    assert "".join(token.text for token in session.reply("a")) == "yes"

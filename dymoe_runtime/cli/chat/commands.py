@@ -115,7 +115,10 @@ def _set(conversation: Conversation, argument: str) -> str:
         field = name.strip().replace("-", "_")
         if field not in values or not text.strip():
             raise DymoeError(f"/set takes a name and a value, such as temperature 0.7; names are {', '.join(values)}")
-        conversation.sample(**{field: _number(text.strip(), field)})
+        try:
+            conversation.sample(**{field: _number(text.strip(), field)})
+        except DymoeError as error:
+            raise DymoeError(f"/set {str(error).removeprefix('--').removeprefix('/set ')}") from error
         values = asdict(conversation.params)
     return "\n".join(f"{name:<20}{value:g}" for name, value in values.items())
 

@@ -14,7 +14,7 @@ from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.engine.precision import choose_precision
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_text
+from dymoe_runtime.files import parse_json, read_text, replacing
 from dymoe_runtime.text.generate import Token
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
@@ -91,15 +91,11 @@ class Conversation:
     def save(self, path: Path, overwrite: bool) -> None:
         """Write all messages to a file; raise DymoeError if it exists, unless `overwrite`, or cannot be written."""
         text = json.dumps({"messages": self.session.messages}, ensure_ascii=False, indent=1) + "\n"
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
             if not overwrite and os.path.lexists(path):
                 raise DymoeError(f"{path} exists; give another name, or replace it with: /save --replace {path}")
-            try:
-                new.write_text(text, encoding="utf-8", errors="surrogatepass")
-                new.replace(path)
-            finally:
-                new.unlink(missing_ok=True)
+            with replacing(path, private=True) as file:
+                file.write(text.encode("utf-8", "surrogatepass"))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DymoeError(f"{path}: {reason}; check the path and its permissions") from error

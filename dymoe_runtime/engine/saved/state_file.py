@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +16,7 @@ import numpy as np
 from dymoe_runtime.bundle.records import crc32
 from dymoe_runtime.engine.saved.origin import OTHERWISE, Origin
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import Bytes, Word, parse_json, strict
+from dymoe_runtime.files import Bytes, Word, parse_json, replacing, strict
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.spec import ModelSpec
 
@@ -84,7 +82,7 @@ def save(path: Path, origin: Origin, ids: Sequence[int], note: str, state: Seque
     header = Header(origin, of_ids, of_note, tuple(of_layers)).to_bytes()
     start = START.pack(MAGIC, VERSION, len(header), hashlib.sha256(header).digest())
     try:
-        with _replacing(path) as file:
+        with replacing(path, private=True) as file:
             file.write(start + header)
             for piece in (piece for pieces in (*heads, *layers) for piece in pieces):
                 file.write(memoryview(_flat(piece)))
@@ -205,36 +203,3 @@ def _flat(piece: np.ndarray) -> np.ndarray:
     """Return a contiguous array as bytes, uint8 [n], without a copy."""
     assert piece.flags.c_contiguous
     return piece.reshape(-1).view(np.uint8)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that only its owner may read, and that replaces `path` at the end; an error leaves the old one.
-
-    A link at `path` is followed. Raises OSError if something else than a file is there.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise FileExistsError(0, "something that is not a file is there")
-    number, name = tempfile.mkstemp(prefix=".dymoe-", suffix=".partial", dir=target.parent)
-    try:
-        with open(number, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    _flush_folder(target.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

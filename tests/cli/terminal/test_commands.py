@@ -148,7 +148,7 @@ def test_sampling_can_be_seen_and_changed(chat: TerminalProgram, tmp_path: Path)
     chat.ask("/clear")
     assert chat.ask("Hello") != first
     assert len(saved(chat, tmp_path / "file")) == 2
-    assert "--top-p 3.0" in chat.ask("/set top-p 3")
+    assert "/set top-p 3.0" in chat.ask("/set top-p 3") and "/set temperature -1" in chat.ask("/set temperature -1")
     assert "expected a number" in chat.ask("/set temperature hot")
     assert "takes a name" in chat.ask("/set heat 3") and "takes a name" in chat.ask("/set temperature")
 

@@ -1,0 +1,32 @@
+"""A server with the library that lets calls fail, and the inputs of its commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faults.kit import COMPILER, NO_COMPILER, Compile, build_shim
+from fuzz.campaign import Server, make_inputs, server
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A tiny checkpoint, a text, the bundle of both, and a trace of it."""
+
+    server: Server
+    compile: Compile
+    model: Path
+    bundle: Path
+    trace: Path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
+    if COMPILER is None:
+        pytest.skip(NO_COMPILER)
+    folder = tmp_path_factory.mktemp("faults")
+    with server(build_shim(folder)) as made:
+        model, text, bundle, others = make_inputs(folder, made)
+        yield Inputs(made, Compile(made, model, text), model, bundle, others["trace.jsonl"])
