@@ -34,9 +34,10 @@ void check_loops() {
   constexpr int64_t kCount = 97, kLoops = 60;
   set_threads(3);
   std::vector<int64_t> wrong(kCallers);
+  std::atomic<int> looping{kCallers};
   at_once(kCallers + 1, [&](int caller) {
     if (caller == kCallers) {
-      for (int n = 0; n < 20; ++n) set_threads(1 + n % 4);
+      for (int n = 0; looping > 0; ++n) set_threads(1 + n % 4);
       return;
     }
     for (int64_t loop = 0; loop < kLoops; ++loop) {
@@ -44,6 +45,7 @@ void check_loops() {
       parallel_for(kCount, [&](int64_t i) { done[i] += loop * i; });
       for (int64_t i = 0; i < kCount; ++i) wrong[caller] += done[i] != loop * i;
     }
+    --looping;
   });
   set_threads(3);
   std::vector<int64_t> idle(kCount);
@@ -84,6 +86,7 @@ void check_one_queue() {
   ReadThreads reads(3);
   std::atomic<int> calls{0}, cancelled{0};
   std::vector<int64_t> wrong(kCallers);
+  system_reads.bytes_per_call = 300;  // so that a read takes some time, where the system can be told
   at_once(kCallers, [&](int caller) {
     for (int n = 0; n < 40; ++n) {
       const Places whole(kSizes), dropped(kSizes);
@@ -97,15 +100,32 @@ void check_one_queue() {
       } else {
         wait_for(reads, second, never);
       }
-      wait_for_any(reads, {first}, never);
+      if (n % 2) {
+        wait_for_any(reads, {first}, never);
+      } else {
+        while (!reads.wait(first, 0.0)) std::this_thread::yield();  // sees the end earlier than who is woken
+      }
       wrong[caller] += !whole.hold(content, 0, kTotal);
       reads.started();
     }
   });
+  system_reads.bytes_per_call = 0;
   int64_t ended = 0;
   for (const Outcome& outcome : reads.finished()) ended += outcome.error == 0 && outcome.done == kTotal;
   for (int64_t count : wrong) expect(count == 0, kReads, "reads of several callers");
-  expect(ended == kCallers * 80 - cancelled && calls == ended && reads.pending() == 0, kReads, "all that were not taken back");
+  expect(ended == kCallers * 80 - cancelled && calls == ended && reads.pending() == 0, kReads,
+         "all that were not taken back");
+}
+
+/// Work so short that its ends meet.
+void check_short_work() {
+  constexpr int kCount = 3000;
+  ReadThreads reads(4);
+  std::atomic<int> calls{0};
+  size_t told = 0, begun = 0;
+  for (int i = 0; i < kCount; ++i) reads.submit(-1, 0, {}, i % kUrgencies, [&] { ++calls; });
+  while (told < kCount) told += reads.finished().size(), begun += reads.started().size();
+  expect(calls == kCount && begun + reads.started().size() == kCount, kReads, "short work is told once");
 }
 
 /// Tokens of several models at once, whose experts arrive while the call runs.
@@ -141,8 +161,8 @@ void check_models() {
   std::vector<std::vector<Floats1D>> inputs, expected;
   set_threads(1);
   for (int m = 0; m < kCallers; ++m) {
-    models.push_back(std::make_unique<Model>(256, 192, std::vector<LayerShape>{{plain_options(8, 4, 32, 3), 16},
-                                                                                {plain_options(8, 2, 32, 2), 8}}));
+    models.push_back(std::make_unique<Model>(
+        256, 192, std::vector<LayerShape>{{plain_options(8, 4, 32, 3), 16}, {plain_options(8, 2, 32, 2), 8}}));
     const std::vector<State> states = models[m]->other_states();
     inputs.emplace_back(), expected.emplace_back();
     for (int64_t index = 0; index < kCapacity; ++index) {
@@ -191,6 +211,7 @@ int main() {
   check_loops();
   check_products();
   check_one_queue();
+  check_short_work();
   check_arriving();
   check_models();
   check_ends();
