@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := build/demo.dymoe
 PROMPT ?= def __init__(self, name):
-CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels tests/faults
+CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels $(wildcard tests/kernels/*) tests/faults
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/* dymoe_runtime/kernels/src/*/*)
 
 CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
@@ -44,7 +44,8 @@ lint: $(VENV)/.dev
 	$(BIN)/cppcheck --quiet --error-exitcode=1 -j2 --std=c++17 --enable=warning,performance,portability \
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=duplInheritedMember \
 	    --suppress=uninitMemberVarNoCtor --suppress=useInitializationList \
-	    -I dymoe_runtime/kernels/src dymoe_runtime/kernels/src tests/kernels/kernel_check.cpp
+	    -I dymoe_runtime/kernels/src dymoe_runtime/kernels/src tests/kernels/kernel_check.cpp \
+	    tests/kernels/threads/thread_check.cpp
 
 bench: $(VENV)/.runtime $(BUNDLE)
 	$(BIN)/python benchmarks/quality/table.py $(BUNDLE) examples/model \

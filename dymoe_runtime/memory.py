@@ -10,6 +10,7 @@ import numpy as np
 
 # (address, bytes) of some memory.
 Place = tuple[int, int]
+_MADV_WIPEONFORK = 18  # asm-generic/mman-common.h; the module mmap does not name it
 
 
 def map_memory(nbytes: int) -> mmap.mmap:
@@ -28,6 +29,15 @@ def memory_at(place: Place) -> np.ndarray:
     """
     address, nbytes = place
     return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+
+
+def keep_from_forks(memory: mmap.mmap) -> None:
+    """Give a forked child zeros in place of this memory, where the system can; no page is shared with the child.
+
+    A direct read into a page that parent and child share could end in the child's copy of it: see open(2), O_DIRECT.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        memory.madvise(_MADV_WIPEONFORK)
 
 
 def address_of(array: np.ndarray) -> int:

@@ -22,10 +22,11 @@ from helpers import MODEL
 from kernel_kit import COMPILED
 
 ROOT = Path(__file__).parent.parent
-BUNDLE, CHECK = "demo.dymoe", "build/kernel_check"
+BUNDLE, CHECK, THREADS = "demo.dymoe", "build/kernel_check", "build/thread_check"
 # Without object-size: what it finds the address sanitizer finds too, and it takes a tenth of the time to compile.
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=object-size -fno-sanitize-recover=all"
 ARM = "aarch64-linux-gnu-g++"
+KERNELS = "-DDYMOE_KERNEL_CHECK=ON"
 OF_X86 = ("avx2", "avxvnni", "avx512")
 
 
@@ -68,22 +69,28 @@ def commands() -> Mapping[str, Sequence[str | Path]]:
     if shutil.which("c++"):
         # What cannot run here would only take time to compile. -O1 would take longer to compile than it saves.
         others = [f"-DDYMOE_HAS_{isa}=OFF" for isa in OF_X86 if isa not in COMPILED]
-        found["sanitized_check"] = build_check(f"-DCMAKE_CXX_FLAGS={SANITIZERS}", "-DDYMOE_OPTIMIZE=-O0", *others)
+        found["sanitized_check"] = build_check(
+            KERNELS, f"-DCMAKE_CXX_FLAGS={SANITIZERS}", "-DDYMOE_OPTIMIZE=-O0", *others
+        )
+        # How threads meet does not depend on the instruction set.
+        scalar = [f"-DDYMOE_HAS_{isa}=OFF" for isa in OF_X86]
+        races = ("-DCMAKE_CXX_FLAGS=-fsanitize=thread -g", "-DDYMOE_OPTIMIZE=-O1", "-DDYMOE_THREAD_CHECK=ON")
+        found["thread_check"] = build_check(*races, *scalar)
     if shutil.which(ARM) and shutil.which("qemu-aarch64"):
         system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={ARM}"]
         # -O1, because unoptimized, emulated kernels take minutes.
-        found["arm_check"] = build_check(*system, "-DCMAKE_EXE_LINKER_FLAGS=-static", "-DDYMOE_OPTIMIZE=-O1")
+        found["arm_check"] = build_check(KERNELS, *system, "-DCMAKE_EXE_LINKER_FLAGS=-static", "-DDYMOE_OPTIMIZE=-O1")
     return {name: command for name, command in found.items() if command}
 
 
 def build_check(*options: str) -> Sequence[str | Path]:
-    """Return the command that builds kernel_check in what time others leave; nothing if a tool is missing."""
+    """Return the command that builds what the options say in what time others leave; nothing if a tool is missing."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None or ninja is None:
         return ()
     configure = (cmake, "-S", ROOT, "-B", "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}")
     script = 'cmake=$1; shift; "$@" && exec "$cmake" --build build --parallel 1'
-    return ("nice", "-n", "19", "sh", "-c", script, "sh", cmake, *configure, "-DDYMOE_KERNEL_CHECK=ON", *options)
+    return ("nice", "-n", "19", "sh", "-c", script, "sh", cmake, *configure, *options)
 
 
 def tool(name: str) -> str | None:
@@ -94,7 +101,7 @@ def tool(name: str) -> str | None:
 def needed(item: pytest.Item) -> list[str]:
     """Return the fixtures of a test that wait for a command."""
     names = getattr(item, "fixturenames", ())
-    return [name for name in ("shipped_path", "sanitized_check", "arm_check") if name in names]
+    return [name for name in ("shipped_path", "sanitized_check", "thread_check", "arm_check") if name in names]
 
 
 def finish(name: str) -> Path:

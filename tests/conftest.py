@@ -54,6 +54,12 @@ def sanitized_check() -> Path:
 
 
 @pytest.fixture(scope="session")
+def thread_check() -> Path:
+    """thread_check.cpp, built with the thread sanitizer."""
+    return background.finish("thread_check") / background.THREADS
+
+
+@pytest.fixture(scope="session")
 def arm_check() -> Path:
     """kernel_check.cpp, built for ARM."""
     return background.finish("arm_check") / background.CHECK

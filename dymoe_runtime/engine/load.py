@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dymoe_runtime.access import Access
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.records import read_predictors
 from dymoe_runtime.engine import cost
@@ -123,6 +124,8 @@ class _Loader:
         self._precision = Precision(choice.name, choice.rule, is_requested=options.point != "auto")
         self._warm_up = WarmUp(bundle, options.warm_set)
         self._interruption = Interruption()
+        self._resources = ExitStack()
+        self._access = Access("model" if window is None else "scorer", self._resources.close)
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
     def model(self, stack: ExitStack) -> Model:
@@ -164,6 +167,7 @@ class _Loader:
             note=self._note,
             control=self._control,
             interruption=self._interruption,
+            access=self._access,
             reader=reader,
             store=store,
             sizer=sizer,
@@ -176,7 +180,8 @@ class _Loader:
             state=state,
             locked_bytes=locked_bytes,
         )
-        return Model(parts, stack.pop_all())
+        self._resources.enter_context(stack.pop_all())
+        return Model(parts)
 
     def scorer(self, stack: ExitStack) -> Scorer:
         """Build a scorer of whole windows; its resources go onto `stack`."""
@@ -192,7 +197,8 @@ class _Loader:
         decoder = Decoder(spec, dense, experts.seen, self._kernels)
         state = SequenceState(spec, self._window, self._options.kv_bits, shared=True)
         counts = experts.stored.counts
-        return Scorer(self._bundle, self._precision, counts, decoder, state, self._budget, stack.pop_all())
+        self._resources.enter_context(stack.pop_all())
+        return Scorer(self._bundle, self._precision, counts, decoder, state, self._budget, self._access)
 
     def _plan(self) -> Budget:
         options = self._options
@@ -274,7 +280,12 @@ class _Loader:
         observer = None if tracer is None else tracer.note_requests
         stored = StoredExperts(store, self._kernels, spec.activation, self._precision, tiers, prefetcher, observer)
         traced = stored if tracer is None else TracedExperts(stored, tracer)
-        return _Experts(stored, LimitedExperts(traced, sizer, self._interruption.check), prefetcher, tiers)
+        return _Experts(stored, LimitedExperts(traced, sizer, self._check_going_on), prefetcher, tiers)
+
+    def _check_going_on(self) -> None:
+        """Raise what is to end the pass that runs."""
+        self._access.check()
+        self._interruption.check()
 
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:

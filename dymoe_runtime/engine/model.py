@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import operator
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dymoe_runtime.access import Access
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.policy import OperatingPoint
 from dymoe_runtime.engine import cost
@@ -55,6 +56,7 @@ class ModelParts:
     note: str  # tells the user how the point differs from the requested one, or ""
     control: Control
     interruption: Interruption
+    access: Access
     reader: RecordReader
     store: ExpertStore[PreparedExpert]
     sizer: ArenaSizer
@@ -71,11 +73,12 @@ class ModelParts:
 class Model:
     """A language model with the state of one sequence. Use it as a context manager, because it owns threads and files.
 
-    Only one thread may use it at a time.
+    Only one thread may use it at a time. What reads or changes the sequence raises DymoeError if another thread's call
+    runs, if the model is closed, and in a process that was forked after loading.
     """
 
-    def __init__(self, parts: ModelParts, resources: ExitStack) -> None:
-        """Take the parts, and `resources` to close at the end."""
+    def __init__(self, parts: ModelParts) -> None:
+        """Take the parts."""
         self.bundle = parts.bundle
         self.spec: ModelSpec = parts.bundle.spec
         self.max_context = parts.context
@@ -83,9 +86,10 @@ class Model:
         self.reader, self.store = parts.reader, parts.store
         self.note = parts.note
         self.stats = RunStats()
-        self._parts, self._resources = parts, resources
+        self._parts, self._access = parts, parts.access
         self._ids: list[int] = []  # of the sequence; those from `position` on are of a pass that failed
-        self._closed = False
+        self._changes = 0
+        atexit.register(self._access.end)
 
     def __enter__(self) -> Model:
         return self
@@ -94,9 +98,12 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End threads and files. Running the model afterwards raises DymoeError."""
-        self._closed = True
-        self._resources.close()
+        """End threads and files. Running the model afterwards raises DymoeError.
+
+        A pass that runs in another thread ends first, with DymoeError if it is a long one.
+        """
+        atexit.unregister(self._access.end)
+        self._access.close()
 
     @property
     def point(self) -> str:
@@ -119,13 +126,19 @@ class Model:
         return self._parts.state.length
 
     @property
+    def changes(self) -> int:
+        """Return how often the sequence was changed since loading, whoever did it."""
+        return self._changes
+
+    @property
     def tokens(self) -> list[int]:
         """Return the ids of the tokens in the sequence."""
         return self._ids[: self.position]
 
     def use(self, name: str, rule: TierRule) -> None:
         """Use another tier rule from the next pass on; `name` becomes `point`."""
-        self._parts.precision.set(name, rule)
+        with self._access:
+            self._parts.precision.set(name, rule)
 
     def hold_tpot(self, points: Sequence[OperatingPoint], start: int, target_s: float) -> None:
         """Run the best of `points` at which a decoded token takes at most `target_s`, from measured times.
@@ -147,9 +160,9 @@ class Model:
 
         Call it after all measurements, which overwrite the arena.
         """
-        self._check_open()
         parts = self._parts
-        self.store.preload(preload_requests(self.bundle, parts.warm_up, parts.precision, self.budget))
+        with self._access:
+            self.store.preload(preload_requests(self.bundle, parts.warm_up, parts.precision, self.budget))
 
     def remember(self) -> None:
         """Write the warm set if the options name one, unless all experts fit, because then uses are not counted."""
@@ -158,7 +171,9 @@ class Model:
 
     def reset(self, position: int = 0) -> int:
         """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
-        return self._parts.state.truncate(operator.index(position))
+        with self._access:
+            self._changes += 1
+            return self._parts.state.truncate(operator.index(position))
 
     def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
         """Write the state of the sequence and a note to a file, which only its owner may read.
@@ -166,8 +181,8 @@ class Model:
         The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
         closed.
         """
-        self._check_open()
-        state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
+        with self._access:
+            state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
 
     def load_state(self, path: str | os.PathLike[str]) -> str:
         """Continue the sequence that `save_state` has written; return the note.
@@ -180,9 +195,9 @@ class Model:
         have made it, it does not fit the context, or the model is closed. The sequence is then as before, or empty if
         the damage showed too late.
         """
-        self._check_open()
-        parts = self._parts
-        self._ids, note = state_file.load(Path(path), self._origin(), self.spec, parts.state)
+        with self._access:
+            self._changes += 1
+            self._ids, note = state_file.load(Path(path), self._origin(), self.spec, self._parts.state)
         return note
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
@@ -194,29 +209,31 @@ class Model:
         ids = [operator.index(token_id) for token_id in ids]
         if not ids:
             raise DymoeError("the prompt is empty; give it at least one token of text")
-        self._append(ids)
-        started, parts = time.perf_counter(), self._parts
-        try:
-            logits: np.ndarray = parts.decoder.logits(self._pass_by_pass(ids))[0]
-        finally:
-            parts.sizer.end_prompt()
-        self.stats.prefill.add(len(ids), time.perf_counter() - started)
+        with self._access:
+            self._append(ids)
+            started, parts = time.perf_counter(), self._parts
+            try:
+                logits: np.ndarray = parts.decoder.logits(self._pass_by_pass(ids))[0]
+            finally:
+                parts.sizer.end_prompt()
+            self.stats.prefill.add(len(ids), time.perf_counter() - started)
         return logits
 
     def decode(self, token_id: int) -> np.ndarray:
         """Append one token; return the logits float32 [vocab] after it. Raises DymoeError as `prefill` does."""
-        self._append([token_id])
-        started, parts = time.perf_counter(), self._parts
-        parts.sizer.check_limit()
-        parts.control.before_token()
-        x = parts.decoder.forward(np.array([token_id]), parts.state)
-        self.store.tick()
-        logits: np.ndarray = parts.decoder.logits(x)[0]
-        seconds = time.perf_counter() - started
-        if parts.tracer is not None:
-            parts.tracer.end_pass(1, seconds, self.point, prompt=False)
-        parts.control.after_token(seconds)
-        self.stats.decode.add(1, seconds)
+        with self._access:
+            self._append([token_id])
+            started, parts = time.perf_counter(), self._parts
+            parts.sizer.check_limit()
+            parts.control.before_token()
+            x = parts.decoder.forward(np.array([token_id]), parts.state)
+            self.store.tick()
+            logits: np.ndarray = parts.decoder.logits(x)[0]
+            seconds = time.perf_counter() - started
+            if parts.tracer is not None:
+                parts.tracer.end_pass(1, seconds, self.point, prompt=False)
+            parts.control.after_token(seconds)
+            self.stats.decode.add(1, seconds)
         return logits
 
     def decoder_without_experts(self) -> Decoder:
@@ -285,13 +302,8 @@ class Model:
             return Origin(manifest.digest, self.max_context, parts.kv_bits, "", "")
         return Origin(manifest.digest, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise DymoeError("the model is closed; load it again")
-
     def _append(self, ids: list[int]) -> None:
         """Take the ids that run next; raise DymoeError if they cannot."""
-        self._check_open()
         self.spec.check_ids(ids)
         if self.position + len(ids) > self.max_context:
             raise DymoeError(
@@ -299,6 +311,7 @@ class Model:
                 "give fewer, or a larger --context if the model has it"
             )
         self._ids[self.position :] = ids
+        self._changes += 1
 
 
 class Scorer:
@@ -312,14 +325,15 @@ class Scorer:
         decoder: Decoder,
         state: SequenceState,
         budget: Budget,
-        resources: ExitStack,
+        access: Access,
     ) -> None:
-        """Take the parts, and `resources` to close at the end."""
+        """Take the parts; `access` has the resources to free at the end."""
         self.bundle, self.spec, self.budget = bundle, bundle.spec, budget
         self.counts = counts
         self.logits = decoder.logits
         self._precision, self._decoder, self._state = precision, decoder, state
-        self._resources = resources
+        self._access = access
+        atexit.register(access.end)
 
     def __enter__(self) -> Scorer:
         return self
@@ -328,8 +342,9 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """End threads and files."""
-        self._resources.close()
+        """End threads and files. Scoring afterwards raises DymoeError."""
+        atexit.unregister(self._access.end)
+        self._access.close()
 
     @property
     def point(self) -> str:
@@ -355,10 +370,11 @@ class Scorer:
             raise DymoeError(f"{len(ids)} tokens: this scorer takes windows of 1 to {self._state.capacity}")
         ids = np.asarray(ids)
         self.spec.check_ids(ids.tolist())
-        self._state.truncate(0)
-        if by_prefill:
-            return self._decoder.prefill(ids, self._state, len(ids))
-        return self._decoder.forward(ids, self._state)
+        with self._access:
+            self._state.truncate(0)
+            if by_prefill:
+                return self._decoder.prefill(ids, self._state, len(ids))
+            return self._decoder.forward(ids, self._state)
 
 
 def preload_requests(bundle: Bundle, warm_up: WarmUp, precision: Precision, budget: Budget) -> list[ExpertRequest]:

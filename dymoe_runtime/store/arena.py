@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dymoe_runtime.bundle.tiers import RecordLayout
-from dymoe_runtime.memory import Place, address_of, map_memory, memory_at
+from dymoe_runtime.memory import Place, address_of, keep_from_forks, map_memory, memory_at
 
 # Reads in flight at the same time; two nearly saturate a disk.
 IN_FLIGHT = 2
@@ -86,6 +86,7 @@ class Arena:
         self._per_chunk = tuple(self.chunk_bytes // size for size in self.sizes)
         self._backed = backed
         self._memory = map_memory(self.chunks * self.chunk_bytes if backed else 0)
+        keep_from_forks(self._memory)
         self.memory = np.frombuffer(self._memory, np.uint8)
         self._start = address_of(self.memory)
         self._chunks = [_Chunk() for _ in range(self.chunks)]

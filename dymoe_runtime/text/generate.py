@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from dymoe_runtime.text.reasoning import Splitter
 from dymoe_runtime.text.sampling import Sampler, SamplingParams, log_probabilities
 from dymoe_runtime.text.stop_strings import StopStrings
 from dymoe_runtime.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class LanguageModel(Protocol):
@@ -28,6 +31,10 @@ class LanguageModel(Protocol):
     @property
     def position(self) -> int:
         """Return the number of tokens in the cache."""
+
+    @property
+    def changes(self) -> int:
+        """Return how often the sequence was changed: by one for each call, whoever makes it."""
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         """Append `ids` to the cache; return the logits float32 [V] after the last one."""
@@ -46,6 +53,29 @@ class Token:
     reasoning: str = ""  # what the model thinks, apart from its answer
     logprob: float | None = None  # logarithm of the probability that the model gave this token
     top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs, falling
+
+
+class Watch:
+    """Sees to it that nobody else changes the sequence of a model while an answer is generated."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """Begin with the sequence as it is now."""
+        self._model, self._changes = model, model.changes
+
+    def call(self, change: Callable[[], T]) -> T:
+        """Return the result of a call that changes the sequence; raise DymoeError if others have changed it, too."""
+        self._check()
+        result = change()
+        self._changes += 1
+        self._check()
+        return result
+
+    def _check(self) -> None:
+        if self._model.changes != self._changes:
+            raise DymoeError(
+                "the model's sequence was changed by another call while an answer was generated; "
+                "end one answer before the next begins, or load the model twice"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +132,8 @@ def generate(
     `before` holds ids that are in the cache already, which the repetition penalty counts like those of the prompt. With
     `logprobs` tokens have their log-probability before any sampling setting, and those of as many likeliest tokens.
 
-    The model decodes a token only when the next one is asked for. The last token is therefore not in the cache, and
+    If others change the model's sequence before the last token, the next one raises DymoeError. The model decodes a
+    token only when the next one is asked for. The last token is therefore not in the cache, and
     closing the generator early leaves the cache at the tokens before it.
 
     Raises DymoeError before the model runs if the prompt is empty or too long, `max_tokens` is below 1, a stop string
@@ -179,18 +210,20 @@ def answer_tokens(
     before: Sequence[int] = (),
     logprobs: int | None = None,
     splitter: Splitter | None = None,
+    watch: Watch | None = None,
     make_room: Callable[[Sequence[int]], np.ndarray | None] = lambda answered: None,
 ) -> Generator[Token, None, None]:
     """Yield the tokens of an answer to `prompt_ids`.
 
-    `splitter` divides reasoning from the answer. When the context is full, `make_room` gets the ids answered so far. It
-    either runs the model on a shorter conversation that ends with them, and returns the logits after the last one, or
-    returns None.
+    `splitter` divides reasoning from the answer. `watch` has seen all changes of the sequence for this answer. When the
+    context is full, `make_room` gets the ids answered so far. It either runs the model on a shorter conversation that
+    ends with them, and returns the logits after the last one, or returns None.
     """
     decoder, stop = StreamDecoder(tokenizer), StopStrings(ending.strings)
     splitter = Splitter() if splitter is None else splitter
     special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
-    logits = model.prefill(prompt_ids)
+    watch = watch or Watch(model)
+    logits = watch.call(lambda: model.prefill(prompt_ids))
     history = array("q", [*before, *prompt_ids])
     begun, count = len(history), 0
     while True:
@@ -213,4 +246,4 @@ def answer_tokens(
         yield Token(token_id, text, finish, thought, **likely)
         if finish:
             return
-        logits = model.decode(token_id) if following is None else following
+        logits = watch.call(partial(model.decode, token_id)) if following is None else following

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -18,6 +20,7 @@ from dymoe_runtime.text.generate import (
     Ending,
     LanguageModel,
     Token,
+    Watch,
     answer_tokens,
     check_logprobs,
     check_params,
@@ -124,6 +127,7 @@ class Session:
         self._drops = context_policy == "drop"
         self._first = 0  # index of the first message, after the system message, that is in the context
         self._attempts = 1  # to answer the last question
+        self._answering = threading.Lock()
         self._transcript = Transcript(self._tokenizer)
         self._tokenizer.check_variables(self._variables)
         self._render([*self.messages, {"role": "user", "content": ""}])
@@ -151,8 +155,7 @@ class Session:
         check_logprobs(logprobs)
         self._set_params(params)
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
-        self._attempts = 1
-        return self._answer([*self.messages, {"role": "user", "content": text}], ending, logprobs)
+        return self._answer(text, ending, logprobs)
 
     def reply_async(self, text: str, *args: Any, **options: Any) -> AsyncGenerator[Token, None]:
         """Return an asynchronous generator of what `reply` yields; see `generate_async`."""
@@ -171,28 +174,26 @@ class Session:
         """
         self._set_params(params)
         ending = Ending.of(self._tokenizer, max_tokens, stop, (), ignore_eos)
-        if self.unanswered is not None:
-            return self.reply(self.unanswered, params, max_tokens, stop, ignore_eos)
-        last = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
-        if last is None:
-            raise DymoeError("nothing has been asked yet; ask first")
-        self._attempts += 1
-        return self._answer(self.messages[: last + 1], ending)
+        if self.unanswered is None:
+            self._last_question()
+        return self._answer(self.unanswered, ending)
 
     def clear(self) -> None:
         """Forget all turns; the system message stays."""
-        self.messages = self.messages[: self._head]
-        self.unanswered, self.last_turn, self.dropped_turns, self._first = None, None, 0, 0
+        with self._turn():
+            self.messages = self.messages[: self._head]
+            self.unanswered, self.last_turn, self.dropped_turns, self._first = None, None, 0, 0
 
     def set_system(self, text: str | None) -> None:
         """Replace the system message; raise DymoeError if the chat template takes none."""
         _check_text(text or "", "the system message")
         head: list[Message] = [{"role": "system", "content": text}] if text else []
         self._render([*head, {"role": "user", "content": ""}])
-        moved = len(head) - self._head
-        self.messages = [*head, *self.messages[self._head :]]
-        if self._first:
-            self._first += moved
+        with self._turn():
+            moved = len(head) - self._head
+            self.messages = [*head, *self.messages[self._head :]]
+            if self._first:
+                self._first += moved
 
     def to_json(self) -> str:
         """Return what `restore` needs, as JSON: the messages, and which tokens stand for which text."""
@@ -230,8 +231,9 @@ class Session:
         if not sound:
             raise DymoeError(f"the conversation is damaged; {remedy}")
         self._render([*messages, {"role": "user", "content": ""}])
-        self.messages, self._first, self.dropped_turns, self.unanswered = messages, first, dropped, unanswered
-        self._attempts, self._transcript = attempts, transcript
+        with self._turn():
+            self.messages, self._first, self.dropped_turns, self.unanswered = messages, first, dropped, unanswered
+            self._attempts, self._transcript = attempts, transcript
 
     @property
     def _head(self) -> int:
@@ -243,15 +245,45 @@ class Session:
         if params is not None:
             self.params = params
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Raise DymoeError while an answer is generated, because each turn begins with what the one before has said."""
+        if not self._answering.acquire(blocking=False):
+            raise DymoeError("an answer of this conversation has not ended; read it to its end, or close its generator")
+        try:
+            yield
+        finally:
+            self._answering.release()
+
     def _answer(
-        self, asked: list[Message], ending: Ending, logprobs: int | None = None
+        self, question: str | None, ending: Ending, logprobs: int | None = None
     ) -> Generator[Token, None, None]:
-        is_new = len(asked) > len(self.messages)  # else another answer to a question that has one
-        if is_new:
-            self.unanswered = asked[-1]["content"]
+        """Yield the tokens of the answer to a question; None is another answer to the last one."""
+        with self._turn():
+            is_new = question is not None
+            self._attempts = 1 if is_new else self._attempts + 1
+            if is_new:
+                self.unanswered = question
+                asked = [*self.messages, {"role": "user", "content": question}]
+            else:
+                asked = self.messages[: self._last_question() + 1]
+            yield from self._answer_to(asked, is_new, ending, logprobs)
+
+    def _last_question(self) -> int:
+        """Return the index of the last message of the user; raise DymoeError if there is none."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise DymoeError("nothing has been asked yet; ask first")
+        return asked[-1]
+
+    def _answer_to(
+        self, asked: list[Message], is_new: bool, ending: Ending, logprobs: int | None
+    ) -> Generator[Token, None, None]:
+        """Yield the tokens of the answer to the last of the messages; `is_new` if it has no other answer yet."""
+        watch = Watch(self._model)
         prompt = self._prompt(asked)
         ids = self._transcript.encode(prompt)
-        reused = self._rewind(ids)
+        reused = watch.call(lambda: self._rewind(ids))
         new = ids[reused:]
         check_prompt(self._model, new)
         splitter = self._tokenizer.splitter(prompt)
@@ -265,7 +297,8 @@ class Session:
             before=ids[:reused],
             logprobs=logprobs,
             splitter=splitter,
-            make_room=lambda answered: self._make_room(asked, answered),
+            watch=watch,
+            make_room=lambda answered: self._make_room(asked, answered, watch),
         )
         keeps = is_new
         try:
@@ -310,7 +343,7 @@ class Session:
         self._leave(asked, first)
         return shorter
 
-    def _make_room(self, asked: list[Message], answered: Sequence[int]) -> np.ndarray | None:
+    def _make_room(self, asked: list[Message], answered: Sequence[int], watch: Watch) -> np.ndarray | None:
         """Run the model on fewer turns and the answer so far; return its logits, or None if that does not help."""
         first = self._without_oldest(asked, len(answered)) if self._drops else self._first
         if first == self._first:
@@ -319,7 +352,8 @@ class Session:
         if len(ids) >= self._model.max_context:
             return None
         self._leave(asked, first)
-        return self._model.prefill(ids[self._rewind(ids) :])
+        kept = watch.call(lambda: self._rewind(ids))
+        return watch.call(lambda: self._model.prefill(ids[kept:]))
 
     def _without_oldest(self, asked: list[Message], answered: int) -> int:
         """Return the index of the first message that stays when the oldest turns leave the context.

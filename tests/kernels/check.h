@@ -104,7 +104,8 @@ struct Matrix {
     Matrix copy;
     copy.view = view;
     for (int64_t size : sizes) {
-      copy.add_part(size);
+      copy.parts.push_back(buffer<uint8_t>(size));
+      copy.sizes.push_back(size);
       std::memset(copy.parts.back().get(), 0, size);
     }
     copy.find_parts();

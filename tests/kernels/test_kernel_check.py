@@ -1,7 +1,7 @@
-"""kernel_check.cpp, a program without Python: under sanitizers, and emulated on ARM.
+"""kernel_check.cpp and thread_check.cpp, programs without Python: under sanitizers, and emulated on ARM.
 
-It holds every instruction set against the scalar one, a decoded token through whole layers against the operations one
-by one, and sees that threads read what they are asked to.
+The first holds every instruction set against the scalar one, a decoded token through whole layers against the
+operations one by one, and sees that threads read what they are asked to. The second runs threads at the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ def test_compiled_code_is_right_under_sanitizers(sanitized_check: Path) -> None:
     """It reads and writes within what it says it needs, leaves no memory behind, and nothing is undefined."""
     output = run([sanitized_check])
     assert output.splitlines() == [*(f"{isa}: right" for isa in COMPILED or ["scalar"]), "rest: right"]
+
+
+def test_threads_do_not_race(thread_check: Path) -> None:
+    """In the pool, in the threads that read, and where tokens wait for reads, as the thread sanitizer sees it."""
+    assert run([thread_check]) == "threads: right\n"
 
 
 def test_compiled_code_is_right_on_emulated_arm(arm_check: Path) -> None:

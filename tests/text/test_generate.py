@@ -29,7 +29,7 @@ class Script:
 
     def __init__(self, ids: Sequence[int], vocabulary: int, max_context: int = 1000) -> None:
         self.ids, self.vocabulary, self.max_context = list(ids), vocabulary, max_context
-        self.position = 0
+        self.position = self.changes = 0
         self.prefilled: list[int] = []
         self.decoded: list[int] = []
 
@@ -41,12 +41,14 @@ class Script:
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self.prefilled += ids
         self.position += len(ids)
+        self.changes += 1
         return self._next()
 
     def decode(self, token_id: int) -> np.ndarray:
         assert self.position < self.max_context, "decoding beyond the context"
         self.decoded.append(token_id)
         self.position += 1
+        self.changes += 1
         return self._next()
 
 

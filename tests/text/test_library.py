@@ -26,7 +26,7 @@ class Counter:
     """A model that says token 40, then 41, and so on; it notes the threads that it runs in."""
 
     def __init__(self) -> None:
-        self.max_context, self.position, self.threads = 100, 0, set[str]()
+        self.max_context, self.position, self.changes, self.threads = 100, 0, 0, set[str]()
         self.computing = threading.Event()
         self.may_end = threading.Event()
         self.may_end.set()
@@ -40,6 +40,7 @@ class Counter:
         return self._next()
 
     def _next(self) -> np.ndarray:
+        self.changes += 1
         self.threads.add(threading.current_thread().name)
         self.computing.set()
         assert self.may_end.wait(10)

@@ -32,7 +32,7 @@ class Speaker:
     """A model that gives its answers one after the other, and remembers what it has seen as a KV cache does."""
 
     def __init__(self, tokenizer: Tokenizer, answers: Sequence[str], max_context: int = 1000, rewinds: bool = True):
-        self.max_context, self.seen = max_context, list[int]()
+        self.max_context, self.seen, self.changes = max_context, list[int](), 0
         self.spells = False  # answers byte by byte, as no tokenizer would
         self.prompts: list[list[int]] = []  # all that it had seen after each prompt
         self.run: list[int] = []  # tokens of each prompt that ran
@@ -49,6 +49,7 @@ class Speaker:
         return self.seen
 
     def reset(self, position: int) -> int:
+        self.changes += 1
         if self._rewinds or position >= len(self.seen):
             del self.seen[position:]
         else:
@@ -73,6 +74,7 @@ class Speaker:
         return self._next()
 
     def _next(self) -> np.ndarray:
+        self.changes += 1
         logits = np.ones(self._tokenizer.vocab_size, np.float32)
         self._said.append(self._saying.pop(0))
         logits[self._said[-1]] = 30.0
