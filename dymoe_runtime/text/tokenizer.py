@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import tokenizers
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json, read_member
+from dymoe_runtime.text import tokenizer_check
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
 
@@ -148,13 +150,15 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            with _refusing("tokenizer.json: cannot encode the text", RESTORE):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary add nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _refusing("tokenizer.json: cannot decode tokens", RESTORE):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token(self, token_id: int) -> str | None:
@@ -219,12 +223,25 @@ class Tokenizer:
         return self._chat_templates[name]
 
 
+@contextmanager
+def _refusing(what: str, remedy: str) -> Iterator[None]:
+    """Raise DymoeError, which begins with `what`, where the library `tokenizers` fails within this context.
+
+    It raises Exception itself, and where it panics an exception that is none. A TypeError is passed on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"
+        if isinstance(error, TypeError) or not (panics or isinstance(error, Exception)):
+            raise
+        raise DymoeError(f"{what} ({error}); {remedy}") from error
+
+
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     text = _read_text(path)
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises no narrower type
-        raise DymoeError(f"{path}: not a valid tokenizer ({error}); {RESTORE}") from error
+    with _refusing(f"{path}: not a valid tokenizer", RESTORE):
+        backend = tokenizers.Tokenizer.from_str(tokenizer_check.checked(text))
     # Training settings that would silently shorten or lengthen a prompt.
     backend.no_truncation()
     backend.no_padding()
