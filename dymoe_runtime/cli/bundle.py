@@ -11,7 +11,7 @@ import click
 from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
 from dymoe_runtime.cli.flags import FlagsCommand
-from dymoe_runtime.console import Commands, Size, one_sentence, print_json, progress_bar, say
+from dymoe_runtime.console import Commands, Size, one_line, one_sentence, print_json, progress_bar, say
 from dymoe_runtime.engine.options import MAX_DECAY
 from dymoe_runtime.engine.trace import read_trace
 from dymoe_runtime.errors import DymoeError
@@ -83,7 +83,7 @@ def verify_command(bundle: Path, as_json: bool, expect: str | None) -> None:
         print_json({"ok": not problems, "checked": checked, "problems": problems, "vouches_for_weights": vouches})
     if problems:
         for problem in problems[1:]:
-            say(problem, err=True)
+            click.echo(one_line(problem), err=True)
         raise DymoeError(problems[0])
     if not as_json:
         say(f"{bundle}: {checked} pieces checked, all sound")

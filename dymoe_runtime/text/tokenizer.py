@@ -306,11 +306,14 @@ def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str
         return {}
     if isinstance(entry, str):
         return {"default": entry}
-    try:
-        return {item["name"]: item["template"] for item in entry}
-    except (TypeError, KeyError) as error:
+    items = entry if isinstance(entry, list) else [None]
+    pairs: list[tuple[Any, Any]] = [
+        (item.get("name"), item.get("template")) for item in items if isinstance(item, dict)
+    ]
+    if len(pairs) < len(items) or not all(isinstance(part, str) for pair in pairs for part in pair):
         path = directory / "tokenizer_config.json"
-        raise DymoeError(f"{path}: chat_template is not a text or a list of templates; {RESTORE}") from error
+        raise DymoeError(f"{path}: chat_template is not a text or a list of templates; {RESTORE}")
+    return dict(pairs)
 
 
 def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:

@@ -230,6 +230,18 @@ def replace_kind(path: Path, rng: random.Random) -> str:
     return f"{path.name}: {what}"
 
 
+def make_session_right(path: Path, rng: random.Random) -> None:
+    """Change the header of a saved session, as far as it is one, and make its size and digest right again."""
+    try:
+        data = content_of(path)
+        length = int.from_bytes(data[12:16], "little")
+        header = mutate_json(data[48 : 48 + length], rng)
+    except (ValueError, OSError):
+        return
+    start = data[:12] + len(header).to_bytes(4, "little") + hashlib.sha256(header).digest()
+    path.write_bytes(start + header + data[48 + length :])
+
+
 def content_of(path: Path) -> bytes:
     """Return the bytes of a file; raise ValueError if a mutation has made it something else, or endless."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 26:
