@@ -44,6 +44,9 @@ def of_family(family: str) -> Callable[[Path], Path]:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
         generation = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9, "eos_token_id": [0]}
         (folder / "generation_config.json").write_text(json.dumps(generation))
+        special = {"bos_token": {"content": "!", "lstrip": False}, "pad_token": "!"}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        (folder / "added_tokens.json").write_text(json.dumps({"!": 0}))
         return folder
 
     return save
@@ -89,9 +92,18 @@ def awq(name: str, weight: torch.Tensor) -> Tensors:
     }
 
 
+def modelopt(folder: Path) -> Path:
+    """FP8 whose method is in a file of its own."""
+    quantized({"quant_method": "modelopt"}, fp8)(folder)
+    kept = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(kept))
+    return folder
+
+
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "plain": plain,
     "FP8": quantized({"quant_method": "fp8"}, fp8),
+    "ModelOpt": modelopt,
     "MXFP4": quantized({"quant_method": "compressed-tensors"}, mxfp4),
     "AWQ": quantized({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, awq),
     **{family: of_family(family) for family in dict.fromkeys(case.family for case in CASES)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -231,15 +232,27 @@ def replace_kind(path: Path, rng: random.Random) -> str:
 
 
 def make_session_right(path: Path, rng: random.Random) -> None:
-    """Change the header of a saved session, as far as it is one, and make its size and digest right again."""
+    """Change the header or the data of a saved session, as far as it is one, and make digest and checksums right."""
     try:
         data = content_of(path)
-        length = int.from_bytes(data[12:16], "little")
-        header = mutate_json(data[48 : 48 + length], rng)
-    except (ValueError, OSError):
+        begin = 48 + int.from_bytes(data[12:16], "little")
+        header = json.loads(data[48:begin])
+        sections = [header["ids"], header["note"], *header["layers"]]
+        ends = list(itertools.accumulate((section["nbytes"] for section in sections), initial=begin))
+        parts = [data[at:end] for at, end in itertools.pairwise(ends)]
+        if rng.random() < 0.5:
+            number = rng.randrange(len(parts))
+            change = mutate_json if number == 1 and rng.random() < 0.8 else mutate_bytes
+            parts[number] = change(parts[number], rng)
+            for section, part in zip(sections, parts, strict=True):
+                section |= {"nbytes": len(part), "crc32": zlib.crc32(part)}
+        else:
+            change_value(header, rng)
+    except (ValueError, OSError, TypeError, KeyError):
         return
-    start = data[:12] + len(header).to_bytes(4, "little") + hashlib.sha256(header).digest()
-    path.write_bytes(start + header + data[48 + length :])
+    text = json.dumps(header).encode()
+    start = data[:12] + len(text).to_bytes(4, "little") + hashlib.sha256(text).digest()
+    path.write_bytes(b"".join((start, text, *parts)))
 
 
 def content_of(path: Path) -> bytes:
