@@ -58,6 +58,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def one_line(text: str) -> str:
+    """Return `text` as one line, with control characters escaped."""
+    return " ".join(printable(text).split())
+
+
 def say(text: str, err: bool = False) -> None:
     """Print `text` to stdout, or to stderr if `err` is true, with control characters escaped."""
     click.echo(printable(text), err=err)
@@ -258,7 +263,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, code: int) -> NoReturn:
     """Print the command's name and `message` on one line of stderr, and exit with `code`."""
     name = click.get_current_context().find_root().info_name
-    click.echo(f"{name}: {' '.join(printable(message).split())}", err=True)
+    click.echo(f"{name}: {one_line(message)}", err=True)
     sys.exit(code)
 
 

@@ -103,7 +103,7 @@ def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
         raise ValueError(f"an entry has the keys {', '.join(map(str, entry))[:60]}")
     numbers = (begin, end, *shape)
     if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers) or end < begin:
-        raise ValueError(f"shape {str(shape)[:60]}, data_offsets {str(begin)[:20]}, {str(end)[:20]}")
+        raise ValueError(f"shape {str(shape)[:60]}, data_offsets {repr(begin)[:20]}, {repr(end)[:20]}")
     if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
         raise ValueError(f"{end - begin} bytes for {dtype} of shape {shape}")
     return TensorInfo(dtype, shape, data_start + begin, end - begin)

@@ -14,7 +14,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.added_tokens import add_tokens
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
-from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, load_backend, read_if_there, read_object
+from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, load_backend, read_if_there, read_object, refusing
 
 
 class BundleOf(Protocol):
@@ -151,13 +151,15 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            with refusing("tokenizer.json: cannot encode the text"):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary add nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with refusing("tokenizer.json: cannot decode tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token(self, token_id: int) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import tokenizers
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.storage import read_member
+from dymoe_runtime.text import tokenizer_check
 
 RESTORE = "copy it from the model's repository or recompile the bundle"
 TOKENIZER = "tokenizer.json"
@@ -19,16 +22,28 @@ CONFIG = "tokenizer_config.json"
 def load_backend(directory: Path) -> tokenizers.Tokenizer:
     """Return the tokenizer in tokenizer.json; raise DymoeError if it is missing or malformed."""
     path = directory / TOKENIZER
-    try:
-        backend = tokenizers.Tokenizer.from_str(_read_text(path))
-    except DymoeError:
-        raise
-    except Exception as error:  # tokenizers raises no narrower type
-        raise DymoeError(f"{path}: not a valid tokenizer ({error}); {RESTORE}") from error
+    text = _read_text(path)
+    with refusing(f"{path}: not a valid tokenizer"):
+        backend = tokenizers.Tokenizer.from_str(tokenizer_check.checked(text))
     # Training settings that would silently shorten or lengthen a prompt.
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise DymoeError, which begins with `what`, where the library `tokenizers` fails within this context.
+
+    It raises Exception itself, and where it panics an exception that is none. A TypeError is passed on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"
+        if isinstance(error, TypeError) or not (panics or isinstance(error, Exception)):
+            raise
+        raise DymoeError(f"{what} ({error}); {RESTORE}") from error
 
 
 def read_if_there(path: Path) -> str | None:

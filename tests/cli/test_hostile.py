@@ -180,6 +180,16 @@ def test_a_digest_vouches_for_every_byte(damaged: Path) -> None:
         path.write_bytes(whole)
 
 
+def test_a_header_that_cannot_be_read_is_said_once(damaged: Path) -> None:
+    def cut(directory: Path, manifest: dict[str, Any]) -> None:
+        path = directory / "dense.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:8] + data[8:].replace(b'"data_offsets":[0,', b'"data_offsets":["",', 1)[: len(data) - 8])
+
+    forge(damaged, cut)
+    assert_one_sentence(bundle_cli("verify", damaged), "dense.safetensors", "header", "copy the file again")
+
+
 # A multiple of it, at any place, leaves a CRC-32 as it is.
 GENERATOR = 0b100000100110000010001110110110111
 

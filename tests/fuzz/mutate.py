@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from fuzz import hostile
 
 # What stands in place of a value: another type, a number at some limit, or a text that is none.
 VALUES: tuple[Any, ...] = (
@@ -30,9 +33,13 @@ def mutate_file(path: Path, rng: random.Random) -> str:
     if path.suffix in (".json", ".jsonl"):
         kinds = [mutate_json] * 6 + [mutate_text, mutate_bytes]
     elif path.suffix == ".safetensors":
-        kinds = [mutate_header] * 3 + [mutate_bytes] * 2
+        kinds = [mutate_header] * 3 + [swap_entries, mutate_numbers] + [mutate_bytes] * 2
     elif path.suffix in (".toml", ".jinja"):
         kinds = [mutate_text, mutate_bytes]
+    if path.name == "tokenizer.json":
+        kinds += [mutate_tokenizer] * 8
+    if path.name in ("tokenizer_config.json", "chat_template.jinja"):
+        kinds += [mutate_template] * 3
     if rng.random() < 0.04:
         return replace_kind(path, rng)
     kind = rng.choice(kinds)
@@ -154,6 +161,56 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
     return len(changed).to_bytes(8, "little") + changed + rest
 
 
+def swap_entries(data: bytes, rng: random.Random) -> bytes:
+    """Give a tensor of a safetensors file the type, shape, place or name of another one, or move where it begins."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    one, other = rng.choice(names), rng.choice(names)
+    key = rng.choice(("dtype", "shape", "data_offsets", "name", "move"))
+    if key == "name":
+        header[one], header[other] = header[other], header[one]
+    elif key == "move":
+        by = rng.choice((-8, -4, -1, 1, 4, 8, 64, 4096))
+        header[one]["data_offsets"] = [offset + by for offset in header[one]["data_offsets"]]
+    else:
+        header[one][key] = header[other][key]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def mutate_numbers(data: bytes, rng: random.Random) -> bytes:
+    """Put numbers that are not finite, huge, tiny or random in place of some weights, aligned as these are."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    count = rng.choice((1, 2, 64, 4096))
+    at = start + rng.randrange(max(1, (len(data) - start) // 4)) * 4
+    patterns = (0x7FC00000, 0x7F800000, 0xFF7FFFFF, 0x00000001, 0x7FC07FC0, 0x7F807F80, 0xFFFFFFFF, 0x80000000)
+    numbers = rng.choice(patterns).to_bytes(4, "little") * count
+    changed = rng.choice((numbers, rng.randbytes(4 * count)))[: len(data) - at]
+    return data[:at] + changed + data[at + len(changed) :]
+
+
+def mutate_tokenizer(data: bytes, rng: random.Random) -> bytes:
+    """Change a part of a tokenizer to a hostile one."""
+    try:
+        values = json.loads(data)
+        values |= rng.choice([*hostile.TOKENIZERS.values(), *hostile.ODD.values()])
+    except (ValueError, TypeError):
+        return mutate_bytes(data, rng)
+    if rng.random() < 0.3:
+        change_value({name: value for name, value in values.items() if name != "model"}, rng)
+    return json.dumps(values).encode()
+
+
+def mutate_template(data: bytes, rng: random.Random) -> bytes:
+    """Put a hostile chat template in place of the one that is there."""
+    template = rng.choice(hostile.TEMPLATES)
+    try:
+        return json.dumps({**json.loads(data), "chat_template": template}).encode()
+    except (ValueError, TypeError):
+        return template.encode()
+
+
 def replace_kind(path: Path, rng: random.Random) -> str:
     """Put something in place of a file that is no such file."""
     what = rng.choice(("missing", "empty", "fifo", "directory", "link", "loop", "device", "unreadable size"))
@@ -172,6 +229,30 @@ def replace_kind(path: Path, rng: random.Random) -> str:
         with open(path, "wb") as file:
             file.truncate(1 << 40)
     return f"{path.name}: {what}"
+
+
+def make_session_right(path: Path, rng: random.Random) -> None:
+    """Change the header or the data of a saved session, as far as it is one, and make digest and checksums right."""
+    try:
+        data = content_of(path)
+        begin = 48 + int.from_bytes(data[12:16], "little")
+        header = json.loads(data[48:begin])
+        sections = [header["ids"], header["note"], *header["layers"]]
+        ends = list(itertools.accumulate((section["nbytes"] for section in sections), initial=begin))
+        parts = [data[at:end] for at, end in itertools.pairwise(ends)]
+        if rng.random() < 0.5:
+            number = rng.randrange(len(parts))
+            change = mutate_json if number == 1 and rng.random() < 0.8 else mutate_bytes
+            parts[number] = change(parts[number], rng)
+            for section, part in zip(sections, parts, strict=True):
+                section |= {"nbytes": len(part), "crc32": zlib.crc32(part)}
+        else:
+            change_value(header, rng)
+    except (ValueError, OSError, TypeError, KeyError):
+        return
+    text = json.dumps(header).encode()
+    start = data[:12] + len(text).to_bytes(4, "little") + hashlib.sha256(text).digest()
+    path.write_bytes(b"".join((start, text, *parts)))
 
 
 def content_of(path: Path) -> bytes:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from fuzz.campaign import Campaign, Run, Server, make_inputs, problem_of, server
+from fuzz.campaign import Campaign, Run, Server, problem_of, server
+from fuzz.inputs import Inputs
 from fuzz.server import CRASH, HANG, SIGNAL
-
-Inputs = tuple[Path, Path, Path, dict[str, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -20,28 +18,17 @@ def made() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def inputs(made: Server, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return make_inputs(tmp_path_factory.mktemp("fuzz"), made)
+    return Inputs(tmp_path_factory.mktemp("fuzz"), made)
 
 
-def test_damaged_bundles_get_one_sentence_or_the_right_text(made: Server, inputs: Inputs) -> None:
-    campaign = Campaign(made)
-    campaign.bundles(inputs[2], 40, seed=1)
+@pytest.mark.parametrize(("kind", "count", "refused"), [("bundle", 40, 15), ("checkpoint", 15, 5), ("other", 25, 12)])
+def test_damaged_inputs_get_one_sentence_or_the_right_text(
+    kind: str, count: int, refused: int, made: Server, inputs: Inputs
+) -> None:
+    campaign = Campaign(made, inputs, seed=1)
+    campaign.run(kind, range(count))
     assert not campaign.failures, "\n\n".join(campaign.failures)
-    assert campaign.ends["exit 1"] > 20
-
-
-def test_damaged_checkpoints_get_one_sentence_or_are_compiled(made: Server, inputs: Inputs) -> None:
-    campaign = Campaign(made)
-    campaign.checkpoints(inputs[0], inputs[1], 15, seed=1)
-    assert not campaign.failures, "\n\n".join(campaign.failures)
-    assert campaign.ends["exit 1"] > 5
-
-
-def test_damaged_traces_warm_sets_and_profiles_get_one_sentence(made: Server, inputs: Inputs) -> None:
-    campaign = Campaign(made)
-    campaign.others(inputs[2], inputs[3], 25, seed=1)
-    assert not campaign.failures, "\n\n".join(campaign.failures)
-    assert campaign.ends["exit 1"] > 12
+    assert campaign.ends["exit 1"] > refused
 
 
 SOUND = Run(0, "text\n", "", 100 << 20)

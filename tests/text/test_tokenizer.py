@@ -142,6 +142,8 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
     ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token is neither a text nor an object .*; copy it"),
     ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "chat_template is not a text or a list"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "x", "template": 1}]}', "chat_template is not a text or"),
+    ("tokenizer_config.json", b'{"chat_template": {"name": "x"}}', "chat_template is not a text or a list"),
     ("generation_config.json", b"x", "not valid JSON .*; copy it"),
     ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id '2' is neither an id nor a list"),
     ("special_tokens_map.json", b"x", "not valid JSON .*; copy it"),
