@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --greedy --max-tokens 60 --stats
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 
 # Seeded mutations of inputs; SEED=2 makes others.
 SEED ?= 0

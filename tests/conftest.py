@@ -1,6 +1,7 @@
 """Shared fixtures: the shipped model, a tiny random checkpoint, and both compiled.
 
-Tests that need something that takes long come last; `background.py` makes it beside the others.
+Files that need something that takes long come last, those that take long themselves first among them; `background.py`
+makes it beside the others.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ assert dymoe_runtime.__version__
 torch.set_num_threads(2)
 
 
+# Files of 20 s and more: the last one to begin must not leave the other workers without work.
+LONG = ("test_hundred_interrupts", "test_commands", "test_lm_eval", "test_quality", "test_kernel_check", "test_imports")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: bool(background.needed(item)))
+    waiting = {item.path for item in items if background.needed(item)}
+    items.sort(key=lambda item: (item.path in waiting, item.path.stem not in LONG))
 
 
 def pytest_configure(config: pytest.Config) -> None:

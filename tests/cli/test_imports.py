@@ -81,7 +81,10 @@ def test_without_torch_all_but_reading_checkpoints_works(
     monkeypatch.setenv("DYMOE_ISA", isa)
     parts = {"problem": 'ImportError("No module named torch")', "library": "torch"}
     running = NOT_WHOLE.format(**parts, package="runtime.cli", name="run")
-    for args in (("--prompt", "a", "--max-tokens", 2), ("--bench", "--new-tokens", 2), ("--eval", __file__)):
+    text = tmp_path / "text.txt"
+    text.write_text("Some text to score. " * 5)
+    bench = ("--bench", "--prompt-tokens", 8, "--new-tokens", 2)
+    for args in (("--prompt", "a", "--max-tokens", 2), bench, ("--eval", text)):
         outcome = outcome_of(running, tiny_path, *args)
         assert outcome.code == 0, outcome.err
     remedy = "pip install 'dymoe[compile]'"

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,20 +62,32 @@ def folder(shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("text.txt", "examples/heldout/code.txt", "examples/heldout/math.txt", "examples/heldout/wiki.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    traced = execute("dymoe-run build/demo.dymoe --prompt Hello --max-tokens 4 --trace trace.jsonl")
-    assert traced.returncode == 0, traced.stderr
+    (tmp_path / "trace.jsonl").write_text(trace())
     return tmp_path
 
 
+@cache
+def trace() -> str:
+    """A trace of a few tokens, made in the current directory."""
+    traced = execute("dymoe-run build/demo.dymoe --prompt Hello --max-tokens 4 --trace trace.jsonl")
+    assert traced.returncode == 0, traced.stderr
+    return Path("trace.jsonl").read_text(encoding="utf-8")
+
+
 def execute(command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of our commands; one that only names a subcommand is asked for its help."""
+    """Run one of our commands, if no document before had it; one that only names a subcommand is asked for its help."""
     program, *words = shlex.split(command)
     digest = json.loads(Path("build/demo.dymoe/manifest.json").read_text(encoding="utf-8"))["sha256"]
     words = [(NAMES | {"DIGEST": digest}).get(word, word) for word in words]
     words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
     if not any(word in words for word in ("build/demo.dymoe", "examples/model", "packed.dymoe", "--supported")):
         words = [*(word for word in words if not word.startswith("-")), "--help"]
-    # A process of its own, because a budget counts what the process of the tests holds.
+    return outcome_of(program, *words)
+
+
+@cache
+def outcome_of(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, because a budget counts what the process of the tests holds."""
     installed = Path(sys.executable).with_name(program)
     return subprocess.run([installed, *words], input=CHAT, capture_output=True, text=True, timeout=300)
 
