@@ -51,7 +51,7 @@ mkdir -p "$kept.$$" && cp -a demo.dymoe "$kept.$$/" && mv "$kept.$$" "$kept"
 BUILD = """
 cmake=$1 folder=$2; shift 2
 mkdir -p "$folder" && exec 9> "$folder.lock" && flock 9
-"$@" && "$cmake" --build "$folder" --parallel 1 && cp "$folder/kernel_check" .
+"$@" && "$cmake" --build "$folder" --parallel 1 && cp "$folder"/*_check .
 """
 # The folder of all jobs of a run; test workers inherit it.
 FOLDER = "DYMOE_TEST_JOBS"

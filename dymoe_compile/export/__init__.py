@@ -1,0 +1,1 @@
+"""Exports: what other runtimes execute, made from a bundle."""

@@ -1,0 +1,1 @@
+"""Export to ONNX, with the files of onnxruntime-genai beside the model."""

@@ -1,0 +1,191 @@
+"""`dymoe-bundle export --format onnx`: what it writes, what runs it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime_genai as og
+import pytest
+from export.onnx_kit import Runner, operators_of
+from helpers import Outcome, assert_one_sentence, bundle_cli
+from onnx import numpy_helper
+
+from dymoe_compile.export.onnx import export as onnx_export
+from dymoe_runtime import Bundle, Tokenizer
+from dymoe_runtime.bundle.records import read_record
+from dymoe_runtime.bundle.tiers import dequantize
+from dymoe_runtime.spec import ExpertKey
+
+FILES = {
+    *("model.onnx", "model.onnx.data", "export.json", "genai_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+}
+
+
+def export(bundle: Path, output: Path, *args: object) -> Outcome:
+    return bundle_cli("export", bundle, "-o", output, "--format", "onnx", *args)
+
+
+def exported(bundle: Path, output: Path, *args: object) -> Path:
+    outcome = export(bundle, output, *args)
+    assert outcome.code == 0, outcome.err
+    return output
+
+
+def tensors_of(directory: Path) -> dict[str, np.ndarray]:
+    model = onnx.load(str(directory / "model.onnx"))
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("form", ["contributed", "portable"])
+@pytest.mark.parametrize("tier", [2, 3, 4])
+def test_an_exact_export_has_every_value_of_its_tier(tiny_path: Path, tmp_path: Path, tier: int, form: str) -> None:
+    bundle = Bundle.open(tiny_path)
+    options = ("--portable",) if form == "portable" else ()
+    tensors = tensors_of(exported(tiny_path, tmp_path / "out", "--tier", tier, *options))
+    for layer in bundle.spec.moe_layers:
+        codes, scales = ({}, {})
+        for name in ("gate_up", "down"):
+            codes[name] = tensors[f"layers.{layer}.experts.{name}"].astype(np.float32) - (128 if not options else 0)
+            scales[name] = tensors[f"layers.{layer}.experts.{name}.scales"]
+        for expert in range(bundle.spec.num_experts):
+            segments = read_record(bundle, ExpertKey(layer, expert))
+            for name, where in bundle.layout.matrices.items():
+                stack, rows = ("down", slice(None)) if name == "down" else ("gate_up", slice(name == "up", None, 2))
+                of_expert = codes[stack][expert, rows]
+                wide = scales[stack][expert, rows].repeat(64, axis=1)[:, : of_expert.shape[1]]
+                values = (of_expert * wide)[: where.rows, : where.cols]
+                assert np.array_equal(values, dequantize(segments, where, tier))
+
+
+def test_the_command_says_what_it_wrote_and_what_it_left(tiny_path: Path, tmp_path: Path) -> None:
+    outcome = export(tiny_path, tmp_path / "out", "--json")
+    values = outcome.json
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert (values["mode"], values["bits"], values["portable"]) == ("exact", 4, False)
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["bundle_sha256"] == Bundle.open(tiny_path).manifest.digest
+    assert any("memory budget" in note for note in record["notes"])
+    assert values["bytes"] == sum(
+        (tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    text = export(tiny_path, tmp_path / "again").out
+    assert "times the bundle's weights" in text and record["notes"][0] in text
+
+
+def test_two_exports_are_the_same_bytes(tiny_path: Path, tmp_path: Path) -> None:
+    first, second = (exported(tiny_path, tmp_path / name) for name in "ab")
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
+
+
+@pytest.mark.parametrize("options", [(), ("--portable",)], ids=["contributed", "portable"])
+def test_the_engine_generates_what_a_plain_loop_does(tiny_path: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """onnxruntime-genai, with its KV cache and tokenizer, against a session of onnxruntime that runs token by token."""
+    directory = exported(tiny_path, tmp_path / "out", *options)
+    assert ("com.microsoft.QMoE" in operators_of(directory / "model.onnx")) == (not options)
+    model = og.Model(str(directory))
+    prompt = [int(token) for token in og.Tokenizer(model).encode("def add(a, b):")]
+    assert prompt == Tokenizer.load(tiny_path).encode("def add(a, b):")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 64, min_length=len(prompt) + 64, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    runner = Runner(directory / "model.onnx")
+    logits, ids = runner(np.array(prompt)), list(prompt)
+    for _ in range(64):
+        logits[-1][0] = -np.inf  # the token that ends a text
+        ids.append(int(logits[-1].argmax()))
+        logits = runner(np.array(ids[-1:])).copy()
+    assert generator.get_sequence(0).tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--tier", 5), ("--tier 5", "2, 3, 4")),
+        (("--int4",), ("--int4 and --checkpoint",)),
+        (("--checkpoint", "x"), ("--int4 and --checkpoint",)),
+        (("--calibration", "x"), ("--calibration",)),
+        (("--context", 100000), ("--context 100000", "at most")),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    tiny_path: Path, tmp_path: Path, args: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    assert_one_sentence(export(tiny_path, tmp_path / "out", *args), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_at_the_output_stays(tiny_path: Path, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+    if kind == "link":
+        output.symlink_to(tmp_path / "nowhere")
+    else:
+        output.mkdir() if kind == "directory" else output.write_text("mine")
+    assert_one_sentence(export(tiny_path, output), str(output), "-o")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert kind != "file" or output.read_text() == "mine"
+
+
+def test_what_comes_to_the_output_meanwhile_stays(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setattr(onnx_export, "write_engine_files", lambda *args: output.mkdir())
+    assert_one_sentence(export(tiny_path, output), "by now", "-o")
+    assert not list(output.iterdir()) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_nothing(tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx_export, "write_engine_files", interrupt)
+    assert_one_sentence(export(tiny_path, tmp_path / "out"), "interrupted", code=130)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed(tiny_path: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.export"
+    left.mkdir()
+    (left / "model.onnx.data").write_bytes(b"half")
+    exported(tiny_path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_things_beside_the_output_stay(tiny_path: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.export" / "mine").mkdir(parents=True)
+    assert_one_sentence(export(tiny_path, tmp_path / "out"), ".out.export", "-o")
+    assert (tmp_path / ".out.export" / "mine").is_dir()
+
+
+def test_a_damaged_bundle_leaves_nothing(damaged: Path, tmp_path: Path) -> None:
+    path = next(damaged.glob("experts-*"))
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 1
+    path.write_bytes(data)
+    assert_one_sentence(export(damaged, tmp_path / "out"), path.name, "checksum")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()
+
+
+WITHOUT = """
+import sys
+sys.modules["onnx"] = None
+from dymoe_runtime.cli.__main__ import bundle
+bundle()
+"""
+
+
+def test_without_the_extra_the_command_says_which(tiny_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, "export", tiny_path, "-o", tmp_path / "out", "--format", "onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "pip install 'dymoe[onnx]'")
