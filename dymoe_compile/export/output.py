@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dymoe_compile.job.place import is_own_directory, rename_new
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.place import is_own_directory, rename_new
 
 OTHER_PLACE = "choose another place with -o"
 
