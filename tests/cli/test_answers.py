@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundle_kit import forge
 from helpers import PROMPT, answer, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
 from dymoe_runtime.bundle.bundle import Bundle
@@ -95,10 +96,20 @@ def test_a_turn_that_fails_loses_nothing_that_was_said(shipped_path: Path) -> No
     assert len(outcome.json["messages"]) == 2 * len(outcome.json["turns"]) and outcome.json["unanswered"] == "Hello"
 
 
-def test_a_conversation_outlasts_its_context(shipped_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sampled_path(shipped_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped bundle with a generation_config.json that asks to sample. Read only."""
+    path = tmp_path_factory.mktemp("sampled") / "sampled.dymoe"
+    shutil.copytree(shipped_path, path)
+    asked = json.dumps({"eos_token_id": 0, "do_sample": True, "temperature": 0.8, "top_p": 0.95})
+    forge(path, lambda directory, manifest: (directory / "generation_config.json").write_text(asked))
+    return path
+
+
+def test_a_conversation_outlasts_its_context(sampled_path: Path) -> None:
     """Fifty turns of any length, sampled as the model's file says."""
     turns = "".join(f"Tell me about {word}\n" for word in ["the sea", "a king and his ships", "7", "ice"] * 13)
-    args = (shipped_path, "--chat", "--context", 512)
+    args = (sampled_path, "--chat", "--context", 512)
     outcome = run_cli(*args, "--max-tokens", 60, "--json", stdin=turns)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("its oldest turns leave it") == 1 and outcome.err.count("\n") == 1
@@ -122,16 +133,16 @@ def test_a_cut_is_said(shipped_path: Path) -> None:
         assert re.fullmatch(r"note: cut at \d+ tokens \(the context of 40 tokens is full\)\n", outcome.err)
 
 
-def test_flags_change_what_the_model_asks_for(shipped_path: Path, tiny_path: Path) -> None:
-    asked = answer(shipped_path, tokens=2)["sampling"]
+def test_flags_change_what_the_model_asks_for(sampled_path: Path, tiny_path: Path) -> None:
+    asked = answer(sampled_path, tokens=2)["sampling"]
     assert asked["temperature"] == 0.8
-    assert answer(shipped_path, "--top-k", 9, tokens=2)["sampling"] == asked | {"top_k": 9}
-    greedy = answer(shipped_path, "--greedy", "--repetition-penalty", 1.1, tokens=2)["sampling"]
+    assert answer(sampled_path, "--top-k", 9, tokens=2)["sampling"] == asked | {"top_k": 9}
+    greedy = answer(sampled_path, "--greedy", "--repetition-penalty", 1.1, tokens=2)["sampling"]
     assert greedy == answer(tiny_path, tokens=2)["sampling"] | {"repetition_penalty": 1.1}
     assert greedy["temperature"] == 0
-    texts = {answer(shipped_path, *args)["text"] for args in ((), ("--seed", 1), ("--greedy",), ("--temperature", 0.3))}
+    texts = {answer(sampled_path, *args)["text"] for args in ((), ("--seed", 1), ("--greedy",), ("--temperature", 0.3))}
     assert len(texts) == 4
-    assert run_cli(shipped_path, "--prompt", "a", "--greedy", "--temperature", 1).code == 2
+    assert run_cli(sampled_path, "--prompt", "a", "--greedy", "--temperature", 1).code == 2
 
 
 THINKS = (
