@@ -113,6 +113,7 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
     ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token is not a text; copy it"),
     ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "chat_template is not a text or a list"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "x", "template": null}]}', "a chat template, or its name"),
     ("generation_config.json", b"x", "not valid JSON .*; copy it"),
     ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id '2' is neither an id nor a list"),
     ("special_tokens_map.json", b"x", "not valid JSON .*; copy it"),
