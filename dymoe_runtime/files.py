@@ -92,7 +92,8 @@ def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise FileExistsError(0, "something that is not a file is there")
+        what = "directory" if target.is_dir() else "device or a pipe"
+        raise FileExistsError(errno.EEXIST, f"a {what} is there, not a file", os.fspath(path))
     name = target.parent / f".dymoe-{os.urandom(8).hex()}.partial"
     number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666)
     try:

@@ -332,7 +332,7 @@ def test_a_session_that_cannot_be_written_leaves_the_old_one(
         with pytest.raises(DymoeError, match="cannot be saved there"):
             running.save_state(place)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DymoeError, match="not a file is there"):
+    with pytest.raises(DymoeError, match="is there, not a file"):
         running.save_state(tmp_path / "pipe")
 
 

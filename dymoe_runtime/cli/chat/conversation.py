@@ -94,7 +94,7 @@ class Conversation:
         try:
             if not overwrite and os.path.lexists(path):
                 raise DymoeError(f"{path} exists; give another name, or replace it with: /save --replace {path}")
-            with replacing(path, private=True) as file:
+            with replacing(path) as file:
                 file.write(text.encode("utf-8", "surrogatepass"))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
