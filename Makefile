@@ -27,7 +27,7 @@ fuzz: $(VENV)/.dev
 	$(FUZZ) other 1000
 	$(FUZZ) checkpoint 1000
 	$(FUZZ) bundle 5000
-	$(BIN)/python tests/kernels/fuzz/build.py --seed $(SEED)
+	$(BIN)/python tests/kernels/fuzz/campaign.py --seed $(SEED)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

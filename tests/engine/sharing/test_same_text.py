@@ -1,4 +1,4 @@
-"""The same text in every run of a bundle; benchmarks/streaming/same_text.py does this 200 times, and 8 times at once."""
+"""The same text in every run of a bundle; benchmarks/streaming/same_text.py does this 200 times and 8 at once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fuzz the compiled code that takes bytes and sizes from outside: with libFuzzer if clang++ is found, else seeded.
 
-    python tests/kernels/fuzz/build.py --seed 0 --inputs 200000
+    python tests/kernels/fuzz/campaign.py --seed 0 --inputs 200000
 
 Builds in a temporary folder; the exit code is that of the fuzzer.
 """
