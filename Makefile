@@ -27,6 +27,7 @@ fuzz: $(VENV)/.dev
 	$(FUZZ) other 1000
 	$(FUZZ) checkpoint 1000
 	$(FUZZ) bundle 5000
+	$(BIN)/python tests/kernels/fuzz/campaign.py --seed $(SEED)
 
 # Kills of a compilation, and disks that fail under one.
 FAULTS := PYTHONPATH=tests $(BIN)/python -m faults.campaign --seed $(SEED)
@@ -45,7 +46,7 @@ lint: $(VENV)/.dev
 	    --inline-suppr --suppress=missingIncludeSystem --suppress=duplInheritedMember \
 	    --suppress=uninitMemberVarNoCtor --suppress=useInitializationList \
 	    -I dymoe_runtime/kernels/src dymoe_runtime/kernels/src tests/kernels/kernel_check.cpp \
-	    tests/kernels/threads/thread_check.cpp
+	    tests/kernels/threads/thread_check.cpp tests/kernels/fuzz/fuzz_check.cpp
 
 bench: $(VENV)/.runtime $(BUNDLE)
 	$(BIN)/python benchmarks/quality/table.py $(BUNDLE) examples/model \

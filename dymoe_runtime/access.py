@@ -12,34 +12,48 @@ from dymoe_runtime.errors import DymoeError
 PATIENCE_S = 5.0
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised to end a call at a point where all parts of the resource are in order."""
+
+
 class Access:
     """Lets one call at a time use a resource, in the process that made it. A call is a `with` block.
 
     A call raises DymoeError if another one runs, the resource is closed, or the process is a fork of the one that made
-    it: threads and reads do not come along.
+    it: threads and reads do not come along. So does every call after one that neither DymoeError nor `Interrupted` has
+    ended, such as Ctrl-C: nobody knows then which changes are missing.
     """
 
     def __init__(self, what: str, release: Callable[[], object]) -> None:
         """Begin with an open resource, which messages call `what`; `release` frees it when it is closed."""
         self._what, self._release = what, release
         self._process = os.getpid()
-        self._running = threading.Lock()
+        # Reentrant, so that an interrupt between two of the lines below cannot keep this thread from closing.
+        self._running = threading.RLock()
         self._user = 0  # identity of the thread whose call runs
         self._closed = self._ending = False
+        self._broken_by = ""
 
     def __enter__(self) -> None:
         if os.getpid() != self._process:
             raise DymoeError(f"the {self._what} was loaded before this process was forked; load it again in the fork")
         if self._ending:
             _wait_for_ever()
-        if not self._running.acquire(blocking=False):
+        if self._user == threading.get_ident() or not self._running.acquire(blocking=False):
             raise DymoeError(f"the {self._what} is in use by another call; use it in one thread at a time, or load two")
         self._user = threading.get_ident()
         if self._closed:
             self._leave()
             raise DymoeError(f"the {self._what} is closed; load it again")
+        if self._broken_by:
+            self._leave()
+            raise DymoeError(
+                f"the {self._what} cannot be used since {self._broken_by} ended a call in the middle; load it again"
+            )
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and not issubclass(kind, (DymoeError, Interrupted)):
+            self._broken_by = kind.__name__
         self._leave()
 
     def check(self) -> None:

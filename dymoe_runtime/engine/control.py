@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dymoe_runtime.access import Interrupted
 from dymoe_runtime.bundle.policy import OperatingPoint, Policy
 from dymoe_runtime.engine.precision import Precision
 from dymoe_runtime.engine.trace import Decisions
@@ -33,9 +34,9 @@ class Interruption:
         self._asked = asked
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if the pass is to end."""
+        """Raise `Interrupted` if the pass is to end."""
         if self._asked():
-            raise KeyboardInterrupt
+            raise Interrupted
 
 
 class Control:

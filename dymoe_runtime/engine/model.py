@@ -151,7 +151,7 @@ class Model:
         """End a pass with KeyboardInterrupt, before the experts of its next layer, once `asked()` is true.
 
         The sequence then has the tokens of the passes before it, or none if a layer cannot go back that far, and goes
-        on from there. An interrupt at any other point may leave the model in disorder.
+        on from there. After an interrupt at any other point every call raises DymoeError.
         """
         self._parts.interruption.when(asked)
 
@@ -171,9 +171,10 @@ class Model:
 
     def reset(self, position: int = 0) -> int:
         """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
+        position = operator.index(position)
         with self._access:
             self._changes += 1
-            return self._parts.state.truncate(operator.index(position))
+            return self._parts.state.truncate(position)
 
     def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
         """Write the state of the sequence and a note to a file, which only its owner may read.

@@ -132,14 +132,14 @@ class NativeKernels:
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty(rows.shape, np.float32)
-        factors = _vector_or_0(weight, x.shape[-1], "weight")
+        factors = _floats(weight, x.shape[-1], "weight")
         _native.norm(self.name, _matrix(rows, "x"), factors, eps, _matrix(out, "out"))
         return out.reshape(x.shape)
 
     def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
         out = np.empty(rows.shape, np.float32)
-        vectors = _vector_or_0(weight, x.shape[-1], "weight"), _vector_or_0(bias, x.shape[-1], "bias")
+        vectors = _floats(weight, x.shape[-1], "weight"), _vector_or_0(bias, x.shape[-1], "bias")
         _native.layer_norm(self.name, _matrix(rows, "x"), *vectors, eps, _matrix(out, "out"))
         return out.reshape(x.shape)
 
@@ -361,11 +361,15 @@ def _rows_and_columns(array: np.ndarray) -> tuple[int, int, int]:
 
 def _vector_or_0(array: np.ndarray | None, length: int, name: str) -> int:
     """Return the address of a float32 vector of `length`, or 0 for None."""
-    if array is None:
-        return 0
+    return 0 if array is None else _floats(array, length, name)
+
+
+def _floats(array: np.ndarray, length: int, name: str) -> int:
+    """Return the address of a float32 vector of `length`; raise ValueError if it is another."""
+    _check(array, np.float32, 1, name)
     if array.shape != (length,):
         raise ValueError(f"{name}: expected [{length}], got {list(array.shape)}")
-    return _address(array)
+    return address_of(array)
 
 
 def _segments(segments: Sequence[np.ndarray]) -> list[tuple[int, int]]:

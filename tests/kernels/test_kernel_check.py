@@ -24,6 +24,11 @@ def test_compiled_code_is_right_under_sanitizers(sanitized_check: Path) -> None:
     assert output.splitlines() == [*(f"{isa}: right" for isa in COMPILED or ["scalar"]), "rest: right"]
 
 
+def test_what_comes_from_outside_is_refused_or_works(sanitized_check: Path) -> None:
+    """Layouts, segments, tables and reads of random numbers; `make fuzz` runs more of them."""
+    assert run([sanitized_check.with_name("fuzz_check"), 0, 10_000]) == "10000 inputs\n"
+
+
 def test_threads_do_not_race(thread_check: Path) -> None:
     """In the pool, in the threads that read, and where tokens wait for reads, as the thread sanitizer sees it."""
     assert run([thread_check]) == "threads: right\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -20,6 +21,7 @@ from dymoe_runtime.engine.load import load_model, load_scorer
 from dymoe_runtime.engine.model import Model
 from dymoe_runtime.engine.options import RunOptions
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.store.residency import Residency
 from dymoe_runtime.text.generate import generate
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
@@ -120,6 +122,31 @@ def test_a_model_that_closes_itself_in_mid_pass_is_freed_at_its_end(model: Model
     model.interrupt_when(during)
     with pytest.raises(DymoeError, match="closed while it was in use"):
         model.prefill(PROMPT)
+    assert not reader_threads()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("place", [0, 3, 11])
+def test_a_model_is_refused_once_something_has_ended_a_call_in_the_middle(
+    place: int, error: type[BaseException], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, for instance, wherever it strikes."""
+    real, calls = Residency.reap, itertools.count()
+
+    def reap(self: Residency[Any]) -> None:
+        real(self)
+        if next(calls) == place:
+            raise error
+
+    monkeypatch.setattr(Residency, "reap", reap)
+    with pytest.raises(error):
+        for _ in range(20):
+            model.reset()
+            model.prefill(PROMPT)
+    for call in CALLS.values():
+        with pytest.raises(DymoeError, match=f"since {error.__name__} ended a call in the middle; load it again"):
+            call(model)
+    model.close()
     assert not reader_threads()
 
 
