@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,7 +266,15 @@ def _read_if_there(path: Path) -> str | None:
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     text = _read_if_there(path) if optional else _read_text(path)
-    return {} if text is None else parse_json(text, str(path), RESTORE)
+    if text is None:
+        return {}
+    values = parse_json(text, str(path), RESTORE)
+    if re.search(r"\\u[dD]", text):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DymoeError(f"{path}: a text has half of a surrogate pair; {RESTORE}") from error
+    return values
 
 
 def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ A line of JSON on stdin, {"command": NAME, "args": [...]}, is answered with one 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 # A command that takes so long hangs, whether it computes or waits.
 CPU_S, WALL_S, INTERVAL_S = 20, 60, 0.002
 # More address space than any sound command asks for: what asks for more is refused, and should say so.
-ADDRESS_BYTES = 16 << 30
+ADDRESS_BYTES = 6 << 30
 SIGNAL, HANG, CRASH = 1000, 2000, 70
 
 
@@ -36,6 +37,7 @@ def main() -> None:
 
     assert compile_bundle and answer and measure and chat_template  # loaded once, before any fork
     commands = {"dymoe-run": run, "dymoe-bundle": bundle, "dymoe-compile": compiler}
+    gc.collect(), gc.freeze()  # so that collections of a fork do not copy all pages
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(run_one(commands[request["command"]], request)), flush=True)

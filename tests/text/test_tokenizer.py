@@ -115,6 +115,8 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x", "template": 1}]}', "chat_template is not a text or"),
     ("tokenizer_config.json", b'{"chat_template": {"name": "x"}}', "chat_template is not a text or a list"),
+    ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "a text has half of a surrogate pair; copy it"),
+    ("special_tokens_map.json", b'{"pad_token": {"content": "\\uD800"}}', "a text has half of a surrogate pair"),
     ("generation_config.json", b"x", "not valid JSON .*; copy it"),
     ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id '2' is neither an id nor a list"),
     ("special_tokens_map.json", b"x", "not valid JSON .*; copy it"),
