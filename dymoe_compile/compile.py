@@ -38,6 +38,7 @@ from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.report.findings import collect
 from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import (
+    ADDED_TOKENS,
     DENSE,
     FINDINGS,
     LOOK_AHEAD,
@@ -62,7 +63,9 @@ from dymoe_runtime.files import read_member
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.process import default_threads
 from dymoe_runtime.spec import ModelSpec
-from dymoe_runtime.text.tokenizer import RESTORE, Tokenizer
+from dymoe_runtime.text.added_tokens import whole_tokenizer
+from dymoe_runtime.text.tokenizer import Tokenizer
+from dymoe_runtime.text.tokenizer_files import RESTORE
 from dymoe_runtime.units import format_size
 
 # Tokens of context for which the profile's memory is checked.
@@ -190,7 +193,7 @@ def check_output(output: Path) -> None:
 def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> dict[str, Any]:
     """Return the provenance: everything that decides the bytes of the bundle."""
     tokenizer = hashlib.sha256()
-    for name in (TOKENIZER, *TOKENIZER_EXTRAS):
+    for name in (TOKENIZER, *TOKENIZER_EXTRAS, ADDED_TOKENS):
         if (data := read_member(options.model / name, RESTORE)) is not None:
             tokenizer.update(name.encode() + data)
     return {
@@ -249,8 +252,9 @@ def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
 
 
 def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
-    """Copy the tokenizer files of the checkpoint `model` to the bundle."""
-    for name in (TOKENIZER, *TOKENIZER_EXTRAS):
+    """Copy the tokenizer files of the checkpoint `model` to the bundle; its tokenizer.json gets all added tokens."""
+    writer.write_small(TOKENIZER, whole_tokenizer(model))
+    for name in TOKENIZER_EXTRAS:
         if (data := read_member(model / name, RESTORE)) is not None:
             writer.write_small(name, data)
 

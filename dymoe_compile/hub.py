@@ -21,7 +21,7 @@ from dymoe_compile.checkpoint.directory import CONFIG, GGUF, INDEX, SINGLE, read
 from dymoe_compile.checkpoint.quantization import MODELOPT, read_quantization
 from dymoe_compile.families import family_of, text_config
 from dymoe_compile.families.parts.config import Config
-from dymoe_runtime.bundle.bundle import TOKENIZER, TOKENIZER_EXTRAS
+from dymoe_runtime.bundle.bundle import ADDED_TOKENS, TOKENIZER, TOKENIZER_EXTRAS
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.units import format_size
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PART = r"\w(?:[\w.-]{0,94}\w)?"  # of a name, at most 96 characters
 NAME = re.compile(rf"(?P<name>{PART}/{PART})(?:@(?P<revision>\S+))?", re.ASCII)
 # Files beside the weights and the configuration that compiling reads, if there are such.
-SMALL = (INDEX, TOKENIZER, *TOKENIZER_EXTRAS)
+SMALL = (INDEX, TOKENIZER, *TOKENIZER_EXTRAS, ADDED_TOKENS)
 LOG_IN = "log in with: hf auth login"
 AGAIN = "run the same command again to go on"
 

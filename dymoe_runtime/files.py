@@ -142,16 +142,17 @@ def read_text(path: Path, remedy: str) -> str:
             data = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise DymoeError(f"{path}: {_reason(error, True)}; {remedy}") from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise DymoeError(f"{path}: more than {MAX_TEXT_BYTES >> 20} MiB, which is too long a text; {remedy}")
     return decode_text(data, path, remedy)
 
 
 def decode_text(data: bytes, path: Path, remedy: str) -> str:
     """Return the text of a file with UTF-8 `data`, without a byte order mark, as lines that end in a newline.
 
-    Raises DymoeError if it is not UTF-8, or is blank; then the message ends with `remedy`.
+    Raises DymoeError if it is too long, is not UTF-8, or is blank; unless the encoding is wrong, the message ends with
+    `remedy`.
     """
+    if len(data) > MAX_TEXT_BYTES:
+        raise DymoeError(f"{path}: more than {MAX_TEXT_BYTES >> 20} MiB, which is too long a text; {remedy}")
     try:
         text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:

@@ -106,7 +106,7 @@ class Outcome:
         return json.loads(self.out.strip().splitlines()[-1])
 
 
-def invoke(command: Any, args: Sequence[object], stdin: str | None = None) -> Outcome:
+def invoke(command: Any, args: Sequence[object], stdin: str | bytes | None = None) -> Outcome:
     """Run a command in this process; a traceback fails the test."""
     result = CliRunner().invoke(command, [str(arg) for arg in args], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -118,7 +118,7 @@ def compile_cli(*args: object) -> Outcome:
     return invoke(compile_command, args)
 
 
-def run_cli(*args: object, stdin: str | None = None) -> Outcome:
+def run_cli(*args: object, stdin: str | bytes | None = None) -> Outcome:
     return invoke(run_command, args, stdin)
 
 

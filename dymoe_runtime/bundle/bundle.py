@@ -91,6 +91,8 @@ TOKENIZER_EXTRAS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Of old checkpoints; a bundle has these tokens in its tokenizer.json.
+ADDED_TOKENS = "added_tokens.json"
 
 
 @dataclass(frozen=True)

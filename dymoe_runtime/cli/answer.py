@@ -21,7 +21,7 @@ from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
 from dymoe_runtime.engine.saved.state_file import saved_context
 from dymoe_runtime.errors import DymoeError, importing
-from dymoe_runtime.files import read_text
+from dymoe_runtime.files import MAX_TEXT_BYTES, decode_text, read_text
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
@@ -167,16 +167,17 @@ def check_place(path: Path) -> None:
 
 def _turns() -> Iterator[str]:
     """Yield the lines of stdin that are not blank; prompt for each on a terminal."""
-    if sys.stdin is None:
-        return
-    while True:
+    encoding = "utf-8-sig"  # only what begins the first line is a byte order mark
+    while sys.stdin is not None:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        if line.strip():
-            yield _decoded(line, "stdin").rstrip("\r\n")
+        text = _decoded(line, encoding).rstrip("\n")
+        encoding = "utf-8"
+        if text.strip():
+            yield text
 
 
 def _read_prompt(flags: RunFlags) -> str:
@@ -188,12 +189,12 @@ def _read_prompt(flags: RunFlags) -> str:
         return read_text(path, "give the prompt's file with --prompt-file")
     if sys.stdin is None or (path is None and sys.stdin.isatty()):
         raise click.UsageError("give --prompt TEXT, --prompt-file FILE, --chat, or a prompt on stdin")
-    return _decoded(sys.stdin.buffer.read(), "stdin")
+    return decode_text(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1), Path("stdin"), "give it a prompt")
 
 
-def _decoded(data: bytes, where: str) -> str:
-    """Return the text of `data`, read as `read_text` reads a file, whatever ends its lines."""
+def _decoded(line: bytes, encoding: str) -> str:
+    """Return the text of a line of stdin, read as `read_text` reads a file, whatever ends its lines."""
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return line.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise DymoeError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+        raise DymoeError(f"stdin: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error

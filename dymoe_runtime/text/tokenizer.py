@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.files import parse_json, read_member
-from dymoe_runtime.text import tokenizer_check
+from dymoe_runtime.text.added_tokens import add_tokens
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
-
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-RESTORE = "copy it from the model's repository or recompile the bundle"
+from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, load_backend, read_if_there, read_object, refusing
 
 
 class BundleOf(Protocol):
@@ -64,10 +59,9 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_templates: Mapping[str, str],
         eos_ids: Iterable[int] = (),
-        add_bos: bool = False,
         generation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap `backend`; `special_tokens` maps names in SPECIAL_TOKENS to texts in the vocabulary.
+        """Wrap `backend`; `special_tokens` maps names such as `bos_token` to texts; an empty one is no token.
 
         `generation` is what generation_config.json holds.
         """
@@ -75,7 +69,6 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._chat_templates = dict(chat_templates)
-        self._add_bos = add_bos
         self._generation = dict(generation or {})
         self.bos_id = self._named_id("bos_token")
         eos_id = self._named_id("eos_token")
@@ -96,16 +89,18 @@ class Tokenizer:
         'Once upon a time'
         """
         directory = Path(path)
-        backend = _load_backend(directory / "tokenizer.json")
-        config = _read_json(directory / "tokenizer_config.json", optional=True)
-        generation = _read_json(directory / "generation_config.json", optional=True)
-        names = {**_read_json(directory / "special_tokens_map.json", optional=True), **config}
+        backend = load_backend(directory)
+        config = read_object(directory / CONFIG)
+        generation = read_object(directory / "generation_config.json")
+        special_tokens = add_tokens(backend, directory, config)
+        # Then the texts of special tokens in a prompt are text like any other.
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
+        _check_clean_up(config, backend, directory)
         return cls(
             backend,
-            _special_tokens(names, backend, directory),
+            special_tokens,
             _chat_templates(config, directory),
             {*eos_ids, *_generation_eos_ids(generation, directory)},
-            add_bos=config.get("add_bos_token") is True,
             generation=generation,
         )
 
@@ -116,7 +111,12 @@ class Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         text = self._special_tokens.get(name)
-        return None if text is None else self._backend.token_to_id(text)
+        return self._backend.token_to_id(text) if text else None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Return name -> text of the special tokens, as chat templates see them."""
+        return dict(self._special_tokens)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -132,12 +132,12 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 
-        With `add_special_tokens` the post-processor and `add_bos_token` may add special tokens. Raises DymoeError if
-        the text is not valid Unicode, and TypeError if it is no text.
+        With `add_special_tokens` the post-processor of tokenizer.json adds its own; as in transformers, nothing else
+        does, `add_bos_token` neither. Raises DymoeError if the text is not valid Unicode, and TypeError if it is no
+        text.
         """
         ids: list[int] = self._encoding(text, add_special_tokens).ids
-        wants_bos = add_special_tokens and self._add_bos and self.bos_id is not None
-        return [self.bos_id, *ids] if wants_bos and ids[:1] != [self.bos_id] else ids  # type: ignore[list-item]
+        return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids of `text`, without added ones, and the characters (first, last + 1) of each.
@@ -151,14 +151,14 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
-            with _refusing("tokenizer.json: cannot encode the text", RESTORE):
+            with refusing("tokenizer.json: cannot encode the text", RESTORE):
                 return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary add nothing."""
-        with _refusing("tokenizer.json: cannot decode tokens", RESTORE):
+        with refusing("tokenizer.json: cannot decode tokens", RESTORE):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -186,7 +186,7 @@ class Tokenizer:
         """
         from dymoe_runtime.text.chat_template import compiled  # imports jinja2, which plain prompts do not need
 
-        template = self._pick_chat_template(bool(kwargs.get("tools")))
+        template = self._pick_chat_template(kwargs.get("tools") is not None)
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         try:
             return compiled(template).render(
@@ -224,76 +224,13 @@ class Tokenizer:
         return self._chat_templates[name]
 
 
-@contextmanager
-def _refusing(what: str, remedy: str) -> Iterator[None]:
-    """Raise DymoeError, which begins with `what`, where the library `tokenizers` fails within this context.
-
-    It raises Exception itself, and where it panics an exception that is none. A TypeError is passed on.
-    """
-    try:
-        yield
-    except BaseException as error:
-        panics = type(error).__name__ == "PanicException"
-        if isinstance(error, TypeError) or not (panics or isinstance(error, Exception)):
-            raise
-        raise DymoeError(f"{what} ({error}); {remedy}") from error
-
-
-def _load_backend(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
-    with _refusing(f"{path}: not a valid tokenizer", RESTORE):
-        backend = tokenizers.Tokenizer.from_str(tokenizer_check.checked(text))
-    # Training settings that would silently shorten or lengthen a prompt.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_text(path: Path) -> str:
-    text = _read_if_there(path)
-    if text is None:
-        raise DymoeError(f"{path}: missing; {RESTORE}")
-    return text
-
-
-def _read_if_there(path: Path) -> str | None:
-    data = read_member(path, RESTORE)
-    try:
-        return None if data is None else data.decode().replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise DymoeError(f"{path}: cannot be read ({error}); {RESTORE}") from error
-
-
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    text = _read_if_there(path) if optional else _read_text(path)
-    if text is None:
-        return {}
-    values = parse_json(text, str(path), RESTORE)
-    if re.search(r"\\u[dD]", text):
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise DymoeError(f"{path}: a text has half of a surrogate pair; {RESTORE}") from error
-    return values
-
-
-def _special_tokens(names: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> dict[str, str]:
-    """Return name -> text of the special tokens.
-
-    Raises DymoeError if bos or eos is not in the vocabulary, because generation depends on them.
-    """
-    tokens = {}
-    for name in SPECIAL_TOKENS:
-        entry = names.get(name)
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise DymoeError(f"{directory / 'tokenizer_config.json'}: {name} is not a text; {RESTORE}")
-        if backend.token_to_id(text) is None and name in ("bos_token", "eos_token"):
-            raise DymoeError(f"{directory / 'tokenizer.json'}: no token is the {name} {text!r}; {RESTORE}")
-        tokens[name] = text
-    return tokens
+def _check_clean_up(config: Mapping[str, Any], backend: tokenizers.Tokenizer, directory: Path) -> None:
+    """Raise DymoeError if decoding would have to remove spaces before punctuation, as it never does for BPE."""
+    forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    if config.get("clean_up_tokenization_spaces") and (forced or not isinstance(backend.model, tokenizers.models.BPE)):
+        raise DymoeError(
+            f"{directory / CONFIG}: clean_up_tokenization_spaces is not supported for this tokenizer; set it to false"
+        )
 
 
 def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[int]:
@@ -307,28 +244,28 @@ def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[
 
 def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Return name -> template; a chat_template.jinja replaces those of tokenizer_config.json."""
-    own = _read_if_there(directory / "chat_template.jinja")
+    own = read_if_there(directory / "chat_template.jinja")
     if own is not None:
         return {"default": own}
     entry = config.get("chat_template")
     if entry is None:
         return {}
-    if isinstance(entry, str):
-        return {"default": entry}
-    items = entry if isinstance(entry, list) else [None]
-    pairs: list[tuple[Any, Any]] = [
-        (item.get("name"), item.get("template")) for item in items if isinstance(item, dict)
-    ]
-    if len(pairs) < len(items) or not all(isinstance(part, str) for pair in pairs for part in pair):
-        path = directory / "tokenizer_config.json"
-        raise DymoeError(f"{path}: chat_template is not a text or a list of templates; {RESTORE}")
-    return dict(pairs)
+    try:
+        named = dict(entry) if isinstance(entry, Mapping) else {item["name"]: item["template"] for item in entry}
+    except (TypeError, KeyError):
+        named = {"": None}
+    templates = {"default": entry} if isinstance(entry, str) else named
+    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+        raise DymoeError(
+            f"{directory / CONFIG}: chat_template is not a text or a list of templates with names; {RESTORE}"
+        )
+    return templates
 
 
 def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
     """Make decoding skip named special tokens that tokenizer.json lists as ordinary words."""
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    known = {text: None for text in texts if text not in added and backend.token_to_id(text) is not None}
+    known = {text: None for text in texts if text and text not in added and backend.token_to_id(text) is not None}
     backend.add_special_tokens(list(known))
 
 

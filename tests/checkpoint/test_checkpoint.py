@@ -519,3 +519,36 @@ def test_a_tensor_in_two_files_without_an_index_is_refused(tmp_path: Path) -> No
     save_file({name: tensor.clone() for name, tensor in more.items()}, tmp_path / SHARDS[0][1])
     with pytest.raises(DymoeError, match=r"is in model-00001-of-00002.safetensors, too"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["the index names it", "the index leaves it out"])
+def test_tensors_of_named_shards_are_those_of_transformers(named: bool, tmp_path: Path) -> None:
+    """A shard may hold one that the index does not name; a file that it does not name counts for nothing."""
+    transformers = pytest.importorskip("transformers")
+    save_tiny(tmp_path, "qwen3_moe", tokenizer=False)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    head = {"lm_head.weight": state.pop("lm_head.weight")}
+    save_file(state, tmp_path / first, metadata={"format": "pt"})
+    save_file({**head, "model.norm.weight": state["model.norm.weight"]}, tmp_path / second, metadata={"format": "pt"})
+    save_file({name: tensor + 1 for name, tensor in state.items()}, tmp_path / "a.safetensors")
+    where = {name: first for name in state} | {"model.norm.weight": second}
+    where |= {"lm_head.weight": second} if named else {}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    checkpoint, theirs = Checkpoint.open(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(checkpoint.tensor("lm_head"), theirs.lm_head.weight)
+    assert torch.equal(checkpoint.tensor("embed"), theirs.model.embed_tokens.weight)
+    assert torch.equal(checkpoint.tensor("norm"), theirs.model.norm.weight)
+
+
+def test_a_shard_without_what_the_index_says_is_refused_although_another_has_it(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen3_moe", tokenizer=False)
+    split(tmp_path, *SHARDS[0])
+    where = {name: shard for shard in SHARDS[0] for name in load_file(tmp_path / shard)}
+    where["lm_head.weight"] = next(shard for shard in SHARDS[0] if shard != where["lm_head.weight"])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(
+        DymoeError, match=rf"{where['lm_head.weight']}: tensor lm_head.weight is missing, though .* names"
+    ):
+        Checkpoint.open(tmp_path)

@@ -45,12 +45,42 @@ def test_a_prompt_comes_as_a_flag_a_file_or_stdin(shipped_path: Path, tmp_path: 
     assert run_cli(shipped_path, *tail, stdin=f"\ufeff{PROMPT}").json["text"] == expected
 
 
-def test_the_ends_of_lines_are_alike_in_a_file_and_on_stdin(shipped_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompt.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    args = (shipped_path, "--max-tokens", 1, "--json")
-    expected = run_cli(*args, "--prompt", "one\ntwo\nthree\n").json["prompt_tokens"]
-    assert run_cli(*args, "--prompt-file", tmp_path / "prompt.txt").json["prompt_tokens"] == expected
-    assert run_cli(*args, stdin="one\r\ntwo\rthree\n").json["prompt_tokens"] == expected
+SAME_TEXTS = [
+    b"one\r\ntwo\rthree\n",
+    b"\xef\xbb\xbfone\r\ntwo",
+    b"\xef\xbb\xbf\xef\xbb\xbfone \xef\xbb\xbf",
+    b"\r\n one\r\r\n",
+]
+
+
+@pytest.mark.parametrize("data", SAME_TEXTS)
+def test_bytes_are_one_prompt_in_a_file_and_on_stdin(data: bytes, shipped_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes(data)
+    args = (shipped_path, "--max-tokens", 4, "--ignore-eos", "--greedy", "--json")
+    text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    expected = run_cli(*args, "--prompt", text).json
+    for outcome in (run_cli(*args, "--prompt-file", tmp_path / "prompt.txt"), run_cli(*args, stdin=data.decode())):
+        assert {key: outcome.json[key] for key in ("prompt_tokens", "text")} == {
+            key: expected[key] for key in ("prompt_tokens", "text")
+        }
+
+
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b" \r\n", b"\xff\xfeo\x00", b"one \xe9"])
+def test_bytes_that_are_no_prompt_are_refused_alike(data: bytes, shipped_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(data)
+    file = run_cli(shipped_path, "--prompt-file", path).err.replace(str(path), "stdin")
+    outcome = run_cli(shipped_path, stdin=data)
+    assert_one_sentence(outcome, "stdin: ")
+    assert outcome.err.partition(";")[0] == file.partition(";")[0]
+
+
+def test_a_chat_on_stdin_reads_lines_like_a_file(shipped_path: Path) -> None:
+    """A byte order mark is one at the beginning of the first line only; lines without text are none."""
+    args = (shipped_path, "--chat", "--max-tokens", 1, "--json")
+    for begin, end in (("\ufeff", "\r\n"), ("", "\n"), ("\ufeff\r\n", "\r\n"), ("\ufeff\u3000\n", "\n")):
+        said = run_cli(*args, stdin=f"{begin}Hello{end}{end}\ufeffGo on{end}").json["messages"]
+        assert [message["content"] for message in said[::2]] == ["Hello", "\ufeffGo on"]
 
 
 def test_a_turn_that_fails_loses_nothing_that_was_said(shipped_path: Path) -> None:

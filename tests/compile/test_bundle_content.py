@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compile_kit import assert_codes_nest, assert_findings_fit
-from helpers import MODEL
+from helpers import MODEL, answer, bundle_cli, compile_cli, save_tiny
 from safetensors import safe_open
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
@@ -90,3 +90,13 @@ def test_one_direct_read_brings_a_record_prefix(shipped: Bundle) -> None:
             assert bytes(buffer) == expected.tobytes()
     finally:
         os.close(fd)
+
+
+def test_a_bundle_has_the_tokens_of_all_files(tmp_path: Path, calibration_text: Path) -> None:
+    model, bundle = save_tiny(tmp_path / "model", "qwen3_moe", vocab_size=260), tmp_path / "out.dymoe"
+    (model / "added_tokens.json").write_text('{"<|a|>": 256, "<|b|>": 257}')
+    outcome = compile_cli(model, "-o", bundle, "--calibration", calibration_text, "--jobs", 1)
+    assert outcome.code == 0, outcome.err
+    assert answer(bundle, prompt="<|a|>a<|b|>", tokens=1)["prompt_tokens"] == 3
+    assert not (bundle / "added_tokens.json").exists()
+    assert bundle_cli("verify", bundle).code == 0

@@ -66,8 +66,12 @@ def test_the_date_is_today() -> None:
     ("one", [], "one"),
     ([{"name": "rag", "template": "rag"}, {"name": "default", "template": "two"}], [], "two"),
     ([{"name": "default", "template": "two"}, {"name": "tool_use", "template": "use"}], ["f"], "use"),
+    ([{"name": "default", "template": "two"}, {"name": "tool_use", "template": "use"}], None, "two"),
+    ({"default": "two", "tool_use": "use"}, ["f"], "use"),
+    ([{"name": "default", "template": "one"}, {"name": "default", "template": "two"}], None, "two"),
+    ("", None, ""),
 ])  # fmt: skip
-def test_templates_come_from_the_config(tmp_path: Path, entry: Any, tools: list[Any], expected: str) -> None:
+def test_templates_come_from_the_config(tmp_path: Path, entry: Any, tools: list[Any] | None, expected: str) -> None:
     tokenizer = Tokenizer.load(save(tmp_path, tokenizer_config={**CONFIG, "chat_template": entry}))
     assert tokenizer.has_chat_template
     assert tokenizer.chat(MESSAGES, tools=tools) == expected

@@ -47,7 +47,40 @@ def test_special_tokens_may_be_objects_or_come_from_the_map(tmp_path: Path) -> N
     save(tmp_path, tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}})
     assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_ids) == (None, {1})
     save(tmp_path, tokenizer_config={"eos_token": None}, special_tokens_map=CONFIG)
-    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_ids) == (0, frozenset())
+    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_ids) == (0, {1})
+
+
+@pytest.mark.parametrize("entry", ["", {"content": "", "special": True, "__type": "AddedToken"}, None])
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+def test_an_empty_special_token_is_none(tmp_path: Path, name: str, entry: Any) -> None:
+    """Unlike one that is null, it is a text to chat templates."""
+    template = "{{ " + name + " is defined }}{{ " + name + " }}"
+    tokenizer = Tokenizer.load(save(tmp_path, tokenizer_config={**CONFIG, name: entry, "chat_template": template}))
+    none = Tokenizer.load(save(tmp_path, tokenizer_config={**CONFIG, name: None}))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.special_ids, tokenizer.vocab_size) == (
+        (none.bos_id, none.eos_ids, none.special_ids, none.vocab_size)
+    )  # fmt: skip
+    assert tokenizer.encode("<s>a</s>") == none.encode("<s>a</s>")
+    assert tokenizer.chat([]) == ("False" if entry is None else "True")
+
+
+@pytest.mark.parametrize(("build", "config", "refused"), [
+    (byte_level_backend, {"clean_up_tokenization_spaces": True}, False),
+    (metaspace_backend, {"clean_up_tokenization_spaces": False}, False),
+    (metaspace_backend, {"clean_up_tokenization_spaces": True}, True),
+    (byte_level_backend, {"clean_up_tokenization_spaces": True,
+                          "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}, True),
+])  # fmt: skip
+def test_spaces_are_never_cleaned_up(build: Any, config: dict[str, bool], refused: bool, tmp_path: Path) -> None:
+    save(tmp_path, build(), tokenizer_config={**CONFIG, **config})
+    if refused:
+        with pytest.raises(DymoeError, match=r"clean_up_tokenization_spaces is not supported .*; set it to false"):
+            Tokenizer.load(tmp_path)
+    else:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+        ids = theirs.encode("the fox , the fox .")
+        assert Tokenizer.load(tmp_path).decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_a_named_special_token_is_skipped_even_if_listed_as_a_word(tmp_path: Path) -> None:
@@ -65,18 +98,14 @@ def with_bos(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 @pytest.mark.parametrize("post_processor", [False, True])
 @pytest.mark.parametrize("add_bos", [None, False, True])
-def test_bos_is_added_once_where_asked(tmp_path: Path, post_processor: bool, add_bos: bool | None) -> None:
+def test_bos_is_added_where_the_post_processor_does(tmp_path: Path, post_processor: bool, add_bos: bool | None) -> None:
+    """As in transformers, whose tokenizers with a tokenizer.json do not read `add_bos_token`."""
     backend = with_bos(byte_level_backend()) if post_processor else byte_level_backend()
     tokenizer = Tokenizer.load(save(tmp_path, backend, tokenizer_config={**CONFIG, "add_bos_token": add_bos}))
     bare = tokenizer.encode("hello", add_special_tokens=False)
     assert 0 not in bare
-    assert tokenizer.encode("hello") == ([0, *bare] if post_processor or add_bos else bare)
-    assert tokenizer.encode("") == ([0] if post_processor or add_bos else [])
-
-
-def test_add_bos_does_not_double_the_one_in_the_text(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(save(tmp_path, tokenizer_config={**CONFIG, "add_bos_token": True}))
-    assert tokenizer.encode("<s>hello") == tokenizer.encode("hello")
+    assert tokenizer.encode("hello") == ([0, *bare] if post_processor else bare)
+    assert tokenizer.encode("") == ([0] if post_processor else [])
 
 
 def test_truncation_and_padding_of_the_training_are_off(tmp_path: Path) -> None:
@@ -110,11 +139,10 @@ def test_encode_and_decode_equal_transformers(tmp_path: Path) -> None:
     ("tokenizer.json", b"\xff", "cannot be read .*; copy it"),
     ("tokenizer_config.json", b'{"a": ', "not valid JSON .*line 1.*; copy it"),
     ("tokenizer_config.json", b"[]", "not a JSON object; copy it"),
-    ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token is not a text; copy it"),
+    ("tokenizer_config.json", b'{"bos_token": 3}', "bos_token is neither a text nor an object .*; copy it"),
     ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"chat_template": [{"name": "x", "template": 1}]}', "chat_template is not a text or"),
-    ("tokenizer_config.json", b'{"chat_template": {"name": "x"}}', "chat_template is not a text or a list"),
     ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "a text has half of a surrogate pair; copy it"),
     ("special_tokens_map.json", b'{"pad_token": {"content": "\\uD800"}}', "a text has half of a surrogate pair"),
     ("generation_config.json", b"x", "not valid JSON .*; copy it"),
