@@ -5,6 +5,7 @@ The pass quantizes and writes the experts of each layer, and records statistics 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -258,21 +259,35 @@ class LayerRun:
         else:
             codes = quantize_expert(matrices, self._ladder, self._descent, by_name)
         record = pack_record(self._layout, codes, vectors)
-        self._judge(record, x[-ERROR_SAMPLE:], out[-ERROR_SAMPLE:], weights[-ERROR_SAMPLE:], judged)
+        self._judge(key, record, x[-ERROR_SAMPLE:], out[-ERROR_SAMPLE:], weights[-ERROR_SAMPLE:], judged)
         if not (into.enough and inside.enough):
             judged.data_free.append(key.expert)
         return record
 
     def _judge(
-        self, record: np.ndarray, x: torch.Tensor, out: torch.Tensor, weights: torch.Tensor, judged: _Judged
+        self,
+        key: ExpertKey,
+        record: np.ndarray,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        weights: torch.Tensor,
+        judged: _Judged,
     ) -> None:
-        """Append the relative squared error of a record at each tier, computed as the runtime does, to `judged`."""
+        """Append the relative squared error of a record at each tier, computed as the runtime does, to `judged`.
+
+        Raises DymoeError if it is not finite.
+        """
         segments = split_record(self._layout, record)
         square = (weights * out).square().sum().item()
         for tier, errors in judged.errors.items():
             ours = ffn(self._kernels, self._layout, tier, segments, x.numpy(), self.spec.activation)
             off = torch.from_numpy(ours) - out
             errors.append(significant((weights * off).square().sum().item() / square) if square > 0 else 0.0)
+            if not math.isfinite(square + errors[-1]):
+                raise DymoeError(
+                    f"expert {key}: the square of its output at {tier} bits is not finite; its weights are out of "
+                    "range: copy the checkpoint again"
+                )
 
     def _save_hidden(self, layer: int, x: np.ndarray) -> None:
         """Save the hidden states after `layer`.

@@ -8,6 +8,7 @@ which maps texts to ids.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,8 @@ from tokenizers import AddedToken
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.storage import read_member
-from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, TOKENIZER, load_backend, read_object
+from dymoe_runtime.text.tokenizer_check import check_added
+from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, TOKENIZER, load_backend, read_object, refusing
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Special tokens without a name of their own: a list, or an object that names them. The second key is the older one.
@@ -111,7 +113,7 @@ def _declared(
     entries = config.get(BY_ID)
     if entries is not None:
         where = f"{directory / CONFIG}: {BY_ID}"
-        if not isinstance(entries, Mapping) or not all(key.isascii() and key.isdecimal() for key in entries):
+        if not isinstance(entries, Mapping) or not all(re.fullmatch("[0-9]{1,10}", key) for key in entries):
             raise DymoeError(f"{where} does not map ids to tokens; {RESTORE}")
         return {int(key): _token(entry, f"{where}: {key}") for key, entry in entries.items()}
     declared = dict[int, AddedToken]()
@@ -153,7 +155,9 @@ def _add(backend: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> None:
     for token in tokens:
         if known.get(token.content) != token.__getstate__():
             new.setdefault(token.content, token)
-    backend.add_tokens(list(new.values()))
+    with refusing("the added tokens do not fit", RESTORE):
+        check_added(new, json.loads(backend.normalizer.__getstate__()) if new and backend.normalizer else None)
+        backend.add_tokens(list(new.values()))
 
 
 def _check_ids(backend: tokenizers.Tokenizer, declared: Mapping[int, AddedToken], where: Path) -> None:

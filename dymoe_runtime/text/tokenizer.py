@@ -155,14 +155,14 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
-            with refusing("tokenizer.json: cannot encode the text"):
+            with refusing("tokenizer.json: cannot encode the text", RESTORE):
                 return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; ids outside the vocabulary add nothing."""
-        with refusing("tokenizer.json: cannot decode tokens"):
+        with refusing("tokenizer.json: cannot decode tokens", RESTORE):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 

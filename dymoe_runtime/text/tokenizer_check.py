@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -61,10 +61,19 @@ def checked(text: str) -> str:
     values = msgspec.json.decode(text, type=dict[str, Raw])
     model = msgspec.json.decode(values.get("model", b"{}"), type=dict[str, Raw])
     _check_model({name: model[name] for name in model.keys() - {"merges"}})
+    normalizer = _value(values.get("normalizer"))
     grown = {place: _growth(place, _value(values.get(place))) for place in SEQUENCES}
     _expect(grown["normalizer"] * grown["pre_tokenizer"] <= MAX_GROWTH, "normalizer: it makes texts too long")
-    _check_added(_value(values.get("added_tokens")), grown["normalizer"])
+    added = _value(values.get("added_tokens"))
+    _expect(added is None or isinstance(added, list), "added_tokens: not a list")
+    check_added([str(token.get("content")) for token in added or () if isinstance(token, dict)], normalizer)
     return msgspec.json.encode({**values, "model": model}).decode()
+
+
+def check_added(texts: Collection[str], normalizer: Any) -> None:
+    """Raise ValueError if added tokens of these texts are too long once `normalizer`, which may be None, has run."""
+    characters = sum(len(text) + 1 for text in texts)
+    _expect(characters * _growth("normalizer", normalizer) <= MAX_ADDED_TOKENS, "added tokens: they are too long")
 
 
 def _value(raw: Raw | None) -> Any:
@@ -122,12 +131,6 @@ def _check_model(model: Mapping[str, Raw]) -> None:
     _expect(longest is None or (type(longest) is int and longest <= MAX_PIECE), "model: its words are too long")
     if kind == "Unigram" or bytes(model.get("vocab", b"")).lstrip()[:1] == b"[":
         msgspec.json.decode(model.get("vocab", b"[]"), type=list[Piece])
-
-
-def _check_added(tokens: Any, growth: float) -> None:
-    _expect(tokens is None or isinstance(tokens, list), "added_tokens: not a list")
-    characters = sum(len(str(token.get("content"))) + 1 for token in tokens or () if isinstance(token, dict))
-    _expect(characters * growth <= MAX_ADDED_TOKENS, "added_tokens: they are too long")
 
 
 def _replace(part: Mapping[str, Any]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +21,8 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 
 
-def load_backend(directory: Path) -> tokenizers.Tokenizer:
-    """Return the tokenizer in tokenizer.json; raise DymoeError if it is missing or malformed."""
-    path = directory / TOKENIZER
-    text = _read_text(path)
-    with refusing(f"{path}: not a valid tokenizer"):
-        backend = tokenizers.Tokenizer.from_str(tokenizer_check.checked(text))
-    # Training settings that would silently shorten or lengthen a prompt.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
+def refusing(what: str, remedy: str) -> Iterator[None]:
     """Raise DymoeError, which begins with `what`, where the library `tokenizers` fails within this context.
 
     It raises Exception itself, and where it panics an exception that is none. A TypeError is passed on.
@@ -43,7 +33,19 @@ def refusing(what: str) -> Iterator[None]:
         panics = type(error).__name__ == "PanicException"
         if isinstance(error, TypeError) or not (panics or isinstance(error, Exception)):
             raise
-        raise DymoeError(f"{what} ({error}); {RESTORE}") from error
+        raise DymoeError(f"{what} ({error}); {remedy}") from error
+
+
+def load_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer in tokenizer.json; raise DymoeError if it is missing or malformed."""
+    path = directory / TOKENIZER
+    text = _read_text(path)
+    with refusing(f"{path}: not a valid tokenizer", RESTORE):
+        backend = tokenizers.Tokenizer.from_str(tokenizer_check.checked(text))
+    # Training settings that would silently shorten or lengthen a prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def read_if_there(path: Path) -> str | None:
@@ -58,7 +60,15 @@ def read_if_there(path: Path) -> str | None:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, empty if there is no file; raise DymoeError if it holds anything else."""
     text = read_if_there(path)
-    return {} if text is None else parse_json(text, str(path), RESTORE)
+    if text is None:
+        return {}
+    values = parse_json(text, str(path), RESTORE)
+    if re.search(r"\\u[dD]", text):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DymoeError(f"{path}: a text has half of a surrogate pair; {RESTORE}") from error
+    return values
 
 
 def _read_text(path: Path) -> str:

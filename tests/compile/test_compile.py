@@ -84,6 +84,17 @@ def test_an_expert_with_enormous_weights_spoils_no_other(
         assert tier == 4 or not ruined or point.kind == "uniform"
 
 
+def test_an_expert_whose_errors_have_no_size_is_named(tmp_path: Path, calibration_text: Path) -> None:
+    """Its output is finite, and the square of it is not."""
+    model = save_tiny(tmp_path / "model", "olmoe", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors")
+    down = next(name for name in tensors if "experts" in name and "down" in name)
+    save_file({**tensors, down: tensors[down] * 1e25}, model / "model.safetensors", {"format": "pt"})
+    outcome = compile_cli(model, "-o", tmp_path / "out", "--calibration", calibration_text)
+    assert_one_sentence(without_stages(outcome), "expert 0.", "not finite", "copy the checkpoint again")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_input_gives_the_same_bytes(
     tiny_checkpoint: Path, tiny_path: Path, calibration_text: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ say more: `faults` for the library of tests/faults/shim.cpp, `limits` as {"RLIMI
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 # A command that takes so long hangs, whether it computes or waits.
 CPU_S, WALL_S, INTERVAL_S = 20, 60, 0.002
 # More address space than any sound command asks for: what asks for more is refused, and should say so.
-ADDRESS_BYTES = 16 << 30
+ADDRESS_BYTES = 6 << 30
 SIGNAL, HANG, CRASH = 1000, 2000, 70
 
 
@@ -39,6 +40,7 @@ def main() -> None:
 
     assert compile_bundle and answer and measure and chat_template  # loaded once, before any fork
     commands = {"dymoe-run": run, "dymoe-bundle": bundle, "dymoe-compile": compiler}
+    gc.collect(), gc.freeze()  # so that collections of a fork do not copy all pages
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(run_one(commands[request["command"]], request)), flush=True)

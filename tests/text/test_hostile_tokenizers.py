@@ -77,3 +77,21 @@ def test_a_sound_map_of_sentencepiece_works(tmp_path: Path) -> None:
 def test_what_is_checked_is_what_the_file_says() -> None:
     text = (MODEL / "tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(tokenizer_check.checked(text)) == json.loads(text)
+
+
+@pytest.mark.parametrize("entry", ["many", "long"])
+def test_added_tokens_of_other_files_have_the_same_limit(entry: str, tmp_path: Path) -> None:
+    contents = [f"{i:0100d}" for i in range(45_000)] if entry == "many" else ["z" * 8_000_000]
+    tokens = {text: 256 + i for i, text in enumerate(contents)}
+    directory = changed(tmp_path, {})
+    (directory / "added_tokens.json").write_text(json.dumps(tokens))
+    with pytest.raises(DymoeError, match="added tokens: they are too long"):
+        Tokenizer.load(directory)
+
+
+def test_an_id_of_thousands_of_digits_is_no_id(tmp_path: Path) -> None:
+    directory = changed(tmp_path, {})
+    decoder = {"9" * 5000: {"content": "z"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    with pytest.raises(DymoeError, match="added_tokens_decoder does not map ids"):
+        Tokenizer.load(directory)
