@@ -13,7 +13,7 @@ from dymoe_runtime.bundle.records import check_digest, compare_digest, verify
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.place import remove_own
 from dymoe_runtime.storage import MANIFEST
-from dymoe_runtime.tools.shipping.output import place_new, work_beside
+from dymoe_runtime.tools.shipping.output import clear, place_new, work_beside
 from dymoe_runtime.tools.shipping.remote import UNREACHABLE, Interrupted, Source
 
 # Tries without a new byte until a copy gives up, and the longest wait between them.
@@ -31,29 +31,28 @@ def fetch(source: Source, target: Path, expect: str | None, advance: Advance) ->
     and its digest against `expect` if that is given. Raises DymoeError if the source is damaged or cannot be reached,
     and if something is at `target`.
     """
-    with work_beside(target) as work:
-        files = work / FILES
+    with work_beside(target, "fetching") as work:
+        content = work / (PACKED if source.packed else FILES)
         try:
             if source.packed:
-                _bring_packed(source, work / PACKED, expect, advance)
-                place_new(work / PACKED, target)
+                _bring_packed(source, content, expect, advance)
             else:
-                files.mkdir(exist_ok=True)
-                _bring_files(source, files, expect, advance)
-                place_new(files, target)
+                content.mkdir(exist_ok=True)
+                _bring_files(source, content, expect, advance)
+            place_new(content, target)
         except _Unsound as error:
             _remove(work)
             raise DymoeError(f"{source.where}: {error}; get the bundle from another place") from error
         _remove(work)
 
 
+def _remove(work: Path) -> None:
+    clear(work)
+    remove_own(work, lambda name: False)
+
+
 class _Unsound(Exception):
     """What was copied is not what it should be."""
-
-
-def _remove(work: Path) -> None:
-    for directory in (work / FILES, work):
-        remove_own(directory, lambda name: True)
 
 
 def _bring_packed(source: Source, path: Path, expect: str | None, advance: Advance) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,89 +13,107 @@ from typing import BinaryIO
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.place import is_own_directory, remove_own, rename_new
 
+OTHER_PLACE = "choose another place with -o"
+# The name of what becomes the target, in the directory of work.
+CONTENT = "content"
+
 
 @contextmanager
 def new_file(target: Path) -> Iterator[BinaryIO]:
     """Yield a file to write; it gets the name `target` at the end, and is removed if something fails.
 
-    Raises DymoeError if something is at `target`, before or by then.
+    Raises DymoeError if something is at `target`, before or by then, or if another process is writing it.
     """
-    _check_free(target)
-    fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    try:
-        with open(fd, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(fd)
-            os.fchmod(fd, 0o666 & ~_umask())
-        _take_name(Path(name), target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with _new(target) as content, open(content, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory; it gets the name `target` at the end, and is removed if something fails.
 
-    Raises DymoeError if something is at `target`, before or by then.
+    Raises DymoeError as `new_file` does.
     """
-    _check_free(target)
-    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield directory
-        directory.chmod(0o777 & ~_umask())
-        _take_name(directory, target)
-    finally:
-        remove_own(directory, lambda name: True)
+    with _new(target) as content:
+        content.mkdir()
+        yield content
+        flush_directory(content)
 
 
 @contextmanager
-def work_beside(target: Path) -> Iterator[Path]:
-    """Yield a directory of this user beside `target` whose files stay if something fails, for the next try.
+def _new(target: Path) -> Iterator[Path]:
+    """Yield the path of what becomes `target` at the end. What a killed process has left there is removed first."""
+    with work_beside(target, "writing") as work:
+        clear(work)
+        try:
+            yield work / CONTENT
+            place_new(work / CONTENT, target)
+        finally:
+            clear(work)
+            remove_own(work, lambda name: False)
+
+
+@contextmanager
+def work_beside(target: Path, suffix: str) -> Iterator[Path]:
+    """Yield the directory `.NAME.suffix` of this user beside `target`, whose files stay if something fails.
 
     Raises DymoeError if something is at `target`, if another process uses the directory, or if it is somebody else's.
     """
-    _check_free(target)
-    work = target.parent / f".{target.name}.fetching"
+    if os.path.lexists(target):
+        raise _in_the_way(target)
+    if not target.parent.is_dir():
+        raise DymoeError(f"{target.parent}: no such directory; make it, or {OTHER_PLACE}")
+    work = target.parent / f".{target.name}.{suffix}"
     with contextlib.suppress(FileExistsError):
         work.mkdir(0o700)
     if not is_own_directory(work):
-        raise DymoeError(f"{work}: not a directory of yours; remove it, or choose another place with -o")
+        raise DymoeError(f"{work}: not a directory of yours; remove it, or {OTHER_PLACE}")
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DymoeError(f"{target}: another process is writing it; wait for it or stop it") from error
+        if not _locked(lock, work):
+            raise DymoeError(f"{target}: another process is writing it; wait for it or stop it")
         yield work
     finally:
         os.close(lock)
 
 
+def _locked(lock: int, work: Path) -> bool:
+    """Return whether the directory `work`, open as `lock`, is for this process alone from now on."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), os.stat(work))
+    except (BlockingIOError, FileNotFoundError):  # held, or removed by the one that held it
+        return False
+
+
 def place_new(source: Path, target: Path) -> None:
-    """Give a finished file or directory its name; raise DymoeError if something has it."""
-    _take_name(source, target)
-
-
-def _check_free(target: Path) -> None:
-    if os.path.lexists(target):
-        raise _in_the_way(target)
-    if not target.parent.is_dir():
-        raise DymoeError(f"{target.parent}: no such directory; make it, or choose another place with -o")
-
-
-def _take_name(source: Path, target: Path) -> None:
+    """Give a finished file or directory its name, on the disk; raise DymoeError if something has it."""
     try:
         rename_new(source, target)
     except FileExistsError as error:
         raise _in_the_way(target) from error
+    flush_directory(target.parent)
+
+
+def clear(work: Path) -> None:
+    """Remove the files that this program writes in a directory of work, and in the directories there."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            remove_own(path, lambda name: True)
+        else:
+            path.unlink()
+
+
+def flush_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _in_the_way(target: Path) -> DymoeError:
-    return DymoeError(f"{target}: something is there already; move it away, or choose another place with -o")
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    return DymoeError(f"{target}: something is there already; move it away, or {OTHER_PLACE}")
