@@ -21,24 +21,13 @@ from typing import Any, NoReturn
 
 import click
 
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, remedy_of
 from dymoe_runtime.units import parse_size
 
 INTERRUPTED, TERMINATED = 130, 143
 OUT_OF_MEMORY = (
     "out of memory; give dymoe-run a smaller --memory or --context, dymoe-compile fewer --calibration-tokens or --jobs"
 )
-# What to do about errors of the system; other ones have to do with the path.
-REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or have a larger quota",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "close other programs, which have too many files open",
-    errno.EIO: "check the disk, or use another one",
-    errno.EROFS: "choose a place that can be written to",
-    errno.ENAMETOOLONG: "give a shorter name",
-}
 MAX_SEED = (1 << 63) - 1
 # Time between the progress lines of a stage, where stderr is not a terminal.
 LINE_INTERVAL_S = 30.0
@@ -248,7 +237,7 @@ def one_sentence(command: Callable[..., None]) -> Callable[..., None]:
             if error.errno == errno.ENOMEM:
                 fail(OUT_OF_MEMORY, 1)
             where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-            remedy = REMEDIES.get(error.errno or 0, "check the path and its permissions")
+            remedy = remedy_of(error, "check the path and its permissions")
             fail(f"{where}{error.strerror or error}; {remedy}", 1)
         except MemoryError:
             fail(OUT_OF_MEMORY, 1)

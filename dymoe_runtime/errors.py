@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
+
+# What to do about errors of the system; other ones have to do with the path.
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or use another file system",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.EIO: "check the disk, or use another one",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 class DymoeError(Exception):
@@ -22,6 +35,11 @@ class BudgetError(DymoeError):
     """The device of the profile cannot run the bundle."""
 
     exit_code = 4
+
+
+def remedy_of(error: OSError, otherwise: str) -> str:
+    """Return what to do about an error of the system: what REMEDIES says, or `otherwise`."""
+    return REMEDIES.get(error.errno or 0, otherwise)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn, TypeVar, Union, cast, get
 import msgspec
 from msgspec import Meta
 
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, remedy_of
 
 T = TypeVar("T")
 # Digits of the longest number in JSON: more than any float or 128-bit number has.
@@ -50,7 +50,7 @@ def open_regular(path: Path, remedy: str, follow_links: bool = True, flags: int 
     try:
         fd = os.open(path, flags)
     except OSError as error:
-        raise DymoeError(f"{path}: {_reason(error, follow_links)}; {remedy}") from error
+        raise DymoeError(f"{path}: {_reason(error, follow_links)}; {remedy_of(error, remedy)}") from error
     except ValueError as error:  # a zero byte in the name
         raise DymoeError(f"{path}: not the name of a file; {remedy}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -141,7 +141,7 @@ def read_text(path: Path, remedy: str) -> str:
                 raise DymoeError(f"{path}: a device, not a text; {remedy}")
             data = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
-        raise DymoeError(f"{path}: {_reason(error, True)}; {remedy}") from error
+        raise DymoeError(f"{path}: {_reason(error, True)}; {remedy_of(error, remedy)}") from error
     return decode_text(data, path, remedy)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import click
 
-from dymoe_runtime.console import one_sentence
+from dymoe_runtime.console import one_sentence, start
 from dymoe_runtime.errors import needing_extra
 
 
@@ -12,10 +14,15 @@ from dymoe_runtime.errors import needing_extra
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @one_sentence
-def main(arguments: tuple[str, ...]) -> None:
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
     """Run lm-eval's command with the arguments of this process."""
     with needing_extra("eval", "scoring tasks"):
         import lm_eval.__main__
 
         import dymoe_runtime.tools.lm_eval_model  # noqa: F401, registers the model
     lm_eval.__main__.cli_evaluate()
+
+
+def main(prog_name: str = "dymoe-lm-eval") -> NoReturn:
+    """Run dymoe-lm-eval."""
+    start(lm_eval_command, prog_name)

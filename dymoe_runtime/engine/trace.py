@@ -17,7 +17,7 @@ import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine.precision import Chosen
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, remedy_of
 from dymoe_runtime.files import Bytes, open_regular, parse_json, strict
 from dymoe_runtime.model.routing import Experts, PromptRouting, Routing
 from dymoe_runtime.spec import Factor, Number
@@ -107,7 +107,8 @@ class Tracer:
             with suppress(OSError):
                 self._stream.close()
             raise DymoeError(
-                f"{self._path}: cannot be written ({error.strerror}); free some space, or leave --trace out"
+                f"{self._path}: cannot be written ({error.strerror}); "
+                f"{remedy_of(error, 'choose another place')}, or leave --trace out"
             ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, remedy_of
 from dymoe_runtime.files import MAX_JSON_BYTES, parse_json, read_regular, replacing, strict
 from dymoe_runtime.spec import ExpertKey, Factor
 from dymoe_runtime.store import DECAY, EVICTIONS
@@ -153,5 +153,6 @@ def write_warm_set(path: Path, uses: np.ndarray) -> None:
             file.write((json.dumps({"uses": np.round(uses, 5).tolist()}) + "\n").encode())
     except OSError as error:
         raise DymoeError(
-            f"{path}: the warm set cannot be written ({error.strerror}); free some space, or leave --warm-set out"
+            f"{path}: the warm set cannot be written ({error.strerror}); "
+            f"{remedy_of(error, 'choose another place')}, or leave --warm-set out"
         ) from error

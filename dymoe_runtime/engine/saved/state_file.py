@@ -15,7 +15,7 @@ import numpy as np
 
 from dymoe_runtime.bundle.records import crc32
 from dymoe_runtime.engine.saved.origin import OTHERWISE, Origin
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, remedy_of
 from dymoe_runtime.files import Bytes, Word, parse_json, replacing, strict
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.spec import ModelSpec
@@ -88,7 +88,8 @@ def save(path: Path, origin: Origin, ids: Sequence[int], note: str, state: Seque
                 file.write(memoryview(_flat(piece)))
     except OSError as error:
         raise DymoeError(
-            f"{path}: the session cannot be saved there ({error.strerror}); free some space, or give another file"
+            f"{path}: the session cannot be saved there ({error.strerror}); "
+            f"{remedy_of(error, 'choose another place')}, or give another file"
         ) from error
 
 
