@@ -52,5 +52,5 @@ def _variable(entry: str) -> tuple[str, Any]:
         return name, CONSTANTS[value]
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

@@ -60,15 +60,17 @@ class Tokenizer:
         chat_templates: Mapping[str, str],
         eos_ids: Iterable[int] = (),
         generation: Mapping[str, Any] | None = None,
+        template_file: Path | None = None,
     ) -> None:
         """Wrap `backend`; `special_tokens` maps names such as `bos_token` to texts; an empty one is no token.
 
-        `generation` is what generation_config.json holds.
+        `generation` is what generation_config.json holds. Errors name `template_file` as that of the chat templates.
         """
         _mark_special(backend, special_tokens.values())
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._chat_templates = dict(chat_templates)
+        self._template_file = template_file
         self._generation = dict(generation or {})
         self.bos_id = self._named_id("bos_token")
         eos_id = self._named_id("eos_token")
@@ -93,15 +95,17 @@ class Tokenizer:
         config = read_object(directory / CONFIG)
         generation = read_object(directory / "generation_config.json")
         special_tokens = add_tokens(backend, directory, config)
+        templates, template_file = _chat_templates(config, directory)
         # Then the texts of special tokens in a prompt are text like any other.
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         _check_clean_up(config, backend, directory)
         return cls(
             backend,
             special_tokens,
-            _chat_templates(config, directory),
+            templates,
             {*eos_ids, *_generation_eos_ids(generation, directory)},
             generation=generation,
+            template_file=template_file,
         )
 
     @classmethod
@@ -182,18 +186,20 @@ class Tokenizer:
         """Return `messages` as the prompt that the model was trained on; encode it with add_special_tokens=False.
 
         `kwargs` are passed to the template, such as `tools` or `enable_thinking`. Raises DymoeError if there is no
-        template, or if the template refuses the messages.
+        template, or if the template refuses the messages or asks for more time or memory than a template may use.
         """
-        from dymoe_runtime.text.chat_template import compiled  # imports jinja2, which plain prompts do not need
+        from dymoe_runtime.text.chat_template import reason, render  # imports jinja2, which plain prompts do not need
 
         template = self._pick_chat_template(kwargs.get("tools") is not None)
         variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return compiled(template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
-            )
+            return render(template, variables)
         except Exception as error:  # a template is a program of the model's author: it can raise anything
-            raise DymoeError(f"the chat template failed: {error}; change the messages or use --prompt") from error
+            where = "" if self._template_file is None else f"{self._template_file}: "
+            raise DymoeError(
+                f"{where}the chat template failed: {reason(error)}; change the messages or use --prompt"
+            ) from error
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -242,24 +248,22 @@ def _generation_eos_ids(generation: Mapping[str, Any], directory: Path) -> list[
     return ids
 
 
-def _chat_templates(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
-    """Return name -> template; a chat_template.jinja replaces those of tokenizer_config.json."""
+def _chat_templates(config: Mapping[str, Any], directory: Path) -> tuple[dict[str, str], Path]:
+    """Return name -> template, and their file; a chat_template.jinja replaces those of tokenizer_config.json."""
     own = read_if_there(directory / "chat_template.jinja")
     if own is not None:
-        return {"default": own}
-    entry = config.get("chat_template")
+        return {"default": own}, directory / "chat_template.jinja"
+    entry, path = config.get("chat_template"), directory / CONFIG
     if entry is None:
-        return {}
+        return {}, path
     try:
         named = dict(entry) if isinstance(entry, Mapping) else {item["name"]: item["template"] for item in entry}
     except (TypeError, KeyError):
         named = {"": None}
     templates = {"default": entry} if isinstance(entry, str) else named
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
-        raise DymoeError(
-            f"{directory / CONFIG}: chat_template is not a text or a list of templates with names; {RESTORE}"
-        )
-    return templates
+        raise DymoeError(f"{path}: chat_template is not a text or a list of templates with names; {RESTORE}")
+    return templates, path
 
 
 def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:

@@ -36,6 +36,32 @@ TEMPLATES = {
     "{% endfor %}{{ ns.n }}{{ dict(a=1) }}",
     "generation": "{% for m in messages %}\n  {% generation %}\n{{ m.content }}\n  {% endgeneration %}\n{% endfor %}",
     "date": "{{ strftime_now('%Y') }}",
+    "filters": "{% for m in messages %}{{ m.content|upper|trim }}{{ m.content|replace('b', '<b>')|title|indent(2) }}"
+    "{{ m|items|list }}{{ m|dictsort }}{{ m.content|e ~ 1 }}{{ m.content|list|unique|sort|join('-')|truncate(9) }}"
+    "{{ m.content|center(40)|wordwrap(9)|wordcount }}{{ m.content|urlencode|capitalize }}{% endfor %}"
+    "{{ messages|map(attribute='role')|join(', ') }}{{ messages|selectattr('role', 'eq', 'user')|list|length }}"
+    "{{ messages|groupby('role')|length }}{{ [3, 1]|sum }}{{ [3, 1]|max }}{{ 2.5|round|int }}{{ '7'|int + 1 }}"
+    "{{ [1, 2, 3]|batch(2, 0)|list }}{{ [1, 2, 3]|slice(2)|list }}{{ '%s-%03d'|format('x', 7) }}{{ 'a'|striptags }}"
+    "{{ messages|reject('mapping')|first|default('none', true) }}{{ 'abc'|reverse }}{{ [1, 2]|reverse|list|last }}",
+    "a filter that finds nothing is true": "{% if messages|selectattr('role', 'eq', 'x') %}true{% endif %}",
+    "methods": "{% for m in messages %}{% set c = m['content'] %}{{ c.strip().split(' ', 1)[0].upper() }}"
+    "{{ c.rsplit('e') }}"
+    "{{ c.startswith(('B', ' ')) }}{{ c.find('e') }}{{ c.replace('B', 'b', 1).title() }}{{ m.get('x', 'y') }}"
+    "{% for k, v in m.items() %}{{ k }}{% endfor %}{{ ', '.join(m.keys()) }}{{ c.splitlines() }}{{ c.partition('e') }}"
+    "{{ '{0!r:>9}|{x[role]}'.format(c, x=m) }}{{ '%-5s|%r' % (m.role, c) }}{{ c.zfill(30).lstrip('0') }}{% endfor %}",
+    "operators": "{% for m in messages %}{{ m.role == 'user' and 'e' in m.content }}{{ m.role in ['user', 'tool'] }}"
+    "{{ m != messages[0] }}{{ 1 < loop.index <= 3 }}{{ m.content[1:-1:2] ~ (loop.index * 2 - 7 // 2 ** 2 % 3 / 4) }}"
+    "{{ (m.content * 2)[:5] }}{{ [m.role] + [1] * 2 }}{{ -loop.index }}{{ 'tool_calls' in m }}{{ m.content < 'C' }}"
+    "{{ loop.changed(m.role) }}{{ loop.cycle(1, 2) }}{{ loop.last }}{{ loop.nextitem is defined }}{% endfor %}"
+    "{{ messages[1:]|length }}{{ messages[::-1][0].role }}{{ (messages, {'a': messages[0].role}) }}{{ {1: 2}[1] }}",
+    "blocks": "{% macro m(x, y=2) %}{{ x }}{{ y }}{{ caller() if caller else varargs }}{% endmacro %}{{ m(1) }}"
+    "{{ m(1, 2, 3) }}{% call m('a') %}<b>{% endcall %}{% set s %}{{ m(3) }}!{% endset %}{{ s|length }}"
+    "{% filter upper %}x{{ s }}{% endfilter %}"
+    "{% block b %}{{ messages|length }}{% endblock %}{{ self.b() }}{% with z = 3 %}{{ z }}{% endwith %}"
+    "{% for x in [[1, [2]], 3] recursive %}{{ loop(x) if x is iterable else x }}{% else %}{{ messages }}{% endfor %}"
+    "{% for m in messages if m.role != 'user' %}{{ loop.length }}{% endfor %}{{ 'a' if false }}",
+    "markup": "{% for m in messages %}{{ m.content|safe + '<' + m.content }}{% endfor %}"
+    "{% autoescape true %}{{ messages[0].content ~ '<' }}&lt;{% endautoescape %}{{ ('<%s>'|safe) % '&' }}",
     "kwargs": "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}.{{ absent }}",
 }
 
