@@ -95,6 +95,7 @@ class Tokenizer:
         config = read_object(directory / CONFIG)
         generation = read_object(directory / "generation_config.json")
         special_tokens = add_tokens(backend, directory, config)
+        templates, template_file = _chat_templates(config, directory)
         # Then the texts of special tokens in a prompt are text like any other.
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         _check_clean_up(config, backend, directory)
