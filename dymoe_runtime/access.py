@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dymoe_runtime.errors import DymoeError
 
@@ -55,6 +56,15 @@ class Access:
         if kind is not None and not issubclass(kind, (DymoeError, Interrupted)):
             self._broken_by = kind.__name__
         self._leave()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Begin a call that changes nothing, so that whatever ends it does no harm."""
+        self.__enter__()
+        try:
+            yield
+        finally:
+            self._leave()
 
     def check(self) -> None:
         """Raise DymoeError if the resource has been closed since the call began, so that the call ends early."""

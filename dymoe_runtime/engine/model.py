@@ -182,7 +182,7 @@ class Model:
         The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
         closed.
         """
-        with self._access:
+        with self._access.reading():
             state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
 
     def load_state(self, path: str | os.PathLike[str]) -> str:

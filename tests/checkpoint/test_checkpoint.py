@@ -191,7 +191,7 @@ BAD_CHECKPOINTS: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("context of one", lambda d: rewrite_config(d, max_position_embeddings=1), ("max_position_embeddings",)),
     ("deeply nested config", lambda d: (d / "config.json").write_text("[" * 100_000), ("config.json", "JSON")),
     ("overlapping tensors", overlap, ("overlaps",)),
-    ("weights beyond float32", lambda d: rewrite_tensor(d, DOWN, lambda t: t * 1e38), ("layer 1", "not finite")),
+    ("weights beyond float32", lambda d: rewrite_tensor(d, DOWN, lambda t: t * 1e38), ("expert 1.", "not finite")),
     ("config not JSON", lambda d: (d / "config.json").write_text("{"), ("config.json", "JSON")),
     ("config missing", lambda d: (d / "config.json").unlink(), ("config.json",)),
     ("weights missing", lambda d: (d / "model.safetensors").unlink(), ("model.safetensors",)),

@@ -309,10 +309,10 @@ def test_a_trace_on_a_full_disk_is_named_and_costs_no_result(shipped_path: Path)
 def test_a_warm_set_on_a_disk_that_is_full_is_named_and_costs_no_result(
     shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, *args: object, **options: object) -> None:
+    def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     outcome = short_of_memory(shipped_path, "--warm-set", tmp_path / "warm.json", "--json")
     assert outcome.json["text"] and not (tmp_path / "warm.json").exists()
     assert_one_sentence(outcome, "warm.json", "No space left", "--warm-set")

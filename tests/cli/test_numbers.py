@@ -17,6 +17,7 @@ from dymoe_runtime.cli.run import run as run_command
 # Flags whose texts are numbers, beside those with a type of number.
 TEXTS = ("--tiers", "--dense-bits", "--point", "--kv-bits")
 NUMBERS = ("nan", "inf", "-inf", "-1", "1e400", "9" * 30, "9" * 5000, "", "x", "0x10", "\ud800")
+OUTPUT = ("-o", "never-written")
 # What has a meaning, though it is more than anything can be.
 MOST = {"--max-tokens", "--calibration-tokens", "--quality"}
 
@@ -50,7 +51,8 @@ def outcome_of(name: str, flag: str, number: str, tiny: Path, checkpoint: Path, 
         return invoke(compile_command, args)
     if program == "bundle":
         (tmp_path / "trace.jsonl").write_text("")
-        return invoke(bundle_command, (subcommand, tiny, tmp_path / "trace.jsonl", *given))
+        needs = {"replay": (tmp_path / "trace.jsonl",), "slim": OUTPUT, "export": (*OUTPUT, "--format", "onnx")}
+        return invoke(bundle_command, (subcommand, tiny, *needs.get(subcommand, ()), *given))
     (tmp_path / "text.txt").write_text("a text")
     rest: dict[str, tuple[object, ...]] = {
         "chat": ("--prompt", "a"),

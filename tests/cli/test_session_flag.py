@@ -31,7 +31,7 @@ def test_a_conversation_goes_on_in_another_run(shipped: Bundle, tmp_path: Path, 
 
 
 def test_a_prompt_starts_where_a_kept_one_ends(shipped_path: Path, tmp_path: Path) -> None:
-    args = (shipped_path, "--max-tokens", 8, "--greedy", "--ignore-eos", "--json")
+    args = (shipped_path, "--tiers", 4, "--max-tokens", 8, "--greedy", "--ignore-eos", "--json")
     whole = run_cli(*args, "--prompt", f"{PROMPT} the old king").json
     kept = run_cli(*args, "--session", tmp_path / "state", "--prompt", PROMPT).json
     assert kept["prompt_tokens"] > 4

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from faults.kit import Compile, Place, build_shim, contents, is_one_sentence
-from fuzz.campaign import Run, make_inputs, server
+from fuzz.campaign import Run, server
+from fuzz.inputs import Inputs
 from fuzz.server import SIGNAL
 
 KILLED = SIGNAL + 9
@@ -171,8 +172,8 @@ def main() -> None:
         folder = Path(name)
         (folder / "inputs").mkdir()
         (folder / "work").mkdir()
-        model, text, _, _ = make_inputs(folder / "inputs", made)
-        run_compile = Compile(made, model, text)
+        sound = Inputs(folder / "inputs", made)
+        run_compile = Compile(made, sound.checkpoint("plain"), sound.text)
         if options.kind == "kills":
             kills = Kills(run_compile, folder / "work")
             for number in range(options.count):

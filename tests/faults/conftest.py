@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from faults.kit import COMPILER, NO_COMPILER, Compile, build_shim
-from fuzz.campaign import Server, make_inputs, server
+from fuzz.campaign import Server, server
+from fuzz.inputs import Inputs as Sound
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
         pytest.skip(NO_COMPILER)
     folder = tmp_path_factory.mktemp("faults")
     with server(build_shim(folder)) as made:
-        model, text, bundle, others = make_inputs(folder, made)
-        yield Inputs(made, Compile(made, model, text), model, bundle, others["trace.jsonl"])
+        sound = Sound(folder, made)
+        model, bundle = sound.checkpoint("plain"), sound.bundle("plain")
+        yield Inputs(made, Compile(made, model, sound.text), model, bundle, sound.others["trace.jsonl"])

@@ -570,3 +570,44 @@ def test_arguments_of_a_turn_are_checked_and_cost_nothing() -> None:
         session.set_system(5)  # type: ignore[arg-type]
     assert session.messages == [MINE] and session.unanswered is None
     assert "".join(token.text for token in session.reply("a")) == "yes"
+
+
+def test_a_session_answers_one_question_at_a_time() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox jumps", "a dog"])
+    session = Session(model, tokenizer)
+    first, second = session.reply("who?"), session.reply("and then?")
+    next(first)
+    calls: list[Callable[[], object]] = [
+        lambda: next(second),
+        lambda: next(session.retry()),
+        session.clear,
+        lambda: session.set_system("Be brief."),
+        lambda: session.restore(session.to_json()),
+    ]
+    for call in calls:
+        with pytest.raises(DymoeError, match="an answer of this conversation has not ended"):
+            call()
+    assert "".join(token.text for token in first)
+    assert say(session, "and then?") == "a dog"
+    assert [m["content"] for m in session.messages] == ["who?", "the fox jumps", "and then?", "a dog"]
+
+
+def test_questions_that_wait_for_their_turn_lose_none() -> None:
+    """Generators may be made before the answers that they follow."""
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox", "a dog", "a cat"])
+    session = Session(model, tokenizer)
+    first, second = session.reply("who?"), session.reply("and then?")
+    again = [list(first), list(second), list(session.retry())]
+    assert all(again) and [m["content"] for m in session.messages] == ["who?", "the fox", "and then?", "a cat"]
+
+
+def test_a_model_that_others_use_in_mid_answer_is_refused() -> None:
+    tokenizer = make_chat()
+    model = Speaker(tokenizer, ["the fox jumps", "a dog"])
+    answer, other = Session(model, tokenizer).reply("who?"), Session(model, tokenizer).reply("what")
+    next(answer)
+    assert list(other)
+    with pytest.raises(DymoeError, match="changed by another call"):
+        next(answer)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import EXAMPLES, MODEL, answer, invoke, run_cli
 
-from dymoe_runtime.cli.lm_eval import main as lm_eval_command
+from dymoe_runtime.cli.lm_eval import lm_eval_command
 from dymoe_runtime.errors import DymoeError
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -1,4 +1,4 @@
-"""Fuzz the compiled code that takes bytes and sizes from outside: with libFuzzer if clang++ is found, else seeded.
+"""Fuzz the compiled code that takes bytes and sizes from outside: with libFuzzer if clang++ has it, else seeded.
 
     python tests/kernels/fuzz/campaign.py --seed 0 --inputs 200000
 
@@ -28,13 +28,22 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "fuzz")
-        if clang := shutil.which("clang++"):
-            compile_with(clang, program, "-O1", "-DDYMOE_LIBFUZZER", "-fsanitize=fuzzer")
+        if has_libfuzzer(folder):
+            compile_with("clang++", program, "-O1", "-DDYMOE_LIBFUZZER", "-fsanitize=fuzzer")
             command = [program, f"-seed={args.seed + 1}", f"-runs={args.inputs}", "-max_len=600", "-timeout=20"]
         else:
             compile_with("c++", program, "-O0", "-fno-sanitize=object-size")
             command = [program, str(args.seed * args.inputs), str(args.inputs)]
         sys.exit(subprocess.run(command, cwd=folder).returncode)
+
+
+def has_libfuzzer(folder: str) -> bool:
+    """Return whether clang++ is there and links libFuzzer, which some systems have in a package of its own."""
+    if shutil.which("clang++") is None:
+        return False
+    source = 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }'
+    command = ["clang++", "-fsanitize=fuzzer,address", "-x", "c++", "-", "-o", str(Path(folder) / "probe")]
+    return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def compile_with(compiler: str, program: str, *options: str) -> None:
