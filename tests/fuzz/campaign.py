@@ -260,12 +260,13 @@ def main() -> None:
     parser.add_argument("kind", choices=("bundle", "checkpoint", "other"))
     parser.add_argument("count", type=int, nargs="?", default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="number of the first mutation")
     parser.add_argument("--only", type=int, help="number of one mutation, to repeat it")
     options: Any = parser.parse_args()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     keep = Path("build") / "fuzz"
     keep.mkdir(parents=True, exist_ok=True)
-    numbers = range(options.count) if options.only is None else [options.only]
+    numbers = range(options.start, options.start + options.count) if options.only is None else [options.only]
     with tempfile.TemporaryDirectory() as folder, server() as made:
         campaign = Campaign(made, Inputs(Path(folder), made), options.seed, keep)
         campaign.run(options.kind, numbers)
