@@ -50,10 +50,14 @@ class Descent:
     error: torch.Tensor  # float32 [tiers, rows, cols]
     codes: torch.Tensor  # uint8 [rows, cols]
     last: bool = True  # whether scales are fitted again to the chosen codes
+    whole: bool = False  # whether the levels of the only tier are the whole numbers code - 2^(bits - 1)
 
     def levels(self, codes: torch.Tensor, t: int) -> torch.Tensor:
         """Return the levels of the highest tier's `codes` at the tier with index `t`; float32, shaped like `codes`."""
         bits, top = self.ladder[t], self.ladder[-1]
+        if self.whole:
+            numbers: torch.Tensor = codes.float() - 2 ** (bits - 1)
+            return numbers
         return torch.from_numpy(levels_of(bits, top))[(codes >> (top - bits)).int()]
 
     def all_levels(self) -> torch.Tensor:

@@ -72,6 +72,7 @@ class NativeDescent:
             block.codes.data_ptr() + first,
             pitch,
             block.last,
+            block.whole,
         )
 
 

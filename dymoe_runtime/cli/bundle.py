@@ -211,6 +211,8 @@ def export_command(bundle: Path, output: Path, form: str, int4: bool, as_json: b
         raise DymoeError("--int4 and --checkpoint go together; give both or neither")
     if options["calibration"] and not int4:
         raise DymoeError("--calibration is for --int4 alone; leave it out")
+    if int4 and options["tier"] is not None:
+        say(f"note: --int4 quantizes from the checkpoint: --tier {options['tier']} changes nothing", err=True)
     module, extra = EXPORTERS[form]
     with needing_extra(extra, f"exporting to {form.upper()}"):
         exporter = importlib.import_module(module)

@@ -143,6 +143,7 @@ def descend(
     codes: int,
     pitch: int,
     last: bool,
+    whole: bool,
 ) -> None: ...
 def fit(
     isa: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import onnx
 import onnxruntime_genai as og
 import pytest
 from export.onnx_kit import Runner, operators_of
-from helpers import Outcome, assert_one_sentence, bundle_cli
+from helpers import Outcome, assert_one_sentence, bundle_cli, save_tiny
 from onnx import numpy_helper
 
+from dymoe_compile.checkpoint.checkpoint import Checkpoint
 from dymoe_compile.export.onnx import export as onnx_export
+from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, values_of
 from dymoe_runtime import Bundle, Tokenizer
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import dequantize
@@ -189,3 +192,43 @@ def test_without_the_extra_the_command_says_which(tiny_path: Path, tmp_path: Pat
     command = [sys.executable, "-c", WITHOUT, "export", tiny_path, "-o", tmp_path / "out", "--format", "onnx"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "pip install 'dymoe[onnx]'")
+
+
+@pytest.fixture(scope="module")
+def int4(
+    tiny_path: Path, tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An export of 4 bits from the checkpoint. Read only."""
+    output = tmp_path_factory.mktemp("int4") / "out"
+    return exported(tiny_path, output, "--int4", "--checkpoint", tiny_checkpoint, "--calibration", calibration_text)
+
+
+def test_int4_is_as_near_to_the_checkpoint_as_4_bits_can_be(int4: Path, tiny_checkpoint: Path) -> None:
+    tensors, original = tensors_of(int4), Checkpoint.open(tiny_checkpoint)
+    for name, stack, rows in (("gate", "gate_up", slice(0, None, 2)), ("down", "down", slice(None))):
+        pairs = tensors[f"layers.1.experts.{stack}"][3, rows]
+        codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1)
+        values = values_of(WholeNumbers(codes, tensors[f"layers.1.experts.{stack}.scales"][3, rows]), Format(4, 32))
+        weight = original.expert(ExpertKey(1, 3))[name].float().numpy()
+        off = values[: weight.shape[0], : weight.shape[1]] - weight
+        assert 0 < np.square(off).sum() < 0.02 * np.square(weight).sum()
+        assert not values[weight.shape[0] :].any() and not values[:, weight.shape[1] :].any()
+    assert json.loads((int4 / "export.json").read_text())["mode"] == "int4"
+
+
+def test_int4_runs_and_two_are_the_same_bytes(
+    int4: Path, tiny_path: Path, tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    assert np.isfinite(Runner(int4 / "model.onnx")(np.arange(1, 20))).all()
+    options = ("--int4", "--checkpoint", tiny_checkpoint, "--calibration", calibration_text, "--tier", 4)
+    outcome = export(tiny_path, tmp_path / "again", *options)
+    assert outcome.code == 0 and "--tier 4 changes nothing" in outcome.err
+    assert all((int4 / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in FILES)
+
+
+def test_another_checkpoint_is_refused(tiny_path: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", "qwen3_moe", seed=7)
+    outcome = export(tiny_path, tmp_path / "out", "--int4", "--checkpoint", other)
+    outcome = replace(outcome, err=outcome.err.splitlines()[-1])  # before it, how long reading took
+    assert_one_sentence(outcome, "--checkpoint", str(other), "compiled from")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()

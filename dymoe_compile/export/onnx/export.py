@@ -21,7 +21,7 @@ from dymoe_compile.export.onnx.source import DENSE_FORM, BundleSource, Source
 from dymoe_compile.export.output import new_directory
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_runtime.bundle.bundle import DENSE, Bundle, dense_kind
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.spec import AttentionSpec, ModelSpec
 
@@ -62,7 +62,7 @@ def export(
     check_layers(spec)
     context = _context(spec, options.context)
     with new_directory(output) as directory:
-        source = _source(bundle, options, kernels, progress)
+        source = _source(bundle, options, kernels, progress, directory)
         with progress("export", spec.num_layers) as advance, _weights_file(directory) as weights:
             graph = DecoderGraph(Graph(weights), source, context, options.portable).build(advance)
         model = model_of(graph, options.portable, "dymoe", dymoe_runtime.__version__)
@@ -92,7 +92,11 @@ def _context(spec: ModelSpec, wanted: int | None) -> int:
     return wanted or min(spec.max_context, DEFAULT_CONTEXT)
 
 
-def _source(bundle: Bundle, options: Options, kernels: Kernels, progress: Progress) -> Source:
+def _source(bundle: Bundle, options: Options, kernels: Kernels, progress: Progress, scratch: Path) -> Source:
+    if options.checkpoint is not None:
+        with needing_extra("compile", "reading checkpoints"):
+            from dymoe_compile.export.onnx.calibrated import open_calibrated  # imports torch
+        return open_calibrated(bundle, options.checkpoint, options.calibration, kernels, scratch, progress)
     tier = bundle.layout.ladder[-1] if options.tier is None else options.tier
     if tier not in bundle.layout.ladder:
         known = ", ".join(map(str, bundle.layout.ladder))
@@ -115,10 +119,11 @@ def _weights_file(directory: Path) -> Iterator[WeightsFile]:
 def _record(bundle: Bundle, options: Options, source: Source, context: int) -> dict[str, Any]:
     """Return what export.json says: what was exported, how, and what was left behind."""
     tier = bundle.layout.ladder[-1] if options.tier is None else options.tier
+    exact = options.checkpoint is None
     return {
         "format": "onnx",
-        "mode": "exact" if options.checkpoint is None else "int4",
-        "bits": tier,
+        "mode": "exact" if exact else "int4",
+        "bits": tier if exact else source.expert_form.bits,
         "portable": options.portable,
         "context": context,
         "model_type": bundle.spec.model_type,
@@ -147,4 +152,6 @@ def _notes(spec: ModelSpec, source: Source, context: int, portable: bool) -> Ite
 
 def _tier_bytes(bundle: Bundle, tier: int) -> int:
     """Return the bytes of the bundle's dense weights and of its experts at a tier."""
-    return bundle.manifest.files[DENSE].nbytes + bundle.spec.total_experts * bundle.layout.prefix_bytes(tier)
+    tiers = [each for each in bundle.layout.ladder if each <= tier]
+    nearest = tiers[-1] if tiers else bundle.layout.ladder[0]
+    return bundle.manifest.files[DENSE].nbytes + bundle.spec.total_experts * bundle.layout.prefix_bytes(nearest)

@@ -38,6 +38,9 @@ static constexpr float level_of(const Levels& levels, int code) {
   return float(levels.numbers ? levels.numbers[code] : code) - levels.centre;
 }
 
+/// Returns the whole numbers from -2^(bits - 1) on, which are no levels of the bundle format.
+static constexpr Levels whole_numbers(int bits) { return {nullptr, float(1 << (bits - 1)), 1.0f}; }
+
 constexpr int kMaxCurved = 4;  // most bits of a ladder whose levels are CURVED, or those of MXFP4; see tiers.py
 
 // Numbers by code: CURVED of tiers.py for 2, 3 and 4 bits; in the last row, each code is its own number.
@@ -126,6 +129,7 @@ struct Descent {
   int64_t rows, cols;        // cols of the block, at most kBlock
   int64_t pitch;             // columns of the whole matrix
   bool last;                 // whether to fit the scales once more to the chosen codes
+  bool whole;                // whether levels are the whole numbers code - 2^(bits - 1); the only tier has them
   const float* hessian;      // [cols, cols] of the block
   int64_t hessian_pitch;     // floats from one row to the next
   const float* slope;        // [tiers, rows, cols]

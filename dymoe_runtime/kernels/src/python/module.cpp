@@ -216,12 +216,13 @@ void run_fit(const std::string& isa, const std::vector<int>& bits, const std::ve
 
 void run_descend(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
                  const MatrixTuple& hessian, int64_t hessian_pitch, const MatrixTuple& slope, uintptr_t units,
-                 uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last) {
+                 uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last, bool whole) {
   Descent d{};
   take_tiers(d, bits, weights, 8);
   const auto [address, rows, cols] = slope;
   if (rows % d.tiers) reject("slope: expected as many rows for each tier");
-  d.rows = rows / d.tiers, d.cols = cols, d.pitch = pitch, d.last = last;
+  d.rows = rows / d.tiers, d.cols = cols, d.pitch = pitch, d.last = last, d.whole = whole;
+  if (whole && d.tiers != 1) reject("whole numbers have one tier");
   if (cols < 1 || cols > kBlock || pitch < cols) reject("slope: expected 1.." + std::to_string(kBlock) + " columns");
   const Matrix square = matrix_from(hessian, "hessian", cols);
   if (square.rows != cols) reject("hessian: expected as many rows as columns");
@@ -288,7 +289,7 @@ NB_MODULE(_native, m) {
         "received"_a);
   m.def("gated_delta", &run_gated_delta, "isa"_a, "spec"_a, "mixed"_a, "rates"_a, "vectors"_a, "y"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
-        "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a);
+        "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a, "whole"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,
         "codes"_a);
   m.def("matrix_at", &matrix_at, "array"_a);

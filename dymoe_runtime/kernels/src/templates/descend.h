@@ -43,7 +43,7 @@ void load_tile(const Descent& d, int64_t row, int64_t rows, DescentTile& tile) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < d.cols; ++j) tile.codes[j][r] = d.codes[(row + r) * d.pitch + j];
   for (int t = 0; t < d.tiers; ++t) {
-    const Levels levels_of_tier = levels_of(d.bits[t], top);
+    const Levels levels_of_tier = d.whole ? whole_numbers(d.bits[t]) : levels_of(d.bits[t], top);
     for (int c = 0; c < 1 << d.bits[t]; ++c) tile.levels[t][c] = level_of(levels_of_tier, c);
     tile.scale[t] = tile.unit[t] = Floats{};
     float *slopes = lanes_of(tile.slope[t]), *levels = lanes_of(tile.level[t]);
