@@ -82,7 +82,8 @@ void check_one_queue() {
   const TemporaryFile file(content);
   std::vector<uint32_t> checksums;
   int64_t at = 0;
-  for (int64_t size : kSizes) checksums.push_back(crc32_of(*available_checksums().back(), content.data() + at, size)), at += size;
+  for (int64_t size : kSizes)
+    checksums.push_back(crc32_of(*available_checksums().back(), content.data() + at, size)), at += size;
   ReadThreads reads(3);
   std::atomic<int> calls{0}, cancelled{0};
   std::vector<int64_t> wrong(kCallers);
