@@ -212,7 +212,7 @@ def test_a_bundle_that_cannot_be_read_is_named_and_never_becomes_other_text(
 
 
 @pytest.mark.parametrize("command", [("bundle", "verify"), ("bundle", "inspect"), ("run", "probe"), ("run", "bench")])
-@pytest.mark.parametrize("after", [0, 9])
+@pytest.mark.parametrize("after", [0, 5])
 def test_other_commands_name_what_cannot_be_read(command: tuple[str, str], after: int, inputs: Inputs) -> None:
     name, what = command
     args = ("--new-tokens", 4, "--prompt-tokens", 8) if what == "bench" else ()
