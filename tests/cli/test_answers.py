@@ -168,6 +168,7 @@ def test_the_template_takes_its_variables_from_flags(tmp_path: Path, calibration
         by_name = run_cli(*args, "--template-var", f"enable_thinking={value}").json
         assert by_name["prompt_tokens"] == off["prompt_tokens"]
     assert_one_sentence(run_cli(*args, "--template-var", "notes=1"), "no variable 'notes'", "enable_thinking, note")
+    assert run_cli(*args, "--template-var", f"note={'[' * 20000}").code == 1  # a text, longer than the context
     assert run_cli(*args, "--template-var", "note").code == 2
     shown = run_cli(*args[:-1])
     assert shown.out == "\n" and shown.err.startswith(default["reasoning"])

@@ -20,7 +20,7 @@ STEPS, CHARACTERS, OUTPUT = (
 )
 BITS, DIGITS, DEEP, LONG = "number of more than 4,096 bits", "digits", "more than 100 deep", "is longer than 100,000"
 PARTS, RECURSION, SECURITY = (
-    "is made of more than 10,000 parts",
+    "is made of more than 6,000 parts",
     "calls itself or is nested",
     "is unsafe|has no such method",
 )
@@ -58,6 +58,7 @@ HOSTILE = {
     "the filter format": ("{{ '%.999999999f'|format(1.5) }}", CHARACTERS),
     "str.format": ("{{ '{:>999999999}'.format(1) }}", CHARACTERS),
     "str.format whose width is a value": ("{{ '{:{w}}'.format(1, w=999999999) }}", CHARACTERS),
+    "str.format in other digits": ("{{ '{:>٩٩٩٩٩٩٩٩٩}'.format(1) }}", CHARACTERS),
     "format_map": ("{{ '{x:999999999}'.format_map({'x': 1}) }}", CHARACTERS),
     "format of all that a list holds": (LAUGHS + "{{ '{!r}'.format(ns.l) }}", STEPS),
     "indented JSON": ("{{ [[1], [2]]|tojson(indent=1000000000) }}", CHARACTERS),
@@ -102,6 +103,8 @@ HOSTILE = {
     "lists compared by a test": (LAUGHS + "{{ ns.l is eq ns.m }}", STEPS),
     "lists sorted": (LAUGHS + "{{ [ns.l, ns.m]|sort|length }}", STEPS),
     "a list looked for": (LAUGHS + "{{ ns.l in [ns.m] }}", STEPS),
+    "a list looked for in an iterator": (LAUGHS + "{{ ns.l in [ns.m]|map('default') }}", STEPS),
+    "a list looked for in a chain": (LAUGHS + "{{ 1 != ns.l in [ns.m]|map('default') }}", STEPS),
     "a list's index": (LAUGHS + "{{ [ns.l].index(ns.m) }}", STEPS),
     "a list that changed": (LAUGHS + "{% for a in [ns.l, ns.m] %}{{ loop.changed(a) }}{% endfor %}", STEPS),
     "a list in an error": (LAUGHS + "{{ {}[ns.l].x }}", STEPS),
@@ -124,6 +127,12 @@ HOSTILE = {
     "output that is filtered": ("{% filter length %}" + MANY + "x" * 1000 + END + "{% endfilter %}", USED_UP),
     "words": ("{% set s = 'a ' * 99999 %}" + MANY + "{% set x = s.split() %}" + END, CHARACTERS),
     "arguments": ("{% macro m() %}{{ varargs|length }}{% endmacro %}{{ m(*('\u4e00' * 2000000)) }}", CHARACTERS),
+    "named arguments": (
+        "{% macro m() %}{{ kwargs|length }}{% endmacro %}{% set ns = namespace(d={}) %}"
+        "{% for i in range(999) %}{% set ns.d = dict(ns.d, **{'k' ~ i: i}) %}{% endfor %}"
+        + MANY + "{% set x = m(**ns.d) %}" + END,
+        USED_UP,
+    ),
     "a search from the right": ("{% set s = 'a' * 1000000 %}{{ s.rfind('b' + s[:500000]) }}", STEPS),
     "searches": ("{% set s = 'a' * 999999 %}" + MANY + "{% set x = 'b' in s %}" + END, STEPS),
     "searches in a constant": (MANY + "{% set x = 'b' in '" + "a" * 90000 + "' %}" + END, STEPS),
@@ -137,11 +146,11 @@ HOSTILE = {
     "sum": ("{{ range(9999)|batch(1)|sum(start=[])|length }}", STEPS),
     "a filter of the meter's": (MANY + "{{ [-1]|map('count steps')|list }}" + END, "No filter named"),
     "a long template": ("{{ a }}" * 20000, LONG),
-    "many parts": ("{{a}}" * 12000, PARTS),
+    "many parts": ("{{a}}" * 7000, PARTS),
     "parentheses": ("{{ " + "(" * 40000 + "1" + ")" * 40000 + " }}", RECURSION),
     "a long sum": ("{{ " + "1+" * 9000 + "1 }}", RECURSION),
     "conditions": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, RECURSION),
-    "branches": ("{% if 0 %}" + "{% elif 0 %}" * 4000 + "{% endif %}", RECURSION),
+    "branches": ("{% if 0 %}" + "{% elif 0 %}" * 4000 + "{% endif %}", PARTS),
     "loops in loops": ("{% for i in [1] %}" * 99 + "{% endfor %}" * 99, "too many"),
     "a long number": ("{{ 0x" + "f" * 90000 + " }}", "limit|bits"),
 }  # fmt: skip

@@ -250,7 +250,7 @@ def percent(meter: Meter, text: Any, *args: Any, **kwargs: Any) -> int:
 
 def widths_in(form: str) -> int:
     """Return the sum of all numbers in a format: more than what it can pad its values with."""
-    found = re.findall(r"[0-9]+", form)
+    found = re.findall(r"\d+", form)  # of any script, as str.format reads them
     if any(len(digits) > 9 for digits in found):
         raise LimitError("it formats a value with a width of more than 9 digits")
     return sum(map(int, found))
@@ -281,7 +281,7 @@ def looked_up(meter: Meter, value: Any, key: Any, default: Any = None) -> int:
 
 
 FILTERS: Mapping[str, Cost] = {
-    **dict.fromkeys(("abs", "attr", "count", "d", "default", "filesizeformat", "first", "last", "length"), free),
+    **dict.fromkeys(("abs", "attr", "count", "d", "default", "first", "last", "length"), free),
     **dict.fromkeys(("random", "reverse"), listed),
     **dict.fromkeys(("list", "map", "reject", "rejectattr", "select", "selectattr"), listed),
     **dict.fromkeys(("dictsort", "groupby", "max", "min", "sort", "unique"), compared),
@@ -292,6 +292,7 @@ FILTERS: Mapping[str, Cost] = {
     **dict.fromkeys(("striptags", "wordwrap"), quadratic),
     "batch": batched,
     "center": padded,
+    "filesizeformat": reads,
     "float": reads,
     "format": percent,
     "indent": indented,
@@ -307,8 +308,6 @@ FILTERS: Mapping[str, Cost] = {
     "truncate": truncated,
     "urlencode": grows(ASCII),
 }
-# Filters that leave an iterator as it is.
-LAZY = frozenset(("attr", "d", "default", "first"))
 
 TESTS: Mapping[str, Cost] = dict.fromkeys(("lower", "upper"), reads)
 
@@ -388,8 +387,8 @@ def _times(meter: Meter, value: Any, count: Any) -> int:
     return max(count, 0) * len(value) * (1 if isinstance(value, str) else ENTRY)
 
 
-def checked_iterator(meter: Meter, value: Any) -> Any:
-    """Return an iterator's entries as a list, which can be measured, and other values as they are."""
+def opened(meter: Meter, value: Any) -> Any:
+    """Return what an iterator has left as a list, which can be measured, and other values as they are."""
     if not hasattr(value, "__next__"):
         return value
     meter.make(entries_of(value))

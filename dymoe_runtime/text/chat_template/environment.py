@@ -22,7 +22,7 @@ import jinja2.utils
 import markupsafe
 
 from dymoe_runtime.text.chat_template import costs, rewrite
-from dymoe_runtime.text.chat_template.meter import ENTRY, PER_STEP, VALUE, LimitError, Meter
+from dymoe_runtime.text.chat_template.meter import ENTRY, VALUE, LimitError, Meter
 
 # Most characters of a format of dates; the C library pads with as many as the format says.
 MAX_DATE = 256
@@ -160,7 +160,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         meter = __self._meter
         for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for functions that read the context
             kwargs.pop(name, None)
-        args = tuple(costs.checked_iterator(meter, argument) for argument in args)
+        args = tuple(costs.opened(meter, argument) for argument in args)
         bound = costs.WORD + __self._bound(__callee, args, kwargs)
         meter.make(bound)
         return _settled(meter, bound, super().call(__context, __callee, *args, **kwargs))
@@ -235,7 +235,7 @@ def _counting(meter: Meter, function: Callable[..., Any], cost: costs.Cost) -> C
     def counted(*args: Any, **kwargs: Any) -> Any:
         own, values = args[:passed], args[passed:]
         if values and not lazy:
-            values = (costs.checked_iterator(meter, values[0]), *values[1:])
+            values = (costs.opened(meter, values[0]), *values[1:])
         bound = VALUE + cost(meter, *values, **kwargs)
         meter.make(bound)
         return _settled(meter, bound, function(*own, *values, **kwargs))
@@ -255,6 +255,7 @@ def _settled(meter: Meter, bound: int, result: Any) -> Any:
 def _compare(meter: Meter, comparison: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     """Return what a comparison says; one of lists takes the steps for reading both."""
     if comparison is COMPARISONS["in"] or comparison is COMPARISONS["notin"]:
+        right = costs.opened(meter, right)
         _look_for(meter, left, right)
     elif isinstance(left, (str, int, float)) or isinstance(right, (str, int, float)):
         meter.read(min(len(left), len(right)) if isinstance(left, str) and isinstance(right, str) else 0)
@@ -289,8 +290,10 @@ def _hidden(meter: Meter) -> dict[str, Callable[..., Any]]:
 
     def concat(context: jinja2.runtime.Context, *values: Any) -> str:
         escaped = context.eval_ctx.autoescape
-        meter.make(VALUE + (costs.ENTITY if escaped else 1) * sum(costs.length_of(meter, v) for v in values))
-        return jinja2.runtime.markup_join(values) if escaped else jinja2.runtime.str_join(values)
+        bound = VALUE + (costs.ENTITY if escaped else 1) * sum(costs.length_of(meter, v) for v in values)
+        meter.make(bound)
+        joined = jinja2.runtime.markup_join(values) if escaped else jinja2.runtime.str_join(values)
+        return cast(str, _settled(meter, bound, joined))
 
     def compare(_: Any, left: Any, name: str, right: Any) -> Any:
         return _compare(meter, COMPARISONS[name], left, right)
@@ -308,8 +311,9 @@ def _hidden(meter: Meter) -> dict[str, Callable[..., Any]]:
         return value
 
     def measure(_: Any, value: Any) -> Any:
+        value = costs.opened(meter, value)
         if isinstance(value, str):
-            meter.step(len(value) // PER_STEP)
+            meter.read(len(value))
         else:
             meter.measure(value)
         return value

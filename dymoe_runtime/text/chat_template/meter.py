@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 # What a rendering may use whatever its messages are. A step takes less than a microsecond on a computer of 2020. A
 # character takes at most 4 bytes.
-STEPS, CHARACTERS, OUTPUT = 1_000_000, 3_000_000, 250_000
+STEPS, CHARACTERS, OUTPUT = 1_000_000, 3_000_000, 100_000
 # Lists within lists, and so on. JSON schemas of tools nest about 20 deep.
 MAX_DEPTH = 100
 # How often all that the messages and tools say may be copied, at most.

@@ -15,7 +15,7 @@ from dymoe_runtime.text.chat_template.environment import MeteredEnvironment
 from dymoe_runtime.text.chat_template.meter import LimitError, Limits, Meter
 
 # Most characters of a template, and most nodes that it is made of. Long ones of known models have 20,000 and 1,400.
-MAX_LENGTH, MAX_NODES = 100_000, 10_000
+MAX_LENGTH, MAX_NODES = 100_000, 6_000
 # Most characters of what is told of an error; a template may raise any text.
 MAX_REASON = 300
 

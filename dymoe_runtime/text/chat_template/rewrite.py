@@ -106,6 +106,8 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         if node.dyn_args is not None:
             node.dyn_args = call(LITERAL, node.dyn_args)
+        if node.dyn_kwargs is not None:
+            node.dyn_kwargs = call(LITERAL, node.dyn_kwargs)
         return node
 
 
