@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
 from dymoe_compile.export.onnx import export as onnx_export
+from dymoe_compile.export.onnx.engine import tokenizer_config
 from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, values_of
 from dymoe_runtime import Bundle, Tokenizer
 from dymoe_runtime.bundle.records import read_record
@@ -108,6 +109,23 @@ def test_the_engine_generates_what_a_plain_loop_does(tiny_path: Path, tmp_path: 
         ids.append(int(logits[-1].argmax()))
         logits = runner(np.array(ids[-1:])).copy()
     assert generator.get_sequence(0).tolist() == ids
+
+
+@pytest.mark.parametrize("name", ["NeverHeardOfTokenizer", "GPT2TokenizerFast", None])
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}!", [{"name": "default", "template": "{{ 1 }}!"}]])
+def test_the_engine_takes_the_configuration_of_any_tokenizer(
+    tiny_path: Path, tmp_path: Path, name: str | None, template: object
+) -> None:
+    directory = exported(tiny_path, tmp_path / "out")
+    values = {"tokenizer_class": name, "chat_template": template, "eos_token": "!"}
+    given = json.dumps(values if name else {"chat_template": template}).encode()
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(given)))
+    tokenizer = og.Tokenizer(og.Model(str(directory)))
+    assert tokenizer.apply_chat_template('[{"role": "user", "content": "1"}]') == "1!"
+
+
+def test_a_bundle_without_a_configuration_of_its_tokenizer_gets_one() -> None:
+    assert tokenizer_config(None) == {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,13 @@ from dymoe_runtime.text.tokenizer import Tokenizer
 CONFIG, MODEL, TOKENIZER_CONFIG = "genai_config.json", "model.onnx", "tokenizer_config.json"
 # What the engine calls a decoder of no family that it knows.
 TYPE = "decoder"
+# Classes of tokenizers that the engine (0.18) knows, with "Fast" behind them or not; and the one for all others.
+CLASSES = {
+    *("CLIPTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer", "GemmaTokenizer"),
+    *("LlamaTokenizer", "Phi3Tokenizer", "PreTrainedTokenizer", "Qwen2Tokenizer", "T5Tokenizer", "TokenizersBackend"),
+    "XLMRobertaTokenizer",
+}
+ANY_CLASS = "PreTrainedTokenizerFast"
 
 
 def write_engine_files(bundle: Bundle, directory: Path, context: int, portable: bool) -> None:
@@ -23,13 +30,27 @@ def write_engine_files(bundle: Bundle, directory: Path, context: int, portable: 
 
     Raises DymoeError if a file of the tokenizer is damaged.
     """
+    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
     for name in (TOKENIZER, *TOKENIZER_EXTRAS):
         if (data := bundle.read(name)) is not None:
             (directory / name).write_bytes(data)
-    if TOKENIZER_CONFIG not in bundle.manifest.files:  # the engine needs one, whatever it says
-        _write_json(directory / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"})
-    tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
+    _write_json(directory / TOKENIZER_CONFIG, tokenizer_config(bundle.read(TOKENIZER_CONFIG)))
     _write_json(directory / CONFIG, engine_config(bundle.spec, tokenizer, context, portable))
+
+
+def tokenizer_config(data: bytes | None) -> dict[str, Any]:
+    """Return a tokenizer's configuration as the engine takes it, from that of the bundle, if it has one.
+
+    The engine wants a file, a class that it knows, and one chat template. tokenizer.json says all about the tokens.
+    """
+    values: dict[str, Any] = {} if data is None else json.loads(data)
+    if str(values.get("tokenizer_class")).removesuffix("Fast") not in CLASSES:
+        values["tokenizer_class"] = ANY_CLASS
+    templates = values.get("chat_template")
+    if isinstance(templates, list):
+        by_name = {entry["name"]: entry["template"] for entry in templates}
+        values["chat_template"] = by_name.get("default", next(iter(by_name.values()), ""))
+    return values
 
 
 def engine_config(spec: ModelSpec, tokenizer: Tokenizer, context: int, portable: bool) -> dict[str, Any]:

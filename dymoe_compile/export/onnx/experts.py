@@ -46,7 +46,7 @@ class ExpertsGraph:
         experts, weights = self._router.choose(logits)
         if self._spec.moe.router.scales_input:
             h = self._graph.node("Mul", h, weights)
-            weights = self._graph.node("Div", weights, weights)
+            weights = self._graph.filled(weights, 1.0)
         if self._fused:
             return self._by_operator(h, *self._router.scattered(experts, weights, logits))
         return self._by_loop(h, experts, weights)
@@ -131,7 +131,7 @@ class ExpertsGraph:
         """Return the experts' outputs by a loop over the experts that any token has chosen."""
         graph = self._graph
         used, *_ = graph.nodes("Unique", 1, graph.node("Reshape", experts, graph.constant([-1])), sorted=1)
-        nothing = graph.node("Mul", h, graph.constant(0.0))
+        nothing = graph.filled(h, 0.0)
         body = graph.body()
         number, going, so_far = (f"layers.{self._layer}.{name}" for name in ("number", "going", "so_far"))
         body.named("Identity", [f"{going}.next"], going)

@@ -140,6 +140,10 @@ class Graph:
                 self.store(name, array)
         return self._constants[key]
 
+    def filled(self, like: str, number: float) -> str:
+        """Return float32 values of the shape of another value, all equal to `number`."""
+        return self.node("Expand", self.constant(number), self.node("Shape", like))
+
     def store(self, name: str, values: np.ndarray) -> str:
         """Put a whole tensor into the file of weights; return its name."""
         self.writer(name, values.dtype, values.shape).append(values)

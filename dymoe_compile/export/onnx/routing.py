@@ -45,8 +45,7 @@ class RouterGraph:
     def scattered(self, experts: str, weights: str, logits: str) -> tuple[str, str]:
         """Return float32 [tokens, experts], twice: 1 where an expert is chosen, and its weight; 0 elsewhere."""
         graph = self._graph
-        nothing = graph.node("Mul", logits, graph.constant(0.0))
-        ones = graph.node("Add", graph.node("Mul", weights, graph.constant(0.0)), graph.constant(1.0))
+        nothing, ones = graph.filled(logits, 0.0), graph.filled(weights, 1.0)
         chosen, shares = (graph.node("ScatterElements", nothing, experts, x, axis=1) for x in (ones, weights))
         return chosen, shares
 
@@ -72,9 +71,8 @@ class RouterGraph:
         counted = graph.constant([1 if router.group_score == "max" else 2])
         highest, _ = graph.nodes("TopK", 2, groups, counted, axis=-1)
         rank = graph.node("ReduceSum", highest, graph.constant([-1]), keepdims=0)
-        values, best = graph.nodes("TopK", 2, rank, graph.constant([router.top_groups]), axis=-1)
-        nothing, zeros = (graph.node("Mul", x, graph.constant(0.0)) for x in (rank, values))
-        ones = graph.node("Add", zeros, graph.constant(1.0))
+        _, best = graph.nodes("TopK", 2, rank, graph.constant([router.top_groups]), axis=-1)
+        nothing, ones = graph.filled(rank, 0.0), graph.filled(best, 1.0)
         kept = graph.node("Cast", graph.node("ScatterElements", nothing, best, ones, axis=1), to=TensorProto.BOOL)
         kept = graph.node("Unsqueeze", kept, graph.constant([2]))
         return graph.node(
@@ -99,7 +97,7 @@ class RouterGraph:
                 "ReduceSum", graph.node("Where", far, graph.constant(0.0), shares), graph.constant([-1]), keepdims=1
             )
             weights.append(graph.node("Reciprocal", total))
-            gone = graph.node("Add", graph.node("Mul", most, graph.constant(0.0)), graph.constant(LOWEST))
+            gone = graph.filled(most, LOWEST)
             left = graph.node("ScatterElements", left, chosen, gone, axis=1)
         return graph.node("Concat", *weights, axis=1)
 

@@ -1,6 +1,6 @@
 """Exports to ONNX beside the bundle that they come from: sizes, quality, agreement with other programs, and speed.
 
-    python benchmarks/export/onnx.py BUNDLE MODEL TEXT... [--windows N]
+    python benchmarks/export/against_onnxruntime.py BUNDLE MODEL TEXT... [--windows N]
 
 BUNDLE was compiled from MODEL, in a family that transformers has; TEXT was not used for that. KL is to the original in
 float32, on N windows of each text. It makes all exports in a temporary folder.
