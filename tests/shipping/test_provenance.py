@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from helpers import assert_one_sentence, bundle_cli
 
-from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.bundle import Bundle, file_entry, read_manifest
 
 
 def document(*args: object) -> dict[str, Any]:
@@ -96,3 +99,25 @@ def test_a_damaged_bundle_gets_no_statement(damaged: Path, tmp_path: Path) -> No
     path.write_bytes(data)
     assert_one_sentence(bundle_cli("attest", damaged, "-o", tmp_path / "x.json"), "does not match")
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("made", [{}, {"origin": "x", "built_with": [1]}, {"origin": {}, "source_sha256": 5}])
+def test_a_forged_provenance_breaks_nothing(tiny_path: Path, tmp_path: Path, made: dict[str, Any]) -> None:
+    forged = tmp_path / "forged.dymoe"
+    shutil.copytree(tiny_path, forged)
+    manifest = replace(read_manifest(forged), provenance=made)
+    (forged / "manifest.json").write_text(manifest.to_text())
+    for command in ("attest", "sbom"):
+        assert document(command, forged)
+
+
+@pytest.mark.parametrize("findings", ["no json", "{}", '{"points": 5}', '{"points": [{"kl_interval": 1}]}'])
+def test_forged_findings_get_one_sentence(tiny_path: Path, tmp_path: Path, findings: str) -> None:
+    forged = tmp_path / "forged.dymoe"
+    shutil.copytree(tiny_path, forged)
+    (forged / "compile.json").write_text(findings)
+    manifest = read_manifest(forged)
+    entry = file_entry(forged / "compile.json", digest=True)
+    (forged / "manifest.json").write_text(replace(manifest, files={**manifest.files, "compile.json": entry}).to_text())
+    for command in (["attest"], ["sbom"], ["check", "--max-kl", 1]):
+        assert_one_sentence(bundle_cli(*command, forged), "compile.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 import dymoe_runtime
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.tools.provenance.statement import MACHINE, dependencies, measurements, subjects
+from dymoe_runtime.tools.provenance.statement import MACHINE, dependencies, group_of, measurements, subjects
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 # Algorithms of digests, as statements and as CycloneDX call them.
@@ -50,14 +50,14 @@ def _model(bundle: Bundle) -> dict[str, Any]:
             {"name": "dymoe:manifest:digest", "value": bundle.manifest.digest},
             *(
                 {"name": f"dymoe:built_with:{key}", "value": str(value)}
-                for key, value in sorted(bundle.manifest.provenance.get(MACHINE, {}).items())
+                for key, value in sorted(group_of(bundle.manifest.provenance, MACHINE).items())
             ),
         ],
     }
 
 
 def _name(bundle: Bundle) -> str:
-    origin = bundle.manifest.provenance.get("origin") or {}
+    origin = group_of(bundle.manifest.provenance, "origin")
     spec = bundle.spec
     return str(origin.get("repository") or f"{spec.model_type} {spec.num_layers} x {spec.num_experts}")
 
@@ -107,7 +107,7 @@ def _files(bundle: Bundle) -> Iterator[dict[str, Any]]:
 
 def _libraries(bundle: Bundle) -> Iterator[dict[str, Any]]:
     made = bundle.manifest.provenance
-    versions = {"dymoe": made.get("dymoe_version"), **{name: made.get(MACHINE, {}).get(name) for name in LIBRARIES}}
+    versions = {"dymoe": made.get("dymoe_version"), **{name: group_of(made, MACHINE).get(name) for name in LIBRARIES}}
     for name, version in versions.items():
         if version is not None:
             purl = f"pkg:pypi/{name}@{version}"

@@ -74,7 +74,7 @@ def _provenance(bundle: Bundle, builder: str) -> dict[str, Any]:
         "buildDefinition": {
             "buildType": BUILD,
             "externalParameters": {k: v for k, v in sorted(made.items()) if k not in (*SOURCES, MACHINE)},
-            "internalParameters": {MACHINE: made.get(MACHINE, {})},
+            "internalParameters": {MACHINE: group_of(made, MACHINE)},
             "resolvedDependencies": list(dependencies(made)),
         },
         "runDetails": {
@@ -84,11 +84,17 @@ def _provenance(bundle: Bundle, builder: str) -> dict[str, Any]:
     }
 
 
+def group_of(made: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a part of a bundle's provenance, which may hold anything; empty if it is no object."""
+    group = made.get(key)
+    return group if isinstance(group, Mapping) else {}
+
+
 def dependencies(made: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what a bundle was made from, by its provenance: each a resource with a name and a digest."""
-    origin = made.get("origin")
+    origin = group_of(made, "origin")
     source: dict[str, Any] = {"name": "checkpoint"}
-    if isinstance(origin, Mapping):
+    if origin:
         source |= {"uri": f"https://huggingface.co/{origin.get('repository')}", "digest": {}}
         source["digest"] = {"gitCommit": str(origin.get("commit"))}
     if "source_sha256" in made:
