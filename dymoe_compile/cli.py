@@ -18,8 +18,8 @@ from dymoe_compile.hub import Repository, fetch
 from dymoe_compile.job.profile import check_dense_bits, load_profile
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, GroupedOption, flag, options_of, with_flags
-from dymoe_runtime.console import MAX_SEED, one_sentence, print_json, say, stage_progress
-from dymoe_runtime.errors import DymoeError, needing_extra
+from dymoe_runtime.console import MAX_SEED, json_progress, one_sentence, print_json, say, stage_progress
+from dymoe_runtime.errors import BudgetError, DymoeError, QualityError, needing_extra
 from dymoe_runtime.process import MAX_THREADS
 
 DEFAULT_PROFILE = "laptop-8gb"
@@ -104,6 +104,14 @@ class CompileFlags:
     fresh: bool = flag(
         "--fresh", group=WORK, default=False, help="Start over instead of going on or keeping what is up to date."
     )
+    progress: str = flag(
+        "--progress",
+        group=OUTPUT,
+        default="text",
+        type=click.Choice(("text", "json")),
+        show_default=True,
+        help="How stderr says what is being done: for people, or as one JSON object a line.",
+    )
     as_json: bool = flag("--json", group=OUTPUT, default=False, help="Print one JSON object, alone, to stdout.")
 
 
@@ -163,8 +171,14 @@ def compile_command(flags: CompileFlags, model: str) -> None:
     kernels = load_kernels(threads=flags.jobs)
     if kernels.notice is not None:
         click.echo(f"note: {kernels.notice}", err=True)
+    progress = json_progress if flags.progress == "json" else stage_progress
     options = CompileOptions(model=directory, output=flags.output, origin=origin, **values)
-    bundle, changed = compile_bundle(options, kernels, stage_progress)
+    try:
+        bundle, changed = compile_bundle(options, kernels, progress)
+    except (QualityError, BudgetError) as error:
+        if flags.as_json:
+            print_json({"changed": False, "failed": str(error)})
+        raise
     description = describe(bundle, kernels)
     if flags.as_json:
         print_json({"changed": changed, **description})

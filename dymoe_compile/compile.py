@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from dymoe_compile.calibrate.calibration import calibrate, spilled
 from dymoe_compile.calibrate.statistics import LayerStatistics
 from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
-from dymoe_compile.job.profile import AUTO, DEVICE_PROCESS_BYTES, Profile
+from dymoe_compile.job.device import profile_budget
+from dymoe_compile.job.failed import clear_findings, leaving_findings
+from dymoe_compile.job.profile import AUTO, Profile, fits
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_compile.policy.dense_bits import (
@@ -33,13 +36,14 @@ from dymoe_compile.policy.dense_bits import (
     known_choice,
     write_dense,
 )
-from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy, fits
+from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy
 from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.report.findings import collect
 from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import (
     ADDED_TOKENS,
     DENSE,
+    DENSE_BITS,
     FINDINGS,
     LOOK_AHEAD,
     POLICY,
@@ -51,13 +55,12 @@ from dymoe_runtime.bundle.bundle import (
     FileEntry,
     LayerEntry,
     Manifest,
+    dense_bytes,
     expert_layout,
     file_entry,
     read_manifest,
 )
 from dymoe_runtime.bundle.policy import Policy
-from dymoe_runtime.engine.budget import Budget
-from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.place import holds_only_a_bundle
@@ -68,9 +71,6 @@ from dymoe_runtime.text.added_tokens import whole_tokenizer
 from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.text.tokenizer_files import RESTORE
 from dymoe_runtime.units import format_size
-
-# Tokens of context for which the profile's memory is checked.
-PROFILE_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,14 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
     Returns the bundle, and whether it was compiled now; False means that it was up to date.
 
     Raises DymoeError for errors that the user can fix, QualityError if no operating point reaches `options.max_kl`, and
-    BudgetError if the profile's device cannot run the bundle.
+    BudgetError if the profile's device cannot run the bundle: before any weights are read, where that is known by then.
     """
     options = replace(options, output=resolved(options.output))
     torch.set_num_threads(options.jobs or default_threads())
     check_output(options.output)
     checkpoint = Checkpoint.open(options.model, options.ladder)
     tokenizer = Tokenizer.load(options.model)
+    check_memory(smallest_bundle(checkpoint.spec, options), options.profile, kernels)
     windows = make_windows(
         load_texts(options.calibration),
         tokenizer.encode,
@@ -159,7 +160,7 @@ def build(
             files_of(writer.directory, done.layers),
             dense_crc32,
             done.layers,
-            provenance,
+            {**provenance, "built_with": built_with(options, kernels)},
         )
         draft = Bundle(writer.directory, manifest, Policy(options.ladder, (), (), ""))
         if known is None:
@@ -173,12 +174,14 @@ def build(
             )
             draft = Bundle(writer.directory, manifest, draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, kernels, progress)
-        check_quality(Bundle(writer.directory, manifest, fitted.policy), options, kernels)
         findings = collect(manifest, choice.added_kl, statistics, fitted, checkpoint.left_out)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
+        with leaving_findings(writer.directory, options.output):
+            check_quality(Bundle(writer.directory, manifest, fitted.policy), options, kernels)
         writer.finish(replace(manifest, files=files_of(writer.directory, done.layers, whole=True)))
+        clear_findings(options.output)
     return Bundle.open(options.output)
 
 
@@ -204,7 +207,7 @@ def check_output(output: Path) -> None:
 
 
 def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> dict[str, Any]:
-    """Return the provenance: everything that decides the bytes of the bundle."""
+    """Return the provenance of the input and the options."""
     tokenizer = hashlib.sha256()
     for name in (TOKENIZER, *TOKENIZER_EXTRAS, ADDED_TOKENS):
         if (data := read_member(options.model / name, RESTORE)) is not None:
@@ -226,6 +229,19 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
     }
 
 
+def built_with(options: CompileOptions, kernels: Kernels) -> dict[str, Any]:
+    """Return what else decides the last bits of a bundle, because it changes how sums are rounded."""
+    return {
+        "threads": options.jobs or default_threads(),
+        "instruction_set": kernels.name,
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+    }
+
+
 def progress_key(kernels: Kernels) -> dict[str, str]:
     """Return the values that an interrupted run and its continuation must share, in addition to the provenance.
 
@@ -242,10 +258,12 @@ def progress_key(kernels: Kernels) -> dict[str, str]:
 def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
     """Return the bundle at `output` if it is complete and has this provenance, else None.
 
-    Another commit of the repository with the same weights and tokenizer is the same.
+    Another commit of the repository with the same weights and tokenizer is the same, and so is another machine that
+    built the bundle.
     """
+    other: dict[str, None] = {"origin": None, "built_with": None}
     try:
-        if {**read_manifest(output).provenance, "origin": None} == {**provenance, "origin": None}:
+        if {**read_manifest(output).provenance, **other} == {**provenance, **other}:
             return Bundle.open(output)
     except DymoeError:
         pass
@@ -277,14 +295,29 @@ def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
     return save({str(layer): seen.predictor for layer, seen in statistics.items() if seen.predictor.size})
 
 
-def check_quality(bundle: Bundle, options: CompileOptions, kernels: Kernels) -> None:
-    """Raise BudgetError if the profile's device cannot run the bundle, QualityError if no point reaches --max-kl."""
-    floor = profile_budget(bundle, options.profile, kernels).floor_bytes
-    if floor > options.profile.memory_bytes:
+def smallest_bundle(spec: ModelSpec, options: CompileOptions) -> Bundle:
+    """Return a bundle without files that has the least sizes that this compilation can give it."""
+    bits = DenseChoice.alike(spec, min(DENSE_BITS) if options.dense_bits == AUTO else int(options.dense_bits)).bits
+    dense = sum(dense_bytes(name, shape, bits) for name, shape in spec.tensor_shapes().items())
+    files = {DENSE: FileEntry(dense), LOOK_AHEAD: FileEntry(0)}
+    return Bundle(
+        options.output, Manifest(spec, options.ladder, bits, files, {}, {}, {}), Policy(options.ladder, (), (), "")
+    )
+
+
+def check_memory(bundle: Bundle, profile: Profile, kernels: Kernels) -> None:
+    """Raise BudgetError if the profile's device cannot run the bundle."""
+    floor = profile_budget(bundle, profile, kernels).floor_bytes
+    if floor > profile.memory_bytes:
         raise BudgetError(
-            f"profile {options.profile.name}: {format_size(options.profile.memory_bytes)} of memory are too little, "
+            f"profile {profile.name}: {format_size(profile.memory_bytes)} of memory are too little, "
             f"this bundle needs at least {format_size(floor)}; choose a larger profile or fewer --dense-bits"
         )
+
+
+def check_quality(bundle: Bundle, options: CompileOptions, kernels: Kernels) -> None:
+    """Raise BudgetError if the profile's device cannot run the bundle, QualityError if no point reaches --max-kl."""
+    check_memory(bundle, options.profile, kernels)
     fitting = [point.kl for point in bundle.policy.points if fits(point, bundle, options.profile)]
     best = min(fitting, default=math.inf)
     if options.max_kl is not None and not best <= options.max_kl:
@@ -294,12 +327,6 @@ def check_quality(bundle: Bundle, options: CompileOptions, kernels: Kernels) -> 
             f"{options.profile.name} reaches a KL of {options.max_kl:g}, {reached}; "
             "choose a larger profile, other --tiers or raise --max-kl"
         )
-
-
-def profile_budget(bundle: Bundle, profile: Profile, kernels: Kernels) -> Budget:
-    """Return the memory budget of a run on the profile's device."""
-    context = min(PROFILE_CONTEXT, bundle.spec.max_context)
-    return plan_budget(bundle, kernels, context, profile.memory_bytes, process_bytes=DEVICE_PROCESS_BYTES)
 
 
 def files_of(directory: Path, layers: Mapping[int, LayerEntry], whole: bool = False) -> dict[str, FileEntry]:

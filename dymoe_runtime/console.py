@@ -300,6 +300,17 @@ def stage_progress(title: str, total: int) -> Iterator[Callable[[], object]]:
         yield stage.advance
 
 
+@contextlib.contextmanager
+def json_progress(title: str, total: int) -> Iterator[Callable[[], object]]:
+    """Write the progress of a long stage to stderr as JSON, one object a line; yield the function that counts one step.
+
+    An object has `stage`, `done`, `total` and `elapsed_s`. There is one when the stage begins, one every
+    LINE_INTERVAL_S, and one at the end of a successful stage.
+    """
+    with _JsonLines(title, total) as stage:
+        yield stage.advance
+
+
 class _StageLines:
     """The progress lines of one stage, written by a thread of their own."""
 
@@ -318,7 +329,7 @@ class _StageLines:
         self._ended.set()
         self._thread.join()
         if kind is None:
-            self._say(f"{self._total} done in {self._seconds():.1f} s")
+            self._say_end()
 
     def advance(self) -> None:
         """Count one step."""
@@ -326,13 +337,36 @@ class _StageLines:
 
     def _report(self) -> None:
         while not self._ended.wait(self._interval_s):
-            self._say(f"{self._done} of {self._total} after {self._seconds():.0f} s")
+            self._say_step()
+
+    def _say_step(self) -> None:
+        self._say(f"{self._done} of {self._total} after {self._seconds():.0f} s")
+
+    def _say_end(self) -> None:
+        self._say(f"{self._total} done in {self._seconds():.1f} s")
 
     def _say(self, what: str) -> None:
         click.echo(f"{self._title}: {what}", err=True)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started
+
+
+class _JsonLines(_StageLines):
+    """The progress of one stage as JSON, one object a line."""
+
+    def __enter__(self) -> _StageLines:
+        self._say_step()
+        return super().__enter__()
+
+    def _say_step(self) -> None:
+        elapsed = round(self._seconds(), 3)
+        values = {"stage": self._title, "done": self._done, "total": self._total, "elapsed_s": elapsed}
+        click.echo(json.dumps(values), err=True)
+
+    def _say_end(self) -> None:
+        self._done = self._total
+        self._say_step()
 
 
 def spare_imports() -> None:

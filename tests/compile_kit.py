@@ -91,7 +91,10 @@ def assert_findings_fit(path: Path) -> None:
     assert found["default_point"] == policy.default_point and found["notes"] == list(policy.notes)
     assert found["provenance"] == manifest.provenance
     points = [asdict(point) for point in policy.points]
-    assert found["points"] == [{k: v for k, v in p.items() if k not in ("decode", "prefill")} for p in points]
+    shown = [{k: v for k, v in p.items() if k != "kl_interval"} for p in found["points"]]
+    assert shown == [{k: v for k, v in p.items() if k not in ("decode", "prefill")} for p in points]
+    for point in found["points"]:
+        assert point["kl_interval"] is None or point["kl_interval"][0] <= point["kl"] <= point["kl_interval"][1]
     kinds = {point["kind"] for point in found["compared"]}
     assert kinds == ({"uniform", "mixed", "flat", "cosine", "static"} if len(manifest.ladder) > 1 else {"uniform"})
     measured = {(p["bytes_per_token"], p["kl"], p["nll"], p["top1_agreement"]) for p in found["compared"]}

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from dymoe_runtime.bundle.bundle import DENSE, Bundle
+from dymoe_runtime.bundle.policy import OperatingPoint
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_regular, strict
@@ -88,6 +90,13 @@ def _profile(values: dict[str, Any], where: str) -> Profile:
         raise DymoeError(f"{where}: {error}; {REMEDY}") from error
     check_dense_bits(profile.dense_bits, where)
     return profile
+
+
+def fits(point: OperatingPoint, bundle: Bundle, profile: Profile) -> bool:
+    """Return whether process, dense weights and all experts at the mean size of `point` fit the profile's memory."""
+    whole = bundle.layout.bits_per_weight(bundle.manifest.ladder[-1])
+    room = profile.memory_bytes - DEVICE_PROCESS_BYTES - bundle.manifest.files[DENSE].nbytes
+    return bundle.expert_bytes() * point.effective_bits / whole <= room
 
 
 def check_dense_bits(bits: object, where: str) -> None:

@@ -12,17 +12,18 @@ import numpy as np
 
 from dymoe_compile.calibrate.statistics import LayerStatistics, significant
 from dymoe_compile.checkpoint.window_decoder import bundle_decoder
-from dymoe_compile.job.profile import DEVICE_PROCESS_BYTES, Profile
+from dymoe_compile.job.profile import Profile, fits
 from dymoe_compile.job.progress import Progress
 from dymoe_compile.policy.candidates import Candidates
 from dymoe_compile.policy.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
-from dymoe_runtime.bundle.bundle import DENSE, Bundle
-from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy
+from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy, Thresholds
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.score import Score, score_window
 from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.tools.intervals import Interval, intervals
 
 # Held-out tokens for the many runs of sensitivity, and for the runs of the candidates. A large model gets fewer:
 # tokens times active expert weights stay within MAX_WORK, but at least MIN_TOKENS are used. The rules that the
@@ -44,12 +45,17 @@ SAME_QUALITY = 0.02
 
 @dataclass(frozen=True)
 class Fitted:
-    """A policy, and all points that were measured to find it, each with its rule."""
+    """A policy, and all points that were measured to find it, each with its rule.
+
+    `kl_intervals` has the 95% interval of the KL of each point, by its thresholds for decoding; None if the text was
+    too short for one.
+    """
 
     policy: Policy
     compared: tuple[tuple[OperatingPoint, Rule], ...]
     reference_nll: float
     tokens: int  # on which the points were measured
+    kl_intervals: Mapping[tuple[Thresholds, ...], Interval | None]
 
 
 def fit_policy(
@@ -94,7 +100,12 @@ def fit_policy(
         default_point=default_point(kept, bundle, profile).name,
         notes=("importance is flat: uniform tiers win everywhere",) if flat else (),
     )
-    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].size)
+    kl_intervals = {
+        point.decode: _kl_interval(result)
+        for (point, _), result in zip(tried, measured, strict=True)
+        if point.kind != "static"
+    }
+    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].size, kl_intervals)
 
 
 @dataclass(frozen=True)
@@ -264,13 +275,6 @@ def default_point(points: Sequence[OperatingPoint], bundle: Bundle, profile: Pro
     return min(mixed, key=lambda point: abs(point.bits_mean - 3))
 
 
-def fits(point: OperatingPoint, bundle: Bundle, profile: Profile) -> bool:
-    """Return whether process, dense weights and all experts at the mean size of `point` fit the profile's memory."""
-    whole = bundle.layout.bits_per_weight(bundle.manifest.ladder[-1])
-    room = profile.memory_bytes - DEVICE_PROCESS_BYTES - bundle.manifest.files[DENSE].nbytes
-    return bundle.expert_bytes() * point.effective_bits / whole <= room
-
-
 def layer_policy(layer: int, statistics: Mapping[int, LayerStatistics], sensitivity: Table) -> LayerPolicy:
     """Return a layer's entry of the policy: its statistics and sensitivity, empty for a dense layer."""
     if layer not in statistics:
@@ -324,6 +328,12 @@ def excerpt_for(spec: ModelSpec, held_out: np.ndarray, original: Original, token
     affordable = max(MIN_TOKENS, int(MAX_WORK / active_weights(spec)))
     count = max(1, min(tokens, affordable) // held_out.shape[1])
     return held_out[:count], Original(original.hidden[:count], original.head)
+
+
+def _kl_interval(result: Measurement) -> Interval | None:
+    """Return the 95% interval of a measured KL, rounded as the KL is; None if there is too little text for one."""
+    interval = intervals(result.windows)["kl_interval"]
+    return interval and (significant(interval[0]), significant(interval[1]))
 
 
 def _reference_nll(held_out: np.ndarray, original: Original) -> float:

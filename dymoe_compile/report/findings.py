@@ -52,7 +52,9 @@ def collect(
         },
         "quantizer": _quantizer(spec, ladder),
         "layers": [_layer(layer, statistics) for layer in policy.layers],
-        "points": [point_json(point) for point in policy.points],
+        "points": [
+            {**point_json(point), "kl_interval": fitted.kl_intervals.get(point.decode)} for point in policy.points
+        ],
         "default_point": policy.default_point,
         "compared": [{**point_json(point), **_setting(rule)} for point, rule in fitted.compared],
         "peers": [],

@@ -14,6 +14,7 @@ from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
 from dymoe_runtime.cli import shipping
 from dymoe_runtime.cli.flags import FlagsCommand
+from dymoe_runtime.cli.release import check, provenance
 from dymoe_runtime.console import (
     Commands,
     FiniteRange,
@@ -44,7 +45,7 @@ def bundle() -> None:
     """Look at a bundle, check it, ship it, export it, or replay a trace of it with other memory."""
 
 
-for command in shipping.COMMANDS:
+for command in (*shipping.COMMANDS, *check.COMMANDS, *provenance.COMMANDS):
     bundle.add_command(command)
 
 
@@ -83,12 +84,22 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
 @click.option("--expect", metavar="DIGEST", help=EXPECT)
+@click.option("--key", type=click.Path(path_type=Path), help="Refuse a bundle not signed with this public key, in PEM.")
+@click.option(
+    "--signature", type=click.Path(path_type=Path), help="The signature for --key. Default: BUNDLE.sig, beside it."
+)
 @one_sentence
-def verify_command(bundle: Path, as_json: bool, expect: str | None) -> None:
+def verify_command(bundle: Path, as_json: bool, expect: str | None, key: Path | None, signature: Path | None) -> None:
     """Check every tensor and record of BUNDLE against its checksum, and every file against its digest."""
+    if signature is not None and key is None:
+        raise DymoeError("--signature needs the public key that it was made for; give --key")
     opened = Bundle.open(bundle)
     if expect is not None:
         check_digest(opened, expect)
+    if key is not None:
+        from dymoe_runtime.tools.provenance.signature import signature_of, verify_signature
+
+        verify_signature(opened, signature or signature_of(bundle), key)
     Tokenizer.load(bundle, opened.spec.eos_ids)
     checked, problems = 0, []
     pieces = len(opened.manifest.dense_crc32) + opened.spec.total_experts + 2 * len(opened.manifest.layers) + 3
@@ -106,7 +117,8 @@ def verify_command(bundle: Path, as_json: bool, expect: str | None) -> None:
             click.echo(one_line(problem), err=True)
         raise DymoeError(problems[0])
     if not as_json:
-        say(f"{bundle}: {checked} pieces checked, all sound")
+        signed = "" if key is None else f", signed with {key}"
+        say(f"{bundle}: {checked} pieces checked, all sound{signed}")
         if not opened.manifest.vouches:
             say(f"note: {bundle}: {NOT_VOUCHED}", err=True)
 

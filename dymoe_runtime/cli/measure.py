@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import click
-import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli.load import format_statistics, load, run_options
@@ -20,6 +18,7 @@ from dymoe_runtime.files import read_text
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.process import peak_resident_bytes
 from dymoe_runtime.text.tokenizer import Tokenizer
+from dymoe_runtime.tools.bench import random_ids, time_tokens
 from dymoe_runtime.tools.evaluate import Evaluation, evaluate, format_table, open_reference
 from dymoe_runtime.tools.probe import format_probe, probe
 
@@ -47,23 +46,13 @@ def bench(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
             f"--bench: {count} tokens do not fit the model's context of {bundle.spec.max_context}; "
             "give fewer --prompt-tokens or --new-tokens"
         )
-    random = np.random.default_rng(flags.seed)
-    ids, others = (random.integers(bundle.spec.vocab_size, size=count).tolist() for _ in range(2))
+    ids, others = random_ids(bundle.spec.vocab_size, count, flags.seed)
     with load(bundle, kernels, flags, count) as model:
         if flags.warm_up:
             model.prefill(others[: flags.prompt_tokens])
             model.reset()
             model.reset_stats()
-        started = time.perf_counter()
-        model.prefill(ids[: flags.prompt_tokens])
-        first, read = time.perf_counter() - started, model.store.stats.read_bytes
-        for token_id in ids[flags.prompt_tokens :]:
-            model.decode(token_id)
-        statistics = model.statistics() | {
-            "ttft_s": first,
-            "tpot_s": model.stats.decode.seconds / flags.new_tokens,
-            "decode_read_bytes_per_token": (model.store.stats.read_bytes - read) / flags.new_tokens,
-        }
+        statistics = time_tokens(model, ids, flags.prompt_tokens)
         if flags.as_json:
             print_json(statistics)
         else:

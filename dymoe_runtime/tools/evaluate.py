@@ -28,6 +28,8 @@ from dymoe_runtime.tools.intervals import CONFIDENCE, intervals, total
 from dymoe_runtime.units import format_size
 
 ORIGINAL = "reference"
+# The longest windows in which `distances` scores texts.
+MAX_WINDOW = 2048
 # Module and function that open checkpoints. They belong to the compiler, which a runtime may be installed without.
 OPEN_CHECKPOINT = ("dymoe_compile.checkpoint.original", "open_original")
 
@@ -115,6 +117,30 @@ def _score_rows(
         hidden = scorer.hidden(ids, job.by_prefill)
         rows[name].add(file, score_blocks(ids, hidden, scorer.logits, reference))
         rows[name].counts.add_all(scorer.counts)
+
+
+def distances(
+    bundle: Bundle,
+    kernels: Kernels,
+    point: str,
+    texts: Mapping[str, Sequence[int]],
+    reference: Path,
+    memory_bytes: int | None,
+) -> list[dict[str, Any]]:
+    """Return the scores of each text of token ids at `point`, among them the KL to a checkpoint or bundle.
+
+    Texts are scored in windows of at most MAX_WINDOW tokens. Raises DymoeError as `open_reference` and `load_scorer`
+    do.
+    """
+    length = min(MAX_WINDOW, bundle.spec.max_context)
+    window = min(length, max(map(len, texts.values())))
+    with ExitStack() as stack:
+        beside = stack.enter_context(open_reference(reference, bundle.spec, kernels, window, memory_bytes))
+        memory = min(beside.left_bytes, memory_bytes or beside.left_bytes)
+        options = RunOptions(point=point, memory_bytes=memory, uncounted_bytes=beside.held_bytes, context=length)
+        scorer = stack.enter_context(load_scorer(bundle, options, window, kernels))
+        files = evaluate(scorer, Evaluation(texts, length, reference=beside.reference), False)["files"]
+    return [dict(scores) for scores in files]
 
 
 class Beside(NamedTuple):

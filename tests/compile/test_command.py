@@ -19,7 +19,7 @@ from compile_kit import STAGE_DONE, STAGE_UNDER_WAY
 from helpers import Outcome, assert_one_sentence, compile_cli
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.console import LINE_INTERVAL_S, stage_progress
+from dymoe_runtime.console import LINE_INTERVAL_S, json_progress, stage_progress
 
 # Runs dymoe-compile where importing torch is an error, and prints what was tried all the same.
 WITHOUT_TORCH = """
@@ -264,6 +264,27 @@ def test_a_long_stage_says_at_intervals_how_far_it_is(clock: Clock, capsys: pyte
     said = capsys.readouterr()
     assert said.err.splitlines() == expected and said.out == ""
     assert set(clock.event.intervals) == {LINE_INTERVAL_S} and 1 <= LINE_INTERVAL_S <= 60
+
+
+def test_progress_as_json_is_one_object_a_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with json_progress("experts", 3) as advance:
+        clock.now += 30.0
+        advance()
+        clock.event.let_time_pass()
+        advance()
+        advance()
+        clock.now += 5.25
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["done"], line["elapsed_s"]) for line in said] == [(0, 0.0), (1, 30.0), (3, 35.25)]
+    assert all((line["stage"], line["total"]) == ("experts", 3) for line in said)
+
+
+def test_progress_as_json_of_a_compilation(tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path) -> None:
+    args = ("--calibration", calibration_text, "--progress", "json", "--json")
+    outcome = compile_cli(tiny_checkpoint, "-o", tmp_path / "out.dymoe", *args)
+    assert outcome.code == 0 and outcome.json["changed"]
+    lines = [json.loads(line) for line in outcome.err.splitlines()]
+    assert {"experts", "operating points"} <= {line["stage"] for line in lines if line["done"] == line["total"]}
 
 
 def test_a_stage_that_fails_does_not_say_that_it_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_
 from safetensors.torch import load_file, save_file
 
 from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.model.routing import Routing
 from dymoe_runtime.model.tier_rule import TierRule
 
@@ -135,9 +136,16 @@ def test_a_quality_gate_that_is_not_met_exits_with_3(
     tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
     args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
-    assert_one_sentence(without_stages(compile_cli(*args, "--max-kl", 1e-9)), "KL", "1e-09", code=3)
+    outcome = compile_cli(*args, "--max-kl", 1e-9, "--json")
+    assert_one_sentence(without_stages(outcome), "KL", "1e-09", "out.dymoe.failed", code=3)
+    assert outcome.json["changed"] is False and "1e-09" in outcome.json["failed"]
+    left = tmp_path / "out.dymoe.failed"
     assert not (tmp_path / "out.dymoe").exists()
+    assert sorted(path.name for path in left.iterdir()) == ["compile.json", "report.html"]
+    points = json.loads((left / "compile.json").read_text(encoding="utf-8"))["points"]
+    assert points and all(point["kl"] > 1e-9 for point in points)
     assert compile_cli(*args, "--max-kl", 10).code == 0
+    assert not left.exists()
 
 
 def test_a_device_that_cannot_hold_the_bundle_exits_with_4(
@@ -148,7 +156,21 @@ def test_a_device_that_cannot_hold_the_bundle_exits_with_4(
         'name = "watch"\nladder = [2, 4]\ndense_bits = 8\nmemory = "64MiB"\ndisk_bandwidth = "1MB/s"\nthreads = 1\n'
     )
     args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, "--profile", profile)
-    assert_one_sentence(without_stages(compile_cli(*args)), "watch", "64.0 MiB", code=4)
+    outcome = compile_cli(*args)
+    assert_one_sentence(outcome, "watch", "64.0 MiB", code=4)  # before any stage
+    assert not (tmp_path / "out.dymoe.failed").exists()
+
+
+def test_a_bundle_says_what_rounded_its_sums(tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path) -> None:
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, "--jobs", 1, "--json")
+    built = compile_cli(*args).json["provenance"]["built_with"]
+    assert built["instruction_set"] == load_kernels().name and built["threads"] == 1
+    assert set(built) == {"instruction_set", "torch_instruction_set", "machine", "threads", "python", "numpy", "torch"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYMOE_ISA", "numpy")
+        assert not compile_cli(*args).json["changed"]  # it stays good
+        again = compile_cli(*args, "--fresh").json["provenance"]
+    assert again["built_with"] == {**built, "instruction_set": "numpy"}
 
 
 @pytest.mark.parametrize(

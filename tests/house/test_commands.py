@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from helpers import EXAMPLES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,9 +63,17 @@ def folder(shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = (EXAMPLES / "heldout" / "wiki.txt").read_text(encoding="utf-8")[:1500]
     for name in ("text.txt", "examples/heldout/code.txt", "examples/heldout/math.txt", "examples/heldout/wiki.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
+    save_keys(tmp_path / "key.pem", tmp_path / "key.pub")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trace.jsonl").write_text(trace())
     return tmp_path
+
+
+def save_keys(private: Path, public: Path) -> None:
+    """Make a key to sign with, and its public half."""
+    key = Ed25519PrivateKey.generate()
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 
 @cache

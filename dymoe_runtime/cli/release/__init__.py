@@ -1,0 +1,1 @@
+"""Commands of dymoe-bundle for releases: gates, provenance and signatures."""
