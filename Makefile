@@ -1,4 +1,4 @@
-# make demo, make test, make fuzz, make faults, make lint, make bench. Everything goes into .venv and build/.
+# make demo, make pipeline, make test, make fuzz, make faults, make lint, make bench. Everything goes into .venv and build/.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,12 +10,16 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtim
 
 CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
 
-.PHONY: demo test fuzz faults lint bench clean
+.PHONY: demo pipeline test fuzz faults lint bench clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
 	@echo; echo '> $(PROMPT)'
 	@$(BIN)/dymoe-run $(BUNDLE) --prompt '$(PROMPT)' --point 3 --greedy --max-tokens 60 --stats
+
+# Compiles, checks, signs and publishes examples/model; see docs/shipping.md.
+pipeline: $(VENV)/.sign
+	@$(MAKE) -f examples/ci/bundle.mk BIN=$(BIN)/
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
@@ -67,6 +71,10 @@ $(VENV)/.runtime: $(SOURCES)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[compile]'
 	@$(BIN)/python -m compileall -q dymoe_runtime dymoe_compile  # an editable install leaves that to the first run
+	@touch $@
+
+$(VENV)/.sign: $(VENV)/.runtime
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[sign]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
