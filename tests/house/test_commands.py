@@ -92,7 +92,8 @@ def execute(command: str) -> subprocess.CompletedProcess[str]:
     words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
     if not any(word in words for word in ("build/demo.dymoe", "examples/model", "packed.dymoe", "--supported")):
         words = [*(word for word in words if not word.startswith("-")), "--help"]
-    return outcome_of(program, *words)
+    # A command that writes something is run for each document, in the folder of which it is.
+    return outcome_of.__wrapped__(program, *words) if "-o" in words else outcome_of(program, *words)
 
 
 @cache

@@ -179,7 +179,9 @@ def test_threads_that_generate_on_one_model_are_right_or_refused(tiny_path: Path
                 thread.join(60)
             refused = [text for text in found.values() if isinstance(text, str)]
             assert all("another call" in text for text in refused)
-            assert len(found) == 2 and (refused or [*found.values()] == [alone[prompt] for prompt in found])
+            # One that begins when the other has ended goes on where that stopped.
+            first = next(iter(found))
+            assert len(found) == 2 and (refused or found[first] == alone[first])
             model.reset()
 
 
