@@ -202,7 +202,7 @@ class Campaign:
         )
         run = self._on_other(name, path)
         self.judge(label, done, run, expected, True, place)
-        if run.code and before and path.read_bytes() != before:
+        if str(path) in run.err and before and path.read_bytes() != before:
             self.fail(f"{done}: {name} was refused and changed", label)
 
     def _expected(self, key: Any, run: Callable[[], Run]) -> Run:
