@@ -138,7 +138,8 @@ def change_value(values: Any, rng: random.Random) -> None:
     elif what == 6:
         del holder[key]
     elif what == 7 and isinstance(place, (int, float)) and not isinstance(place, bool):
-        holder[key] = rng.choice((place + 1, place - 1, place * 2, -place, place * 1000, float(place), str(place)))
+        real = float(place) if abs(place) < 1 << 1000 else 0.5
+        holder[key] = rng.choice((place + 1, place - 1, place * 2, -place, place * 1000, real, str(place)))
     elif what == 8 and isinstance(holder, dict):
         holder[rng.choice(("zzz", "", f"{key}2", "0", "\x1b", "../x"))] = holder[key]
     elif isinstance(holder, list):
