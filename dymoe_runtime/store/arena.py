@@ -17,7 +17,7 @@ import numpy as np
 from dymoe_runtime.bundle.tiers import RecordLayout
 from dymoe_runtime.memory import Place, address_of, keep_from_forks, map_memory, memory_at
 
-# Reads in flight at the same time; two nearly saturate a disk.
+# Experts that are read at the same time; two nearly saturate a disk.
 IN_FLIGHT = 2
 # Experts pinned for a lease at once: one in use, the others being read.
 WINDOW = IN_FLIGHT + 1

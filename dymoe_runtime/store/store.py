@@ -14,7 +14,7 @@ from dymoe_runtime.kernels.reads import ReadThreads
 from dymoe_runtime.memory import Place, memory_at
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.store.admission import Admission
-from dymoe_runtime.store.arena import IN_FLIGHT, WINDOW, full_arena_bytes, min_arena_bytes
+from dymoe_runtime.store.arena import WINDOW, full_arena_bytes, min_arena_bytes
 from dymoe_runtime.store.entry import Entry, P
 from dymoe_runtime.store.eviction import Eviction
 from dymoe_runtime.store.lease import Lease, StreamedLease, WholeLease, demand
@@ -77,7 +77,7 @@ class ExpertStore(Generic[P]):
             layout,
             shape[0],
             min(arena_bytes, full_arena_bytes(layout, shape[0] * shape[1])),
-            lambda memory: ReadQueue(reader, memory, start_threads(threads, IN_FLIGHT)),
+            lambda memory: ReadQueue(reader, memory, start_threads(threads)),
             self._eviction,
             prepare,
             listener,

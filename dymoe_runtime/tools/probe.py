@@ -98,7 +98,7 @@ def disk_bytes_per_s(model: Model, count: int) -> float:
     places = [[(address_of(part), len(part)) for part in split_record(bundle.layout, record)] for record in records]
     generator, layers = np.random.default_rng(0), list(spec.moe_layers)
     keys = [ExpertKey(int(generator.choice(layers)), int(generator.integers(spec.num_experts))) for _ in range(count)]
-    queue = ReadQueue(model.reader, memory, start_threads(model.kernels.reads, IN_FLIGHT))
+    queue = ReadQueue(model.reader, memory, start_threads(model.kernels.reads))
     try:
         # Only the second round counts: the first also checks the records, which takes longer than a fast disk.
         for _ in range(2):

@@ -118,6 +118,49 @@ void check_checksums() {
   }
 }
 
+/// Reads of several pieces, whose spans begin and end anywhere in them, by many threads at once.
+void check_large_reads() {
+  constexpr int64_t kMegabyte = int64_t(1) << 20;
+  const std::vector<int64_t> sizes = {kMegabyte + 5, 0, 3 * kMegabyte, 100, 2 * kMegabyte - 105};
+  const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t(0));
+  const std::vector<uint8_t> content = random_bytes(total + 7);
+  const TemporaryFile file(content);
+  std::vector<uint32_t> right;
+  int64_t at = 7;
+  for (int64_t size : sizes) right.push_back(crc32_of(content.data() + at, size)), at += size;
+  ReadThreads reads(5);
+  for (int wrong = -1; wrong < int(sizes.size()); ++wrong) {
+    std::vector<uint32_t> checksums = right;
+    if (wrong >= 0) checksums[wrong] ^= 1;
+    std::vector<std::unique_ptr<Places>> places;
+    std::vector<uint64_t> tickets;
+    std::atomic<int> calls{0};
+    for (int i = 0; i < 4; ++i) {
+      places.push_back(std::make_unique<Places>(sizes));
+      tickets.push_back(reads.submit(file.fd, 7, places.back()->spans, i % kUrgencies, [&] { ++calls; }, checksums));
+    }
+    for (uint64_t ticket : tickets) wait_for(reads, ticket, never);
+    std::set<uint64_t> told;
+    for (const Outcome& outcome : reads.finished()) {
+      expect(ended(outcome, wrong < 0 ? 0 : -1 - wrong, total), kReads, "a large read with a checksum");
+      told.insert(outcome.ticket);
+    }
+    expect(told == std::set<uint64_t>(tickets.begin(), tickets.end()) && calls == 4, kReads, "large reads are told");
+    expect(reads.started().size() == 4 && reads.pending() == 0, kReads, "large reads begin once");
+    for (const auto& each : places) expect(each->hold(content, 7, total), kReads, "the bytes of a large read");
+  }
+  // The file ends in each of the pieces, and where they meet.
+  for (int64_t missing : {int64_t(1), kMegabyte - 1, kMegabyte, kMegabyte + 1, 5 * kMegabyte / 2, 6 * kMegabyte}) {
+    const Places places(sizes);
+    int calls = 0;
+    const Outcome outcome =
+        outcome_of(reads, reads.submit(file.fd, 7 + missing, places.spans, 0, [&] { ++calls; }, right));
+    expect(ended(outcome, 0, total - missing) && calls == 0, kReads, "a large read of a file that ends");
+    expect(places.hold(content, 7 + missing, total - missing), kReads, "the bytes before the end of a file");
+  }
+  expect(close(reads, kPatience, never), kReads, "threads that read in pieces end");
+}
+
 /// Reads whose bytes do not have their checksums.
 void check_damaged_reads() {
   const std::vector<uint8_t> content = random_bytes(kFileBytes);
@@ -309,6 +352,7 @@ void check_close_while_reading() {
 
 void check_reads() {
   check_checksums();
+  check_large_reads();
   check_damaged_reads();
   check_files();
   check_many();

@@ -29,7 +29,7 @@ from store_kit import (
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels import load_kernels
-from dymoe_runtime.store.arena import IN_FLIGHT
+from dymoe_runtime.store.read_threads import COMPILED_READERS, PYTHON_READERS
 from dymoe_runtime.store.request import Read
 from dymoe_runtime.store.store import ExpertStore, memory_of
 
@@ -235,7 +235,8 @@ def test_closing_the_store_ends_its_threads(ending: str, threads: object) -> Non
     assert not reader_threads()
     reader = FakeReader(flat_layout())
     store = ExpertStore(reader.layout, (2, 16), reader, 9 * SPAN, memory_of, threads=threads)  # type: ignore[arg-type]
-    assert len(reader_threads(IN_FLIGHT)) == IN_FLIGHT
+    count = PYTHON_READERS if threads is None else COMPILED_READERS
+    assert len(reader_threads(count)) == count
     if ending == "used":
         fetch(store, reader, req(1), req(2))
     if ending == "failed":

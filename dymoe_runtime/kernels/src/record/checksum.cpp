@@ -63,4 +63,8 @@ uint32_t crc32_of(const uint8_t* data, int64_t nbytes) {
   return crc32_of(fastest, data, nbytes);
 }
 
+uint32_t crc32_after(uint32_t before, uint32_t next, int64_t nbytes) {
+  return times(power_of_x(8 * nbytes), before) ^ next;
+}
+
 }  // namespace dymoe

@@ -29,7 +29,8 @@ constexpr double kCheckInterval = 0.05;  // seconds between checks for an interr
 struct Interrupted {};
 
 /// Threads that read files into memory: the most urgent read first, and the oldest first among equally urgent ones. A
-/// read is known by its ticket. Only reads that no thread has begun can be reprioritized or cancelled.
+/// read is known by its ticket. Only reads that no thread has begun can be reprioritized or cancelled. Large reads are
+/// made in pieces, by several threads; a read that has begun goes before all others.
 class ReadThreads {
  public:
   /// Starts `threads` threads, or as many as the system allows. Throws std::system_error if it allows none.
@@ -39,7 +40,7 @@ class ReadThreads {
   ~ReadThreads();
 
   /// Queues a read that fills the spans, one after another, from `offset` of the file. If there are `checksums`, one
-  /// CRC-32 for each span, the thread that read compares them. Once all spans are full, it calls `then`, unless that is
+  /// CRC-32 for each span, the threads that read compare them. Once all spans are full, it calls `then`, unless that is
   /// empty. With a negative `fd`, it calls `then` without reading. Returns the ticket.
   uint64_t submit(int fd, int64_t offset, std::vector<Span> spans, int urgency, std::function<void()> then,
                   std::vector<uint32_t> checksums = {});
