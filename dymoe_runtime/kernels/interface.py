@@ -39,17 +39,18 @@ class ExpertTable(Protocol):
 # The index of a token in its sequence, and for each rotation of a stack the addresses of its cosines and sines there.
 Position = tuple[int, Sequence[tuple[int, int]]]
 
-# Result of `LayerStack.run`: layer reached, whether its attention has run, experts and routing weights that its
-# router chose, and (layer, experts, tiers) of each layer whose experts have run.
-Reached = tuple[int, bool, list[int], list[float], list[tuple[int, list[int], list[int]]]]
+# Result of `LayerStack.run`: layer reached, whether its attention has run, how many experts its router chose for each
+# token, and (layer, experts, tiers) of each token in each layer whose experts have run.
+Reached = tuple[int, bool, int, list[tuple[int, list[int], list[int]]]]
 
 
 class LayerStack(Protocol):
-    """Layers that compiled code runs one decoded token through.
+    """Layers that compiled code runs decoded tokens through, one token T of each of some sequences.
 
-    `run` writes to arrays that its next call overwrites: `residual` [1, H], the residual stream at the layer reached;
-    `h` [1, H], its norm for the experts of that layer; `experts` and `weights` [1, k], the choice of that layer's
-    router. The arrays that `guess` returns are valid until its next call.
+    `run` writes to arrays that its next call overwrites: `residual` [T, H], the residual streams at the layer reached;
+    `h` [T, H], their norms for the experts of that layer; `experts` and `weights` [T, k], the choice of that layer's
+    router. `set_states` replaces these arrays if the number of sequences changes. The arrays that `guess` returns are
+    valid until its next call.
     """
 
     residual: np.ndarray
@@ -60,8 +61,8 @@ class LayerStack(Protocol):
     def knows(self, layer: int, /) -> bool:
         """Return whether this stack runs `layer` and the layer has a router."""
 
-    def set_states(self, states: Sequence[KVCache | DeltaArrays | None], /) -> None:
-        """Set the states of the sequence to decode, one for each layer: a KV cache or the arrays of a delta rule.
+    def set_states(self, sequences: Sequence[Sequence[KVCache | DeltaArrays | None]], /) -> None:
+        """Set the states of the sequences to decode. Each has one for each layer: a KV cache or a delta rule's arrays.
 
         An entry is None for a layer that this stack does not run.
         """
@@ -72,17 +73,18 @@ class LayerStack(Protocol):
         first: int,
         x: np.ndarray,
         more: np.ndarray | None,
-        position: Position,
+        positions: Sequence[Position],
         /,
     ) -> Reached:
-        """Run a token from layer `first` on, up to a layer that has to wait for experts or is not in this stack.
+        """Run one token of each sequence from layer `first` on, up to a layer that is not in this stack.
 
-        x [1, H] is the residual stream that enters layer `first`. If `more` is given, it is the output of the experts
-        of layer first - 1, and x is the residual stream before them: that layer is finished first, as `Decoder.finish`
-        does. `first` may be the number of layers then. `position` is the token's index in the sequence, and the
-        addresses of cosines and sines for each of the stack's rotations. The run stops before a layer that is not in
-        this stack. It stops after mixer and router of a layer whose experts are not all resident in `table`. `table` is
-        an `ExpertTable` of the same kernels; without it, no expert counts as resident.
+        It stops earlier where a layer has to wait for experts. x [T, H] are the residual streams that enter layer
+        `first`. If `more` [T, H] is given, it is the output of the experts of layer first - 1, and x are the residual
+        streams before them: that layer is finished first, as `Decoder.finish` does. `first` may be the number of layers
+        then. `positions` are the tokens' indices in their sequences, each with the addresses of cosines and sines for
+        each of the stack's rotations. The run stops after mixer and router of a layer whose experts are not all
+        resident in `table`. `table` is an `ExpertTable` of the same kernels; without it, no expert counts as resident.
+        A token's results do not depend on the other tokens.
         """
 
     def set_guesser(self, layer: int, router: np.ndarray, bias: np.ndarray, /) -> None:

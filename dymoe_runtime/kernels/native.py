@@ -280,12 +280,9 @@ class NativeStack:
         """Keep a reference to `layers`, because `stack` points to their arrays."""
         self._stack, self._layers = stack, layers
         known = [layer for layer in layers if layer is not None]
-        hidden, top_k = known[0].hidden, max(1, *(_top_k(layer) for layer in known))
-        # Kept, because allocating them takes as long as the norm of a small layer.
-        self.residual, self.h = np.empty((1, hidden), np.float32), np.empty((1, hidden), np.float32)
-        self.experts, self.weights = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
-        self._residual = address_of(self.residual)
-        self._buffers = self._residual, address_of(self.h), address_of(self.experts), address_of(self.weights)
+        self._hidden, top_k = known[0].hidden, max(1, *(_top_k(layer) for layer in known))
+        self._top_k = top_k
+        self._make_buffers(1)
         self._guessed = np.empty((1, top_k), np.int64), np.empty((1, top_k), np.float32)
         self._guess_buffers = address_of(self._guessed[0]), address_of(self._guessed[1])
         self._guessers: dict[int, tuple[int, int]] = {}  # by layer, the addresses of router and bias
@@ -295,8 +292,10 @@ class NativeStack:
         known = self._layers[layer]
         return known is not None and _top_k(known) > 0
 
-    def set_states(self, states: Sequence[KVCache | DeltaArrays | None]) -> None:
-        self._stack.set_states([_state(state) for state in states])
+    def set_states(self, sequences: Sequence[Sequence[KVCache | DeltaArrays | None]]) -> None:
+        if len(sequences) != len(self.residual):
+            self._make_buffers(len(sequences))
+        self._stack.set_states([[_state(state) for state in states] for states in sequences])
 
     def run(
         self,
@@ -304,11 +303,11 @@ class NativeStack:
         first: int,
         x: np.ndarray,
         more: np.ndarray | None,
-        position: Position,
+        positions: Sequence[Position],
     ) -> Reached:
-        address = self._residual if x is self.residual else _matrix(x, "x")[0]
-        experts = 0 if more is None else _matrix(more, "more")[0]
-        return self._stack.run(table, first, address, experts, position, self._buffers)
+        address = self._residual if x is self.residual else self._tokens(x, "x")
+        experts = 0 if more is None else self._tokens(more, "more")
+        return self._stack.run(table, first, address, experts, positions, self._buffers)
 
     def set_guesser(self, layer: int, router: np.ndarray, bias: np.ndarray) -> None:
         self._kept += router, bias
@@ -319,6 +318,20 @@ class NativeStack:
         router, bias = self._guessers.get(layer, (0, 0))
         self._stack.route(layer, address, *self._guess_buffers, router, bias)
         return self._guessed
+
+    def _make_buffers(self, tokens: int) -> None:
+        """Make the arrays that `run` writes; they are kept, because making them takes as long as a small norm."""
+        self.residual, self.h = (np.empty((tokens, self._hidden), np.float32) for _ in range(2))
+        self.experts = np.empty((tokens, self._top_k), np.int64)
+        self.weights = np.empty((tokens, self._top_k), np.float32)
+        self._residual = address_of(self.residual)
+        self._buffers = self._residual, address_of(self.h), address_of(self.experts), address_of(self.weights)
+
+    def _tokens(self, x: np.ndarray, what: str) -> int:
+        """Return the address of x [T, H]; raise ValueError if it has another shape."""
+        if x.shape != self.residual.shape:
+            raise ValueError(f"{what}: expected {list(self.residual.shape)}, got {list(x.shape)}")
+        return _matrix(x, what)[0]
 
 
 def _top_k(layer: DecodeWeights) -> int:

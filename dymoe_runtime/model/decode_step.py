@@ -1,4 +1,4 @@
-"""Decoding of one token through compiled layers.
+"""Decoding through compiled layers: one token of each of some sequences.
 
 `Decoder` and `StoredExperts` compute the same results and are the reference. Compiled layers are faster at one token,
 because there NumPy and Python spend more time on the overhead of most operations than on the operations.
@@ -53,7 +53,7 @@ class CompiledLayers:
         """Keep `dense` alive, whose memory `stack` uses; `predictors` maps layers to those of `Routers.guess`."""
         self.stack = stack
         self._dense = dense
-        self._state: SequenceState | None = None  # whose arrays the stack has
+        self._states: Sequence[SequenceState] = ()  # whose arrays the stack has
         for layer, predictor in predictors.items():
             if stack.knows(layer):
                 stack.set_guesser(layer, *self._guesser(layer, predictor))
@@ -69,11 +69,11 @@ class CompiledLayers:
         stack = kernels.decode_stack(layers, spec.activation)
         return None if stack is None else CompiledLayers(stack, dense, predictors or {})
 
-    def use_state(self, state: SequenceState) -> None:
-        """Let the stack continue the sequence of `state`, and keep the arrays that it points to alive."""
-        if state is not self._state:
-            self.stack.set_states([_arrays(of_layer) for of_layer in state.layers])
-            self._state = state
+    def use_states(self, states: Sequence[SequenceState]) -> None:
+        """Let the stack continue the sequences of `states`, and keep the arrays that it points to alive."""
+        if states is not self._states:
+            self.stack.set_states([[_arrays(of_layer) for of_layer in state.layers] for state in states])
+            self._states = states
 
     def knows(self, layer: int) -> bool:
         """Return whether compiled code runs `layer` and the layer has a router."""
@@ -91,7 +91,7 @@ class CompiledLayers:
 
 
 class DecodeStep:
-    """A `Step` that runs one token through `layers`, and through `direct` experts while they are resident.
+    """A `Step` that runs tokens through `layers`, and through `direct` experts while they are resident.
 
     The arrays that `run` returns are valid until its next call.
     """
@@ -100,27 +100,43 @@ class DecodeStep:
         self._layers, self._stack = layers, layers.stack
         self._direct = direct
         self._rotaries = [rotary(rope, head_dim) for rope, head_dim in rotations_of(spec)]
-        self._tables: list[tuple[np.ndarray, np.ndarray]] = []  # cosines and sines of the current position
-        self._position: Position = (-1, [])
-        self._context = 0  # of the sequence that they are for
+        self._states: Sequence[SequenceState] = ()  # of the current tokens
+        self._lengths: list[int] = []  # of these
+        self._tables: list[list[tuple[np.ndarray, np.ndarray]]] = []  # cosines and sines of their next positions
+        self._positions: list[Position] = []
 
     def run(
-        self, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
+        self, layer: int, x: np.ndarray, more: np.ndarray | None, states: Sequence[SequenceState]
     ) -> tuple[int, np.ndarray, bool, tuple[np.ndarray, Routing] | None]:
-        at, stack = state.length, self._stack
-        if at != self._position[0] or state.capacity != self._context:
-            self._context = state.capacity
-            self._tables = [each.table(at, at + 1, state.capacity) for each in self._rotaries]
-            self._position = at, [(address_of(cosines), address_of(sines)) for cosines, sines in self._tables]
-        self._layers.use_state(state)
+        stack = self._stack
+        self._find_positions(states)
+        self._layers.use_states(states)
         table = None if self._direct is None else self._direct.table()
-        layer, attended, experts, weights, used = stack.run(table, layer, x, more, self._position)
+        layer, attended, chosen, used = stack.run(table, layer, x, more, self._positions)
         if used and self._direct is not None:
             self._direct.used(used)
-        if not experts:
+        if not chosen:
             return layer, stack.residual, attended, None
-        routing = Routing(stack.experts, stack.weights, stack.residual, (experts, weights))
-        return layer, stack.residual, attended, (stack.h, routing)
+        return layer, stack.residual, attended, (stack.h, self._routing(chosen))
+
+    def _find_positions(self, states: Sequence[SequenceState]) -> None:
+        """Find the positions of the next tokens of `states`, unless they are known."""
+        lengths = [state.length for state in states]
+        if states is self._states and lengths == self._lengths:
+            return
+        self._tables = [[each.table(s.length, s.length + 1, s.capacity) for each in self._rotaries] for s in states]
+        addresses = ([(address_of(cosines), address_of(sines)) for cosines, sines in each] for each in self._tables)
+        self._positions = list(zip(lengths, addresses, strict=True))
+        self._states, self._lengths = states, lengths
+
+    def _routing(self, chosen: int) -> Routing:
+        """Return the routing of the layer at which the stack has stopped, whose router chooses `chosen` experts."""
+        stack = self._stack
+        tokens, size = len(stack.residual), len(stack.residual) * chosen
+        # The router of another layer may choose more.
+        experts, weights = (of.reshape(-1)[:size].reshape(tokens, chosen) for of in (stack.experts, stack.weights))
+        listed = (experts[0].tolist(), weights[0].tolist()) if tokens == 1 else None
+        return Routing(experts, weights, stack.residual, listed)
 
 
 def rotations_of(spec: ModelSpec) -> list[tuple[Rope, int]]:

@@ -6,6 +6,7 @@ experts itself, one after another. Both run the same mathematics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,19 +25,20 @@ LOGITS_AT_ONCE = 3
 
 
 class Step(Protocol):
-    """Compiled layers that one token is decoded through."""
+    """Compiled layers that tokens are decoded through, one token T of each of some sequences."""
 
     def run(
-        self, layer: int, x: np.ndarray, more: np.ndarray | None, state: SequenceState
+        self, layer: int, x: np.ndarray, more: np.ndarray | None, states: Sequence[SequenceState]
     ) -> tuple[int, np.ndarray, bool, tuple[np.ndarray, Routing] | None]:
         """Run whole layers from `layer` on, then perhaps a part of the next one.
 
-        x [1, H] is the residual stream that enters `layer`. If `more` is given, x is the residual stream that the
+        x [T, H] are the residual streams that enter `layer`. If `more` is given, x are the residual streams that the
         experts of the layer before have read, and `more` their output: `Decoder.finish` is still to be done.
 
-        Returns (layer, residual stream [1, H], attended, asked). The layer is the one reached, or the number of layers
-        if all have run. `attended` says whether its attention has run, which the residual stream then includes.
+        Returns (layer, residual streams [T, H], attended, asked). The layer is the one reached, or the number of layers
+        if all have run. `attended` says whether its attention has run, which the residual streams then include.
         `asked` is (h, routing) for the experts of that layer, or None if neither its attention nor its router has run.
+        A token's results do not depend on the other tokens. `states` must not change; passing it again saves time.
         """
 
 
@@ -54,7 +56,7 @@ class Decoder:
     ) -> None:
         """Build the routers and the mixers of all layers.
 
-        A single token that continues a sequence runs through `step`, if given, which may not need `experts`. `whole`
+        Single tokens that continue sequences run through `step`, if given, which may not need `experts`. `whole`
         computes the attention of tokens without a state. By default they attend as with a 32-bit KV cache.
         """
         self.spec = spec
@@ -64,6 +66,7 @@ class Decoder:
         self._experts = experts
         self._kernels = kernels
         self._step = step
+        self._single: tuple[SequenceState, ...] = ()
         self._mixers = [
             mixer_kind(layer.mixer)(layer.mixer, f"layers.{n}.", dense, kernels, whole, spec.norm_eps)
             for n, layer in enumerate(spec.layers)
@@ -77,10 +80,25 @@ class Decoder:
         """
         if state is None:
             return self._run_layers(ids, None)
-        with _Pass(state, len(ids)):
+        with _Pass(self._alone(state), len(ids)):
             if self._step is not None and len(ids) == 1:
-                return self._run_step(self._step, self.embed(ids), state)
+                return self._run_step(self._step, self.embed(ids), self._alone(state))
             return self._run_layers(ids, state)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def decode_each(self, ids: np.ndarray, states: Sequence[SequenceState]) -> np.ndarray:
+        """Return the hidden states [T, H] after all layers of one token of each sequence; ids [T] continue `states`.
+
+        Each expert is read and run once for all tokens that chose it. With `batch_invariant` kernels, a token's result
+        equals that of `forward`, bit for bit.
+        """
+        with _Pass(states, 1):
+            if self._step is not None:
+                return self._run_step(self._step, self.embed(ids), states)
+            x = self.embed(ids)
+            for layer in range(self.spec.num_layers):
+                x = self._feed_each(layer, x, states)
+            return x
 
     @np.errstate(over="ignore", invalid="ignore")
     def prefill(self, ids: np.ndarray, state: SequenceState, group: int, weigh: bool = True) -> np.ndarray:
@@ -89,7 +107,7 @@ class Decoder:
         Each chunk of `group` tokens chooses its tiers as if it were a call of its own, but the experts of a layer are
         called once for all chunks. With `weigh`, token weights are the attention that tokens receive; else all are 1.
         """
-        with _Pass(state, len(ids)):
+        with _Pass(self._alone(state), len(ids)):
             x = self.embed(ids)
             for layer in range(self.spec.num_layers):
                 x, read, token_weights = self._mix_chunks(layer, x, state, group, weigh)
@@ -207,11 +225,25 @@ class Decoder:
         mixed, _ = self.mix(layer, x, state, start)
         return mixed, self.read(layer, mixed, x)
 
-    def _run_step(self, step: Step, x: np.ndarray, state: SequenceState) -> np.ndarray:
-        """Return the hidden state [1, H] of one token after all layers; what `step` does not run is done here."""
+    def _alone(self, state: SequenceState) -> Sequence[SequenceState]:
+        """Return the states of a single sequence, the same object as long as it is the same sequence."""
+        if not self._single or self._single[0] is not state:
+            self._single = (state,)
+        return self._single
+
+    def _feed_each(self, layer: int, x: np.ndarray, states: Sequence[SequenceState]) -> np.ndarray:
+        """Return the residual streams [T, H] after `layer` of one token of each sequence."""
+        parts = [
+            self._mix_whole(layer, row, state, state.length) for row, state in zip(in_groups(x, 1), states, strict=True)
+        ]
+        mixed, read = (joined(rows) for rows in zip(*parts, strict=True))
+        return self.feed_forward(layer, mixed, read)
+
+    def _run_step(self, step: Step, x: np.ndarray, states: Sequence[SequenceState]) -> np.ndarray:
+        """Return the hidden states [T, H] of single tokens after all layers; what `step` does not run is done here."""
         layer, more, layers = 0, None, self.spec.num_layers
         while layer < layers or more is not None:
-            layer, x, attended, asked = step.run(layer, x, more, state)
+            layer, x, attended, asked = step.run(layer, x, more, states)
             more = None
             if layer == layers:
                 break
@@ -219,8 +251,7 @@ class Decoder:
                 more = self._experts.decode(layer, *asked)
             else:
                 assert not attended
-                x, read = self._mix_whole(layer, x, state, state.length)
-                x = self.feed_forward(layer, x, read)
+                x = self._feed_each(layer, x, states)
             layer += 1
         return x.copy()
 
@@ -316,19 +347,23 @@ def _read_beside(spec: ModelSpec) -> int:
 
 
 class _Pass:  # no generator, which would take longer for each token
-    """A context in which `tokens` run through all layers: then they belong to `state`, which recovers if they fail."""
+    """A context in which tokens of sequences run through all layers: `tokens` of each of `states`.
 
-    def __init__(self, state: SequenceState, tokens: int) -> None:
-        self._state, self._tokens = state, tokens
+    Then they belong to the sequences, which recover if the pass fails.
+    """
+
+    def __init__(self, states: Sequence[SequenceState], tokens: int) -> None:
+        self._states, self._tokens = states, tokens
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._state.advance(self._tokens)
-        else:
-            self._state.recover()
+        for state in self._states:
+            if kind is None:
+                state.advance(self._tokens)
+            else:
+                state.recover()
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -191,7 +191,7 @@ struct Model {
     std::vector<LayerState> of_layers = states();
     if (unknown >= 0) known[unknown].reset(), of_layers[unknown] = std::monostate();
     DecodeStack stack(isa, known, kSilu);
-    stack.set_states(of_layers);
+    stack.set_states({of_layers});
     return stack;
   }
 
@@ -341,7 +341,7 @@ struct TokenCheck {
   Reached run(const DecodeStack& stack, const ResidentTable* table, int64_t first, const float* x, const float* more,
               const Buffers& buffers) const {
     for (int64_t l = 0; l < model.count(); ++l) model.layers[l].state.take(before[l]);
-    return stack.run(table, first, x, more, position, buffers.view());
+    return stack.run(table, first, x, more, {position}, buffers.view());
   }
 
   void check(bool ok, const std::string& what) const {
@@ -435,7 +435,7 @@ void check_not_finite(const Kernels& isa, const Model& model) {
   x[3] = NAN;
   const Buffers token(model);
   const Angles angles(0, model);
-  const Reached reached = model.stack(isa).run(&model.table, 0, x.data(), nullptr, angles.position, token.view());
+  const Reached reached = model.stack(isa).run(&model.table, 0, x.data(), nullptr, {angles.position}, token.view());
   bool spoilt = is_at(reached, 0, true, model.moe(0)->rule.top_k) && reached.used.empty();
   for (int64_t i = 0; i < model.hidden; ++i) spoilt = spoilt && std::isnan(token.residual[i]) && std::isnan(token.h[i]);
   for (int64_t j = 0; j < reached.chosen; ++j)
@@ -469,7 +469,7 @@ void check_refusals(const Kernels& isa, const Model& model) {
   DecodeStack stack = model.stack(isa);
   const auto run = [&](const ResidentTable* table, int64_t first, int64_t index, const float* more = nullptr) {
     const Angles angles(index, model);
-    stack.run(table, first, x.data(), more, angles.position, token.view());
+    stack.run(table, first, x.data(), more, {angles.position}, token.view());
   };
   const ResidentTable fewer(count - 1, kExperts, kLadder), others(count, kExperts + 1, kLadder);
   ResidentTable narrow(count, kExperts, kLadder);
@@ -490,20 +490,20 @@ void check_refusals(const Kernels& isa, const Model& model) {
                      "a router that there is not");
   Angles fewer_angles(0, model);
   fewer_angles.position.rotations.pop_back();
-  expect_refused([&] { stack.run(&model.table, 0, x.data(), nullptr, fewer_angles.position, token.view()); }, isa.name,
-                 "a rotary embedding too few");
+  expect_refused([&] { stack.run(&model.table, 0, x.data(), nullptr, {fewer_angles.position}, token.view()); },
+                 isa.name, "a rotary embedding too few");
   std::vector<LayerState> states = model.states();
   states.pop_back();
-  expect_refused([&] { stack.set_states(states); }, isa.name, "a state too few");
+  expect_refused([&] { stack.set_states({states}); }, isa.name, "a state too few");
   for (int64_t l = 0; l < count; ++l) {
     states = model.states();
     states[l] = std::monostate();
-    expect_refused([&] { stack.set_states(states); }, isa.name, "a layer without its state");
+    expect_refused([&] { stack.set_states({states}); }, isa.name, "a layer without its state");
     if (auto* arrays = std::get_if<DeltaArrays>(&(states[l] = model.layers[l].state.view)))
       --arrays->memory;
     else
       states[l] = DeltaArrays{{nullptr, nullptr}, 0, 0};
-    expect_refused([&] { stack.set_states(states); }, isa.name, "the state of another layer");
+    expect_refused([&] { stack.set_states({states}); }, isa.name, "the state of another layer");
   }
 }
 

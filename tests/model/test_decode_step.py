@@ -116,7 +116,7 @@ def test_a_step_equals_the_decoder(isa: str, name: str, bits: int) -> None:
             if layer == spec.num_layers and more is None:
                 continue
             expected_layer, expected, read = run_reference(decoder, layer, x, more, states[0])
-            reached, got, attended, asked = step.run(layer, x, more, states[1])
+            reached, got, attended, asked = step.run(layer, x, more, states[1:])
             assert reached == expected_layer and attended
             # An activation on the edge between two int8 codes may fall to either side.
             assert np.abs(got - expected).max() <= 1e-2 * np.abs(expected - x).max()
@@ -154,7 +154,7 @@ def test_a_guess_equals_the_decoder(isa: str, name: str) -> None:
     layers = made.layers({last: predictor})
     step = DecodeStep(spec, layers)
     for _ in range(5):
-        _, x, _, asked = step.run(0, g.standard_normal((1, spec.hidden_size), np.float32), None, made.state(4))
+        _, x, _, asked = step.run(0, g.standard_normal((1, spec.hidden_size), np.float32), None, [made.state(4)])
         assert asked is not None
         h, routing = asked
         before = h.copy(), routing.experts.copy()
@@ -178,7 +178,7 @@ def test_a_step_turns_by_the_context_of_its_sequence(isa: str) -> None:
         states = made.state(capacity, 32), made.state(capacity, 32)
         for _ in range(2):
             made.decoder.mix(0, x, states[0], states[0].length)
-            step.run(0, x, None, states[1])
+            step.run(0, x, None, states[1:])
             for state in states:
                 state.advance(1)
         expected, got = (arrays_of(state, 0)[0] for state in states)
@@ -272,7 +272,7 @@ def test_what_is_not_finite_stays_so(isa: str) -> None:
     made = toy(isa, "plain")
     x = np.ones((1, made.spec.hidden_size), np.float32)
     x[0, 3] = float("nan")
-    _, y, _, asked = made.step().run(0, x, None, made.state(4))
+    _, y, _, asked = made.step().run(0, x, None, [made.state(4)])
     assert np.isnan(y).all() and asked is not None
     h, routing = asked
     assert np.isnan(h).all() and np.isnan(routing.weights).all()
@@ -303,6 +303,35 @@ def test_resident_experts_give_the_same_bits_as_experts_that_are_asked_for(isa: 
     assert set(missing.asked) == {moe_layers[-1]} and missing.uses == asked.uses
 
 
+@every_isa
+@every_model
+def test_sequences_together_give_the_bits_of_each_alone(isa: str, name: str) -> None:
+    """With experts that are asked for, resident, and partly missing; sequences of other lengths join and leave."""
+    made = toy(isa, name)
+    g = np.random.default_rng(6)
+    ids = g.integers(0, 97, (3, 9))
+    starts = (1, 2, 4)  # tokens that a sequence has before it joins
+    bits: list[np.ndarray] = []
+    for missing in (None, (), [(made.spec.moe_layers[-1], expert) for expert in range(0, made.spec.num_experts, 3)]):
+        experts = Resident(made, missing or ())
+        decoder = Decoder(made.spec, made.dense, experts, made.kernels, made.step(None if missing is None else experts))
+        alone = np.stack([decode_with(decoder, made.state(9))(row) for row in ids])
+        states = tuple(made.state(capacity) for capacity in (9, 16, 30))
+        if name == "layer norm":  # the context changes its rotations
+            states = tuple(made.state(9) for _ in ids)
+        for row, state, start in zip(ids, states, starts, strict=True):
+            decode_with(decoder, state)(row[:start])
+        for _ in range(4):
+            joined = tuple(state for state in states if state.length < 7)
+            now = [(n, state.length) for n, state in enumerate(states) if state.length < 7]
+            hidden = decoder.decode_each(np.array([ids[n, at] for n, at in now]), joined)
+            for (n, at), logits in zip(now, decoder.logits(hidden), strict=True):
+                assert np.array_equal(logits, alone[n, at])
+        assert [state.length for state in states] == [5, 6, 7]
+        bits.append(alone)
+    assert np.array_equal(bits[0], bits[1]) and np.array_equal(bits[0], bits[2])
+
+
 class Partly(RandomDense):
     """Dense weights of which those whose names begin with `unquantized` are not quantized."""
 
@@ -327,7 +356,7 @@ def test_layers_with_a_matrix_that_is_not_quantized_are_the_decoders(isa: str, n
         assert [layers.knows(other) for other in range(spec.num_layers)] == others
         step = DecodeStep(spec, layers)
         (x,) = random_input(1, 1, spec.hidden_size)
-        reached, got, attended, asked = step.run(layer, x, None, made.state(4))
+        reached, got, attended, asked = step.run(layer, x, None, [made.state(4)])
         assert (reached, attended, asked) == (layer, False, None) and np.array_equal(got, x)
         hidden = []
         for given in (None, step):
@@ -409,10 +438,10 @@ def test_states_and_positions_that_do_not_fit_are_refused() -> None:
     good = [arrays.arrays, cache.cache, arrays.arrays]
     for wrong in (good[:2], [None, *good[1:]], [short, *good[1:]], [good[1], *good[1:]], [good[0], good[0], good[2]]):
         with pytest.raises(ValueError):
-            stack.set_states(wrong)
+            stack.set_states([wrong])
     with pytest.raises(ValueError):
-        stack.run(None, 0, x, None, (0, []))  # no states yet
-    stack.set_states(good)
+        stack.run(None, 0, x, None, [(0, [])])  # no states yet
+    stack.set_states([good])
     assert ATTENTION.rope is not None
     tables = rotary(ATTENTION.rope, ATTENTION.head_dim).table(0, 1, 4)
     rotations = [(address_of(tables[0]), address_of(tables[1]))]
@@ -425,5 +454,8 @@ def test_states_and_positions_that_do_not_fit_are_refused() -> None:
         (-1, None, (0, rotations)),
     ):
         with pytest.raises(ValueError):
-            stack.run(None, first, x, added, position)
-    assert stack.run(None, 3, x, more, (0, rotations))[0] == 3
+            stack.run(None, first, x, added, [position])
+    for tokens, wrong in ((x, [(0, rotations)] * 2), (x, []), (np.concatenate([x, x]), [(0, rotations)])):
+        with pytest.raises(ValueError):
+            stack.run(None, 0, tokens, None, wrong)
+    assert stack.run(None, 3, x, more, [(0, rotations)])[0] == 3

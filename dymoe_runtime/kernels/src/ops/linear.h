@@ -1,4 +1,4 @@
-// Products of one quantized token, with biases.
+// Products of quantized tokens, with biases.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,14 @@ struct Linear {
   const float* bias;  // [rows], or null for none
 };
 
-/// Multiplies one quantized token by each of the `count` matrices, which have as many columns, and adds the biases. y
-/// holds the results one after another.
-void multiply(const Kernels& isa, const Activations& token, const Linear* const* weights, int64_t count, float* y);
+/// Multiplies quantized tokens by each of the `count` matrices, which have as many columns, and adds the biases. y
+/// holds the results of a token one after another, then those of the next token.
+void multiply(const Kernels& isa, const Activations& tokens, const Linear* const* weights, int64_t count, float* y);
 
-/// Multiplies one quantized token by each of `weights`.
-inline void multiply(const Kernels& isa, const Activations& token, std::initializer_list<const Linear*> weights,
+/// Multiplies quantized tokens by each of `weights`.
+inline void multiply(const Kernels& isa, const Activations& tokens, std::initializer_list<const Linear*> weights,
                      float* y) {
-  multiply(isa, token, weights.begin(), int64_t(weights.size()), y);
+  multiply(isa, tokens, weights.begin(), int64_t(weights.size()), y);
 }
 
 }  // namespace dymoe

@@ -226,13 +226,19 @@ LayerState state_from(const std::optional<std::variant<CacheTuple, DeltaTuple>>&
   return DeltaArrays{arrays, std::get<1>(tail), std::get<1>(memory)};
 }
 
-void set_states(DecodeStack& stack, const std::vector<std::optional<std::variant<CacheTuple, DeltaTuple>>>& tuples) {
-  std::vector<LayerState> states;
-  for (const auto& tuple : tuples) states.push_back(state_from(tuple));
-  stack.set_states(std::move(states));
+/// Takes the states of each sequence, by layer.
+void set_states(DecodeStack& stack,
+                const std::vector<std::vector<std::optional<std::variant<CacheTuple, DeltaTuple>>>>& tuples) {
+  std::vector<std::vector<LayerState>> sequences;
+  for (const auto& sequence : tuples) {
+    sequences.emplace_back();
+    for (const auto& tuple : sequence) sequences.back().push_back(state_from(tuple));
+  }
+  stack.set_states(std::move(sequences));
 }
 
-// addresses of the residual stream and of what experts read [hidden], and of experts and weights [top_k]
+// addresses of the residual streams and of what experts read [tokens, hidden], and of experts and weights
+// [tokens, top_k]
 using BuffersTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 TokenBuffers buffers_from(const BuffersTuple& tuple) {
@@ -243,8 +249,8 @@ TokenBuffers buffers_from(const BuffersTuple& tuple) {
 
 // layer, experts, tiers
 using UseTuple = std::tuple<int64_t, std::vector<int64_t>, std::vector<int>>;
-// layer reached, whether its mixer has run, experts and weights that its router chose, uses of the layers before
-using ReachedTuple = std::tuple<int64_t, bool, std::vector<int64_t>, std::vector<double>, std::vector<UseTuple>>;
+// layer reached, whether its mixer has run, how many experts its router chose, uses of the layers before
+using ReachedTuple = std::tuple<int64_t, bool, int64_t, std::vector<UseTuple>>;
 
 // index of the token, addresses of cosines and sines for each rotary embedding
 using PositionTuple = std::tuple<int64_t, std::vector<std::tuple<uintptr_t, uintptr_t>>>;
@@ -256,24 +262,21 @@ Position position_from(const PositionTuple& tuple) {
   return position;
 }
 
-/// `more` may be 0.
+/// Each sequence has a position; `more` may be 0.
 ReachedTuple run_stack(const DecodeStack& stack, const ResidentTable* table, int64_t first, uintptr_t x, uintptr_t more,
-                       const PositionTuple& position, const BuffersTuple& buffers) {
-  const Position where = position_from(position);
-  const TokenBuffers token = buffers_from(buffers);
+                       const std::vector<PositionTuple>& tuples, const BuffersTuple& buffers) {
+  std::vector<Position> positions;
+  for (const PositionTuple& tuple : tuples) positions.push_back(position_from(tuple));
+  const TokenBuffers tokens = buffers_from(buffers);
   Reached reached;
   {
     nb::gil_scoped_release unlocked;
-    reached =
-        stack.run(table, first, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(more), where, token);
+    reached = stack.run(table, first, reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(more),
+                        positions, tokens);
   }
   std::vector<UseTuple> used;
   for (LayerUse& use : reached.used) used.emplace_back(use.layer, std::move(use.experts), std::move(use.tiers));
-  return {reached.layer,
-          reached.attended,
-          {token.experts, token.experts + reached.chosen},
-          {token.weights, token.weights + reached.chosen},
-          std::move(used)};
+  return {reached.layer, reached.attended, reached.chosen, std::move(used)};
 }
 
 /// x is [hidden]. Unless it is 0, router [experts, hidden] replaces the layer's own, with bias [experts] or 0.
@@ -312,8 +315,8 @@ void bind_decode(nb::module_& m) {
       .def("choose_tiers", &choose_tiers, "layer"_a, "experts"_a, "weights"_a);
   nb::class_<DecodeStack>(m, "DecodeStack")
       .def("__init__", &make_stack, "isa"_a, "layers"_a, "activation"_a)
-      .def("set_states", &set_states, "states"_a)
-      .def("run", &run_stack, "table"_a.none(), "first"_a, "x"_a, "more"_a, "position"_a, "buffers"_a)
+      .def("set_states", &set_states, "sequences"_a)
+      .def("run", &run_stack, "table"_a.none(), "first"_a, "x"_a, "more"_a, "positions"_a, "buffers"_a)
       .def("route", &route_stack, "layer"_a, "x"_a, "experts"_a, "weights"_a, "router"_a = 0, "bias"_a = 0);
   m.def("moe_token", &run_moe_token, "isa"_a, "experts"_a, "x"_a, "weights"_a, "out"_a, "activation"_a,
         "reads"_a.none() = nb::none(), "pending"_a = std::vector<PendingTuple>());
