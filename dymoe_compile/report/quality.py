@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from dymoe_compile.report.values import Json, compared, default_of, name_of, numbers, points_of, scalar
@@ -19,6 +20,8 @@ KINDS = {
     "flat": "as mixed, equally strict in all layers",
     "peers": "other quantizers",
 }
+# Characters of a token that are not broken into lines.
+UNBROKEN = 14
 COLUMNS = (
     ("effective_bits", "bits per weight", lambda value: fixed(value, 2)),
     ("bytes_per_token", "experts per token", size),
@@ -148,13 +151,13 @@ def _cards(shown: Iterable[Json], points: Sequence[Json], findings: Json) -> str
 def _card(example: Json, points: Sequence[Json], findings: Json) -> str:
     """Return a piece of text, and what the original and each point take to follow it."""
     made = example.get("points") or {}
-    guesses: list[tuple[str, object]] = [("the text", {"token": example.get("follows")})]
+    guesses: list[tuple[str, object]] = [("in the text", {"token": example.get("follows")})]
     guesses += [("original", example.get("original"))]
     guesses += [(name_of(point, findings), made.get(point.get("name"))) for point in points]
     rows = [_guess(name, guess) for name, guess in guesses if isinstance(guess, Mapping)]
-    head = element("tr", *(element("th", text(title), scope="col") for title in ("by", "next token", "probability")))
+    head = element("tr", *(element("th", text(title), scope="col") for title in ("model", "next token", "probability")))
     whole = element("table", element("thead", head), element("tbody", *rows))
-    quote = text(f"… {scalar(example.get('context'))}")
+    quote = text(f"… {scalar(example.get('context')).lstrip()}")
     return element("blockquote", quote, class_="quote", dir="auto") + whole
 
 
@@ -171,8 +174,10 @@ def _guess(name: str, guess: Json) -> str:
 
 def _code(token: object) -> str:
     """Return a token with its spaces and line breaks visible."""
-    shown = scalar(token).translate({ord(" "): "␣", ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥"})
-    return element("code", element("bdi", text(shown))) if shown else text(MISSING)
+    shown = re.sub(" {5,}", lambda run: f"␣×{len(run[0])}", scalar(token))
+    shown = shown.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\r"): "␍", ord("\t"): "⇥"})
+    long = {"class_": "long"} if len(shown) > UNBROKEN else {}
+    return element("code", element("bdi", text(shown)), **long) if shown else text(MISSING)
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dymoe_runtime.tools.charts.markup import element, page, paragraph, section, table, text, tiles
@@ -12,37 +12,40 @@ from dymoe_runtime.tools.charts.scales import Axis
 from dymoe_runtime.tools.replay import parts_of_tokens
 
 Lines = Sequence[Mapping[str, Any]]
+Column = tuple[str, str, Callable[[Any], str]]  # key of a result of `replay`, title, and how it is shown
+SETTINGS: tuple[Column, ...] = (
+    ("eviction", "eviction", str),
+    ("fade", "decay", lambda decay: number(float(decay))),
+)
+COLUMNS: tuple[Column, ...] = (
+    ("arena_bytes", "memory for experts", size),
+    *SETTINGS,
+    ("decode_hit_rate", "hit rate", percent),
+    ("decode_read_bytes_per_token", "read per token", size),
+)
 
 
 def render(lines: Lines, replayed: Lines, name: str) -> str:
     """Return the HTML page of the trace `name`, with the results of `replay` for it."""
     parts = parts_of_tokens(lines)
     top = element("header", element("h1", text(name)), _lede(parts), tiles(_facts(lines)))
-    rows = [
-        (
-            size(row["arena_bytes"]),
-            row["eviction"],
-            number(float(row["fade"])),
-            percent(row["decode_hit_rate"]),
-            size(row["decode_read_bytes_per_token"]),
-        )
-        for row in replayed
-    ]
-    heading = ("memory for experts", "eviction", "decay", "hit rate", "read per token")
+    time = section("Where the time went", _chart(parts))
+    return page(f"{name}: DyMoE trace", top, element("main", time, _replayed(replayed)))
+
+
+def _replayed(rows: Lines) -> str:
+    """Return the section on replays; a setting that all of them share is said once, and is no column."""
+    shared = [key for key, _, _ in SETTINGS if len({row[key] for row in rows}) == 1]
+    columns = [column for column in COLUMNS if column[0] not in shared]
+    cells = [[show(row[key]) for key, _, show in columns] for row in rows]
     about = (
         "The same requests, sent to a store with other memory for experts. Hits are requests of decoded tokens whose "
         "experts were in memory; prefetching and preloading are left out."
     )
-    other = table("Replayed", heading, rows)
-    return page(
-        f"{name}: DyMoE trace",
-        top,
-        element(
-            "main",
-            section("Where the time went", _chart(parts)),
-            section("With other memory", paragraph(about), other) if other else "",
-        ),
-    )
+    settings = ", ".join(f"{title} {show(rows[0][key])}" for key, title, show in SETTINGS if key in shared)
+    caption = f"Replayed with {settings}" if settings else "Replayed"
+    listed = table(caption, [title for _, title, _ in columns], cells)
+    return section("With other memory", paragraph(about), listed) if listed else ""
 
 
 def _lede(parts: Sequence[tuple[float, float, float]]) -> str:

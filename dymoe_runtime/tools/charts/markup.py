@@ -16,11 +16,11 @@ SERIES, SHADES = 6, 7
 
 STYLE = """
 :root{color-scheme:light;--page:#fff;--ink:#1c2733;--soft:#55626f;--rule:#d5dce3;--edge:#8494a3;--mark:#eaf2fb;
---tint:#f5f8fb;--link:#0b5cad;--good:#0a6b46;--bad:#a3330b;
+--tint:#f5f8fb;--link:#0b5cad;--bad:#a3330b;
 --s0:#0072b2;--s1:#c24e00;--s2:#007f5f;--s3:#a8508a;--s4:#946200;--s5:#444c55;
 --c0:#e3eefa;--c1:#c6dbef;--c2:#9ecae1;--c3:#6baed6;--c4:#4292c6;--c5:#2171b5;--c6:#08306b}
 @media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#11171d;--ink:#e2e8ee;--soft:#a7b3bf;
---rule:#333e49;--edge:#6f7d8b;--mark:#1a2f45;--tint:#18212a;--link:#7ab8f5;--good:#4fd1a1;--bad:#ff9a6b;
+--rule:#333e49;--edge:#6f7d8b;--mark:#1a2f45;--tint:#18212a;--link:#7ab8f5;--bad:#ff9a6b;
 --s0:#56b4e9;--s1:#f58a4b;--s2:#2cc99a;--s3:#e39bc5;--s4:#e6b84d;--s5:#c3cad1;
 --c0:#14273d;--c1:#1b3a5e;--c2:#23548a;--c3:#2f74b5;--c4:#5598d0;--c5:#8dbfe6;--c6:#d9ebfb}}
 *{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
@@ -79,10 +79,10 @@ padding:0;list-style:none}
 .cards>li{padding:.9rem 1rem;border:1px solid var(--rule);border-radius:.6rem;background:var(--tint);min-width:0}
 .quote{margin:0 0 .6rem;white-space:pre-wrap;font-size:.95rem;line-height:1.45}
 .cards table{width:100%;font-size:.9rem}.cards th,.cards td{padding:.2rem .35rem}
-.cards tr:last-child>*{border-bottom:0}.cards thead tr>*{border-bottom:1px solid var(--edge)}
+.cards tbody tr:last-child>*{border-bottom:0}
 code{font:.92em ui-monospace,monospace;padding:.05rem .25rem;border-radius:.25rem;background:var(--mark);
-white-space:pre-wrap}
-.same{color:var(--good)}.other{color:var(--bad);font-weight:600}
+white-space:pre-wrap;overflow-wrap:normal}code.long{overflow-wrap:anywhere}
+.other{color:var(--bad);font-weight:600}
 @media print{body{max-width:none;padding:0;font-size:10pt}h2{break-after:avoid}.scroll{overflow:visible}
 nav{display:none}
 table,details table{font-size:8pt}th,td{padding:.1rem .35rem}
