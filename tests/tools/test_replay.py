@@ -95,7 +95,7 @@ def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_
 
 def test_a_plot_says_budget_point_and_hit_rate(shipped_path: Path, tmp_path: Path) -> None:
     path, page = tmp_path / "<b>\u202etrace.jsonl", tmp_path / "plot.html"
-    traced(shipped_path, path, "--point", 3, "--memory", "90MiB")
+    traced(shipped_path, path, "--point", 3, "--arena", half(shipped_path))
     rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "--plot", page, "--json").json["replayed"]
     parsed = Page(page.read_text(encoding="utf-8"))
     assert "<b>\\u202etrace.jsonl" in parsed.texts
@@ -103,8 +103,9 @@ def test_a_plot_says_budget_point_and_hit_rate(shipped_path: Path, tmp_path: Pat
     decoded = {line["pass"] for line in ends if not line["prompt"]}
     inside = [line for line in lines_of(path) if "layer" in line and line["pass"] in decoded]
     hit_rate = sum(line["hits"] for line in inside) / sum(len(line["wants"]) for line in inside)
-    assert {"3", size(90 << 20), percent(hit_rate)} <= set(parsed.texts)
-    assert f"of it {size(ends[0]['arena_bytes'])} for experts" in parsed.texts
+    assert {line["arena_bytes"] for line in ends} == {half(shipped_path)}
+    assert {"3", size(ends[0]["memory_bytes"]), percent(hit_rate)} <= set(parsed.texts)
+    assert f"of it {size(half(shipped_path))} for experts" in parsed.texts
     (row,) = parsed.rows[1:]
     assert row[0] == size(rows[0]["arena_bytes"]) and percent(rows[0]["decode_hit_rate"]) in row
     old = [{k: v for k, v in line.items() if k not in ("memory_bytes", "arena_bytes")} for line in lines_of(path)]
