@@ -129,7 +129,7 @@ def importance(layers: Sequence[Json]) -> str:
         tokens = f", {percent(often[layer][expert])} of tokens" if expert < len(often[layer]) else ""
         return f"{layer}.{expert}: {percent(mass[layer][expert])} of gates{tokens}"
 
-    caption = "Darker experts got more of their layer's routing weights in calibration." + blank_rows(mass)
+    caption = "The share of its layer's routing weights that an expert got in calibration." + blank_rows(mass)
     return heatmap("Importance of experts", mass, percent, tip, 0.5, caption)
 
 
@@ -167,7 +167,8 @@ def outliers(layers: Sequence[Json]) -> str:
         "Experts, named layer.expert: pinned ones always get the highest tier, because the lowest ruins them; "
         "data-free ones were used too rarely in calibration to fit their weights to it."
     )
-    return element("h3", text("Outliers")) + table(about, ("layer", "pinned", "data-free"), rows) if rows else ""
+    listing = table("Outliers by layer", ("layer", "pinned", "data-free"), rows)
+    return element("h3", text("Outliers")) + paragraph(about) + listing if rows else ""
 
 
 def blank_rows(rows: Mapping[int, Sequence[object]]) -> str:

@@ -13,7 +13,7 @@ from dymoe_compile.report.choosing import glance, memory_table
 from dymoe_compile.report.inside import inside
 from dymoe_compile.report.quality import quality
 from dymoe_compile.report.speed import speed
-from dymoe_compile.report.values import Json, bits, flat, scalar
+from dymoe_compile.report.values import Json, bits, flat, scalar, words
 from dymoe_runtime.tools.charts.markup import definitions, element, fold, links, page, section, text
 from dymoe_runtime.tools.charts.numbers import fixed, kl, size
 
@@ -74,7 +74,7 @@ def origins(findings: Json) -> str:
             for kind, row in (storage.get("dense_kl") or {}).items()
             for width, added in (row or {}).items()
         ],
-        **{f"quantizer: {key}": value for key, value in flat(findings.get("quantizer") or {})},
+        **{f"quantizer: {words(key)}": value for key, value in flat(findings.get("quantizer") or {})},
     }
     notes = "".join(element("li", text(note)) for note in map(scalar, findings.get("notes") or []))
     made = definitions(flat(findings.get("provenance") or {}))

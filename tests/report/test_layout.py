@@ -89,7 +89,7 @@ def test_pages_fit_a_phone_and_a_screen(tmp_path: Path) -> None:
         "--no-first-run",
     ]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", "--dump-dom", around.as_uri()]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     found = re.search(r"<body>&lt;&lt;(.*)&gt;&gt;</body>", printed, re.DOTALL)
     assert found is not None, printed[-2000:]
     seen = json.loads(html.unescape(found[1]))

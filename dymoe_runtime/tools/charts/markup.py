@@ -33,7 +33,7 @@ h1{margin:0;font-size:clamp(1.5rem,5vw,2.2rem);line-height:1.2}
 h2{margin:3.2rem 0 .6rem;padding-top:.8rem;border-top:2px solid var(--rule);font-size:1.5rem;line-height:1.25}
 h3{margin:2rem 0 .3rem;font-size:1.1rem}figure h3{margin-top:0}
 .lede{font-size:1.15rem}.soft,figcaption,caption{color:var(--soft)}
-figcaption,caption{text-align:left;font-size:.9rem}caption{padding:0 0 .5rem;max-width:46rem}
+figcaption,caption{text-align:left;font-size:.9rem}caption{padding:0 0 .5rem;overflow-wrap:anywhere}
 nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:1rem 0 0;padding:0;list-style:none}
 nav a{display:inline-block;padding:.25rem 0}
 .tag{display:inline-block;padding:0 .45rem;border:1px solid var(--edge);border-radius:1rem;color:var(--soft);
@@ -45,14 +45,15 @@ font-size:.75rem;font-weight:400;white-space:nowrap;vertical-align:middle}
 .facts{display:grid;grid-template-columns:minmax(10rem,max-content) 1fr;gap:.25rem 1.4rem;margin:.6rem 0}
 .facts dt{color:var(--soft)}.facts dd{margin:0;min-width:0}
 @media (max-width:40rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin:0 0 .5rem}}
-.scroll{overflow-x:auto;margin:1rem 0}
+.scroll{overflow-x:auto;margin:1rem 0;background:linear-gradient(var(--page),var(--page)) right/1.6rem 100% local
+no-repeat,linear-gradient(to left,var(--rule),transparent) right/.6rem 100% scroll no-repeat}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline}
 thead th{vertical-align:bottom;border-bottom-color:var(--edge);font-size:.85rem;line-height:1.3}
-th:first-child,td:first-child{text-align:left;padding-left:.3rem;overflow-wrap:anywhere;min-width:6.4rem}
+th:first-child,td:first-child{text-align:left;padding-left:.3rem;overflow-wrap:anywhere;min-width:5.4rem}
 .scroll td{white-space:nowrap}.scroll tr>:first-child{position:sticky;left:0;background:var(--page)}
 tbody th{font-weight:600}.scroll tr.chosen>*{background:var(--mark)}
-@media (max-width:40rem){th,td{padding:.35rem .4rem}table{font-size:.9rem}}
+@media (max-width:40rem){th,td{padding:.35rem .3rem}table{font-size:.9rem}}
 details{margin:1rem 0}summary{cursor:pointer;padding:.25rem 0;color:var(--link)}details table{font-size:.85rem}
 figure{margin:1.6rem 0;break-inside:avoid}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem 2.5rem}

@@ -69,12 +69,16 @@ def size(nbytes: object) -> str:
         return MISSING
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(left) < 999.5 or unit == "GiB":
-            return f"{_three(left)}\xa0{unit}" if unit != "B" else f"{left:.0f}\xa0B"
+            return f"{three(left)}\xa0{unit}" if unit != "B" else f"{left:.0f}\xa0B"
         left /= 1024
     raise AssertionError
 
 
-def _three(value: float) -> str:
-    """Return `value` with three significant digits, trailing zeros included."""
+def three(value: float) -> str:
+    """Return `value` with three significant digits, trailing zeros included.
+
+    >>> three(0.8), three(12.34), three(12345)
+    ('0.800', '12.3', '12,345')
+    """
     decimals = next((d for d, below in ((3, 0.9995), (2, 9.995), (1, 99.95)) if abs(value) < below), 0)
     return f"{value:,.{decimals}f}"
