@@ -67,7 +67,7 @@ def memory_table(findings: Json) -> str:
     )
     note = (
         f"Memory is that of the whole process, with a context of {number(memory.context)} tokens; longer ones take "
-        "more. Points are left out where a smaller one is as good."
+        "more. It has a few MiB in reserve. Points are left out where a smaller one is as good."
     )
     auto, budget = element("code", "--point auto"), element("code", "--memory")
     how = (text("With "), auto, text(" a run chooses by such a table itself; "), budget, text(" sets the budget."))

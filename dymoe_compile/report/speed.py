@@ -89,7 +89,7 @@ def in_memory(findings: Json, point: Json) -> str:
     whole = float(point["bytes_per_token"]) + dense
     return (
         f"With all experts in memory a token at point {scalar(point.get('name'))} reads {size(whole)} of weights from "
-        f"there: at most {three(BANDWIDTH / whole)} tokens/s for every {BANDWIDTH / 1e9:g} GB/s of memory bandwidth."
+        f"there: at most {number(BANDWIDTH / whole)} tokens/s for every {BANDWIDTH / 1e9:g} GB/s of memory bandwidth."
     )
 
 

@@ -45,8 +45,9 @@ font-size:.75rem;font-weight:400;white-space:nowrap;vertical-align:middle}
 .facts{display:grid;grid-template-columns:minmax(10rem,max-content) 1fr;gap:.25rem 1.4rem;margin:.6rem 0}
 .facts dt{color:var(--soft)}.facts dd{margin:0;min-width:0}
 @media (max-width:40rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin:0 0 .5rem}}
-.scroll{overflow-x:auto;margin:1rem 0;background:linear-gradient(var(--page),var(--page)) right/1.6rem 100% local
-no-repeat,linear-gradient(to left,var(--rule),transparent) right/.6rem 100% scroll no-repeat}
+.scroll{overflow-x:auto;margin:1rem 0;width:fit-content;max-width:100%;
+background:linear-gradient(var(--page),var(--page)) right -2px top/1.6rem 100% local no-repeat,
+linear-gradient(to left,var(--rule),transparent) right -2px top/.7rem 100% scroll no-repeat}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline}
 thead th{vertical-align:bottom;border-bottom-color:var(--edge);font-size:.85rem;line-height:1.3}
