@@ -22,8 +22,11 @@ sys.path.append(str(Path(__file__).parent / "streaming"))  # where budgets.py is
 from budgets import limit_for, min_memory, result, run
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.tools.charts import STYLE, Axis, Point, Series, plot
+from dymoe_runtime.tools.charts.markup import STYLE
+from dymoe_runtime.tools.charts.plot import Figure, Frame, Point, Series, plot
+from dymoe_runtime.tools.charts.scales import Axis
 
+WIDE = Frame(width=640, height=320)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -46,21 +49,22 @@ def main() -> None:
 def quality(bundle: Bundle) -> str:
     """Return the distance from the original model against the bits of an active expert."""
     points = [p for p in bundle.policy.points if p.kl is not None]
+    points.sort(key=lambda p: p.bits_mean)
     mixed = [p for p in points if not p.name.startswith("uniform-")]
     uniform = [p for p in points if p.name.startswith("uniform-")]
 
     def marks(chosen: list, name: str) -> list[Point]:
-        chosen = sorted(chosen, key=lambda p: p.bits_mean)
         tips = [f"{p.name}: KL {p.kl:.4f} at {p.bits_mean:.2f} bits" for p in chosen]
         labels = [name if p is chosen[0] else "" for p in chosen]
-        return [Point(p.bits_mean, p.kl, tip, label) for p, tip, label in zip(chosen, tips, labels, strict=True)]
+        drawn = zip(chosen, tips, labels, strict=True)
+        return [Point(p.bits_mean, p.kl, tip, label, label_below=chosen is mixed) for p, tip, label in drawn]
 
     series = [
         Series("one tier for all experts", 1, marks(uniform, "one tier for all experts")),
         Series("tiers by importance", 0, marks(mixed, "tiers by importance")),
     ]
     x, y = Axis("mean bits of an active expert weight"), Axis("KL from the original, nats per token", log=True)
-    return plot("Quality against bits", series, x, y)
+    return plot(Figure("Quality against bits", frame=WIDE), series, x, y)
 
 
 def memory(args: argparse.Namespace) -> str:
@@ -87,12 +91,13 @@ def memory(args: argparse.Namespace) -> str:
             for i, (budget, rate) in enumerate(zip(budgets, rates, strict=True))
         ]
         series.append(Series(f"{tier} bits", slot, marks))
-    return plot("Speed against memory", series, Axis("memory of the process, MB"), Axis("tokens/s decoded"))
+    x, y = Axis("memory of the process, MB"), Axis("tokens/s decoded", from_zero=True)
+    return plot(Figure("Speed against memory", frame=WIDE), series, x, y)
 
 
 def standalone(figure: str) -> str:
     """Return the drawing of a figure as an SVG file with its own style."""
-    drawing = re.search(r'<svg role="img".*</svg>', figure, re.DOTALL)
+    drawing = re.search(r'<svg role="img".*?</svg>', figure, re.DOTALL)
     assert drawing is not None
     style = f"<style>{STYLE}svg{{background:var(--page)}}</style>"
     return (

@@ -104,6 +104,12 @@ class CompileFlags:
     fresh: bool = flag(
         "--fresh", group=WORK, default=False, help="Start over instead of going on or keeping what is up to date."
     )
+    no_examples: bool = flag(
+        "--no-examples",
+        group=OUTPUT,
+        default=False,
+        help="Do not quote the calibration text in compile.json and report.html, which show examples from it.",
+    )
     progress: str = flag(
         "--progress",
         group=OUTPUT,
@@ -230,6 +236,7 @@ def _checked(flags: CompileFlags) -> dict[str, Any]:
         "jobs": flags.jobs,
         "fresh": flags.fresh,
         "max_kl": flags.max_kl,
+        "examples": not flags.no_examples,
     }
 
 

@@ -38,7 +38,8 @@ from dymoe_compile.policy.dense_bits import (
 )
 from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy
 from dymoe_compile.policy.sensitivity import Original
-from dymoe_compile.report.findings import collect
+from dymoe_compile.report import examples
+from dymoe_compile.report.findings import Source, collect
 from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import (
     ADDED_TOKENS,
@@ -92,6 +93,7 @@ class CompileOptions:
     jobs: int | None = None
     fresh: bool = False
     max_kl: float | None = None
+    examples: bool = True  # whether findings and report quote the calibration text
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -122,7 +124,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
         BundleWriter.clear(options.output)
         check_quality(bundle, options, kernels)
         return bundle, False
-    return build(options, checkpoint, windows, provenance, kernels, progress), True
+    return build(options, checkpoint, tokenizer, windows, provenance, kernels, progress), True
 
 
 @torch.inference_mode()
@@ -130,6 +132,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
 def build(
     options: CompileOptions,
     checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
     windows: Windows,
     provenance: dict[str, Any],
     kernels: Kernels,
@@ -174,7 +177,9 @@ def build(
             )
             draft = Bundle(writer.directory, manifest, draft.policy)
         fitted = fit_policy(draft, windows.held_out, original, statistics, options.profile, kernels, progress)
-        findings = collect(manifest, choice.added_kl, statistics, fitted, checkpoint.left_out)
+        quoted = examples.describe(fitted.examples, windows.held_out, tokenizer) if options.examples else None
+        source = Source(checkpoint.total_bytes(), checkpoint.left_out)
+        findings = collect(draft, kernels, source, choice.added_kl, statistics, fitted, quoted)
         writer.write_small(POLICY, _json_bytes(fitted.policy.to_json()))
         writer.write_small(FINDINGS, _json_bytes(findings))
         writer.write_small(REPORT, render(findings).encode())
@@ -225,6 +230,7 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "dense_bits": options.dense_bits,
         "seed": options.seed,
         "profile": {**asdict(options.profile), "ladder": list(options.profile.ladder)},
+        **({} if options.examples else {"examples": False}),
         **({"origin": dict(options.origin)} if options.origin else {}),
     }
 

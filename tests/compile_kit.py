@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,7 +18,9 @@ from helpers import Outcome
 from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import unpack_codes
+from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.spec import ExpertKey
+from dymoe_runtime.tools.describe import describe
 
 # What dymoe-compile says of its stages on a pipe: at the end of each, and on the way.
 STAGE_DONE = re.compile(r"(?P<title>[a-z ]+): (?P<total>\d+) done in (?P<seconds>\d+\.\d) s")
@@ -74,7 +76,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
         if "style" not in self.open:
             self.texts.append(data)
@@ -114,9 +116,28 @@ def assert_findings_fit(path: Path) -> None:
             assert [len(errors) for errors in entry["expert_error"].values()] == [spec.num_experts] * len(
                 manifest.ladder
             )
+    made = sum(manifest.files[name].nbytes for name in ("policy.json", "compile.json", "report.html"))
+    assert found["storage"]["bundle_bytes"] == sum(entry.nbytes for entry in manifest.files.values()) - made
+    assert found["storage"]["original_bytes"] > 0
+    assert found["memory"]["floor_bytes"] == describe(bundle, load_kernels())["floor_bytes"]
+    assert_examples_fit(found["examples"], [point.name for point in policy.points])
     page = Page((path / "report.html").read_text(encoding="utf-8"))
     shown = {row[0].removesuffix(" (default)") for row in page.rows if row}
     assert {point.name for point in policy.points} <= shown
+
+
+def assert_examples_fit(examples: dict[str, Any], points: list[str]) -> None:
+    """Each example has a guess of every point, and those that differ are of the smallest point."""
+    assert list(examples["agreed"]) == points and max(examples["agreed"].values()) <= examples["places"] <= 64
+    even = [example for example in examples["shown"] if not example["differs"]]
+    odd = examples["shown"][len(even) :]
+    assert len(even) == min(8, examples["places"])
+    assert len(odd) <= min(4, examples["places"] - examples["agreed"][points[0]])
+    assert all(example["differs"] and not example["points"][points[0]]["same"] for example in odd)
+    for example in examples["shown"]:
+        assert list(example["points"]) == points and example["original"]["same"] and example["follows"]
+        for guess in (example["original"], *example["points"].values()):
+            assert guess["token"] and 0 <= guess["of_original"] <= guess["probability"] <= 1
 
 
 def assert_codes_nest(bundle: Bundle) -> None:

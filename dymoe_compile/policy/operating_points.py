@@ -15,6 +15,7 @@ from dymoe_compile.checkpoint.window_decoder import bundle_decoder
 from dymoe_compile.job.profile import Profile, fits
 from dymoe_compile.job.progress import Progress
 from dymoe_compile.policy.candidates import Candidates
+from dymoe_compile.policy.examples import Examples, choose, spread
 from dymoe_compile.policy.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy, Thresholds
@@ -56,6 +57,7 @@ class Fitted:
     reference_nll: float
     tokens: int  # on which the points were measured
     kl_intervals: Mapping[tuple[Thresholds, ...], Interval | None]
+    examples: Examples  # from the text on which the points were measured
 
 
 def fit_policy(
@@ -76,7 +78,8 @@ def fit_policy(
     excerpt = excerpt_for(spec, held_out, original, CANDIDATE_TOKENS)
     compare_every = 1 if CANDIDATE_TOKENS * active_weights(spec) <= MAX_WORK else 2
     rules = candidate_rules(spec, ladder, statistics, sensitivity, pinned, compare_every)
-    measurer = Measurer(bundle, *excerpt, bundle_decoder(bundle, kernels), kernels)
+    places = spread(excerpt[0])
+    measurer = Measurer(bundle, *excerpt, bundle_decoder(bundle, kernels), kernels, places)
     with progress("operating points", spec.num_layers) as advance:
         measured = measurer.measure(list(rules.values()), advance)
     tried = [
@@ -100,12 +103,12 @@ def fit_policy(
         default_point=default_point(kept, bundle, profile).name,
         notes=("importance is flat: uniform tiers win everywhere",) if flat else (),
     )
-    kl_intervals = {
-        point.decode: _kl_interval(result)
-        for (point, _), result in zip(tried, measured, strict=True)
-        if point.kind != "static"
+    results = {
+        point.decode: result for (point, _), result in zip(tried, measured, strict=True) if point.kind != "static"
     }
-    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].size, kl_intervals)
+    kl_intervals = {thresholds: _kl_interval(result) for thresholds, result in results.items()}
+    examples = choose(places, excerpt[1], kept, [results[point.decode].guesses for point in kept])
+    return Fitted(policy, tuple(pairs), _reference_nll(*excerpt), excerpt[0].size, kl_intervals, examples)
 
 
 @dataclass(frozen=True)

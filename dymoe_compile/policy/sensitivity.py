@@ -12,7 +12,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.kernels.interface import Kernels, ffn
 from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
-from dymoe_runtime.model.score import Head, Score, score_window
+from dymoe_runtime.model.score import Head, Score, log_softmax, score_window
 from dymoe_runtime.model.tier_counts import TierCounts
 from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.spec import ExpertKey
@@ -106,11 +106,21 @@ class Original:
     head: Head
 
 
+@dataclass(frozen=True)
+class Guess:
+    """The likeliest next token at a place of a text, its probability, and that of the original's likeliest token."""
+
+    token: int
+    probability: float
+    of_original: float
+
+
 @dataclass
 class Measurement:
-    """Scores, tier counts and router overlap of one rule."""
+    """Scores, tier counts and router overlap of one rule, and its guesses at the places of the measurer."""
 
     windows: list[Score] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
     counts: TierCounts = field(default_factory=TierCounts)  # of (token, expert) pairs, all layers
     # layer -> share of chosen experts that are also chosen under the first rule
     router_overlap: dict[int, float] = field(default_factory=dict)
@@ -147,14 +157,24 @@ class Measurer:
     """
 
     def __init__(
-        self, bundle: Bundle, windows: np.ndarray, original: Original, decoder: LayerwiseDecoder, kernels: Kernels
+        self,
+        bundle: Bundle,
+        windows: np.ndarray,
+        original: Original,
+        decoder: LayerwiseDecoder,
+        kernels: Kernels,
+        places: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Prepare to measure `bundle`; `decoder` runs its layers, except the routed experts."""
+        """Prepare to measure `bundle`; `decoder` runs its layers, except the routed experts.
+
+        At each of `places`, (window, position) by rising window, the guesses of the next token are kept.
+        """
         self._bundle = bundle
         self._kernels = kernels
         self._windows = windows
         self._original = original
         self._decoder = decoder
+        self._places = places
 
     def measure(self, rules: Sequence[Rule], advance: Callable[[], object] = lambda: None) -> list[Measurement]:
         """Return one Measurement per rule; call `advance` once per layer."""
@@ -251,11 +271,25 @@ class Measurer:
         """Score one window for all rules, against logits of the original that are computed once."""
         ids, logits = self._windows[index], self._original.head(self._original.hidden[index])
         scores: dict[Prefix, Score] = {}
+        rows = [position for window, position in self._places if window == index]
+        guesses: dict[Prefix, list[Guess]] = {}
         for rule, result in zip(rules, results, strict=True):
             prefix = self._prefix(rule, self._bundle.spec.num_layers)
             if prefix not in scores:
-                scores[prefix] = score_window(ids, states[prefix][index], self._decoder.logits, (logits, _same))
+                hidden = states[prefix][index]
+                scores[prefix] = score_window(ids, hidden, self._decoder.logits, (logits, _same))
+                guesses[prefix] = guesses_of(self._decoder.logits(hidden[rows]), logits[rows]) if rows else []
             result.windows.append(scores[prefix])
+            result.guesses += guesses[prefix]
+
+
+@np.errstate(over="ignore", invalid="ignore")  # the checks of scores for finite values raise DymoeError
+def guesses_of(logits: np.ndarray, original: np.ndarray) -> list[Guess]:
+    """Return the guesses by logits [n, vocab], beside those of the original model, [n, vocab]."""
+    p = np.exp(log_softmax(logits))
+    tokens, wanted = logits.argmax(-1), original.argmax(-1)
+    every = zip(range(len(p)), tokens.tolist(), wanted.tolist(), strict=True)
+    return [Guess(token, float(p[i, token]), float(p[i, other])) for i, token, other in every]
 
 
 def _same(logits: np.ndarray) -> np.ndarray:

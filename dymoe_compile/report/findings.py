@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dymoe_compile.calibrate.statistics import LayerStatistics
@@ -10,28 +11,44 @@ from dymoe_compile.policy.operating_points import Fitted, point_json
 from dymoe_compile.policy.sensitivity import Decoding, Rule, Static
 from dymoe_compile.quantize import quantize
 from dymoe_compile.quantize.grid import tier_weights
-from dymoe_runtime.bundle.bundle import DENSE, Manifest, expert_layout
+from dymoe_runtime.bundle.bundle import DENSE, FINDINGS, POLICY, REPORT, Bundle, Manifest, dense_bytes, expert_layout
 from dymoe_runtime.bundle.policy import LayerPolicy
 from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED, MX_BLOCK, MXFP4
+from dymoe_runtime.engine.budget import Budget
+from dymoe_runtime.engine.memory_plan import PROCESS_BYTES, plan_budget
+from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.spec import ModelSpec
+from dymoe_runtime.tools.describe import CONTEXT
 
 VERSION = 2
 
 
+@dataclass(frozen=True)
+class Source:
+    """What was compiled: the bytes of the checkpoint's tensors, and which of them the bundle does without."""
+
+    nbytes: int
+    left_out: Mapping[str, int]  # what they are -> how many
+
+
 def collect(
-    manifest: Manifest,
+    bundle: Bundle,
+    kernels: Kernels,
+    source: Source,
     dense_kl: Mapping[str, Mapping[str, float]],
     statistics: Mapping[int, LayerStatistics],
     fitted: Fitted,
-    left_out: Mapping[str, int],
+    examples: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the findings as JSON types; equal input gives equal findings.
 
-    `left_out` has the checkpoint's tensors that the bundle does without: what they are -> how many.
+    `bundle` has all files but the policy, the findings and the report. `examples` are those that `examples.describe`
+    returns.
     """
-    spec, ladder, policy = manifest.spec, manifest.ladder, fitted.policy
+    manifest, policy = bundle.manifest, fitted.policy
+    spec, ladder = manifest.spec, manifest.ladder
     layout = expert_layout(spec, ladder)
-    return {
+    findings = {
         "version": VERSION,
         "model": {
             "name": f"{spec.model_type} {spec.num_layers} x {spec.num_experts}",
@@ -47,9 +64,13 @@ def collect(
             "bits_per_weight": {str(tier): round(layout.bits_per_weight(tier), 4) for tier in ladder},
             "expert_bytes": layout.record_bytes * spec.num_experts * len(spec.moe_layers),
             "dense_bytes": manifest.files[DENSE].nbytes,
+            "dense_bytes_per_token": _dense_bytes_per_token(manifest),
+            "bundle_bytes": _bundle_bytes(manifest),
+            "original_bytes": source.nbytes,
             "dense_bits": dict(manifest.dense_bits),
             "dense_kl": {kind: dict(row) for kind, row in dense_kl.items()},
         },
+        "memory": _memory(bundle, kernels),
         "quantizer": _quantizer(spec, ladder),
         "layers": [_layer(layer, statistics) for layer in policy.layers],
         "points": [
@@ -58,10 +79,42 @@ def collect(
         "default_point": policy.default_point,
         "compared": [{**point_json(point), **_setting(rule)} for point, rule in fitted.compared],
         "peers": [],
-        "notes": [*policy.notes, *(f"left out: {what} ({count} tensors)" for what, count in left_out.items())],
+        "notes": [*policy.notes, *(f"left out: {what} ({count} tensors)" for what, count in source.left_out.items())],
         "provenance": dict(manifest.provenance),
         "reference_nll": fitted.reference_nll,
         "measured_tokens": fitted.tokens,
+    }
+    return findings if examples is None else findings | {"examples": dict(examples)}
+
+
+def _bundle_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the bundle, without the files that are made from the findings and with them."""
+    return sum(entry.nbytes for name, entry in manifest.files.items() if name not in (POLICY, FINDINGS, REPORT))
+
+
+def _dense_bytes_per_token(manifest: Manifest) -> int:
+    """Return the bytes of dense weights that decoding one token reads: all but the table of embeddings, if separate."""
+    spec = manifest.spec
+    return sum(
+        dense_bytes(name, shape, manifest.dense_bits)
+        for name, shape in spec.tensor_shapes().items()
+        if name != "embed" or spec.tie_embeddings
+    )
+
+
+def _memory(bundle: Bundle, kernels: Kernels) -> dict[str, Any]:
+    """Return the least memory that works, as `dymoe-bundle inspect` gives it, and what it leaves for experts.
+
+    Each byte of memory beyond the least is one more for experts, up to `full_arena_bytes`.
+    """
+    context = min(CONTEXT, bundle.spec.max_context)
+    budget: Budget = plan_budget(bundle, kernels, context, process_bytes=PROCESS_BYTES)
+    least = replace(budget, process_bytes=budget.floor_process_bytes, memory_bytes=budget.floor_bytes)
+    return {
+        "context": context,
+        "floor_bytes": budget.floor_bytes,
+        "arena_bytes_at_floor": least.arena_bytes,
+        "full_arena_bytes": budget.full_arena_bytes,
     }
 
 

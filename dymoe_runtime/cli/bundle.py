@@ -22,7 +22,6 @@ from dymoe_runtime.console import (
     one_line,
     one_sentence,
     print_json,
-    printable,
     progress_bar,
     say,
     stage_progress,
@@ -35,7 +34,8 @@ from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.store import DECAY, EVICTIONS
 from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.tools.describe import describe, format_description
-from dymoe_runtime.tools.replay import format_replay, plot_split, replay, split
+from dymoe_runtime.tools.replay import format_replay, replay, split
+from dymoe_runtime.tools.replay_page import render
 from dymoe_runtime.units import format_size
 
 
@@ -150,7 +150,11 @@ def verify_command(bundle: Path, as_json: bool, expect: str | None, key: Path | 
     multiple=True,
     help=f"What leaves memory first. Default: {EVICTIONS[0]}.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Write where each token's time went, as an HTML page.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Write an HTML page: where the time of each token went, and the replay.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
 @one_sentence
 def replay_command(
@@ -165,10 +169,6 @@ def replay_command(
     """How a TRACE of BUNDLE would have fared with other memory."""
     opened = Bundle.open(bundle)
     lines = list(read_trace(trace, opened))
-    if plot is not None:
-        chart = plot_split(lines, printable(trace.name)).encode()
-        with replacing(plot) as file:
-            file.write(chart)
     sizes = arenas or [int(opened.expert_bytes() * share) for share in (0.1, 0.25, 0.5, 0.75)]
     settings = list(itertools.product(sizes, evictions or EVICTIONS[:1], decays or (DECAY,)))
     rows = []
@@ -176,6 +176,10 @@ def replay_command(
         for size, eviction, decay in settings:
             rows.append(replay(opened, lines, size, decay, eviction))
             advance()
+    if plot is not None:
+        chart = render(lines, rows, trace.name).encode()
+        with replacing(plot) as file:
+            file.write(chart)
     if as_json:
         print_json({"traced": split(lines), "replayed": rows})
     else:

@@ -136,7 +136,7 @@ class _Loader:
         store = self._store(reader, table)
         stack.callback(_close, store, reader)
         cost_model = self._measure_cost(store)
-        tracer = None if options.trace is None else Tracer(options.trace, store)
+        tracer = None if options.trace is None else Tracer(options.trace, store, self._budget)
         if tracer is not None:
             stack.callback(tracer.close)
         sizer = ArenaSizer(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
+from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.precision import Chosen
 from dymoe_runtime.errors import DymoeError, remedy_of
 from dymoe_runtime.files import Bytes, open_regular, parse_json, strict
@@ -42,14 +43,15 @@ class Tracer:
     Writing and closing raise DymoeError if the file cannot be written.
     """
 
-    def __init__(self, path: Path, store: Counted) -> None:
-        """Begin a trace at `path`; a file that exists is replaced."""
+    def __init__(self, path: Path, store: Counted, budget: Budget) -> None:
+        """Begin a trace at `path`, of a run within `budget`; a file that exists is replaced."""
         self._path = path
         try:
             self._stream = path.open("w", encoding="utf-8")
         except OSError as error:
             raise DymoeError(f"{path}: the trace cannot be written ({error.strerror}); name another file") from error
         self._store = store
+        self._budget = budget
         self._pass = 0
         self._requests: Sequence[ExpertRequest] = ()
         self._before = replace(store.stats)
@@ -87,7 +89,7 @@ class Tracer:
     def end_pass(self, tokens: int, seconds: float, point: str, prompt: bool) -> None:
         """Write the line of a whole pass, which took `seconds` at the operating point `point`."""
         line = {"pass": self._pass, "tokens": tokens, "seconds": seconds, "point": point, "prompt": prompt}
-        self._write(line)
+        self._write(line | {"memory_bytes": self._budget.memory_bytes, "arena_bytes": self._budget.arena_bytes})
         self._pass += 1
 
     def close(self) -> None:
@@ -173,6 +175,8 @@ class _PassLine:
     seconds: Factor
     point: str
     prompt: bool
+    memory_bytes: Bytes | None = None  # older traces lack both
+    arena_bytes: Bytes | None = None
 
 
 def _python_names(line: Mapping[str, Any]) -> dict[str, Any]:

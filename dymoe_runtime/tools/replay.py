@@ -14,7 +14,6 @@ from dymoe_runtime.store.arena import min_arena_bytes
 from dymoe_runtime.store.request import ExpertRequest, Source
 from dymoe_runtime.store.store import ExpertStore
 from dymoe_runtime.store.warm_up import make_eviction
-from dymoe_runtime.tools.charts import Axis, Point, Series, element, page, plot, text
 
 
 def parts_of_tokens(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
@@ -37,28 +36,6 @@ def split(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     wait, experts, rest = (sum(column) / len(parts) for column in zip(*parts, strict=True)) if parts else (0.0,) * 3
     total = wait + experts + rest
     return {"tokens": len(parts), "total_ms": total, "wait_ms": wait, "experts_ms": experts, "rest_ms": rest}
-
-
-def plot_split(lines: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Return an HTML page of a chart that stacks the parts of each decoded token's time."""
-    parts = parts_of_tokens(lines)
-    heights = [(rest, rest + experts, rest + experts + wait) for wait, experts, rest in parts]
-    names = ("all but experts", "with experts in memory", "with waiting for reads")
-    series = [
-        Series(
-            label,
-            slot,
-            [Point(n, height[slot], f"token {n}: {height[slot]:.2f} ms") for n, height in enumerate(heights)],
-        )
-        for slot, label in enumerate(names)
-    ]
-    figure = plot(
-        "Time per token", series, Axis("token", whole=True), Axis("ms"), "Each line lies above the one before."
-    )
-    mean = split(lines)
-    caption = f"{mean['tokens']:.0f} tokens, mean {mean['total_ms']:.2f} ms: waiting {mean['wait_ms']:.2f}, "
-    caption += f"experts {mean['experts_ms']:.2f}, the rest {mean['rest_ms']:.2f}"
-    return page(name, figure, element("p", text(caption)))
 
 
 def replay(

@@ -21,14 +21,18 @@ LADDER = (2, 3, 4)
 WINDOWS, LENGTH = 3, 20
 
 
+# Every place where a token is predicted.
+PLACES = [(window, position) for window in range(WINDOWS) for position in range(LENGTH - 1)]
+
+
 @pytest.fixture(scope="module")
 def measurer(tiny_path: Path) -> Measurer:
-    """Of random text, against random final states."""
+    """Of random text, against random final states; guesses are kept everywhere."""
     bundle, kernels, rng = Bundle.open(tiny_path), load_kernels(), np.random.default_rng(0)
     windows = rng.integers(0, bundle.spec.vocab_size, (WINDOWS, LENGTH))
     hidden = rng.standard_normal((WINDOWS, LENGTH, bundle.spec.hidden_size), np.float32)
     head = Decoder(bundle.spec, BundleDense(bundle, kernels), NoExperts(), kernels).logits
-    return Measurer(bundle, windows, Original(list(hidden), head), bundle_decoder(bundle, kernels), kernels)
+    return Measurer(bundle, windows, Original(list(hidden), head), bundle_decoder(bundle, kernels), kernels, PLACES)
 
 
 def rules(pinned: tuple[tuple[int, ...], ...] = ()) -> list[Rule]:
@@ -70,6 +74,16 @@ def test_routers_are_compared_with_those_of_the_first_rule(measurer: Measurer) -
         assert all(0 < overlap <= 1 for overlap in result.router_overlap.values())
     coarse = results[2].router_overlap
     assert coarse[2] < 1.0
+
+
+def test_guesses_are_those_that_scores_count(measurer: Measurer) -> None:
+    own = measurer.measure(rules())
+    for result in own:
+        assert len(result.guesses) == len(PLACES) == result.score.tokens
+        same = [guess for guess in result.guesses if guess.probability == guess.of_original]
+        assert len(same) == result.score.agreed
+        assert all(0 <= guess.of_original <= guess.probability <= 1 for guess in result.guesses)
+    assert len({tuple(result.guesses) for result in own}) == len(own)
 
 
 def test_every_pair_of_token_and_expert_is_counted_once(measurer: Measurer) -> None:

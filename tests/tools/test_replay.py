@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import mmap
+import re
 from pathlib import Path
 
 import pytest
+from compile_kit import Page
 from helpers import bundle_cli
 from trace_kit import TOKENS, half, lines_of, traced
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.store import EVICTIONS
 from dymoe_runtime.store import arena as arena_module
+from dymoe_runtime.tools.charts.numbers import percent, size
 from dymoe_runtime.tools.replay import parts_of_tokens
 
 
@@ -75,7 +79,6 @@ def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_
     path, page = tmp_path / "trace.jsonl", tmp_path / "plot.html"
     traced(shipped_path, path, "--tiers", 4, "--arena", half(shipped_path))
     outcome = bundle_cli("replay", shipped_path, path, "--plot", page, "--json")
-    assert page.read_text().count("token ") >= 3 * (TOKENS - 1)
     lines = lines_of(path)
     parts = parts_of_tokens(lines)
     total = sum(line["seconds"] for line in lines if "layer" not in line and line["tokens"] == 1)
@@ -83,3 +86,29 @@ def test_a_plot_shows_where_the_time_of_each_token_went(shipped_path: Path, tmp_
     assert outcome.json["traced"]["total_ms"] == pytest.approx(1e3 * total / len(parts))
     assert min(map(min, parts)) >= 0
     assert bundle_cli("replay", shipped_path, path, "--plot", tmp_path / "no" / "plot.html").code == 1
+    drawn = page.read_text()
+    tips = re.findall(r"<title>token \d+: ([\d.]+) \(the rest ([\d.]+), experts ([\d.]+), waiting ([\d.]+)\)", drawn)
+    assert len(tips) == len(parts)
+    for tip, part in zip(tips, parts, strict=True):
+        assert [float(figure) for figure in tip] == pytest.approx([sum(part), *part[::-1]], rel=1e-3)
+
+
+def test_a_plot_says_budget_point_and_hit_rate(shipped_path: Path, tmp_path: Path) -> None:
+    path, page = tmp_path / "<b>\u202etrace.jsonl", tmp_path / "plot.html"
+    traced(shipped_path, path, "--point", 3, "--arena", half(shipped_path))
+    rows = bundle_cli("replay", shipped_path, path, "--arena", "4MiB", "--plot", page, "--json").json["replayed"]
+    parsed = Page(page.read_text(encoding="utf-8"))
+    assert "<b>\\u202etrace.jsonl" in parsed.texts
+    ends = [line for line in lines_of(path) if "layer" not in line]
+    decoded = {line["pass"] for line in ends if not line["prompt"]}
+    inside = [line for line in lines_of(path) if "layer" in line and line["pass"] in decoded]
+    hit_rate = sum(line["hits"] for line in inside) / sum(len(line["wants"]) for line in inside)
+    assert {line["arena_bytes"] for line in ends} == {half(shipped_path)}
+    assert {"3", size(ends[0]["memory_bytes"]), percent(hit_rate)} <= set(parsed.texts)
+    assert f"of it {size(half(shipped_path))} for experts" in parsed.texts
+    (row,) = parsed.rows[1:]
+    assert row[0] == size(rows[0]["arena_bytes"]) and percent(rows[0]["decode_hit_rate"]) in row
+    old = [{k: v for k, v in line.items() if k not in ("memory_bytes", "arena_bytes")} for line in lines_of(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert bundle_cli("replay", shipped_path, path, "--plot", page).code == 0
+    assert "the trace is older than this figure" in page.read_text(encoding="utf-8")
