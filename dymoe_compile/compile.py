@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dymoe_compile.job.profile import Profile, fits
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
 from dymoe_compile.plan.sizes import MAX_BITS, disk_bytes, smallest_bundle
+from dymoe_compile.plan.work import SENSITIVITY_TOKENS
 from dymoe_compile.policy.dense_bits import (
     DenseChoice,
     choose_dense_bits,
@@ -36,7 +37,7 @@ from dymoe_compile.policy.dense_bits import (
     known_choice,
     write_dense,
 )
-from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy
+from dymoe_compile.policy.operating_points import excerpt_for, fit_policy
 from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.report.findings import collect
 from dymoe_compile.report.page import render
@@ -221,7 +222,7 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "ladder": list(options.ladder),
         "dense_bits": options.dense_bits,
         "seed": options.seed,
-        "profile": {**asdict(options.profile), "ladder": list(options.profile.ladder)},
+        "profile": options.profile.to_json(),
         **({"origin": dict(options.origin)} if options.origin else {}),
     }
 

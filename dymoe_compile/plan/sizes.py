@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dymoe_compile.job.profile import AUTO
@@ -23,7 +24,7 @@ from dymoe_runtime.bundle.bundle import (
     expert_layout,
     layer_file,
 )
-from dymoe_runtime.bundle.contents import dense_file_bytes, layer_file_bytes, layer_header
+from dymoe_runtime.bundle.contents import dense_file_bytes, layer_header
 from dymoe_runtime.bundle.policy import Policy
 from dymoe_runtime.spec import ModelSpec
 
@@ -31,7 +32,7 @@ from dymoe_runtime.spec import ModelSpec
 MAX_BITS = 8
 FEWER_BITS = (6, 4)
 # Assumed bytes of tokenizer.json for each token of the vocabulary where the file is not at hand; 42 to 138 were seen.
-TOKENIZER_BYTES_PER_TOKEN = 80
+TOKENIZER_BYTES_PER_TOKEN = 100
 # Bytes of policy.json, compile.json and report.html together: for any model, and for each expert of all layers.
 REPORTS_BYTES, EXPERT_REPORT_BYTES = 96 << 10, 220
 # A digest and a checksum as long as any.
@@ -58,9 +59,9 @@ def planned_bundle(
     row = (CHECKSUM,) * len(ladder)
     layers, files = {}, {}
     for index, layer in enumerate(spec.moe_layers):
-        name = layer_file(index)
-        layers[layer] = LayerEntry(name, len(layer_header(layer, layout, experts)), (row,) * experts)
-        files[name] = layer_file_bytes(spec, layer, layout)
+        name, start = layer_file(index), len(layer_header(layer, layout, experts))
+        layers[layer] = LayerEntry(name, start, (row,) * experts)
+        files[name] = start + experts * layout.record_bytes
     files |= {
         DENSE: dense_file_bytes(spec, dense_bits),
         LOOK_AHEAD: 4 * (len(layers) - 1) * experts * (spec.hidden_size + 1),
@@ -87,8 +88,11 @@ def _bundle(manifest: Manifest) -> Bundle:
 
 def total_bytes(bundle: Bundle) -> int:
     """Return the bytes of all files of a planned bundle, its manifest included."""
-    manifest = len(bundle.manifest.to_text()) + PROVENANCE_BYTES
-    return manifest + sum(entry.nbytes for entry in bundle.manifest.files.values())
+    manifest = bundle.manifest
+    first = dict(list(manifest.layers.items())[:1])  # the entries of other layers are as long
+    one, none = (len(replace(manifest, layers=layers).to_text()) for layers in (first, {}))
+    written = none + (one - none) * len(manifest.layers) + PROVENANCE_BYTES
+    return written + sum(entry.nbytes for entry in manifest.files.values())
 
 
 def disk_bytes(spec: ModelSpec, ladder: tuple[int, ...], dense_bits: int | str, tokens: int) -> int:

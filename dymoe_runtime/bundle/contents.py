@@ -35,8 +35,3 @@ def dense_file_bytes(spec: ModelSpec, dense_bits: Mapping[str, int]) -> int:
     """Return the bytes of dense.safetensors."""
     tensors = {name: stored_as(name, shape, dense_bits) for name, shape in spec.tensor_shapes().items()}
     return len(dense_header(tensors)) + sum(map(stored_bytes, tensors.values()))
-
-
-def layer_file_bytes(spec: ModelSpec, layer: int, layout: RecordLayout) -> int:
-    """Return the bytes of the file with the records of a layer."""
-    return len(layer_header(layer, layout, spec.num_experts)) + spec.num_experts * layout.record_bytes
