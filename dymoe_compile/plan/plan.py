@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from dymoe_compile.plan.work import compile_seconds, wanted_bits
 from dymoe_runtime.bundle.bundle import DENSE, Bundle
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.kernels.interface import Kernels
-from dymoe_runtime.tools.machine.rates import Rates, Work
+from dymoe_runtime.tools.machine.rates import Rates, Work, mean_bytes
 from dymoe_runtime.units import format_size
 
 VERSION = 1
@@ -38,11 +38,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Point:
-    """An operating point that the compiler will measure, and whether the experts of all layers fit the memory at it."""
+    """An operating point that the compiler will measure.
+
+    `fits` is the rule by which the compiler chooses the default point; `resident` tells whether a run has memory for
+    all experts beside its context and its work.
+    """
 
     name: str
     bits: float
     fits: bool
+    resident: bool
 
 
 def make_plan(source: Source, profiles: Sequence[Profile], wanted: Wanted, kernels: Kernels) -> dict[str, Any]:
@@ -103,7 +108,9 @@ def for_profile(drafts: Drafts, profile: Profile, wanted: Wanted, kernels: Kerne
     asked = profile.dense_bits if wanted.dense_bits is None else wanted.dense_bits
     draft, budget = planned_for(drafts, ladder, asked, profile, kernels)
     bundle, total, dense = draft.bundle, draft.nbytes, draft.bundle.manifest.files[DENSE].nbytes
-    points = points_of(bundle, profile)
+    # The compiler leaves a margin for the process; a run has what it does not take.
+    run = replace(budget, process_bytes=budget.floor_process_bytes)
+    points = points_of(bundle, profile, run.arena_bytes)
     fits, tokens = budget.floor_bytes <= profile.memory_bytes, wanted.calibration_tokens
     first = prompt_tokens(drafts.source)
     return {
@@ -111,7 +118,7 @@ def for_profile(drafts: Drafts, profile: Profile, wanted: Wanted, kernels: Kerne
         "memory_bytes": profile.memory_bytes,
         "floor_bytes": budget.floor_bytes,
         "fits": fits,
-        "why": why(bundle, budget, profile, points),
+        "why": why(bundle, run, profile, points),
         "bundle_bytes": total,
         "dense_bytes": dense,
         "tier_bytes": {
@@ -124,7 +131,7 @@ def for_profile(drafts: Drafts, profile: Profile, wanted: Wanted, kernels: Kerne
         "disk_bytes": disk_bytes(bundle.spec, ladder, asked, tokens),
         "compile_seconds": round(compile_seconds(bundle.spec, ladder, tokens, wanted.threads)),
         "default_point": default_point(points).name if fits else None,
-        "points": [_predicted(point, draft.work, profile.rates, budget, first) for point in points] if fits else [],
+        "points": [_predicted(point, draft.work, profile.rates, run, first) for point in points] if fits else [],
     }
 
 
@@ -144,7 +151,7 @@ def planned_for(
     return draft, budget
 
 
-def points_of(bundle: Bundle, profile: Profile) -> list[Point]:
+def points_of(bundle: Bundle, profile: Profile, arena_bytes: int) -> list[Point]:
     """Return the points that the compiler will measure, by rising bits; it keeps those that no other beats."""
     ladder = bundle.manifest.ladder
     effective = [bundle.layout.bits_per_weight(tier) for tier in ladder]
@@ -152,7 +159,12 @@ def points_of(bundle: Bundle, profile: Profile) -> list[Point]:
         (f"{bits:g}", bits) for bits in wanted_bits(ladder)
     ]
     return [
-        Point(name, bits, effective_bits_fit(float(np.interp(bits, ladder, effective)), bundle, profile))
+        Point(
+            name,
+            bits,
+            effective_bits_fit(float(np.interp(bits, ladder, effective)), bundle, profile),
+            mean_bytes(bundle.layout, bits) * bundle.spec.total_experts <= arena_bytes,
+        )
         for name, bits in sorted(named, key=lambda point: (point[1], point[0]))
     ]
 
@@ -175,11 +187,11 @@ def why(bundle: Bundle, budget: Budget, profile: Profile, points: Sequence[Point
             f"needs {format_size(budget.floor_bytes)}, {parts} among them, has {format_size(profile.memory_bytes)}; "
             "a larger device runs it"
         )
-    fitting = [point for point in points if point.fits]
-    if fitting == list(points):
+    resident = [point for point in points if point.resident]
+    if resident == list(points):
         return "all experts stay in memory at every point"
-    if fitting:
-        return f"all experts stay in memory up to point {fitting[-1].name}; beyond, some are read from the disk"
+    if resident:
+        return f"all experts stay in memory up to point {resident[-1].name}; beyond, some are read from the disk"
     share = budget.arena_bytes / budget.full_arena_bytes
     return f"memory holds {share:.0%} of the experts' bytes, the others are read from the disk as they are needed"
 
@@ -189,7 +201,7 @@ def _predicted(point: Point, work: Work, rates: Rates, budget: Budget, tokens: i
     return {
         "name": point.name,
         "bits_mean": point.bits,
-        "all_resident": point.fits,
+        "all_resident": point.resident,
         "resident_share": round(found.resident_share, 4),
         "tokens_per_s": float(f"{1 / found.token_s:.3g}"),
         "first_token_s": float(f"{found.first_token_s:.3g}"),
