@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,10 @@ WIDTH, HIDDEN, MOST_BITS, FEWEST_BITS = 1024, 2048, 8, 2
 TOP_K = 8
 # Tokens of a prompt that an expert gets.
 PROMPT_TOKENS = 64
-SWEEP_BYTES = 96 << 20
+SWEEP_BYTES = 64 << 20
+ATTEMPTS = 3
+# Tokens that are decoded to see what layers take.
+TOKENS = 48
 # Bytes of a short read; of a long one, fewer if the bundle has no room for COUNT of them; reads of each length.
 SHORT, LONG, COUNT = 4 * PAGE, 1 << 20, 64
 # What is beyond these is no measurement: the least and the most of each rate.
@@ -58,7 +62,8 @@ def measure_rates(model: Model) -> Rates:
     Raises DymoeError where a figure is none that a machine can have, for instance because reads come from a cache.
     """
     kernels, bundle = model.kernels, model.bundle
-    memory, decode, prompt = product_rates(kernels)
+    # Other programs only ever slow a machine down, so the best of a few attempts is what it can do.
+    memory, decode, prompt = map(max, zip(*(product_rates(kernels) for _ in range(ATTEMPTS)), strict=True))
     threads = kernels.threads()
     with_no_layer = Rates(threads, memory, decode / threads, prompt / threads, 0.0, math.inf, 0.0)
     layer_s = layer_seconds(model, with_no_layer)
@@ -100,9 +105,30 @@ def product_rates(kernels: Kernels) -> tuple[float, float, float]:
 
 
 def layer_seconds(model: Model, rates: Rates) -> float:
-    """Return the seconds of a decoded token in a layer beside products, by the bundle's layers without experts."""
-    products_s = rates.products_s(*Work.of(model.bundle).token)
-    return max(0.0, dense_seconds(model) - products_s) / model.spec.num_layers
+    """Return the seconds of a decoded token in a layer beside what `rates` predict.
+
+    It is that of tokens whose experts are all in memory or, if there are none, that of layers without experts.
+    """
+    work = Work.of(model.bundle)
+    expected_s, times = rates.products_s(*work.token), resident_token_seconds(model)
+    if times:
+        bits = model.bundle.policy.point(model.bundle.policy.default_point).bits_mean
+        token_s, expected_s = median(times), work.predict(rates, bits, sys.maxsize, 1).token_s
+    else:
+        token_s = dense_seconds(model)
+    return max(0.0, token_s - expected_s) / model.spec.num_layers
+
+
+def resident_token_seconds(model: Model) -> list[float]:
+    """Return the seconds of decoded tokens that read nothing: the same token again and again, at the default point."""
+    times = []
+    model.prefill([0])
+    for _ in range(min(TOKENS, model.max_context - 2)):
+        read, started = model.store.stats.read_bytes, time.perf_counter()
+        model.decode(0)
+        if model.store.stats.read_bytes == read:
+            times.append(time.perf_counter() - started)
+    return times
 
 
 def disk_rates(bundle: Bundle) -> tuple[float, float]:
