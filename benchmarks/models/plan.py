@@ -32,24 +32,25 @@ def main() -> None:
     parser.add_argument("--memory", type=float, nargs="+", default=[1.0])
     parser.add_argument("--points", default="uniform-2,3,uniform-4")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", default="2")
     args = parser.parse_args()
     if len(args.pairs) % 2:
         parser.error("give a bundle for each model")
     for model, bundle in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         for share in args.memory:
-            compare(model, bundle, share, args.points.split(","), args.rounds)
+            compare(model, bundle, share, args)
 
 
-def compare(model: str, bundle: str, share: float, points: list[str], rounds: int) -> None:
+def compare(model: str, bundle: str, share: float, args: argparse.Namespace) -> None:
     """Print the ratios of a bundle, planned over real."""
     ratios: dict[str, list[float]] = defaultdict(list)
     real: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds):
-        print(f"{bundle}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    for number in range(args.rounds):
+        print(f"{bundle}: round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             profile = Path(folder) / "here.toml"
-            run("dymoe-run", "probe", bundle, "--write", profile, "--json")
-            for what, planned, found in figures(model, bundle, profile, share, points):
+            run("dymoe-run", "probe", bundle, "--write", profile, "--threads", args.threads, "--json")
+            for what, planned, found in figures(model, bundle, profile, share, args):
                 ratios[what].append(planned / found)
                 real[what].append(found)
     print(f"\n{model}, {share:.0%} of the memory of its experts above the least")
@@ -59,7 +60,9 @@ def compare(model: str, bundle: str, share: float, points: list[str], rounds: in
         print(f"{what:<28}{middle:>14.4g}{statistics.median(each):>16.3f}{min(each):>8.2f}-{max(each):.2f}")
 
 
-def figures(model: str, bundle: str, profile: Path, share: float, points: list[str]) -> list[tuple[str, float, float]]:
+def figures(
+    model: str, bundle: str, profile: Path, share: float, args: argparse.Namespace
+) -> list[tuple[str, float, float]]:
     """Return (what, planned, real) of all that is compared."""
     described = run("dymoe-bundle", "inspect", bundle, "--json")
     ladder = ",".join(str(tier["tier"]) for tier in described["tiers"])
@@ -74,9 +77,9 @@ def figures(model: str, bundle: str, profile: Path, share: float, points: list[s
         ("least memory, bytes", planned["floor_bytes"], floor),
     ]
     for point in planned["points"]:
-        if point["name"] not in points or point["name"] not in {p["name"] for p in described["points"]}:
+        if point["name"] not in args.points.split(",") or point["name"] not in {p["name"] for p in described["points"]}:
             continue
-        flags = (bundle, "--point", point["name"], "--memory", f"{memory}MiB", "--json")
+        flags = (bundle, "--point", point["name"], "--memory", f"{memory}MiB", "--threads", args.threads, "--json")
         warm = run("dymoe-run", "bench", *flags, "--warm-up", "--prompt-tokens", "64", "--new-tokens", str(DECODED))
         found.append((f"{point['name']}: tokens/s", point["tokens_per_s"], 1 / warm["tpot_s"]))
         tokens = str(planned["prompt_tokens"])
