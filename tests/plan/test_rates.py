@@ -107,6 +107,7 @@ def test_an_embedding_counts_only_where_it_is_the_head(shipped: Bundle) -> None:
 )
 def test_figures_that_no_machine_has_are_refused(change: dict[str, float], words: str) -> None:
     check_plausible(GOOD)
+    check_plausible(replace(GOOD, disk_bytes_per_s=9.5e9), copied_per_s=12e9)
     with pytest.raises(DymoeError, match=words):
         check_plausible(replace(GOOD, **change))
 
@@ -176,6 +177,7 @@ def test_nothing_is_written_where_a_figure_is_implausible(
 ) -> None:
     monkeypatch.setattr(measure, "product_rates", lambda kernels: (9e9, 30e9, 60e9))
     monkeypatch.setattr(measure, "layer_seconds", lambda model, rates: 6e-5)
+    monkeypatch.setattr(measure, "copy_bytes_per_s", lambda: 8e9)
     monkeypatch.setattr(measure, "disk_rates", lambda bundle: (20e9, 1e-6))
     outcome = run_cli("probe", shipped_path, "--write", tmp_path / "here.toml", "--json")
     assert_one_sentence(outcome, "from a cache")

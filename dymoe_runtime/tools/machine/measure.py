@@ -41,10 +41,12 @@ TOP_K = 8
 PROMPT_TOKENS = 64
 SWEEP_BYTES = 64 << 20
 ATTEMPTS = 3
+# Bytes of a copy in memory, and copies of which the fastest counts.
+COPY_BYTES, COPIES = 16 << 20, 16
 # Tokens that are decoded to see what layers take.
 TOKENS = 48
 # Bytes of a short read; of a long one, fewer if the bundle has no room for COUNT of them; reads of each length.
-SHORT, LONG, COUNT = 4 * PAGE, 1 << 20, 64
+SHORT, LONG, COUNT = PAGE, 1 << 20, 32
 # What is beyond these is no measurement: the least and the most of each rate.
 PLAUSIBLE = {
     "memory_bytes_per_s": (1e8, 1e13),
@@ -69,24 +71,39 @@ def measure_rates(model: Model) -> Rates:
     layer_s = layer_seconds(model, with_no_layer)
     disk, latency_s = disk_rates(bundle)
     rates = Rates(threads, memory, decode / threads, prompt / threads, layer_s, disk, latency_s)
-    check_plausible(rates)
+    check_plausible(rates, copy_bytes_per_s())
     return rates
 
 
-def check_plausible(rates: Rates) -> None:
-    """Raise DymoeError if a rate is none that a machine can have."""
+def check_plausible(rates: Rates, copied_per_s: float = 0.0) -> None:
+    """Raise DymoeError if a rate is none that a machine can have; `copied_per_s` are bytes copied in memory.
+
+    Products of one thread may stream weights more slowly than a fast disk reads, but no disk is faster than a copy.
+    """
     for name, value in asdict(rates).items():
         low, high = PLAUSIBLE.get(name, (1, math.inf))
         if not low <= value <= high:
             raise DymoeError(
                 f"{name} was measured as {value:g}, which no machine has; stop other programs and measure again"
             )
-    if rates.disk_bytes_per_s >= rates.memory_bytes_per_s:
+    memory = max(rates.memory_bytes_per_s, copied_per_s)
+    if rates.disk_bytes_per_s >= memory:
         raise DymoeError(
             f"the disk seems to read {format_size(rates.disk_bytes_per_s)}/s, which is more than the "
-            f"{format_size(rates.memory_bytes_per_s)}/s of memory: the bundle comes from a cache or is on a disk in "
+            f"{format_size(memory)}/s of memory: the bundle comes from a cache or is on a disk in "
             "memory; put it on the disk to measure, and measure again"
         )
+
+
+def copy_bytes_per_s() -> float:
+    """Return the bytes that one thread copies in memory in a second, the best of a few attempts."""
+    source, target = (np.frombuffer(map_memory(COPY_BYTES), np.uint8) for _ in range(2))
+    times = []
+    for _ in range(COPIES):  # the first also gets the pages
+        started = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - started)
+    return COPY_BYTES / min(times)
 
 
 def product_rates(kernels: Kernels) -> tuple[float, float, float]:
@@ -134,15 +151,15 @@ def resident_token_seconds(model: Model) -> list[float]:
 def disk_rates(bundle: Bundle) -> tuple[float, float]:
     """Return (bytes/s, seconds of a read beside its bytes) of the disk that a bundle is on.
 
-    Each place is read once, past the page cache. As many reads are in flight as in a run. Raises DymoeError if the
-    bundle is too small, if its file system has no way past the page cache, or if long reads take no longer than short
-    ones.
+    Reads are at random, past the page cache, as many in flight as in a run; the fastest of a few attempts counts, as
+    for products. Raises DymoeError if the bundle is too small, if its file system has no way past the page cache, or
+    if long reads take no longer than short ones.
     """
     names = sorted({entry.file for entry in bundle.manifest.layers.values()})
     with ExitStack() as stack:
         files = [_open(bundle, name, stack) for name in names]
         total, length = sum(file.nbytes for file in files), LONG
-        while length > 2 * SHORT and total // length < 3 * COUNT:
+        while length > 8 * SHORT and total // length < 2 * COUNT + len(files):
             length //= 2
         places = [(file, start) for file in files for start in range(0, file.nbytes - length + 1, length)]
         if len(places) < 2 * COUNT:
@@ -150,9 +167,12 @@ def disk_rates(bundle: Bundle) -> tuple[float, float]:
                 f"{bundle.path}: {format_size(total)} of experts are too few to measure the disk with; use a larger "
                 "bundle"
             )
-        order = np.random.default_rng(0).permutation(len(places))
-        chosen = [places[i] for i in order[: 2 * COUNT]]
-        long_s, short_s = read_seconds(chosen, (length, SHORT))
+        random = np.random.default_rng(0)
+        times = []
+        for _ in range(ATTEMPTS):
+            chosen = [places[i] for i in random.permutation(len(places))[: 2 * COUNT]]
+            times.append(read_seconds(chosen, (length, SHORT)))
+    long_s, short_s = map(min, zip(*times, strict=True))
     return rates_of_reads((length, long_s), (SHORT, short_s), str(bundle.path))
 
 
