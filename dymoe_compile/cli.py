@@ -15,12 +15,12 @@ import click
 
 from dymoe_compile.checkpoint.tensors import CheckpointTensors
 from dymoe_compile.hub import Repository, fetch
-from dymoe_compile.job.profile import check_dense_bits, load_profile
+from dymoe_compile.job.profile import check_dense_bits, load_profile, shipped_profiles
 from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.cli.flags import EXIT_CODES, FlagsCommand, GroupedOption, flag, options_of, with_flags
 from dymoe_runtime.console import MAX_SEED, json_progress, one_sentence, print_json, say, stage_progress
 from dymoe_runtime.errors import BudgetError, DymoeError, QualityError, needing_extra
-from dymoe_runtime.process import MAX_THREADS
+from dymoe_runtime.process import MAX_THREADS, default_threads
 
 DEFAULT_PROFILE = "laptop-8gb"
 DEVICE, CALIBRATION, PRECISION, WORK, OUTPUT = "Device", "Calibration", "Precision", "Work", "Output"
@@ -29,10 +29,12 @@ EXAMPLES = (
     "dymoe-compile Qwen/Qwen3-30B-A3B -o my.dymoe",
     "dymoe-compile path/to/checkpoint -o my.dymoe --profile laptop-16gb --calibration my-texts.jsonl",
     "dymoe-compile path/to/checkpoint -o my.dymoe --profile board.toml --max-kl 0.05 --json",
+    "dymoe-compile Qwen/Qwen3-30B-A3B --plan",
+    "dymoe-compile path/to/checkpoint --plan --profile laptop-8gb raspberry-pi-5-8gb --json",
 )
 OWN_EXIT_CODES = (
     ("3", "no operating point that fits the profile's memory reaches --max-kl"),
-    ("4", "the profile's device has too little memory for the bundle"),
+    ("4", "the device of a profile that was given has too little memory for the bundle"),
 )
 
 
@@ -40,20 +42,27 @@ OWN_EXIT_CODES = (
 class CompileFlags:
     """All flags of dymoe-compile."""
 
-    output: Path = flag(
+    output: Path | None = flag(
         "-o",
         "--output",
         group=OUTPUT,
         type=click.Path(path_type=Path),
-        required=True,
-        help="The bundle, by convention NAME.dymoe.",
+        help="The bundle, by convention NAME.dymoe. Only --plan goes without.",
     )
-    profile: str = flag(
+    plan: bool = flag(
+        "--plan",
+        group=WORK,
+        default=False,
+        help="Read no weights: print sizes, least memory and expected speed on each profile, and exit.",
+    )
+    profile: tuple[str, ...] = flag(
         "--profile",
         group=DEVICE,
-        default=DEFAULT_PROFILE,
-        show_default=True,
-        help="Device to compile for: a shipped name or a .toml file.",
+        default=(),
+        multiple=True,
+        metavar="NAME…",
+        help=f"Device to compile for: a shipped name or a .toml file. Default: {DEFAULT_PROFILE}; with --plan, which "
+        "takes several, all that are shipped.",
     )
     calibration: tuple[str, ...] = flag(
         "--calibration",
@@ -165,6 +174,10 @@ def print_supported(as_json: bool) -> None:
 @with_flags(CompileFlags)
 def compile_command(flags: CompileFlags, model: str) -> None:
     """Compile the Hugging Face MoE checkpoint MODEL, a directory or OWNER/NAME[@REVISION] on the hub, into a bundle."""
+    if flags.plan:
+        return print_plan(flags, model)
+    if flags.output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     values = _checked(flags)
     directory, origin = _located(model)
     CheckpointTensors.open(directory)
@@ -214,16 +227,44 @@ def _located(model: str) -> tuple[Path, dict[str, str]]:
     with needing_extra("compile", "compiling"):  # said before many gigabytes are fetched
         if find_spec("torch") is None:
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
-    snapshot = fetch(repository, lambda sentence: say(f"note: {sentence}", err=True))
+    snapshot = fetch(repository, _note)
     return snapshot.directory, snapshot.origin
+
+
+def print_plan(flags: CompileFlags, model: str) -> None:
+    """Print the plan of compiling MODEL; raise BudgetError if a profile that was asked for cannot run the bundle."""
+    from dymoe_compile.plan.plan import Wanted, make_plan
+    from dymoe_compile.plan.source import read_source
+    from dymoe_compile.plan.table import format_plan, free_bytes
+    from dymoe_runtime.kernels import load_kernels
+
+    if flags.max_kl is not None:
+        raise click.UsageError("--max-kl does not go with --plan: only compiling measures quality")
+    profiles = [load_profile(name) for name in dict.fromkeys(flags.profile or shipped_profiles())]
+    wanted = Wanted(
+        None if flags.tiers is None else _ladder(flags.tiers),
+        None if flags.dense_bits is None else _dense_bits(flags.dense_bits),
+        flags.calibration_tokens,
+        flags.jobs or default_threads(),
+    )
+    repository = None if os.path.lexists(model) else Repository.parse(model)
+    directory = Path(model) if repository is None else fetch(repository, _note, weights=False).directory
+    plan = make_plan(read_source(directory), profiles, wanted, load_kernels(threads=flags.jobs))
+    if flags.as_json:
+        print_json(plan)
+    else:
+        say(format_plan(plan, free_bytes(flags.output or Path())))
+    unfit = [profile["name"] for profile in plan["profiles"] if not profile["fits"]]
+    if flags.profile and unfit:
+        raise BudgetError(f"{', '.join(unfit)}: too little memory for the bundle; the plan says how much it needs")
 
 
 def _checked(flags: CompileFlags) -> dict[str, Any]:
     """Return the checked fields of CompileOptions, without model and output."""
-    profile = load_profile(flags.profile)
-    given = flags.dense_bits
-    dense_bits = profile.dense_bits if given is None else int(given) if re.fullmatch("[0-9]{1,2}", given) else given
-    check_dense_bits(dense_bits, "--dense-bits")
+    if len(flags.profile) > 1:
+        raise click.UsageError("--profile takes several devices with --plan only; a bundle is compiled for one")
+    profile = load_profile(flags.profile[0] if flags.profile else DEFAULT_PROFILE)
+    dense_bits = profile.dense_bits if flags.dense_bits is None else _dense_bits(flags.dense_bits)
     if flags.max_kl is not None and not 0 < flags.max_kl < math.inf:
         raise DymoeError(f"--max-kl {flags.max_kl}: expected a number above 0")
     return {
@@ -238,6 +279,16 @@ def _checked(flags: CompileFlags) -> dict[str, Any]:
         "max_kl": flags.max_kl,
         "examples": not flags.no_examples,
     }
+
+
+def _dense_bits(text: str) -> int | str:
+    bits = int(text) if re.fullmatch("[0-9]{1,2}", text) else text
+    check_dense_bits(bits, "--dense-bits")
+    return bits
+
+
+def _note(sentence: str) -> None:
+    say(f"note: {sentence}", err=True)
 
 
 def _ladder(text: str) -> tuple[int, ...]:

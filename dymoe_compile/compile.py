@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,25 @@ from safetensors.numpy import save
 
 import dymoe_compile
 import dymoe_runtime
-from dymoe_compile.calibrate.calibration import calibrate, spilled
+from dymoe_compile.calibrate.calibration import calibrate
 from dymoe_compile.calibrate.statistics import LayerStatistics
 from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
 from dymoe_compile.job.device import profile_budget
 from dymoe_compile.job.failed import clear_findings, leaving_findings
-from dymoe_compile.job.profile import AUTO, Profile, fits
+from dymoe_compile.job.profile import Profile, fits
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_compile.job.writer import BundleWriter, check_space, explaining_full_disk
+from dymoe_compile.plan.sizes import MAX_BITS, disk_bytes, smallest_bundle
+from dymoe_compile.plan.work import SENSITIVITY_TOKENS
 from dymoe_compile.policy.dense_bits import (
-    MAX_BITS,
     DenseChoice,
     choose_dense_bits,
     keep_choice,
     known_choice,
     write_dense,
 )
-from dymoe_compile.policy.operating_points import SENSITIVITY_TOKENS, excerpt_for, fit_policy
+from dymoe_compile.policy.operating_points import excerpt_for, fit_policy
 from dymoe_compile.policy.sensitivity import Original
 from dymoe_compile.report import examples
 from dymoe_compile.report.findings import Source, collect
@@ -44,7 +45,6 @@ from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import (
     ADDED_TOKENS,
     DENSE,
-    DENSE_BITS,
     FINDINGS,
     LOOK_AHEAD,
     POLICY,
@@ -56,8 +56,6 @@ from dymoe_runtime.bundle.bundle import (
     FileEntry,
     LayerEntry,
     Manifest,
-    dense_bytes,
-    expert_layout,
     file_entry,
     read_manifest,
 )
@@ -66,7 +64,6 @@ from dymoe_runtime.errors import BudgetError, DymoeError, QualityError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.place import holds_only_a_bundle
 from dymoe_runtime.process import default_threads
-from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.storage import read_member
 from dymoe_runtime.text.added_tokens import whole_tokenizer
 from dymoe_runtime.text.tokenizer import Tokenizer
@@ -110,7 +107,7 @@ def compile_bundle(options: CompileOptions, kernels: Kernels, progress: Progress
     check_output(options.output)
     checkpoint = Checkpoint.open(options.model, options.ladder)
     tokenizer = Tokenizer.load(options.model)
-    check_memory(smallest_bundle(checkpoint.spec, options), options.profile, kernels)
+    check_memory(smallest_bundle(checkpoint.spec, options.ladder, options.dense_bits), options.profile, kernels)
     windows = make_windows(
         load_texts(options.calibration),
         tokenizer.encode,
@@ -142,7 +139,8 @@ def build(
 
     Raises the same errors as `compile_bundle`.
     """
-    needed = bundle_bytes(checkpoint.spec, options, windows.train.size + windows.held_out.size)
+    tokens = windows.train.size + windows.held_out.size
+    needed = disk_bytes(checkpoint.spec, options.ladder, options.dense_bits, tokens)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with (
         explaining_full_disk(options.output, needed),
@@ -229,7 +227,7 @@ def describe(options: CompileOptions, checkpoint: Checkpoint, windows: Windows, 
         "ladder": list(options.ladder),
         "dense_bits": options.dense_bits,
         "seed": options.seed,
-        "profile": {**asdict(options.profile), "ladder": list(options.profile.ladder)},
+        "profile": options.profile.to_json(),
         **({} if options.examples else {"examples": False}),
         **({"origin": dict(options.origin)} if options.origin else {}),
     }
@@ -276,18 +274,6 @@ def up_to_date(output: Path, provenance: dict[str, Any]) -> Bundle | None:
     return None
 
 
-def bundle_bytes(spec: ModelSpec, options: CompileOptions, tokens: int) -> int:
-    """Return an estimate of the disk bytes of the bundle and of the state for an interrupted run."""
-    auto = options.dense_bits == AUTO
-    bits = min(MAX_BITS if auto else int(options.dense_bits), 15) + 1
-    dense = sum(int(np.prod(shape)) for shape in spec.tensor_shapes().values()) * bits // 8
-    # Dense weights may be written a second time, at other bits, while the first file still exists.
-    dense *= 2 if auto else 1
-    records = spec.total_experts * expert_layout(spec, options.ladder).record_bytes
-    state = (4 if spilled(tokens, spec.hidden_size) else 2) * 4 * tokens * spec.hidden_size
-    return dense + records + state + (1 << 20)
-
-
 def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
     """Copy the tokenizer files of the checkpoint `model` to the bundle; its tokenizer.json gets all added tokens."""
     writer.write_small(TOKENIZER, whole_tokenizer(model))
@@ -299,16 +285,6 @@ def copy_tokenizer(model: Path, writer: BundleWriter) -> None:
 def look_ahead_bytes(statistics: Mapping[int, LayerStatistics]) -> bytes:
     """Return the bytes of a safetensors file of the predictors: layer -> predictor, for the layers that have one."""
     return save({str(layer): seen.predictor for layer, seen in statistics.items() if seen.predictor.size})
-
-
-def smallest_bundle(spec: ModelSpec, options: CompileOptions) -> Bundle:
-    """Return a bundle without files that has the least sizes that this compilation can give it."""
-    bits = DenseChoice.alike(spec, min(DENSE_BITS) if options.dense_bits == AUTO else int(options.dense_bits)).bits
-    dense = sum(dense_bytes(name, shape, bits) for name, shape in spec.tensor_shapes().items())
-    files = {DENSE: FileEntry(dense), LOOK_AHEAD: FileEntry(0)}
-    return Bundle(
-        options.output, Manifest(spec, options.ladder, bits, files, {}, {}, {}), Policy(options.ladder, (), (), "")
-    )
 
 
 def check_memory(bundle: Bundle, profile: Profile, kernels: Kernels) -> None:

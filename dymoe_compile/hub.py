@@ -79,8 +79,8 @@ class _UnreachableError(DymoeError):
     """The hub cannot be asked; what is in the cache may be enough."""
 
 
-def fetch(repository: Repository, say: Callable[[str], object]) -> Snapshot:
-    """Fetch what compiling reads, unless the cache has it, and return where it is.
+def fetch(repository: Repository, say: Callable[[str], object], weights: bool = True) -> Snapshot:
+    """Fetch what compiling reads, unless the cache has it, and return where it is; without `weights` all but these.
 
     config.json comes first, so that a model which is not supported is refused before its weights are fetched. `say` is
     called with a sentence before that. Where the hub cannot be reached, the cache must have all files.
@@ -100,7 +100,7 @@ def fetch(repository: Repository, say: Callable[[str], object]) -> Snapshot:
     try:
         commit, files = _files_of(repository)
     except _UnreachableError as error:
-        return _cached(repository, error, say)
+        return _cached(repository, error, say, weights)
     # By the name of the branch, so that the cache knows its commit when there is no network.
     directory = _file(repository, CONFIG, repository.revision).parent
     if directory.name != commit:  # the branch has just moved
@@ -112,16 +112,18 @@ def fetch(repository: Repository, say: Callable[[str], object]) -> Snapshot:
     for name in SMALL:
         if name in files:
             _file(repository, name, commit)
-    weights = _weights(files, directory)
-    left = [files[name] for name in weights if name in files and not _is_cached(files[name], directory)]
+    if not weights:
+        return Snapshot(repository, commit, directory)
+    shards = _weights(files, directory)
+    left = [files[name] for name in shards if name in files and not _is_cached(files[name], directory)]
     if left:
         needed = sum(file.size or 0 for file in left)
         _check_space(repository, needed, directory)
         say(
-            f"fetching {len(left)} of {len(weights)} files with the weights of {repository.name}, "
+            f"fetching {len(left)} of {len(shards)} files with the weights of {repository.name}, "
             f"{format_size(needed)}, into {directory}"
         )
-    for name in weights:
+    for name in shards:
         _file(repository, name, commit)
     return Snapshot(repository, commit, directory)
 
@@ -157,8 +159,10 @@ def _files_of(repository: Repository) -> tuple[str, dict[str, RepoSibling]]:
     return info.sha, {file.rfilename: file for file in info.siblings or ()}
 
 
-def _cached(repository: Repository, unreachable: _UnreachableError, say: Callable[[str], object]) -> Snapshot:
-    """Return the snapshot in the cache.
+def _cached(
+    repository: Repository, unreachable: _UnreachableError, say: Callable[[str], object], weights: bool
+) -> Snapshot:
+    """Return the snapshot in the cache, which may lack the weights if `weights` is false.
 
     Raises `unreachable` if there is none, or another DymoeError if it lacks a file.
     """
@@ -173,7 +177,8 @@ def _cached(repository: Repository, unreachable: _UnreachableError, say: Callabl
     check_configuration(directory, repository)
     present = {file.name for file in directory.iterdir()}
     wanted = {TOKENIZER, *_weights(present, directory)}
-    if missing := sorted(wanted - present) or ([] if len(wanted) > 1 else ["*.safetensors"]):
+    missing = sorted(wanted - present) or ([] if len(wanted) > 1 else ["*.safetensors"])
+    if weights and missing:
         raise DymoeError(f"{unreachable}; of commit {directory.name[:12]} in the cache, {missing[0]} is missing")
     say(f"{_host()} cannot be reached; {repository.name} is taken from the cache, at commit {directory.name[:12]}")
     return Snapshot(repository, directory.name, directory)

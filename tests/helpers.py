@@ -21,6 +21,11 @@ from dymoe_runtime.cli.run import run as run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "model"
+# What a profile says of speed, which decides nothing but predictions.
+RATES = (
+    'threads = 1\nmemory_bandwidth = "1GB/s"\ndecode_rate = "1G/s"\nprompt_rate = "1G/s"\nlayer_us = 1\n'
+    'disk_bandwidth = "1MB/s"\ndisk_latency_us = 1\n'
+)
 PROMPT = "The river flows through the town of"
 
 

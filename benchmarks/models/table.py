@@ -22,20 +22,8 @@ from dymoe_compile.catalogue import supported_families, supported_formats
 from dymoe_compile.families import family_of, text_config
 from dymoe_compile.families.parts.config import Config
 from dymoe_compile.job.profile import DEVICE_PROCESS_BYTES
-from dymoe_runtime.bundle.bundle import (
-    DENSE,
-    LOOK_AHEAD,
-    TOKENIZER,
-    Bundle,
-    FileEntry,
-    Manifest,
-    dense_kind,
-    dense_kinds,
-    dense_layout,
-    expert_layout,
-    quantized_bits,
-)
-from dymoe_runtime.bundle.policy import Policy
+from dymoe_compile.plan.sizes import alike, planned_bundle, total_bytes
+from dymoe_runtime.bundle.bundle import Bundle, dense_kind, expert_layout
 from dymoe_runtime.bundle.tiers import MXFP4
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.memory_plan import plan_budget
@@ -49,8 +37,6 @@ DEFAULT_LADDER = (2, 3, 4)
 DENSE_BITS, FEWEST_DENSE_BITS = 8, 4
 # Bits of experts with which a model is called comfortable if all of them fit the memory: the usual point's mean.
 COMFORTABLE_TIER = 3
-# Assumed bytes of tokenizer.json for each token of the vocabulary.
-TOKENIZER_BYTES_PER_TOKEN = 100
 FP8_BLOCK = 128  # rows and columns that share a float32 scale
 
 
@@ -342,7 +328,7 @@ def row(model: Model, rate: float) -> tuple[str, ...]:
         model.name,
         f"{weights(spec) / 1e9:.1f} B",
         f"{gigabytes(checkpoint_bytes(spec, model.stored))} {model.stored}",
-        *[gigabytes(draft(model.compiled(ladder), ladder, DENSE_BITS).total_bytes) for ladder in LADDERS],
+        *[gigabytes(total_bytes(draft(model.compiled(ladder), ladder, DENSE_BITS))) for ladder in LADDERS],
         gibibytes(least_bytes(model.compiled(DEFAULT_LADDER))),
         gibibytes(comfortable_bytes(model.compiled(DEFAULT_LADDER))),
         duration(spec.expert_weights / rate),
@@ -376,61 +362,32 @@ def fp8_bytes(shape: tuple[int, ...]) -> int:
     return rows * cols + 4 * math.ceil(rows / FP8_BLOCK) * math.ceil(cols / FP8_BLOCK)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A bundle that was never made: its files have sizes, and nothing else."""
-
-    bundle: Bundle
-
-    @property
-    def total_bytes(self) -> int:
-        """Return the bytes of its files."""
-        files: Iterable[FileEntry] = self.bundle.manifest.files.values()
-        spec, layout = self.bundle.spec, self.bundle.layout
-        return sum(file.nbytes for file in files) + spec.total_experts * layout.record_bytes
-
-    def floor_bytes(self) -> int:
-        """Return the least memory in which it runs, with the default context."""
-        return plan_budget(
-            self.bundle,
-            load_kernels(REFERENCE, threads=1),  # the same on every machine
-            min(DEFAULT_CONTEXT, self.bundle.spec.max_context),
-            process_bytes=DEVICE_PROCESS_BYTES,
-            memory_bytes=0,
-        ).floor_bytes
+def floor_bytes(bundle: Bundle) -> int:
+    """Return the least memory in which a planned bundle runs, with the default context."""
+    return plan_budget(
+        bundle,
+        load_kernels(REFERENCE, threads=1),  # the same on every machine
+        min(DEFAULT_CONTEXT, bundle.spec.max_context),
+        process_bytes=DEVICE_PROCESS_BYTES,
+        memory_bytes=0,
+    ).floor_bytes
 
 
-def draft(spec: ModelSpec, ladder: tuple[int, ...], dense_bits: int) -> Draft:
-    """Return a bundle of this shape; every layer with experts is taken to have a predictor."""
-    bits = dict.fromkeys(dense_kinds(spec), dense_bits)
-    dense = sum(dense_bytes(name, shape, bits) for name, shape in spec.each_tensor())
-    look_ahead = 4 * len(spec.moe_layers) * spec.num_experts * (spec.hidden_size + 1)
-    files = {
-        DENSE: FileEntry(dense),
-        LOOK_AHEAD: FileEntry(look_ahead),
-        TOKENIZER: FileEntry(TOKENIZER_BYTES_PER_TOKEN * spec.vocab_size),
-    }
-    manifest = Manifest(spec, ladder, bits, files, {}, {}, {})
-    return Draft(Bundle(Path(), manifest, Policy(ladder, (), (), "")))
-
-
-def dense_bytes(name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> int:
-    """Return the bytes of a tensor outside the experts in a bundle."""
-    if mine := quantized_bits(name, shape, bits):
-        return dense_layout(shape, mine).record_bytes
-    return (2 if dense_kind(name, shape) else 4) * math.prod(shape)
+def draft(spec: ModelSpec, ladder: tuple[int, ...], dense_bits: int) -> Bundle:
+    """Return the bundle that compiling should make."""
+    return planned_bundle(spec, ladder, alike(spec, dense_bits))
 
 
 def least_bytes(spec: ModelSpec) -> int:
     """Return the least memory in which the model runs: experts come from the disk, the rest has the fewest bits."""
-    return draft(spec, DEFAULT_LADDER, FEWEST_DENSE_BITS).floor_bytes()
+    return floor_bytes(draft(spec, DEFAULT_LADDER, FEWEST_DENSE_BITS))
 
 
 def comfortable_bytes(spec: ModelSpec) -> int:
     """Return the memory in which all experts fit at COMFORTABLE_TIER."""
     usual = draft(spec, DEFAULT_LADDER, DENSE_BITS)
     experts = spec.total_experts * expert_layout(spec, DEFAULT_LADDER).prefix_bytes(COMFORTABLE_TIER)
-    return usual.floor_bytes() + experts
+    return floor_bytes(usual) + experts
 
 
 def gigabytes(nbytes: float) -> str:

@@ -21,6 +21,7 @@ from dymoe_compile.checkpoint.torch_ops import run_expert
 from dymoe_compile.checkpoint.window_decoder import window_decoder
 from dymoe_compile.job.progress import Advance, Progress
 from dymoe_compile.job.writer import BundleWriter
+from dymoe_compile.plan.sizes import spilled
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.moments import moments
 from dymoe_compile.quantize.mxfp4 import mxfp4_expert
@@ -37,8 +38,6 @@ from dymoe_runtime.spec import ExpertKey
 PAST = ("past-1", "past-2")
 # Tokens on which an expert's error is measured: its last ones, since the held-out tokens come last.
 ERROR_SAMPLE = 64
-# Hidden states of more bytes than this are kept in files, not in memory. A run has two sets of them.
-SPILL_BYTES = 1 << 30
 
 
 @dataclass
@@ -330,8 +329,3 @@ class LayerRun:
                 return None
             done.add(layer, *loaded)
         return done
-
-
-def spilled(tokens: int, hidden_size: int) -> bool:
-    """Return whether hidden states of `tokens` tokens are kept in a file."""
-    return 4 * tokens * hidden_size > SPILL_BYTES

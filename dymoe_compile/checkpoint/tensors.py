@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ class CheckpointTensors:
         self._check_leftovers(further_layers)
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> CheckpointTensors:
-        """Read config.json and the headers of the directory `path`.
+    def open(path: str | os.PathLike[str], files_of: Callable[[Path], TensorFiles] = TensorFiles) -> CheckpointTensors:
+        """Read config.json and the headers of the directory `path`, whose files `files_of` opens.
 
         Raises a DymoeError that names what is missing or contradictory.
         """
@@ -104,7 +104,7 @@ class CheckpointTensors:
         except ValueError as error:  # of a specification whose parts do not fit
             raise DymoeError(f"{directory / CONFIG}: {error}; {REMEDY}") from error
         config.check_read()
-        files = TensorFiles(directory)
+        files = files_of(directory)
         with needing_extra("compile", "reading checkpoints"):
             names = family.names(spec)
         return CheckpointTensors(files, spec, names, quantization, _further_layers(config.values))

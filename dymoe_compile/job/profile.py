@@ -15,6 +15,7 @@ from dymoe_runtime.bundle.tiers import check_ladder
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_regular, strict
 from dymoe_runtime.process import MAX_THREADS
+from dymoe_runtime.tools.machine.rates import Rates
 from dymoe_runtime.units import parse_size
 
 if sys.version_info >= (3, 11):
@@ -24,7 +25,7 @@ else:
 
 # Value of dense bits that has them chosen by the KL that fewer bits cost this model.
 AUTO = "auto"
-REMEDY = "correct it; profiles/ has examples"
+REMEDY = "correct it; profiles/ has examples, and dymoe-run probe BUNDLE --write FILE makes one of this machine"
 MAX_PROFILE_BYTES = 1 << 20
 # Memory that a run on the device is assumed to take before it loads anything. It has a margin, because other releases
 # of Python and its libraries take more than the measured ones.
@@ -33,14 +34,28 @@ DEVICE_PROCESS_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Profile:
-    """A device to compile for: profiles/<name>.toml."""
+    """A device to compile for: profiles/<name>.toml.
+
+    All but the rates decides what the compiler makes; the rates decide what it expects of it.
+    """
 
     name: str
     ladder: tuple[int, ...]
     dense_bits: int | str  # bits of every kind of dense weights, or "auto" to measure
     memory_bytes: int  # for the whole process
-    disk_bytes_per_s: int  # only recorded in the bundle, as `threads` is
-    threads: int
+    rates: Rates
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides a bundle, for its provenance."""
+        return {
+            "name": self.name,
+            "ladder": list(self.ladder),
+            "dense_bits": self.dense_bits,
+            "memory_bytes": self.memory_bytes,
+        }
+
+
+Microseconds = Annotated[float, Meta(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -51,8 +66,13 @@ class _Kept:
     ladder: tuple[int, ...]
     dense_bits: int | str
     memory: int | str
-    disk_bandwidth: int | str
     threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)]
+    memory_bandwidth: int | str
+    decode_rate: int | str
+    prompt_rate: int | str
+    layer_us: Microseconds
+    disk_bandwidth: int | str
+    disk_latency_us: Microseconds
 
 
 def load_profile(name: str) -> Profile:
@@ -65,7 +85,7 @@ def load_profile(name: str) -> Profile:
     """
     path = Path(name) if name.endswith(".toml") else _profiles() / f"{name}.toml"
     if not path.exists():
-        known = ", ".join(sorted(file.stem for file in _profiles().glob("*.toml")))
+        known = ", ".join(shipped_profiles())
         raise DymoeError(f"{path}: no such profile; shipped are {known}, or give a .toml file")
     data = read_regular(path, "give a shipped profile's name or a readable .toml file", MAX_PROFILE_BYTES)
     try:
@@ -75,28 +95,48 @@ def load_profile(name: str) -> Profile:
     return _profile(values, str(path))
 
 
+def shipped_profiles() -> list[str]:
+    """Return the names of the shipped profiles, sorted."""
+    return sorted(file.stem for file in _profiles().glob("*.toml"))
+
+
 def _profile(values: dict[str, Any], where: str) -> Profile:
     kept = strict(_Kept, values, where, REMEDY)
     try:
-        profile = Profile(
-            kept.name,
-            check_ladder(kept.ladder),
-            kept.dense_bits,
-            parse_size(str(kept.memory)),
-            parse_size(str(kept.disk_bandwidth).removesuffix("/s")),
-            kept.threads,
+        rates = Rates(
+            threads=kept.threads,
+            memory_bytes_per_s=_rate(kept.memory_bandwidth, "memory_bandwidth"),
+            decode_weights_per_s=_rate(kept.decode_rate, "decode_rate"),
+            prompt_weights_per_s=_rate(kept.prompt_rate, "prompt_rate"),
+            layer_s=kept.layer_us / 1e6,
+            disk_bytes_per_s=_rate(kept.disk_bandwidth, "disk_bandwidth"),
+            disk_latency_s=kept.disk_latency_us / 1e6,
         )
+        ladder, memory = check_ladder(kept.ladder), parse_size(str(kept.memory))
     except ValueError as error:
         raise DymoeError(f"{where}: {error}; {REMEDY}") from error
-    check_dense_bits(profile.dense_bits, where)
-    return profile
+    check_dense_bits(kept.dense_bits, where)
+    return Profile(kept.name, ladder, kept.dense_bits, memory, rates)
+
+
+def _rate(value: int | str, key: str) -> int:
+    """Return a rate such as 2GB/s, of bytes, or 4G/s, of weights; raise ValueError if it is none, or 0."""
+    rate = parse_size(str(value).removesuffix("/s"))
+    if rate == 0:
+        raise ValueError(f"'{key}' is 0, expected more")
+    return rate
 
 
 def fits(point: OperatingPoint, bundle: Bundle, profile: Profile) -> bool:
     """Return whether process, dense weights and all experts at the mean size of `point` fit the profile's memory."""
+    return effective_bits_fit(point.effective_bits, bundle, profile)
+
+
+def effective_bits_fit(bits: float, bundle: Bundle, profile: Profile) -> bool:
+    """Return whether all experts fit the profile's memory, with so many effective bits per weight in the mean."""
     whole = bundle.layout.bits_per_weight(bundle.manifest.ladder[-1])
     room = profile.memory_bytes - DEVICE_PROCESS_BYTES - bundle.manifest.files[DENSE].nbytes
-    return bundle.expert_bytes() * point.effective_bits / whole <= room
+    return bundle.expert_bytes() * bits / whole <= room
 
 
 def check_dense_bits(bits: object, where: str) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -22,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dymoe_runtime.bundle.bundle import DENSE, LayerEntry, Manifest, layer_file, record_name
-from dymoe_runtime.bundle.tensorfile import ITEM_BYTES, header_bytes, header_of, read_header, read_into
-from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, split_record
+from dymoe_runtime.bundle.bundle import DENSE, LayerEntry, Manifest, Stored, layer_file
+from dymoe_runtime.bundle.contents import dense_header, layer_header, stored_bytes
+from dymoe_runtime.bundle.tensorfile import header_bytes, header_of, read_header, read_into
+from dymoe_runtime.bundle.tiers import RecordLayout, split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import naming, open_regular
 from dymoe_runtime.place import (
@@ -35,7 +35,6 @@ from dymoe_runtime.place import (
     remove_own,
     rename_new,
 )
-from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.storage import MANIFEST
 from dymoe_runtime.units import format_size
 
@@ -106,10 +105,7 @@ class BundleWriter:
         self, index: int, layer: int, layout: RecordLayout, records: Iterable[np.ndarray], count: int
     ) -> LayerEntry:
         """Write `count` records, experts in order, as one safetensors file with page-aligned data; return its entry."""
-        names = {
-            record_name(ExpertKey(layer, e)): ("U8", (layout.record_bytes,), layout.record_bytes) for e in range(count)
-        }
-        header = header_bytes(names, PAGE)
+        header = layer_header(layer, layout, count)
         path = self.directory / layer_file(index)
         checksums = []
         with _becoming(path) as file:
@@ -119,19 +115,16 @@ class BundleWriter:
                 checksums.append(tuple(zlib.crc32(segment) for segment in split_record(layout, record)))
         return LayerEntry(path.name, len(header), tuple(checksums))
 
-    def write_dense(
-        self, shapes: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[np.ndarray]
-    ) -> dict[str, int]:
+    def write_dense(self, shapes: Mapping[str, Stored], tensors: Iterable[np.ndarray]) -> dict[str, int]:
         """Write dense.safetensors from the bytes of tensors, in the order of `shapes`: name -> (dtype, shape).
 
         Returns the checksum of each tensor.
         """
-        sizes = {name: (dtype, shape, ITEM_BYTES[dtype] * math.prod(shape)) for name, (dtype, shape) in shapes.items()}
         checksums = {}
         with _becoming(self.directory / DENSE) as file:
-            file.write(header_bytes(sizes))
-            for name, tensor in zip(shapes, tensors, strict=True):
-                assert tensor.nbytes == sizes[name][2], name
+            file.write(dense_header(shapes))
+            for (name, stored), tensor in zip(shapes.items(), tensors, strict=True):
+                assert tensor.nbytes == stored_bytes(stored), name
                 data = memoryview(tensor)
                 file.write(data)
                 checksums[name] = zlib.crc32(data)

@@ -21,11 +21,12 @@ from dymoe_compile.checkpoint.window_decoder import window_decoder
 from dymoe_compile.job.profile import AUTO
 from dymoe_compile.job.progress import Progress
 from dymoe_compile.job.writer import BundleWriter
+from dymoe_compile.plan.sizes import FEWER_BITS, MAX_BITS, alike
 from dymoe_compile.policy.sensitivity import Decoding, Measurement, Measurer, Original
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.descent import DescentKernels
 from dymoe_compile.quantize.quantize import quantize_matrix
-from dymoe_runtime.bundle.bundle import Bundle, dense_kind, dense_kinds, dense_layout, quantized_bits
+from dymoe_runtime.bundle.bundle import Bundle, dense_kind, dense_kinds, dense_layout, quantized_bits, stored_as
 from dymoe_runtime.bundle.tiers import RecordLayout, pack_record
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.kernels.interface import Kernels
@@ -34,9 +35,6 @@ from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.model.weights import BundleDense
 from dymoe_runtime.spec import ModelSpec
 
-MAX_BITS = 8
-# Bits to try besides MAX_BITS if memory is short.
-FEWER_BITS = (6, 4)
 # Factor from one price of a byte to the next; prices rise until the bundle's floor fits the device.
 PRICE_STEP = 4.0
 PRICES = 32
@@ -54,7 +52,7 @@ class DenseChoice:
     @staticmethod
     def alike(spec: ModelSpec, bits: int) -> DenseChoice:
         """Return the choice of `bits` for every kind."""
-        return DenseChoice(dict.fromkeys(dense_kinds(spec), bits), {})
+        return DenseChoice(alike(spec, bits), {})
 
 
 def known_choice(spec: ModelSpec, bits: int | str, writer: BundleWriter) -> DenseChoice | None:
@@ -208,7 +206,7 @@ def write_dense(
         return dict(done[1]["crc32"])
     shapes = checkpoint.spec.tensor_shapes()
     descent = load_descent(kernels)
-    stored = {name: _storage(name, shape, bits) for name, shape in shapes.items()}
+    stored = {name: stored_as(name, shape, bits) for name, shape in shapes.items()}
     with progress("dense weights", len(shapes)) as advance:
 
         def tensors() -> Iterator[np.ndarray]:
@@ -221,19 +219,13 @@ def write_dense(
     return checksums
 
 
-def _storage(name: str, shape: tuple[int, ...], bits: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
-    if mine := quantized_bits(name, shape, bits):
-        return "U8", (dense_layout(shape, mine).record_bytes,)
-    return ("BF16" if dense_kind(name, shape) else "F32"), shape
-
-
 def _stored(
     tensor: torch.Tensor, name: str, shape: tuple[int, ...], bits: Mapping[str, int], descent: DescentKernels
 ) -> np.ndarray:
     """Return the bytes of a tensor as stored."""
     if mine := quantized_bits(name, shape, bits):
         return _record(tensor, shape, mine, descent)
-    dtype = DTYPES[_storage(name, shape, bits)[0]]
+    dtype = DTYPES[stored_as(name, shape, bits)[0]]
     return tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
 
 

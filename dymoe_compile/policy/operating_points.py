@@ -14,6 +14,14 @@ from dymoe_compile.calibrate.statistics import LayerStatistics, significant
 from dymoe_compile.checkpoint.window_decoder import bundle_decoder
 from dymoe_compile.job.profile import Profile, fits
 from dymoe_compile.job.progress import Progress
+from dymoe_compile.plan.work import (
+    CANDIDATE_TOKENS,
+    MAX_WORK,
+    SENSITIVITY_TOKENS,
+    active_weights,
+    measured_tokens,
+    wanted_bits,
+)
 from dymoe_compile.policy.candidates import Candidates
 from dymoe_compile.policy.examples import Examples, choose, spread
 from dymoe_compile.policy.sensitivity import Decoding, Measurement, Measurer, Original, Prefilling, Rule
@@ -26,15 +34,6 @@ from dymoe_runtime.model.tier_rule import TierRule
 from dymoe_runtime.spec import ModelSpec
 from dymoe_runtime.tools.intervals import Interval, intervals
 
-# Held-out tokens for the many runs of sensitivity, and for the runs of the candidates. A large model gets fewer:
-# tokens times active expert weights stay within MAX_WORK, but at least MIN_TOKENS are used. The rules that the
-# fitted thresholds must beat are then measured at every other size only.
-SENSITIVITY_TOKENS = 2048
-CANDIDATE_TOKENS = 4096
-MIN_TOKENS = 1024
-MAX_WORK = 8e11
-# Step between the mean bits that mixed operating points aim at.
-POINT_STEP = 0.25
 # The lowest tier ruins an expert if its squared error exceeds both RUINED_SHARE of its squared output and
 # RUINED_RATIO times the median of its layer, and if the error at the highest tier is less than half of it.
 RUINED_SHARE = 0.5
@@ -181,17 +180,6 @@ def candidate_rules(
     return rules
 
 
-def wanted_bits(ladder: Sequence[int]) -> list[float]:
-    """Return the mean bits to aim at, between the lowest and the highest tier.
-
-    One more value lies close to the lowest tier, where KL is steep. Returns [] for a ladder of one tier.
-    """
-    if len(ladder) == 1:
-        return []
-    count = round((ladder[-1] - ladder[0]) / POINT_STEP)
-    return [ladder[0] + POINT_STEP / 2, *(ladder[0] + POINT_STEP * i for i in range(1, count))]
-
-
 def make_point(name: str, kind: str, rule: Rule, result: Measurement, bundle: Bundle) -> OperatingPoint:
     """Return an operating point with its measured quality and size, rounded; `prefill_kl` is still NaN."""
     layout, score = bundle.layout, result.score.to_json()
@@ -311,12 +299,6 @@ def ruined_experts(errors: Mapping[str, Sequence[float]]) -> tuple[int, ...]:
     return tuple(e for e, (low, high) in enumerate(zip(lowest, highest, strict=True)) if low > bound and high < low / 2)
 
 
-def active_weights(spec: ModelSpec) -> int:
-    """Return the number of routed expert weights that a token uses."""
-    per_expert = sum(rows * cols for rows, cols in spec.expert_shapes.values())
-    return len(spec.moe_layers) * spec.top_k * per_expert
-
-
 def point_json(point: OperatingPoint) -> dict[str, Any]:
     """Return a point as JSON types, without its thresholds; figures that are not finite become None."""
     values = {name: value for name, value in asdict(point).items() if name not in ("decode", "prefill")}
@@ -328,8 +310,7 @@ def excerpt_for(spec: ModelSpec, held_out: np.ndarray, original: Original, token
 
     They have at most `tokens` tokens, fewer for a large model, but there is at least one window.
     """
-    affordable = max(MIN_TOKENS, int(MAX_WORK / active_weights(spec)))
-    count = max(1, min(tokens, affordable) // held_out.shape[1])
+    count = max(1, int(measured_tokens(spec, held_out.size, tokens)) // held_out.shape[1])
     return held_out[:count], Original(original.hidden[:count], original.head)
 
 

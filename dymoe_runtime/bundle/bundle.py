@@ -82,6 +82,8 @@ REPORT = "report.html"
 LOOK_AHEAD = "look_ahead.safetensors"
 DENSE = "dense.safetensors"
 TOKENIZER = "tokenizer.json"
+# The type and the shape of a tensor in a file.
+Stored = tuple[str, tuple[int, ...]]
 # Copied next to the tokenizer if the checkpoint has them.
 TOKENIZER_EXTRAS = (
     "tokenizer_config.json",
@@ -532,11 +534,17 @@ def quantized_bits(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, i
     return dense_bits[kind] if kind is not None and dense_bits[kind] <= 8 else None
 
 
+def stored_as(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, int]) -> Stored:
+    """Return the type and the shape that a dense tensor has in its file."""
+    if bits := quantized_bits(name, shape, dense_bits):
+        return "U8", (dense_layout(shape, bits).record_bytes,)
+    return ("BF16" if dense_kind(name, shape) else "F32"), shape
+
+
 def dense_bytes(name: str, shape: tuple[int, ...], dense_bits: Mapping[str, int]) -> int:
     """Return the bytes of a dense tensor in a bundle."""
-    if bits := quantized_bits(name, shape, dense_bits):
-        return dense_layout(shape, bits).record_bytes
-    return math.prod(shape) * (2 if dense_kind(name, shape) else 4)
+    dtype, stored = stored_as(name, shape, dense_bits)
+    return math.prod(stored) * {"U8": 1, "BF16": 2, "F32": 4}[dtype]
 
 
 def spec_experts(layer: LayerSpec) -> int:

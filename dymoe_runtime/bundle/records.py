@@ -17,10 +17,8 @@ from dymoe_runtime.bundle.bundle import (
     LOOK_AHEAD,
     Bundle,
     Manifest,
-    dense_kind,
-    dense_layout,
-    quantized_bits,
     record_name,
+    stored_as,
 )
 from dymoe_runtime.bundle.tensorfile import TensorInfo, header_in, header_of, read_into
 from dymoe_runtime.bundle.tiers import split_record
@@ -179,10 +177,7 @@ def check_dense_types(bundle: Bundle, header: Mapping[str, TensorInfo]) -> None:
         info = header.get(name)
         if info is None:
             raise DymoeError(f"{path}: tensor {name} is missing; {DAMAGED}")
-        if bits := quantized_bits(name, shape, bundle.manifest.dense_bits):
-            dtype, shape = "U8", (dense_layout(shape, bits).record_bytes,)
-        else:
-            dtype = "BF16" if dense_kind(name, shape) else "F32"
+        dtype, shape = stored_as(name, shape, bundle.manifest.dense_bits)
         if (info.dtype, info.shape) != (dtype, shape):
             raise DymoeError(f"{path}: tensor {name} is {info.dtype[:20]} of shape {info.shape}; {DAMAGED}")
 

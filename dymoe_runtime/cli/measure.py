@@ -20,6 +20,8 @@ from dymoe_runtime.process import peak_resident_bytes
 from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.tools.bench import random_ids, time_tokens
 from dymoe_runtime.tools.evaluate import Evaluation, evaluate, format_table, open_reference
+from dymoe_runtime.tools.machine.measure import measure_rates
+from dymoe_runtime.tools.machine.profile_file import check_target, write_profile
 from dymoe_runtime.tools.probe import format_probe, probe
 
 PROBE_CONTEXT = 512
@@ -61,14 +63,25 @@ def bench(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
 
 
 def probe_machine(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
-    """Measure this machine, and print the expected time per token of each operating point."""
+    """Measure this machine, and print the expected time per token of each operating point.
+
+    With --write, the machine's rates become a profile. Raises DymoeError if they are implausible.
+    """
+    if flags.write is not None:
+        check_target(flags.write, flags.overwrite)
     options = run_options(flags, min(PROBE_CONTEXT, bundle.spec.max_context))
     with load_model(bundle, replace(options, prefetch=False, preload=False), kernels) as model:
         result = probe(model)
+        if flags.write is not None:
+            rates, memory = measure_rates(model), model.budget.memory_bytes
+            write_profile(flags.write, rates, bundle.manifest.ladder, memory, kernels.name, flags.overwrite)
+            result["written"] = str(flags.write)
     if flags.as_json:
         print_json(result)
     else:
         click.echo(format_probe(result))
+        if flags.write is not None:
+            say(f"written to {flags.write}, for dymoe-compile --profile", err=True)
 
 
 def evaluate_files(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:

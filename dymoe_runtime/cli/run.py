@@ -19,6 +19,7 @@ from dymoe_runtime.cli.run_flags import (
     MODE,
     OUTPUT,
     PRECISION,
+    PROFILE,
     SAMPLING,
     SPEED,
     TRACING,
@@ -54,7 +55,7 @@ SUBCOMMANDS = {
         "Do with BUNDLE what the options say; by default continue a prompt.",
         (
             *(MODE, INPUT, CHAT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT),
-            *(EVALUATION, BENCHMARK, TRACING, COMPARISON),
+            *(EVALUATION, BENCHMARK, PROFILE, TRACING, COMPARISON),
         ),
         EXAMPLES,
         None,
@@ -80,8 +81,8 @@ SUBCOMMANDS = {
     ),
     "probe": Subcommand(
         "Measure this machine with BUNDLE: its kernels, its disk, and what each operating point should take.",
-        (MEMORY, SPEED, OUTPUT, COMPARISON),
-        ("dymoe-run probe my.dymoe",),
+        (PROFILE, MEMORY, SPEED, OUTPUT, COMPARISON),
+        ("dymoe-run probe my.dymoe", "dymoe-run probe my.dymoe --write this-machine.toml"),
         "probe",
     ),
 }

@@ -20,7 +20,7 @@ from dymoe_runtime.text import CONTEXT_POLICIES
 MODE, INPUT, CHAT, OUTPUT, SAMPLING = "What to do", "Input", "Conversation", "Output", "Sampling"
 MEMORY, PRECISION, SPEED, TRACING = "Memory", "Precision", "Speed", "Tracing"
 EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
-INTEGRITY = "Integrity"
+INTEGRITY, PROFILE = "Integrity", "Profile"
 
 REASONING = ("show", "hide")
 BY_MODEL = "Default: the model's."
@@ -43,6 +43,14 @@ class RunFlags:
     probe: bool = flag(
         "--probe", group=MODE, default=False, help="Measure this machine with BUNDLE and say what to expect."
     )
+    write: Path | None = flag(
+        "--write",
+        group=PROFILE,
+        type=click.Path(path_type=Path),
+        metavar="NAME.toml",
+        help="Write this machine's rates as a profile for dymoe-compile.",
+    )
+    overwrite: bool = flag("--overwrite", group=PROFILE, default=False, help="Replace the file of --write.")
     prompt: str | None = flag("--prompt", group=INPUT, help="Text to continue, or with chat to answer.")
     prompt_file: Path | None = flag(
         "--prompt-file",
@@ -318,6 +326,8 @@ REQUIRES = {
     "new_tokens": "bench",
     "reference": "eval_files",
     "eval_phase": "eval_files",
+    "write": "probe",
+    "overwrite": "write",
 }
 
 

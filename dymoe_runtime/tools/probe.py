@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from dymoe_runtime.store.arena import IN_FLIGHT
 from dymoe_runtime.store.read_queue import ReadQueue
 from dymoe_runtime.store.read_threads import start_threads
 from dymoe_runtime.store.request import Read
+from dymoe_runtime.tools.machine.rates import resident_share, waiting_seconds
 from dymoe_runtime.units import format_size
 
 # Records read to measure the disk.
@@ -150,21 +150,6 @@ def predict(
     }
 
 
-def waiting_seconds(experts: int, missed: float, read_s: float, compute_s: float) -> float:
-    """Return the expected seconds that a layer waits for missing experts while the others are computed.
-
-    Each of the `experts` of a token is missing with probability `missed`. One expert takes `read_s` to read and
-    `compute_s` to compute.
-    """
-    return sum(
-        math.comb(experts, n)
-        * missed**n
-        * (1 - missed) ** (experts - n)
-        * max(0.0, n * read_s - (experts - n) * compute_s)
-        for n in range(1, experts + 1)
-    )
-
-
 def _mix(bits: float, ladder: tuple[int, ...], top_k: int) -> list[tuple[int, int]]:
     """Return (tier, 1) of each expert of a token, from the two tiers around `bits`, so that the mean is close to it."""
     lower = max((tier for tier in ladder if tier <= bits), default=ladder[0])
@@ -181,8 +166,7 @@ def expected_hits(model: Model, point: OperatingPoint) -> float:
     rows = [layer.frequency for layer in model.bundle.policy.layers if layer.frequency]
     uses = np.sort(np.concatenate([np.asarray(row) for row in rows]))[::-1]
     size = point.bytes_per_token / (len(model.spec.moe_layers) * model.spec.top_k)
-    kept = int(model.store.arena_bytes / size)
-    return float(uses[:kept].sum() / uses.sum())
+    return resident_share(uses.tolist(), model.store.arena_bytes / size)
 
 
 def format_probe(result: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ from helpers import compile_cli
 
 from dymoe_compile.catalogue import quant_methods, supported_families, supported_formats
 from dymoe_compile.families import family_of, supported
-from dymoe_runtime.bundle.bundle import DENSE, Bundle
 from dymoe_runtime.errors import DymoeError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,13 +109,3 @@ def test_the_tables_of_the_readme_are_those_that_the_code_makes(tables: ModuleTy
 def test_well_known_models_have_the_weights_that_their_makers_say(tables: ModuleType) -> None:
     for model in tables.MODELS:
         assert tables.weights(model.spec) / 1e9 == pytest.approx(model.quoted, rel=0.01), model.name
-
-
-def test_a_draft_has_the_sizes_of_a_bundle(tables: ModuleType, tiny_path: Path) -> None:
-    bundle = Bundle.open(tiny_path)
-    (bits,) = set(bundle.manifest.dense_bits.values())
-    draft = tables.draft(bundle.spec, bundle.manifest.ladder, bits).bundle
-    header = bundle.manifest.files[DENSE].nbytes - draft.manifest.files[DENSE].nbytes
-    assert 0 < header < 200 * len(bundle.spec.tensor_shapes())
-    records = bundle.spec.total_experts * draft.layout.record_bytes
-    assert 0 <= bundle.expert_bytes() - records < 1000 * bundle.spec.total_experts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bundle_kit import forge
 from compile_kit import interrupt, same_files
-from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from helpers import RATES, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.numpy import save
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
@@ -122,8 +122,7 @@ def small_profile(path: Path, bundle: Bundle) -> Path:
     """A device that holds the bundle's dense weights and half of its experts."""
     budget = budget_between(bundle, 0.5)
     path.write_text(
-        f'name = "small"\nladder = [2, 3, 4]\ndense_bits = "auto"\nmemory = "{budget.memory_bytes}"\n'
-        'disk_bandwidth = "1MB/s"\nthreads = 1\n'
+        f'name = "small"\nladder = [2, 3, 4]\ndense_bits = "auto"\nmemory = "{budget.memory_bytes}"\n{RATES}'
     )
     return path
 

@@ -9,6 +9,7 @@ import pytest
 
 from dymoe_compile.job.profile import AUTO, check_dense_bits, load_profile
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.tools.machine.rates import Rates
 
 PROFILES = sorted((Path(__file__).parent.parent.parent / "profiles").glob("*.toml"))
 GOOD = {
@@ -16,8 +17,13 @@ GOOD = {
     "ladder": "[2, 3, 4]",
     "dense_bits": "8",
     "memory": '"6GiB"',
-    "disk_bandwidth": '"400MB/s"',
     "threads": "4",
+    "memory_bandwidth": '"9GB/s"',
+    "decode_rate": '"2G/s"',
+    "prompt_rate": '"5G/s"',
+    "layer_us": "60",
+    "disk_bandwidth": '"400MB/s"',
+    "disk_latency_us": "100.5",
 }
 
 
@@ -33,25 +39,26 @@ def test_shipped_profiles_load_by_name_and_by_path(path: Path) -> None:
     assert profile == load_profile(str(path))
     assert profile.name == path.stem
     assert profile.memory_bytes >= 1 << 30
-    assert profile.disk_bytes_per_s >= 10**8
-    assert profile.threads >= 1
+    assert profile.rates.memory_bytes_per_s > profile.rates.disk_bytes_per_s >= 10**8
+    assert min(profile.rates.prompt_weights_per_s, profile.rates.decode_weights_per_s) > 1e9
+    assert 0 < profile.rates.layer_s < profile.rates.disk_latency_s * 10 < 0.01
     assert profile.ladder == tuple(sorted(profile.ladder))
 
 
 def test_there_are_shipped_profiles() -> None:
-    assert len(PROFILES) >= 3
+    assert len(PROFILES) == 10
 
 
 def test_a_profile_is_read_value_by_value(tmp_path: Path) -> None:
     profile = load_profile(str(write_profile(tmp_path, GOOD)))
-    assert (profile.name, profile.ladder, profile.dense_bits, profile.threads) == ("board", (2, 3, 4), 8, 4)
-    assert (profile.memory_bytes, profile.disk_bytes_per_s) == (6 << 30, 400_000_000)
+    assert (profile.name, profile.ladder, profile.dense_bits, profile.memory_bytes) == ("board", (2, 3, 4), 8, 6 << 30)
+    assert profile.rates == Rates(4, 9e9, 2e9, 5e9, 60e-6, 4e8, 100.5e-6)
 
 
 @pytest.mark.parametrize("value", ['"400MB"', "400000000", '"400000000"'])
 def test_a_bandwidth_may_be_any_size(tmp_path: Path, value: str) -> None:
     path = write_profile(tmp_path, {**GOOD, "disk_bandwidth": value})
-    assert load_profile(str(path)).disk_bytes_per_s == 400_000_000
+    assert load_profile(str(path)).rates.disk_bytes_per_s == 400_000_000
 
 
 @pytest.mark.parametrize("key", sorted(GOOD))
@@ -91,6 +98,14 @@ def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
         ("memory", "true"),
         ("memory", '"5GiB/s"'),
         ("disk_bandwidth", '"fast"'),
+        ("disk_bandwidth", "0"),
+        ("memory_bandwidth", '"0GB/s"'),
+        ("decode_rate", "-1"),
+        ("prompt_rate", '"quick"'),
+        ("layer_us", "-1"),
+        ("layer_us", '"60"'),
+        ("disk_latency_us", "nan"),
+        ("disk_latency_us", "inf"),
         ("disk_bandwidth", '"1GB/min"'),
     ],
 )

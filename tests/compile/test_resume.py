@@ -66,7 +66,7 @@ def test_hidden_states_on_the_disk_change_nothing(
         spilled.append(shape)
         return scratch(writer, shape)
 
-    monkeypatch.setattr("dymoe_compile.calibrate.calibration.SPILL_BYTES", 0)
+    monkeypatch.setattr("dymoe_compile.plan.sizes.SPILL_BYTES", 0)
     monkeypatch.setattr(BundleWriter, "scratch", counted)
     args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
     with monkeypatch.context() as patch:
@@ -144,7 +144,7 @@ def test_no_room_for_hidden_states_gets_one_sentence(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dymoe_compile.calibrate.calibration.SPILL_BYTES", 0)
+    monkeypatch.setattr("dymoe_compile.plan.sizes.SPILL_BYTES", 0)
     monkeypatch.setattr("os.posix_fallocate", full)
     outcome = compile_cli(tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
     assert_one_sentence(without_stages(outcome), "the disk is full", "free space")

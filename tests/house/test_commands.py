@@ -93,7 +93,7 @@ def execute(command: str) -> subprocess.CompletedProcess[str]:
     if not any(word in words for word in ("build/demo.dymoe", "examples/model", "packed.dymoe", "--supported")):
         words = [*(word for word in words if not word.startswith("-")), "--help"]
     # A command that writes something is run for each document, in the folder of which it is.
-    return outcome_of.__wrapped__(program, *words) if "-o" in words else outcome_of(program, *words)
+    return outcome_of.__wrapped__(program, *words) if {"-o", "--write"} & set(words) else outcome_of(program, *words)
 
 
 @cache

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
-from helpers import EXAMPLES, assert_one_sentence, bundle_cli
+from helpers import EXAMPLES, RATES, assert_one_sentence, bundle_cli
 
 from dymoe_runtime.bundle.bundle import Bundle
 
 SCHEMA = json.loads((EXAMPLES.parent / "docs" / "schemas" / "check.schema.json").read_text(encoding="utf-8"))
-WATCH = 'name = "watch"\nladder = [2, 4]\ndense_bits = 8\nmemory = "64MiB"\ndisk_bandwidth = "1MB/s"\nthreads = 1\n'
+WATCH = f'name = "watch"\nladder = [2, 4]\ndense_bits = 8\nmemory = "64MiB"\n{RATES}'
 
 
 def gates_of(*args: object, code: int) -> dict[str, dict]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dymoe_compile.calibrate.calibration import spilled
 from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
 from dymoe_compile.checkpoint.torch_ops import run_expert
@@ -18,6 +17,7 @@ from dymoe_compile.export.onnx.matrices import Format, Rows, WholeNumbers, round
 from dymoe_compile.export.onnx.original import OriginalSource
 from dymoe_compile.export.onnx.source import DENSE_FORM, Expert
 from dymoe_compile.job.progress import Progress
+from dymoe_compile.plan.sizes import spilled
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.moments import Moments, moments
 from dymoe_compile.quantize.whole import quantize_whole

@@ -20,15 +20,13 @@ from dymoe_runtime.bundle.bundle import (
     LayerEntry,
     expert_layout,
     file_entry,
-    record_name,
 )
+from dymoe_runtime.bundle.contents import layer_header
 from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy, Thresholds
 from dymoe_runtime.bundle.records import read_record
-from dymoe_runtime.bundle.tensorfile import header_bytes
 from dymoe_runtime.bundle.tiers import (
     MAX_CURVED,
     MXFP4,
-    PAGE,
     MatrixLayout,
     QuantizedMatrix,
     RecordLayout,
@@ -99,8 +97,7 @@ def _write_layer(
     file: BinaryIO, bundle: Bundle, layer: int, layout: RecordLayout, advance: Callable[[], object]
 ) -> LayerEntry:
     experts = [ExpertKey(layer, expert) for expert in range(bundle.spec.num_experts)]
-    size = layout.record_bytes
-    header = header_bytes({record_name(key): ("U8", (size,), size) for key in experts}, PAGE)
+    header = layer_header(layer, layout, len(experts))
     file.write(header)
     checksums = []
     for key in experts:
