@@ -43,7 +43,7 @@ class Profile:
     ladder: tuple[int, ...]
     dense_bits: int | str  # bits of every kind of dense weights, or "auto" to measure
     memory_bytes: int  # for the whole process
-    rates: Rates
+    rates: Rates | None  # None if the file has none
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides a bundle, for its provenance."""
@@ -60,19 +60,23 @@ Microseconds = Annotated[float, Meta(ge=0, le=1e6)]
 
 @dataclass(frozen=True)
 class _Kept:
-    """The keys of a profile's file."""
+    """The keys of a profile's file. Rates are None in one that has none of MEASURED."""
 
     name: str
     ladder: tuple[int, ...]
     dense_bits: int | str
     memory: int | str
     threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)]
-    memory_bandwidth: int | str
-    decode_rate: int | str
-    prompt_rate: int | str
-    layer_us: Microseconds
     disk_bandwidth: int | str
-    disk_latency_us: Microseconds
+    memory_bandwidth: int | str | None
+    decode_rate: int | str | None
+    prompt_rate: int | str | None
+    layer_us: Microseconds | None
+    disk_latency_us: Microseconds | None
+
+
+# Keys that a profile has all of or none of: without them a plan tells no speed.
+MEASURED = ("memory_bandwidth", "decode_rate", "prompt_rate", "layer_us", "disk_latency_us")
 
 
 def load_profile(name: str) -> Profile:
@@ -101,17 +105,20 @@ def shipped_profiles() -> list[str]:
 
 
 def _profile(values: dict[str, Any], where: str) -> Profile:
-    kept = strict(_Kept, values, where, REMEDY)
+    has_rates = any(key in values for key in MEASURED)
+    kept = strict(_Kept, values if has_rates else {**values, **dict.fromkeys(MEASURED)}, where, REMEDY)
     try:
-        rates = Rates(
-            threads=kept.threads,
-            memory_bytes_per_s=_rate(kept.memory_bandwidth, "memory_bandwidth"),
-            decode_weights_per_s=_rate(kept.decode_rate, "decode_rate"),
-            prompt_weights_per_s=_rate(kept.prompt_rate, "prompt_rate"),
-            layer_s=kept.layer_us / 1e6,
-            disk_bytes_per_s=_rate(kept.disk_bandwidth, "disk_bandwidth"),
-            disk_latency_s=kept.disk_latency_us / 1e6,
-        )
+        disk, rates = _rate(kept.disk_bandwidth, "disk_bandwidth"), None
+        if has_rates:
+            rates = Rates(
+                threads=kept.threads,
+                memory_bytes_per_s=_rate(kept.memory_bandwidth, "memory_bandwidth"),
+                decode_weights_per_s=_rate(kept.decode_rate, "decode_rate"),
+                prompt_weights_per_s=_rate(kept.prompt_rate, "prompt_rate"),
+                layer_s=float(kept.layer_us or 0) / 1e6,
+                disk_bytes_per_s=disk,
+                disk_latency_s=float(kept.disk_latency_us or 0) / 1e6,
+            )
         ladder, memory = check_ladder(kept.ladder), parse_size(str(kept.memory))
     except ValueError as error:
         raise DymoeError(f"{where}: {error}; {REMEDY}") from error
@@ -119,7 +126,7 @@ def _profile(values: dict[str, Any], where: str) -> Profile:
     return Profile(kept.name, ladder, kept.dense_bits, memory, rates)
 
 
-def _rate(value: int | str, key: str) -> int:
+def _rate(value: int | str | None, key: str) -> int:
     """Return a rate such as 2GB/s, of bytes, or 4G/s, of weights; raise ValueError if it is none, or 0."""
     rate = parse_size(str(value).removesuffix("/s"))
     if rate == 0:

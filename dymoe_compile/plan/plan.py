@@ -196,12 +196,13 @@ def why(bundle: Bundle, budget: Budget, profile: Profile, points: Sequence[Point
     return f"memory holds {share:.0%} of the experts' bytes, the others are read from the disk as they are needed"
 
 
-def _predicted(point: Point, work: Work, rates: Rates, budget: Budget, tokens: int) -> dict[str, Any]:
+def _predicted(point: Point, work: Work, rates: Rates | None, budget: Budget, tokens: int) -> dict[str, Any]:
+    known = {"name": point.name, "bits_mean": point.bits, "all_resident": point.resident}
+    if rates is None:
+        return {**known, "resident_share": None, "tokens_per_s": None, "first_token_s": None}
     found = work.predict(rates, point.bits, budget.arena_bytes, tokens)
     return {
-        "name": point.name,
-        "bits_mean": point.bits,
-        "all_resident": point.resident,
+        **known,
         "resident_share": round(found.resident_share, 4),
         "tokens_per_s": float(f"{1 / found.token_s:.3g}"),
         "first_token_s": float(f"{found.first_token_s:.3g}"),

@@ -102,8 +102,10 @@ def _notes(plan: Mapping[str, Any], free_bytes: int | None) -> list[str]:
     return [f"note: {note}" for note in notes]
 
 
-def _figure(value: float) -> str:
-    """Return a number in three digits, or all digits before its point."""
+def _figure(value: float | None) -> str:
+    """Return a number in three digits, or all digits before its point; a dash for an unknown one."""
+    if value is None:
+        return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -55,6 +55,12 @@ def test_a_profile_is_read_value_by_value(tmp_path: Path) -> None:
     assert profile.rates == Rates(4, 9e9, 2e9, 5e9, 60e-6, 4e8, 100.5e-6)
 
 
+def test_a_profile_may_have_no_rates(tmp_path: Path) -> None:
+    kept = ("name", "ladder", "dense_bits", "memory", "threads", "disk_bandwidth")
+    profile = load_profile(str(write_profile(tmp_path, {key: GOOD[key] for key in kept})))
+    assert (profile.name, profile.memory_bytes, profile.rates) == ("board", 6 << 30, None)
+
+
 @pytest.mark.parametrize("value", ['"400MB"', "400000000", '"400000000"'])
 def test_a_bandwidth_may_be_any_size(tmp_path: Path, value: str) -> None:
     path = write_profile(tmp_path, {**GOOD, "disk_bandwidth": value})

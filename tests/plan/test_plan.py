@@ -137,6 +137,19 @@ def test_a_device_that_is_too_small_is_said_and_fails_where_it_was_asked_for(tmp
     assert "no  needs" in outcome.out
 
 
+def test_a_profile_without_rates_has_sizes_and_no_speed(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    kept = (
+        'name = "board"\nladder = [2, 3, 4]\ndense_bits = 8\nmemory = "1GiB"\nthreads = 2\ndisk_bandwidth = "1GB/s"\n'
+    )
+    path.write_text(kept, encoding="utf-8")
+    planned = of_profile(plan_of(MODEL, "--profile", path))
+    assert planned["fits"] and planned["bundle_bytes"] > 10**6
+    assert {(point["tokens_per_s"], point["first_token_s"]) for point in planned["points"]} == {(None, None)}
+    table = compile_cli(MODEL, "--plan", "--profile", path)
+    assert table.code == 0 and "board" in table.out
+
+
 def test_a_device_with_room_for_some_experts_streams_the_others(tmp_path: Path) -> None:
     floor = of_profile(plan_of(MODEL, "--profile", profile_file(tmp_path, "1GiB")))["floor_bytes"]
     middle = of_profile(plan_of(MODEL, "--profile", profile_file(tmp_path, str(floor + (2 << 20)))))

@@ -21,7 +21,7 @@ from dymoe_runtime.engine.budget import CHUNK
 from dymoe_runtime.spec import ModelSpec
 
 # Share of its experts that a token has in common with an unrelated one. It is 1 / experts * top_k where all experts
-# are used alike; the models of README.md whose routing was seen have 0.35 to 0.5.
+# are used alike.
 OVERLAP = 0.43
 # Largest share of tokens that use the same expert.
 MOST_POPULAR = 0.9
