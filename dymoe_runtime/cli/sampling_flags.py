@@ -10,11 +10,10 @@ import click
 
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.text.reasoning import SWITCHES
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.tokenizer import Tokenizer
 
-# Variables by which chat templates switch reasoning on and off.
-SWITCHES = ("enable_thinking", "thinking")
 # How Python, and so chat templates, write what JSON writes otherwise. As texts they would all be true.
 CONSTANTS = {"True": True, "False": False, "None": None}
 

@@ -16,6 +16,8 @@ TAGS = (
 # Harmony, the format of gpt-oss: <|channel|>NAME<|message|>TEXT<|end|>; the answer is in the channel "final".
 CHANNEL, MESSAGE, END, START = "<|channel|>", "<|message|>", "<|end|>", "<|start|>"
 FINAL = "final"
+# Variables by which chat templates switch reasoning on and off.
+SWITCHES = ("enable_thinking", "thinking")
 
 
 class Part(NamedTuple):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dymoe_runtime.text.generate import Ending, Token
-from dymoe_runtime.text.sampling import SamplingParams
-from dymoe_runtime.text.tokenizer import Tokenizer
+if TYPE_CHECKING:  # long chains of imports, for annotations alone
+    from dymoe_runtime.text.generate import Ending, Token
+    from dymoe_runtime.text.sampling import SamplingParams
+    from dymoe_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Answer(Protocol):
         """Return the iterator over the tokens; there is one for each answer."""
 
     def cancel(self) -> None:
-        """End the answer and free its slot within one step; any thread may call it, any number of times."""
+        """End the answer and free its slot within one step; any thread may call it, any number of times.
+
+        The iteration then ends soon, without a token that has a `finish`.
+        """
 
     async def aclose(self) -> None:
         """Do as `cancel` does."""
