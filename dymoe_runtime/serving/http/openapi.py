@@ -35,7 +35,8 @@ def document(operations: Sequence[Operation], version: str, with_keys: bool) -> 
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         described = _described(operation, schemas)
-        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+        path = re.sub(r":\w+}", "}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "DyMoE", "version": version, "summary": "A bundle, served by three protocols."},

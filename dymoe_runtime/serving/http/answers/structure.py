@@ -35,3 +35,8 @@ def constraint_of(
     if schema is None and grammar is None:
         return None
     raise bad_field(field, "this version does not support structured answers; leave it out")
+
+
+def has_tools(backend: Backend) -> bool:
+    """Return whether the model can be given tools."""
+    return False
