@@ -89,7 +89,7 @@ class RunFlags:
         help="Let web pages of this origin use the server, such as http://localhost:3000; * is all.",
     )
     max_body: int = flag(
-        "--max-body", group=SERVING, default=16 << 20, type=Size(), help="Most bytes of a request. Default: 16MiB."
+        "--max-body", group=SERVING, default=8 << 20, type=Size(), help="Most bytes of a request. Default: 8MiB."
     )
     time_limit: float = flag(
         "--time-limit",

@@ -11,6 +11,8 @@ from text_kit import make_tokenizer
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.settings import Settings, read_keys
+from dymoe_runtime.serving.http.exchange.bodies import Bodies
+from dymoe_runtime.serving.http.exchange.errors import ApiError
 from dymoe_runtime.serving.http.guard import is_local
 
 KEYS = ("first-key", "second-key")
@@ -113,6 +115,20 @@ def test_a_body_has_a_limit(path: str) -> None:
             yield b'{"a": ' + b" " * 10
 
     assert ask(app, "POST", path, content=pieces()).status_code == 413
+
+
+def test_all_bodies_together_have_a_limit() -> None:
+    bodies = Bodies(100)
+    first, second = bodies.begin(), bodies.begin()
+    for taken in (first, second, bodies.begin(), bodies.begin()):
+        taken.add(60)
+        taken.add(40)
+    with pytest.raises(ApiError, match="other long requests"):
+        bodies.begin().add(1)
+    bodies.end(first)
+    bodies.begin().add(100)
+    with pytest.raises(ApiError, match="more than 100 bytes"):
+        second.add(1)
 
 
 @pytest.mark.parametrize(

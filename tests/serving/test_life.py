@@ -72,6 +72,7 @@ def test_the_grace_ends(serve: Callable[..., Any]) -> None:
         while data := connection.recv(65536):
             received += data
         assert b"[DONE]" not in received and b"the server is ending" in received
+        server.process.wait(10)
 
 
 def test_a_port_in_use_is_one_sentence(server: Running, shipped_path: Path) -> None:

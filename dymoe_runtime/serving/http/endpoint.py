@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dymoe_runtime.serving.http.answers.backend import Backend
+from dymoe_runtime.serving.http.exchange.bodies import Taken
 from dymoe_runtime.serving.http.exchange.errors import ApiError, ErrorForm, as_api_error, as_field_error
 from dymoe_runtime.serving.http.exchange.forms import OPENAI
 from dymoe_runtime.serving.http.exchange.responses import JSON, json_response
@@ -65,9 +66,11 @@ class Endpoint:
                 status = message["status"]
             await send(message)
 
+        room = self._backend.bodies
+        taken = room.begin()
         try:
             try:
-                body = await read_body(receive, scope, self._backend.settings.max_body_bytes) if operation.body else b""
+                body = await read_body(receive, scope, taken) if operation.body else b""
             except ClientGone:
                 return
             except ApiError as error:
@@ -85,6 +88,7 @@ class Endpoint:
             if not work.cancelled():
                 work.result()
         finally:
+            room.end(taken)
             self._backend.metrics.count_request(operation.path, status)
 
     async def _work(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,14 +127,12 @@ class ClientGone(Exception):
     """The client went away before its request was complete."""
 
 
-async def read_body(receive: Receive, scope: Scope, most: int) -> bytes:
-    """Return the body of a request; raise ApiError if it has more than `most` bytes or does not come."""
-    too_long = ApiError(413, f"the body has more than {most:,} bytes; send less", code="body_too_large")
-    too_long.headers["Connection"] = "close"
+async def read_body(receive: Receive, scope: Scope, taken: Taken) -> bytes:
+    """Return the body of a request; raise ApiError if it is too long, there is no room, or it does not come."""
     length = dict(scope["headers"]).get(b"content-length", b"")
-    if length.isdigit() and int(length[:20]) > most:
-        raise too_long
-    parts, size = list[bytes](), 0
+    if length.isdigit():
+        taken.check(int(length[:20]))
+    parts = list[bytes]()
     while True:
         try:
             message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
@@ -139,9 +141,7 @@ async def read_body(receive: Receive, scope: Scope, most: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientGone
         parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise too_long
+        taken.add(len(parts[-1]))
         if not message.get("more_body", False):
             return b"".join(parts)
 

@@ -27,6 +27,7 @@ STALL_S = 60
 # Seconds that connections have for their last bytes, once all answers have ended.
 LAST_BYTES_S = 2
 BACKLOG = 128
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -74,7 +75,12 @@ def serve(app: ASGIApp, backend: Backend, listener: socket.socket, grace_s: floa
         timeout_graceful_shutdown=LAST_BYTES_S,
         backlog=BACKLOG,
     )
-    asyncio.run(_serve(_Server(config), backend, listener, grace_s, ready))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        asyncio.run(_serve(_Server(config), backend, listener, grace_s, ready))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _serve(
@@ -86,7 +92,7 @@ async def _serve(
     def stop() -> None:
         (hurry if asked.is_set() else asked).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, stop)
     running = asyncio.ensure_future(server.serve([listener]))
     try:

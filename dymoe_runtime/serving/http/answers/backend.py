@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dymoe_runtime.serving.http.answers.metrics import Metrics
 from dymoe_runtime.serving.http.answers.settings import Settings
+from dymoe_runtime.serving.http.exchange.bodies import Bodies
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
     from dymoe_runtime.serving.service.request import Service
@@ -39,7 +40,7 @@ class Backend:
     def __init__(self, service: Service, settings: Settings, about: About) -> None:
         """Read the chat template, so that the first request does not wait for it."""
         self.service, self.settings, self.about = service, settings, about
-        self.metrics = Metrics(service)
+        self.metrics, self.bodies = Metrics(service), Bodies(settings.max_body_bytes)
         self.open_answers = 0
         self.closing = False
         tokenizer = service.tokenizer

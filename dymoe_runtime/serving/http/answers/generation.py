@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -109,8 +110,9 @@ class Generation:
         """
         try:
             streams = [self._pieces(index, answer) for index, answer in enumerate(self._answers)]
-            async for piece in streams[0] if len(streams) == 1 else merged(streams):
-                yield piece
+            async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as together:
+                async for piece in together:
+                    yield piece
         finally:
             self.close()
 
@@ -162,7 +164,7 @@ def parsed(parser: Any, piece: Piece) -> Piece:
     return replace(piece, text=text, calls=calls)
 
 
-async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncIterator[Piece]:
+async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
     """Yield the items of several streams as they come; an error of one ends all."""
     items: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(1)
 

@@ -11,7 +11,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_text
 from dymoe_runtime.text.sampling import SamplingParams
 
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 8 << 20
 TIME_LIMIT_S = 3600.0
 MIN_KEY = 8
 
