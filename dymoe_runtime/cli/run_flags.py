@@ -163,6 +163,18 @@ class RunFlags:
     repetition_penalty: float | None = flag(
         "--repetition-penalty", group=SAMPLING, type=float, help=f"1 is off. {BY_MODEL}"
     )
+    presence_penalty: float | None = flag(
+        "--presence-penalty",
+        group=SAMPLING,
+        type=float,
+        help="Take this off the logit of each token that was generated. Default: 0.",
+    )
+    frequency_penalty: float | None = flag(
+        "--frequency-penalty",
+        group=SAMPLING,
+        type=float,
+        help="Take this off the logit of a token for each time that it was generated. Default: 0.",
+    )
     seed: int = flag(
         "--seed",
         group=SAMPLING,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,7 +11,7 @@ import click
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.reasoning import SWITCHES
-from dymoe_runtime.text.sampling import SamplingParams
+from dymoe_runtime.text.sampling import LIMITS, SamplingParams
 from dymoe_runtime.text.tokenizer import Tokenizer
 
 # How Python, and so chat templates, write what JSON writes otherwise. As texts they would all be true.
@@ -20,7 +20,7 @@ CONSTANTS = {"True": True, "False": False, "None": None}
 
 def sampling(tokenizer: Tokenizer, flags: RunFlags) -> SamplingParams:
     """Return the settings that the model asks for, with those that the flags give; raise DymoeError as these do."""
-    given = {f.name: value for f in fields(SamplingParams) if (value := getattr(flags, f.name)) is not None}
+    given = {name: value for name in LIMITS if (value := getattr(flags, name)) is not None}
     return replace(SamplingParams() if flags.greedy else tokenizer.sampling, **given)
 
 

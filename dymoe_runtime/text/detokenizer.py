@@ -18,6 +18,9 @@ class _Stream(Protocol):
     def push(self, token_id: int, token: str) -> str:
         """Return the text that this token makes certain."""
 
+    def settle(self) -> str:
+        """Return the text held back, unless it ends within a character."""
+
     def flush(self) -> str:
         """Return the remaining text."""
 
@@ -43,6 +46,13 @@ class StreamDecoder:
         """Return the text that this token makes certain; it never ends within a character."""
         token = None if token_id in self._skipped else self._tokenizer.token(token_id)
         return "" if token is None else self._stream.push(token_id, token)
+
+    def settle(self) -> str:
+        """Return the text that is held back, unless it ends within a character.
+
+        Call it before a special token that is spelled out.
+        """
+        return self._stream.settle()
 
     def flush(self) -> str:
         """Return the remaining text, with U+FFFD for incomplete characters; call it once, at the end."""
@@ -75,6 +85,9 @@ class _ByteLevelStream:
         except KeyError:  # an added token, spelled as plain text
             return self._decoder.decode(token.encode())
 
+    def settle(self) -> str:
+        return ""
+
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
@@ -104,6 +117,9 @@ class _WindowStream:
             return "" if _is_byte(token) else self.flush()
         text = self._pending_text()
         return "" if text.endswith(REPLACEMENT) and not token.endswith(REPLACEMENT) else self._give_out(text)
+
+    def settle(self) -> str:
+        return "" if self._pending_text().endswith(REPLACEMENT) else self.flush()
 
     def flush(self) -> str:
         return self._give_out(self._pending_text())

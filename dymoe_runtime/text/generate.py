@@ -236,7 +236,9 @@ def answer_tokens(
         if not (ended or full) and model.position >= model.max_context:
             following = make_room(history[begun:])
             full = following is None
-        part = splitter.push("" if ended else decoder.push(token_id), None if ended else special.get(token_id))
+        mark = None if ended else special.get(token_id)
+        spelled = "" if ended else decoder.settle() if mark in splitter.marks else decoder.push(token_id)
+        part = splitter.push(spelled, mark)
         text, thought = stop.push(part.answer), part.reasoning
         if ended or full:
             last, rest = splitter.push(decoder.flush()), splitter.flush()

@@ -119,6 +119,7 @@ def test_a_conversation_outlasts_its_context(sampled_path: Path) -> None:
     assert len(said["turns"]) == 52 and {turn["finish"] for turn in said["turns"]} <= {"stop", "length"}
     assert all(turn["new_tokens"] + turn["reused_tokens"] == turn["prompt_tokens"] <= 512 for turn in said["turns"])
     sampling = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+    sampling |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": []}
     assert said["sampling"] == sampling
     cut = run_cli(*args, "--stats", stdin=turns[:20] + "\n").err
     assert "(the context of 512 tokens is full)" in cut or "length" not in said["turns"][0]["finish"]
@@ -140,6 +141,8 @@ def test_flags_change_what_the_model_asks_for(sampled_path: Path, tiny_path: Pat
     greedy = answer(sampled_path, "--greedy", "--repetition-penalty", 1.1, tokens=2)["sampling"]
     assert greedy == answer(tiny_path, tokens=2)["sampling"] | {"repetition_penalty": 1.1}
     assert greedy["temperature"] == 0
+    penalties = answer(tiny_path, "--presence-penalty", 1, "--frequency-penalty", 0.5, tokens=2)["sampling"]
+    assert (penalties["presence_penalty"], penalties["frequency_penalty"]) == (1, 0.5)
     texts = {answer(sampled_path, *args)["text"] for args in ((), ("--seed", 1), ("--greedy",), ("--temperature", 0.3))}
     assert len(texts) == 4
     assert run_cli(sampled_path, "--prompt", "a", "--greedy", "--temperature", 1).code == 2
