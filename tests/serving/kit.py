@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +93,18 @@ class Scripted:
 
     name, digest, max_context = "scripted", "0" * 64, 100
 
-    def __init__(self, tokenizer: Tokenizer, *, tokens: int = 4, error: Exception | None = None, wait_s: float = 0.0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        tokens: int = 4,
+        texts: Sequence[Token] = (),
+        error: Exception | None = None,
+        wait_s: float = 0.0,
+    ) -> None:
         self.tokenizer = tokenizer
         self.tokens, self.error, self.wait_s = tokens, error, wait_s
+        self.texts = texts  # instead of so many tokens
         self.taken = 0  # tokens that readers have taken
         self.cancelled = 0
         self.requests: list[GenerationRequest] = []
@@ -123,14 +132,15 @@ class ScriptedAnswer:
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         service = self._service
-        for number in range(service.tokens):
+        last = Token(5, "a", "stop")
+        for number, token in enumerate(service.texts or [Token(5, "a")] * (service.tokens - 1) + [last]):
             await asyncio.sleep(service.wait_s)
             if not self._open:
                 return
             if service.error is not None and number:
                 raise service.error
             service.taken += 1
-            yield Token(5, "a", "stop" if number + 1 == service.tokens else None)
+            yield token
 
     def cancel(self) -> None:
         self._service.cancelled += self._open

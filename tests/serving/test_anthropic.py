@@ -74,7 +74,7 @@ def test_an_answer_that_is_begun_is_continued(client: anthropic.Anthropic) -> No
     [
         ({"messages": []}, "messages: it is empty"),
         ({"max_tokens": 0}, "max_tokens: expected int >= 1"),
-        ({"temperature": "hot"}, "temperature: expected float"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature: expected float"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, r"messages\[0\].content\[0\]"),
     ],
 )

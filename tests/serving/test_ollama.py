@@ -52,7 +52,7 @@ def test_models_are_listed_and_described(client: ollama.Client) -> None:
     assert model.model == "demo:latest" and model.size and model.digest
     assert [loaded.model for loaded in client.ps().models] == ["demo:latest"]
     shown = client.show("demo")
-    assert shown.capabilities == ["completion"] and shown.modelinfo is not None
+    assert shown.capabilities == ["completion", "tools"] and shown.modelinfo is not None
     assert shown.modelinfo["general.architecture"] == "qwen3_moe"
 
 

@@ -7,13 +7,13 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.answers.prompts import Prompt
-from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
+from dymoe_runtime.serving.http.exchange.errors import ApiError
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import Answer, GenerationRequest
 from dymoe_runtime.text.generate import Ending, Token
@@ -135,8 +135,8 @@ class Generation:
                 finish = piece.finish
                 yield piece
             if finish is None:  # the time was up
-                finish = "length"
-                yield Piece(index, None, finish=finish)
+                finish, piece = "length", Piece(index, None, finish="length")
+                yield piece if parser is None else parsed(parser, piece)
         except (Full, Closing):
             raise
         except DymoeError as error:
@@ -198,9 +198,6 @@ async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[P
 def params_of(backend: Backend, ask: Ask) -> SamplingParams:
     """Return the settings of the server with those of a request."""
     given = {name: value for name, value in ask.sampling.items() if value is not None}
-    for name in given.keys() - {f.name for f in fields(SamplingParams)}:
-        if given.pop(name):
-            raise bad_field(name, "this version does not support it; leave it out")
     seed = backend.settings.seed if ask.seed is None else ask.seed % SEEDS
     return replace(backend.settings.params, **given, seed=secrets.randbelow(SEEDS) if seed is None else seed)
 

@@ -8,21 +8,45 @@ from typing import Any
 
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.errors import bad_field
+from dymoe_runtime.text.reasoning import CHANNEL
+from dymoe_runtime.text.tool_calls import ToolCallParser, parser_for
 
 
 @dataclass(frozen=True)
 class Tools:
-    """Definitions for the chat template, and what makes parsers of the calls; neither where no tool may be called."""
+    """What the tools of a request mean for its prompt and its answer."""
 
-    definitions: list[dict[str, Any]] | None = None
-    calls: Callable[[], Any] | None = None
+    definitions: list[dict[str, Any]] | None = None  # for the chat template; None where no tool may be called
+    begun: str = ""  # how the answer begins, where a tool must be called
+    calls: Callable[[], ToolCallParser] | None = None  # makes the parser of an answer
 
 
 def tools_of(backend: Backend, definitions: Sequence[dict[str, Any]], choice: Any, field: str = "tools") -> Tools:
-    """Return the tools of a request in OpenAI's form; raise ApiError if the model's template has no tools."""
+    """Return the tools of a request in OpenAI's form, given its choice: a word, or the name of a tool in an object.
+
+    Raises ApiError if the tool that must be called is none of them, or if the format of the model's calls is not known.
+    """
     if not definitions or choice == "none":
+        if choice == "required" or isinstance(choice, dict):
+            raise bad_field("tool_choice", "there is no tool to call; send its definition in tools")
         return Tools()
-    raise bad_field(field, "this version does not support tools; leave them out")
+    named = choice["name"] if isinstance(choice, dict) else None
+    offered = [tool for tool in definitions if named in (None, tool["function"]["name"])]
+    if not offered:
+        raise bad_field("tool_choice", f"no tool is named '{str(named)[:80]}'; choose one of tools")
+    form, make = backend.tokenizer.tool_format, parser_for(backend.tokenizer)
+    if form is None or make is None:
+        raise bad_field(field, "how this model calls tools is not known; leave them out")
+    begun = form.begins[0] if named is not None or choice == "required" else ""
+    if begun.startswith(CHANNEL):
+        raise bad_field("tool_choice", "this model cannot be made to call a tool; use auto")
+
+    def parser() -> ToolCallParser:
+        made = make(offered)
+        made.push(begun)
+        return made
+
+    return Tools(offered, begun, parser)
 
 
 def constraint_of(
@@ -38,5 +62,5 @@ def constraint_of(
 
 
 def has_tools(backend: Backend) -> bool:
-    """Return whether the model can be given tools."""
-    return False
+    """Return whether it is known how the model calls tools, and its template takes them."""
+    return backend.tokenizer.has_chat_template and backend.tokenizer.tool_format is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece, found_stop
 from dymoe_runtime.serving.http.answers.prompts import Prompt, chat_prompt, reasoning_key, reasoning_variables
-from dymoe_runtime.serving.http.answers.structure import Tools, tools_of
+from dymoe_runtime.serving.http.answers.structure import Tools, constraint_of, tools_of
 from dymoe_runtime.serving.http.anthropic.requests import (
     CountRequest,
     MessagesRequest,
@@ -72,7 +72,8 @@ async def messages(backend: Backend, call: Call) -> ASGIApp:
     prompt = await _prompt(backend, body, tools)
     stop = tuple(body.stop_sequences or ())
     sampling = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
-    ask = Ask(sampling, stop=stop, max_tokens=body.max_tokens, calls=tools.calls)
+    constraint = await backend.in_thread(lambda: _constraint(backend, body))
+    ask = Ask(sampling, stop=stop, max_tokens=body.max_tokens, constraint=constraint, calls=tools.calls)
     generation = Generation(backend, [prompt], ask)
     answer = _Answer(backend, generation, stop)
     if body.stream:
@@ -91,10 +92,19 @@ def _tools(backend: Backend, body: CountRequest) -> Tools:
     return tools_of(backend, definitions(body.tools or ()), choice_of(body.tool_choice))
 
 
+def _constraint(backend: Backend, body: MessagesRequest) -> Callable[[], Any] | None:
+    if body.output_config is not None and body.output_config.format is not None:
+        return constraint_of(backend, body.output_config.format.schema, None, "output_config.format.schema")
+    if body.output_format is not None:
+        return constraint_of(backend, body.output_format.schema, None, "output_format.schema")
+    return None
+
+
 async def _prompt(backend: Backend, body: CountRequest, tools: Tools) -> Prompt:
     thinks = None if body.thinking is None else body.thinking.type != "disabled"
-    variables = reasoning_variables(backend, thinks)
-    return await chat_prompt(backend, template_messages(body, reasoning_key(backend)), tools.definitions, variables)
+    variables = reasoning_variables(backend, thinks, body.output_config and body.output_config.effort)
+    asked = template_messages(body, reasoning_key(backend))
+    return await chat_prompt(backend, asked, variables, tools.definitions, tools.begun)
 
 
 class _Answer:

@@ -58,6 +58,20 @@ class Thinking(msgspec.Struct):
     budget_tokens: int | None = None
 
 
+class OutputFormat(msgspec.Struct):
+    """The format that the text must have."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct):
+    """How the answer is written."""
+
+    effort: str | None = None
+    format: OutputFormat | None = None
+
+
 class CountRequest(msgspec.Struct):
     """A conversation whose tokens are counted."""
 
@@ -67,11 +81,13 @@ class CountRequest(msgspec.Struct):
     tools: list[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True):
     """A conversation to answer."""
 
+    output_format: OutputFormat | None = None  # where it was before output_config
     max_tokens: Tokens
     stream: bool | None = None
     stop_sequences: Stops | None = None

@@ -94,7 +94,7 @@ async def chat(backend: Backend, call: Call) -> ASGIApp:
         return json_response(_loaded(backend, fill_chat))
     tools = tools_of(backend, definitions(body.tools or []), None)
     messages = template_messages(body.messages, reasoning_key(backend))
-    prompt = await chat_prompt(backend, messages, tools.definitions, _variables(backend, body))
+    prompt = await chat_prompt(backend, messages, _variables(backend, body), tools.definitions)
     return await _answer(backend, body, prompt, fill_chat, tools.calls)
 
 
@@ -112,7 +112,7 @@ async def generate(backend: Backend, call: Call) -> ASGIApp:
     else:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]
-        prompt = await chat_prompt(backend, messages, None, _variables(backend, body))
+        prompt = await chat_prompt(backend, messages, _variables(backend, body))
     return await _answer(backend, body, prompt, fill_text, None)
 
 

@@ -185,7 +185,7 @@ async def chat_completions(backend: Backend, call: Call) -> ASGIApp:
     tools = tools_of(backend, definitions, choice)
     variables = reasoning_variables(backend, effort=body.reasoning_effort) | (body.chat_template_kwargs or {})
     messages = template_messages(body.messages, reasoning_key(backend))
-    prompt = await chat_prompt(backend, messages, tools.definitions, variables)
+    prompt = await chat_prompt(backend, messages, variables, tools.definitions, tools.begun)
     ask = Ask(
         sampling_values(backend, body),
         body.seed,

@@ -51,7 +51,7 @@ async def create_response(backend: Backend, call: Call) -> ASGIApp:
     effort = body.reasoning.effort if body.reasoning is not None else None
     variables = reasoning_variables(backend, effort=effort) | (body.chat_template_kwargs or {})
     messages = template_messages(body, reasoning_key(backend))
-    prompt = await chat_prompt(backend, messages, tools.definitions, variables)
+    prompt = await chat_prompt(backend, messages, variables, tools.definitions, tools.begun)
     sampling = {
         "temperature": body.temperature,
         "top_p": body.top_p,
