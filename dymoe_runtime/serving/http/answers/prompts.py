@@ -71,10 +71,14 @@ def reasoning_variables(backend: Backend, thinks: bool | None = None, effort: st
     """Return the variables by which the chat template switches reasoning on or off, as far as it has any."""
     if thinks is None and effort is not None:
         thinks = effort not in NO_EFFORT
-    values: dict[str, Any] = {} if thinks is None else dict.fromkeys(SWITCHES, thinks)
-    if effort is not None:
-        values[EFFORT] = effort
-    return {name: value for name, value in values.items() if name in backend.variables}
+    switches = () if thinks is None else SWITCHES
+    values: dict[str, Any] = {name: thinks for name in switches if name in backend.variables}
+    return values | reasoning_effort(backend, effort)
+
+
+def reasoning_effort(backend: Backend, effort: str | None) -> dict[str, Any]:
+    """Return the variable by which the chat template says how much to think, if it has one."""
+    return {EFFORT: effort} if effort is not None and EFFORT in backend.variables else {}
 
 
 def reasoning_key(backend: Backend) -> str:

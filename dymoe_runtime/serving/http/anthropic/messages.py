@@ -11,7 +11,13 @@ from starlette.types import ASGIApp
 
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece, found_stop
-from dymoe_runtime.serving.http.answers.prompts import Prompt, chat_prompt, reasoning_key, reasoning_variables
+from dymoe_runtime.serving.http.answers.prompts import (
+    Prompt,
+    chat_prompt,
+    reasoning_effort,
+    reasoning_key,
+    reasoning_variables,
+)
 from dymoe_runtime.serving.http.answers.structure import Tools, constraint_of, tools_of
 from dymoe_runtime.serving.http.anthropic.requests import (
     CountRequest,
@@ -102,7 +108,9 @@ def _constraint(backend: Backend, body: MessagesRequest) -> Callable[[], Any] | 
 
 async def _prompt(backend: Backend, body: CountRequest, tools: Tools) -> Prompt:
     thinks = None if body.thinking is None else body.thinking.type != "disabled"
-    variables = reasoning_variables(backend, thinks, body.output_config and body.output_config.effort)
+    effort = body.output_config.effort if body.output_config is not None else None
+    # Without `thinking`, an effort alone switches nothing on.
+    variables = reasoning_variables(backend, thinks) | reasoning_effort(backend, effort)
     asked = template_messages(body, reasoning_key(backend))
     return await chat_prompt(backend, asked, variables, tools.definitions, tools.begun)
 

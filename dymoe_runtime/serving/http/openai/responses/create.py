@@ -193,7 +193,7 @@ class _Answer:
         output.append(item)
         yield self._sent("response.output_item.added", output_index=len(output) - 1, item=item)
         if kind in PARTS:
-            lists = {"annotations": [], "logprobs": []} if kind == "message" else {}
+            lists: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
             item.content = [OutputPart(PARTS[kind][0], "", **lists)]
             yield self._of_part("response.content_part.added", part=self._part)
 
