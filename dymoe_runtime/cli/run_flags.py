@@ -186,6 +186,18 @@ class RunFlags:
     stop: tuple[str, ...] = flag(
         "--stop", group=SAMPLING, default=(), multiple=True, metavar="TEXT…", help="End before this text."
     )
+    grammar: Path | None = flag(
+        "--grammar",
+        group=SAMPLING,
+        type=click.Path(path_type=Path, allow_dash=False),
+        help="Let answers follow the grammar in this file: GBNF, or Lark.",
+    )
+    json_schema: str | None = flag(
+        "--json-schema",
+        group=SAMPLING,
+        metavar="SCHEMA",
+        help="Let answers be JSON that fits this schema: JSON, or the name of a file.",
+    )
     ignore_eos: bool = flag("--ignore-eos", group=SAMPLING, default=False, help="Go on past the end-of-text token.")
     expect: str | None = flag(
         "--expect",
@@ -365,12 +377,15 @@ EXCLUSIVE = (
     Conflict(("prompt", "prompt_file")),
     Conflict(("point", "quality", "tpot", "tiers")),
     Conflict(("greedy", "temperature")),
+    Conflict(("grammar", "json_schema", "ignore_eos")),
 )
 # (flag, flags that it cannot be combined with, reason if it is not obvious)
 NOT_WITH: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("prompt", ("bench", "probe", "eval_files", "serve"), ""),
     ("prompt_file", ("bench", "probe", "eval_files", "serve"), ""),
     ("session", ("bench", "probe", "eval_files", "serve"), ""),
+    ("grammar", ("bench", "probe", "eval_files", "serve"), ""),
+    ("json_schema", ("bench", "probe", "eval_files", "serve"), ""),
     ("session", ("decisions",), "the trace begins with an empty context"),
     ("tpot", ("eval_files", "probe"), ""),
     ("tpot", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),

@@ -69,6 +69,14 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
+def bytes_of_spelling(token: str) -> bytes:
+    """Return the bytes of a token of byte-level BPE; an added token is spelled as plain text."""
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    except KeyError:
+        return token.encode()
+
+
 class _ByteLevelStream:
     """A decoder of byte-level BPE, whose tokens are bytes that concatenate to UTF-8."""
 
@@ -80,10 +88,7 @@ class _ByteLevelStream:
         return bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int, token: str) -> str:
-        try:
-            return self._decoder.decode(bytes(_BYTE_OF_CHAR[char] for char in token))
-        except KeyError:  # an added token, spelled as plain text
-            return self._decoder.decode(token.encode())
+        return self._decoder.decode(bytes_of_spelling(token))
 
     def settle(self) -> str:
         return ""

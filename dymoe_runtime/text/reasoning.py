@@ -55,6 +55,11 @@ class Splitter:
         """Return what was held back; call it at the end of the stream."""
         return Part()
 
+    @property
+    def stage(self) -> str:
+        """Return what the text that comes next is: "answer", "reasoning", or at the "start" one of both."""
+        return "answer"
+
     def _spelled(self, special: str | None) -> str:
         return special if special is not None and special in self.marks else ""
 
@@ -67,13 +72,14 @@ class TagSplitter(Splitter):
 
     def __init__(self, begin: str, end: str, inside: bool, marks: Collection[str] = ()) -> None:
         super().__init__(marks)
-        self._begin, self._end = begin, end
+        self.begin = begin
+        self._end = end
         self._state = "reasoning" if inside else "start"
         self._held = ""
         self._trims = inside  # drop line breaks before the next text
 
     def push(self, text: str, special: str | None = None) -> Part:
-        marks = special is not None and (special == self._end or self._begin.startswith(special))
+        marks = special is not None and (special == self._end or self.begin.startswith(special))
         self._held += text + (special or "" if marks else self._spelled(special))
         if self._state == "start":
             self._look_for_begin()
@@ -84,11 +90,20 @@ class TagSplitter(Splitter):
         text = self._trimmed(self._take())
         return Part("", text) if self._state == "reasoning" else Part(text)
 
+    @property
+    def stage(self) -> str:
+        return self._state
+
+    @property
+    def held(self) -> str:
+        """Return the text that is held back."""
+        return self._held
+
     def _look_for_begin(self) -> None:
         text = self._held.lstrip()
-        if text.startswith(self._begin):
-            self._state, self._held, self._trims = "reasoning", text[len(self._begin) :], True
-        elif not self._begin.startswith(text):
+        if text.startswith(self.begin):
+            self._state, self._held, self._trims = "reasoning", text[len(self.begin) :], True
+        elif not self.begin.startswith(text):
             self._state = "answer"
 
     def _take_reasoning(self) -> str:
@@ -156,6 +171,10 @@ class ChannelSplitter(Splitter):
         header, self._header = self._header or "", None
         return Part(header.lstrip()) if self._plain else Part()  # an answer without any channel
 
+    @property
+    def stage(self) -> str:
+        return "answer" if self._header is None and self._channel == FINAL and not self._calls else "reasoning"
+
     def _named(self) -> str:
         """Return the recipient in the header so far, if it is a function."""
         found = _RECIPIENT.search(self._header or "")
@@ -171,16 +190,21 @@ class TurnSplitter(Splitter):
     def __init__(self, marks: Collection[str] = ()) -> None:
         super().__init__(marks)
         self._thinks = self._in_header = False
+        self._begun = False  # a mark of what the turn is has been seen
 
     def push(self, text: str, special: str | None = None) -> Part:
         if special in (BEGIN, END):
             self._in_header = True
         elif special in (THINK, CONTENT, CALLS):
-            self._thinks, self._in_header = special == THINK, False
+            self._thinks, self._in_header, self._begun = special == THINK, False, True
         if self._in_header:
             return Part()
         spelled = text + self._spelled(special)
         return Part("", spelled) if self._thinks else Part(spelled)
+
+    @property
+    def stage(self) -> str:
+        return "reasoning" if self._thinks or self._in_header or not self._begun else "answer"
 
 
 def make_splitter(template: str, prompt: str, special: Collection[str], marks: Collection[str] = ()) -> Splitter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,8 +155,15 @@ class Sampler:
         self._generator = None if params.greedy else np.random.default_rng(params.seed)
         self._counts: dict[int, int] | None = {} if params.presence_penalty or params.frequency_penalty else None
 
-    def sample(self, logits: np.ndarray, history: Sequence[int]) -> int:
+    def sample(
+        self,
+        logits: np.ndarray,
+        history: Sequence[int],
+        allow: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> int:
         """Return the next token id from logits float32 [V].
+
+        `allow` makes the logits of forbidden ids -inf, after bias and penalties and before all filters.
 
         `history` holds the ids of the prompt and of the tokens generated so far; an `array("q")` is read in place, a
         list is copied. Raises DymoeError if a logit is NaN or the largest is infinite, or if an id of the logit bias is
@@ -164,6 +171,10 @@ class Sampler:
         """
         check_logits(logits)
         scores = self._penalized(logits, history)
+        if allow is not None:
+            scores = allow(scores)
+            if scores.max() == -math.inf:
+                raise DymoeError("the grammar leaves no token that the model knows; use another grammar")
         if self._generator is None:
             token_id = int(scores.argmax())
         else:

@@ -63,6 +63,7 @@ def folder(shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = (EXAMPLES / "heldout" / "wiki.txt").read_text(encoding="utf-8")[:1500]
     for name in ("text.txt", "examples/heldout/code.txt", "examples/heldout/math.txt", "examples/heldout/wiki.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "answer.gbnf").write_text('root ::= "yes" | "no"\n')
     save_keys(tmp_path / "key.pem", tmp_path / "key.pub")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trace.jsonl").write_text(trace())

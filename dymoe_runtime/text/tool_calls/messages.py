@@ -50,6 +50,9 @@ def variants(
     that has no name.
     """
     normal = [_normal(message, number) for number, message in enumerate(messages)]
+    if not all(_is_call(call) for message in normal for call in message.get("tool_calls", ())):
+        yield [dict(message) for message in messages], tools  # in a form of the template's own
+        return
     if not takes_tools(template):
         check_tools(tools)
         plain = _merged([_spelled(message) for message in normal])
@@ -102,10 +105,16 @@ def _normal(message: Mapping[str, Any], number: int) -> Message:
     return normal
 
 
-def _normal_call(call: Any, number: int) -> Message:
+def _is_call(call: Any) -> bool:
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DymoeError(f"message {number}: a tool call has no function with a name; give it one")
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
+def _normal_call(call: Any, number: int) -> Any:
+    """Return a call with its arguments as an object; one in another form than OpenAI's as it is."""
+    if not _is_call(call):
+        return call
+    function = call["function"]
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

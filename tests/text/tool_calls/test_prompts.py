@@ -129,12 +129,17 @@ def test_a_prompt_without_tools_stays_as_it_was() -> None:
 @pytest.mark.parametrize(("calls", "words"), [
     ([call("f", "[1]")], "message 1: .*'f' are no JSON object"),
     ([call("f", "{")], "message 1: .*'f' are no JSON object"),
-    ([{"id": "x"}], "message 1: a tool call has no function"), ("f", "message 1: tool_calls is no list"),
+    ("f", "message 1: tool_calls is no list"),
 ])  # fmt: skip
 def test_malformed_calls_are_refused(calls: Any, words: str) -> None:
     for name in ("none", "mapping"):
         with pytest.raises(DymoeError, match=words):
             tokenizer(name).chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}])
+
+
+def test_calls_in_another_form_reach_the_template_as_they_are() -> None:
+    own = Tokenizer(byte_level_backend(), CONFIG, {"default": "{{ messages[0].tool_calls[0].name }}"})
+    assert own.chat([{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]) == "f"
 
 
 @pytest.mark.parametrize(("tools", "words"), [
