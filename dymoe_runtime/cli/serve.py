@@ -18,6 +18,7 @@ from dymoe_runtime.text.tokenizer import Tokenizer
 
 with needing_extra("serve", "serving"):
     from dymoe_runtime.serving.http.answers.backend import About, Backend
+    from dymoe_runtime.serving.http.answers.grammars import CompiledGrammars
     from dymoe_runtime.serving.http.answers.settings import Settings, read_keys
     from dymoe_runtime.serving.http.app import make_app
     from dymoe_runtime.serving.http.guard import is_local
@@ -40,7 +41,7 @@ def serve(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     ):
         identity = Identity.of(bundle.path, bundle.manifest.digest, model.budget.memory_bytes, flags.model_name)
         service = OneAtATime(model, tokenizer, identity, flags.queue)
-        backend = Backend(service, settings, describe(bundle, model.point))
+        backend = Backend(service, settings, describe(bundle, model.point), CompiledGrammars(tokenizer))
         port = listener.getsockname()[1]
         host = f"[{flags.host}]" if ":" in flags.host else flags.host
 

@@ -15,6 +15,7 @@ from dymoe_runtime.text.background import in_background
 from dymoe_runtime.text.constraints.constraint import Constraint
 from dymoe_runtime.text.constraints.gate import Gate
 from dymoe_runtime.text.detokenizer import StreamDecoder
+from dymoe_runtime.text.ending import Ending, is_id
 from dymoe_runtime.text.reasoning import Splitter
 from dymoe_runtime.text.sampling import Sampler, SamplingParams, log_probabilities
 from dymoe_runtime.text.stop_strings import StopStrings
@@ -80,39 +81,6 @@ class Watch:
             )
 
 
-@dataclass(frozen=True)
-class Ending:
-    """What ends an answer, besides a full context."""
-
-    max_tokens: int | None
-    strings: tuple[str, ...]
-    ids: frozenset[int]
-
-    @staticmethod
-    def of(
-        tokenizer: Tokenizer,
-        max_tokens: int | None,
-        stop: str | Sequence[str],
-        stop_ids: Collection[int],
-        ignore_eos: bool,
-    ) -> Ending:
-        """Gather the conditions; raise DymoeError if one is not possible."""
-        strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1, and a whole number")
-        for string in strings:
-            if not isinstance(string, str):
-                raise DymoeError(f"a stop string is {string!r}, which is no text; give texts")
-        if "" in strings:
-            raise DymoeError("a stop string is empty; give it at least one character")
-        if not isinstance(stop_ids, Iterable) or not all(map(_is_id, stop_ids)):
-            raise DymoeError(f"stop_ids {stop_ids!r}: expected the ids of tokens")
-        named = {tokenizer.special_ids[text] for text in strings if text in tokenizer.special_ids}
-        return Ending(
-            max_tokens, strings, frozenset(named | {*stop_ids} | (set() if ignore_eos else tokenizer.eos_ids))
-        )
-
-
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -170,13 +138,9 @@ def generate_async(*args: Any, **options: Any) -> AsyncGenerator[Token, None]:
     return in_background(generate(*args, **options))
 
 
-def _is_id(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
 def _ids(prompt: Sequence[int]) -> list[int]:
     """Return the ids of a prompt as a list; raise DymoeError if it is neither a text nor ids."""
-    if not isinstance(prompt, Iterable) or not all(map(_is_id, prompt := list(prompt))):
+    if not isinstance(prompt, Iterable) or not all(map(is_id, prompt := list(prompt))):
         raise DymoeError(f"the prompt is of type {type(prompt).__name__}; give a text, or the ids of its tokens")
     return [int(token_id) for token_id in prompt]
 

@@ -21,6 +21,7 @@ import httpx
 from starlette.applications import Starlette
 
 from dymoe_runtime.serving.http.answers.backend import About, Backend
+from dymoe_runtime.serving.http.answers.grammars import CompiledGrammars
 from dymoe_runtime.serving.http.answers.settings import Settings
 from dymoe_runtime.serving.http.app import make_app
 from dymoe_runtime.serving.http.table import OPERATIONS
@@ -152,7 +153,9 @@ class ScriptedAnswer:
 
 def app_of(service: Scripted, settings: Settings | None = None) -> Starlette:
     """The application in front of a service."""
-    return make_app(Backend(service, settings or Settings(), About("1", "tiny", 1, 1, "all")), OPERATIONS)
+    about = About("1", "tiny", 1, 1, "all")
+    backend = Backend(service, settings or Settings(), about, CompiledGrammars(service.tokenizer))
+    return make_app(backend, OPERATIONS)
 
 
 def ask(app: Starlette, method: str, path: str, **options: Any) -> httpx.Response:

@@ -16,9 +16,8 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.process import resident_bytes
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import GenerationRequest, ServiceState
-from dymoe_runtime.text.generate import Token, answer_tokens
+from dymoe_runtime.text.generate import LanguageModel, Token, answer_tokens
 from dymoe_runtime.text.sampling import Sampler
-from dymoe_runtime.text.session import RewindableModel
 from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.text.transcript import shared_prefix
 
@@ -32,8 +31,15 @@ POLL_S = 0.05
 log = logging.getLogger(__name__)
 
 
-class ServedModel(RewindableModel, Protocol):
+class ServedModel(LanguageModel, Protocol):
     """A loaded model, as a service uses it."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Return the ids of the tokens in the sequence."""
+
+    def reset(self, position: int, /) -> int:
+        """Forget the tokens from `position` on; return how many are kept, 0 if it cannot go back that far."""
 
     def statistics(self) -> dict[str, Any]:
         """Return the statistics of the run so far."""
@@ -221,6 +227,7 @@ class OneAtATime:
             request.ending,
             before=ids[:kept],
             logprobs=request.logprobs,
+            constraint=request.constraint,
             splitter=None if request.prompt is None else self.tokenizer.splitter(request.prompt),
         )
         for token in tokens:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
-    from dymoe_runtime.text.generate import Ending, Token
+    from dymoe_runtime.text.constraints.constraint import Constraint
+    from dymoe_runtime.text.ending import Ending
+    from dymoe_runtime.text.generate import Token
     from dymoe_runtime.text.sampling import SamplingParams
     from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -23,7 +25,7 @@ class GenerationRequest:
     params: SamplingParams
     ending: Ending
     logprobs: int | None = None  # as many likeliest tokens have their log-probabilities; None gives none at all
-    constraint: Any | None = None  # a fresh one for each request
+    constraint: Constraint | None = None  # a fresh one for each request
 
 
 @dataclass(frozen=True)

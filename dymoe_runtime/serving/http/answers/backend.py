@@ -15,6 +15,7 @@ from dymoe_runtime.serving.http.answers.settings import Settings
 from dymoe_runtime.serving.http.exchange.bodies import Bodies
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
+    from dymoe_runtime.serving.http.answers.grammars import CompiledGrammars
     from dymoe_runtime.serving.service.request import Service
     from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -37,13 +38,14 @@ class About:
 class Backend:
     """The service and what surrounds it."""
 
-    def __init__(self, service: Service, settings: Settings, about: About) -> None:
+    def __init__(self, service: Service, settings: Settings, about: About, grammars: CompiledGrammars) -> None:
         """Read the chat template, so that the first request does not wait for it."""
         self.service, self.settings, self.about = service, settings, about
         self.metrics, self.bodies = Metrics(service), Bodies(settings.max_body_bytes)
         self.open_answers = 0
         self.closing = False
         tokenizer = service.tokenizer
+        self.grammars = grammars
         self.variables = tokenizer.template_variables if tokenizer.has_chat_template else frozenset[str]()
         self.special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
         # Long texts take a while to render and encode; other answers go on meanwhile.

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
@@ -16,8 +16,13 @@ from dymoe_runtime.serving.http.answers.prompts import Prompt
 from dymoe_runtime.serving.http.exchange.errors import ApiError
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import Answer, GenerationRequest
-from dymoe_runtime.text.generate import Ending, Token
+from dymoe_runtime.text.constraints.constraint import Constraint
+from dymoe_runtime.text.ending import Ending
 from dymoe_runtime.text.sampling import LIMITS, SamplingParams
+from dymoe_runtime.text.tool_calls.parser import CallDelta, ToolCallParser
+
+if TYPE_CHECKING:  # a long chain of imports, for annotations alone
+    from dymoe_runtime.text.generate import Token
 
 SEEDS = int(LIMITS["seed"][1]) + 1
 # Answers that are open beside those that run or wait: their readers have not taken all of them yet.
@@ -36,8 +41,8 @@ class Ask:
     max_tokens: int | None = None
     logprobs: int | None = None
     count: int = 1  # answers to each prompt
-    constraint: Callable[[], Any] | None = None  # makes one for each answer
-    calls: Callable[[], Any] | None = None  # makes a parser of tool calls for each answer
+    constraint: Callable[[], Constraint] | None = None  # makes one for each answer
+    calls: Callable[[], ToolCallParser] | None = None  # makes a parser of tool calls for each answer
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Piece:
     token: Token | None  # None where the time was up
     text: str = ""
     reasoning: str = ""
-    calls: tuple[Any, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
     finish: str | None = None  # "stop", "length" or "tool_calls"
 
 
@@ -88,7 +93,7 @@ class Generation:
                     replace(params, seed=(params.seed + number) % SEEDS),
                     self.ending,
                     ask.logprobs,
-                    ask.constraint and ask.constraint(),
+                    None if ask.constraint is None else ask.constraint(),
                 )
                 self._answers.append(backend.service.submit(request))
                 backend.open_answers += 1
@@ -154,7 +159,7 @@ class Generation:
         self._backend.metrics.count_first(answer.prompt_tokens, answer.reused_tokens, now - self._started)
 
 
-def parsed(parser: Any, piece: Piece) -> Piece:
+def parsed(parser: ToolCallParser, piece: Piece) -> Piece:
     """Return a piece with tool calls taken out of its text."""
     part = parser.push(piece.text)
     text, calls = part.content, tuple(part.calls)

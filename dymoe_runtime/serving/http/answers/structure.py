@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
-from dymoe_runtime.serving.http.exchange.errors import bad_field
+from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
+from dymoe_runtime.text.constraints.constraint import Constraint
 from dymoe_runtime.text.reasoning import CHANNEL
 from dymoe_runtime.text.tool_calls import ToolCallParser, parser_for
 
@@ -51,14 +53,25 @@ def tools_of(backend: Backend, definitions: Sequence[dict[str, Any]], choice: An
 
 def constraint_of(
     backend: Backend, schema: Mapping[str, Any] | bool | None, grammar: str | None, field: str
-) -> Callable[[], Any] | None:
-    """Return what makes a constraint for each answer: a JSON schema, any JSON object (True), or a grammar.
+) -> Callable[[], Constraint] | None:
+    """Return what makes a constraint for each answer: of a JSON schema, of any JSON object (True), or of a grammar.
 
-    Raises ApiError if it cannot be compiled.
+    Call it where long work may run. Raises ApiError, naming the field, if it cannot be compiled.
     """
     if schema is None and grammar is None:
         return None
-    raise bad_field(field, "this version does not support structured answers; leave it out")
+    try:
+        if grammar is not None:
+            return backend.grammars.grammar(grammar, field)
+        return backend.grammars.json(schema, field)
+    except DymoeError as error:
+        raise ApiError(400, str(error), field) from error
+
+
+def check_alone(tools: Tools, constraint: object, field: str) -> None:
+    """Raise ApiError if an answer may call tools and has a format, too."""
+    if tools.calls is not None and constraint is not None:
+        raise bad_field(field, "it does not go with tools; leave out either, or set tool_choice to none")
 
 
 def has_tools(backend: Backend) -> bool:

@@ -18,7 +18,7 @@ from dymoe_runtime.serving.http.answers.prompts import (
     reasoning_key,
     reasoning_variables,
 )
-from dymoe_runtime.serving.http.answers.structure import Tools, constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import Tools, check_alone, constraint_of, tools_of
 from dymoe_runtime.serving.http.anthropic.requests import (
     CountRequest,
     MessagesRequest,
@@ -79,6 +79,7 @@ async def messages(backend: Backend, call: Call) -> ASGIApp:
     stop = tuple(body.stop_sequences or ())
     sampling = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
     constraint = await backend.in_thread(lambda: _constraint(backend, body))
+    check_alone(tools, constraint, "output_config.format")
     ask = Ask(sampling, stop=stop, max_tokens=body.max_tokens, constraint=constraint, calls=tools.calls)
     generation = Generation(backend, [prompt], ask)
     answer = _Answer(backend, generation, stop)

@@ -19,7 +19,7 @@ from dymoe_runtime.serving.http.answers.prompts import (
     reasoning_variables,
     text_prompt,
 )
-from dymoe_runtime.serving.http.answers.structure import constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import Tools, check_alone, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import OLLAMA
@@ -95,7 +95,7 @@ async def chat(backend: Backend, call: Call) -> ASGIApp:
     tools = tools_of(backend, definitions(body.tools or []), None)
     messages = template_messages(body.messages, reasoning_key(backend))
     prompt = await chat_prompt(backend, messages, _variables(backend, body), tools.definitions)
-    return await _answer(backend, body, prompt, fill_chat, tools.calls)
+    return await _answer(backend, body, prompt, fill_chat, tools)
 
 
 async def generate(backend: Backend, call: Call) -> ASGIApp:
@@ -113,7 +113,7 @@ async def generate(backend: Backend, call: Call) -> ASGIApp:
         system = [{"role": "system", "content": body.system}] if body.system else []
         messages = [*system, {"role": "user", "content": body.prompt}]
         prompt = await chat_prompt(backend, messages, _variables(backend, body))
-    return await _answer(backend, body, prompt, fill_text, None)
+    return await _answer(backend, body, prompt, fill_text, Tools())
 
 
 def fill_chat(part: Part, text: str, reasoning: str, calls: list[OllamaCall]) -> None:
@@ -144,12 +144,13 @@ def _loaded(backend: Backend, fill: Fill) -> Part:
     return part
 
 
-async def _answer(backend: Backend, body: Common, prompt: Prompt, fill: Fill, calls: Any) -> ASGIApp:
+async def _answer(backend: Backend, body: Common, prompt: Prompt, fill: Fill, tools: Tools) -> ASGIApp:
     options, wanted = body.options or Options(), body.format
     constraint = None
     if wanted:
         schema = True if isinstance(wanted, str) else wanted
         constraint = await backend.in_thread(lambda: constraint_of(backend, schema, None, "format"))
+    check_alone(tools, constraint, "format")
     count = options.num_predict if options.num_predict is not None and options.num_predict > 0 else None
     sampling = {
         "temperature": options.temperature,
@@ -161,7 +162,7 @@ async def _answer(backend: Backend, body: Common, prompt: Prompt, fill: Fill, ca
         "frequency_penalty": options.frequency_penalty,
     }
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    ask = Ask(sampling, options.seed, stops(options.stop), count, logprobs, 1, constraint, calls)
+    ask = Ask(sampling, options.seed, stops(options.stop), count, logprobs, 1, constraint, tools.calls)
     answer = _Answer(backend, Generation(backend, [prompt], ask), fill)
     if body.stream is None or body.stream:
         return Stream(answer.parts(), OLLAMA, LINES)

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import chat_prompt, reasoning_key, reasoning_variables
-from dymoe_runtime.serving.http.answers.structure import constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import check_alone, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import OPENAI
@@ -186,6 +186,8 @@ async def chat_completions(backend: Backend, call: Call) -> ASGIApp:
     variables = reasoning_variables(backend, effort=body.reasoning_effort) | (body.chat_template_kwargs or {})
     messages = template_messages(body.messages, reasoning_key(backend))
     prompt = await chat_prompt(backend, messages, variables, tools.definitions, tools.begun)
+    constraint = await backend.in_thread(lambda: _constraint(backend, body))
+    check_alone(tools, constraint, "grammar" if body.grammar is not None else "response_format")
     ask = Ask(
         sampling_values(backend, body),
         body.seed,
@@ -193,7 +195,7 @@ async def chat_completions(backend: Backend, call: Call) -> ASGIApp:
         body.max_completion_tokens or body.max_tokens,
         body.top_logprobs or 0 if body.logprobs else None,
         body.n or 1,
-        await backend.in_thread(lambda: _constraint(backend, body)),
+        constraint,
         tools.calls,
     )
     generation = Generation(backend, [prompt], ask)

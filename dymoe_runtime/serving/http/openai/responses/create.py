@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import chat_prompt, reasoning_key, reasoning_variables
-from dymoe_runtime.serving.http.answers.structure import constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import check_alone, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import RESPONSES
@@ -60,12 +60,14 @@ async def create_response(backend: Backend, call: Call) -> ASGIApp:
         "frequency_penalty": body.frequency_penalty,
     }
     wants_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    constraint = await backend.in_thread(lambda: _constraint(backend, body))
+    check_alone(tools, constraint, "text.format")
     ask = Ask(
         sampling,
         body.seed,
         max_tokens=body.max_output_tokens,
         logprobs=body.top_logprobs or 0 if wants_logprobs else None,
-        constraint=await backend.in_thread(lambda: _constraint(backend, body)),
+        constraint=constraint,
         calls=tools.calls,
     )
     answer = _Answer(backend, body, Generation(backend, [prompt], ask))
