@@ -12,7 +12,7 @@ import click
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import read_text
-from dymoe_runtime.text.constraints.grammars import Grammar, Grammars
+from dymoe_runtime.text.constraints import Grammar, Grammars
 from dymoe_runtime.text.reasoning import SWITCHES
 from dymoe_runtime.text.sampling import LIMITS, SamplingParams
 from dymoe_runtime.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.text import CONTEXT_POLICIES
 from dymoe_runtime.text.background import in_background
-from dymoe_runtime.text.constraints import Grammar
+from dymoe_runtime.text.constraints.constraint import Grammar
 from dymoe_runtime.text.ending import Ending
 from dymoe_runtime.text.generate import (
     LanguageModel,

@@ -301,3 +301,32 @@ def test_verify_says_that_a_sound_bundle_is_sound(tiny_path: Path, tmp_path: Pat
     copy = Path(shutil.copytree(tiny_path, tmp_path / "moved elsewhere.dymoe"))
     outcome = bundle_cli("verify", copy)
     assert outcome.code == 0 and "sound" in outcome.out
+
+
+def test_an_answer_follows_a_schema_or_a_grammar(tiny_path: Path, tmp_path: Path) -> None:
+    schema = '{"enum": ["yes", "no"]}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "answer.gbnf").write_text('root ::= "yes" | "no"\n')
+    begin = (tiny_path, "--prompt", "a", "--json")
+    for given in (schema, tmp_path / "schema.json"):
+        said = run_cli(*begin, "--json-schema", given).json
+        assert said["text"] in ('"yes"', '"no"') and said["finish"] == "stop"
+    said = run_cli(*begin, "--grammar", tmp_path / "answer.gbnf", "--temperature", 2).json
+    assert said["text"] in ("yes", "no") and said["finish"] == "stop"
+    cut = run_cli(*begin, "--json-schema", schema, "--max-tokens", 2).json
+    assert cut["text"] in ('"y', '"n') and cut["finish"] == "length"
+
+
+def test_a_schema_that_cannot_be_used_is_one_sentence(tiny_path: Path, tmp_path: Path) -> None:
+    for given, words in (
+        ('{"not": {}}', "--json-schema: 'not' is not supported; leave it out"),
+        ('{"a"', "--json-schema: not valid JSON"),
+        (tmp_path / "none.json", "none.json: no such file; give a JSON schema"),
+    ):
+        outcome = run_cli(tiny_path, "--prompt", "a", "--json-schema", given)
+        assert outcome.code == 1 and words in outcome.err and outcome.err.count("\n") == 1 and not outcome.out
+    (tmp_path / "loop.lark").write_text('start: "a" start')
+    outcome = run_cli(tiny_path, "--prompt", "a", "--grammar", tmp_path / "loop.lark")
+    assert outcome.code == 1 and "loop.lark: no text can end" in outcome.err
+    assert run_cli(tiny_path, "--prompt", "a", "--json-schema", "{}", "--ignore-eos").code == 2
+    assert run_cli(tiny_path, "--bench", "--json-schema", "{}").code == 2

@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split()[1])
+@pytest.mark.parametrize("block", blocks("py"), ids=lambda block: block.split()[1])
 def test_a_client_in_python_prints_an_answer(block: str, server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block.replace(WRITTEN, server.url), "docs/serving.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 2

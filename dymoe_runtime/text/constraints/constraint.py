@@ -28,3 +28,13 @@ class Constraint(Protocol):
 
     def restart(self) -> None:
         """Forget the tokens so far."""
+
+    def ways(self, mark: str) -> list[list[int]]:
+        """Return for each byte of `mark` the ids that go on with it from there, so that it can be completed."""
+
+
+class Grammar(Protocol):
+    """What answers must be; each answer takes a constraint of its own."""
+
+    def constraint(self) -> Constraint:
+        """Return a constraint for one answer."""

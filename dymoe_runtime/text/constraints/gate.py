@@ -59,13 +59,11 @@ class Gate:
 
     def _ways(self) -> list[int]:
         """Return the ids that begin the mark of reasoning, or go on with it."""
-        from dymoe_runtime.text.constraints.vocabulary import openers, token_bytes  # seldom needed
-
         splitter = self._splitter
         if not isinstance(splitter, TagSplitter):
             return []
         if not self._openers:
-            self._openers = openers(self._tokenizer, token_bytes(self._tokenizer), splitter.begin)
+            self._openers = self._constraint.ways(splitter.begin)
         return self._openers[min(len(splitter.held.lstrip().encode()), len(self._openers) - 1)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.text.constraints.checks import check_grammar_ends, check_text, checked_schema
-from dymoe_runtime.text.constraints.constraint import Constraint
+from dymoe_runtime.text.constraints.constraint import Constraint, Grammar
 from dymoe_runtime.text.constraints.vocabulary import Vocabulary
 from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -31,23 +31,23 @@ LIMITS: dict[str, Any] = {
 MAX_REASON = 200
 
 
-class Grammar:
-    """A compiled grammar; each answer takes a constraint of its own."""
+class MatcherGrammar:
+    """A grammar that the library has compiled."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
-        """Wrap a matcher of the library that has seen no token, over `size` ids."""
-        self._matcher, self._size = matcher, size
+    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+        """Wrap a matcher of the library that has seen no token."""
+        self._matcher, self._vocabulary = matcher, vocabulary
 
     def constraint(self) -> Constraint:
         """Return a constraint for one answer."""
-        return MatcherConstraint(self._matcher.deep_copy(), self._size)
+        return MatcherConstraint(self._matcher.deep_copy(), self._vocabulary)
 
 
 class MatcherConstraint:
     """A constraint by a matcher of the library."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
-        self._matcher, self._size = matcher, size
+    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+        self._matcher, self._vocabulary, self._size = matcher, vocabulary, len(vocabulary.tokens)
 
     @property
     def ended(self) -> bool:
@@ -82,6 +82,10 @@ class MatcherConstraint:
         """Forget the tokens so far."""
         self._matcher.reset()
 
+    def ways(self, mark: str) -> list[list[int]]:
+        """Return for each byte of `mark` the ids that go on with it from there."""
+        return self._vocabulary.ways(mark)
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise DymoeError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}; simplify it")
@@ -104,8 +108,7 @@ class Grammars:
             import llguidance
             from llguidance._tokenizer import TokenizerWrapper
         self._library = llguidance
-        vocabulary = Vocabulary(tokenizer)
-        self._size = len(vocabulary.tokens)
+        self._vocabulary = vocabulary = Vocabulary(tokenizer)
         self._tokens = llguidance.LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.eos_token_ids)
 
     def json_object(self) -> Grammar:
@@ -151,7 +154,7 @@ class Grammars:
         trial = matcher.deep_copy()
         if not any(trial.compute_bitmask()) or trial.is_error():
             raise DymoeError(f"{where}: no text fits it; correct it")
-        return Grammar(matcher, self._size)
+        return MatcherGrammar(matcher, self._vocabulary)
 
 
 def _explained(error: str) -> str:

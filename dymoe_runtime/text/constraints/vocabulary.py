@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Any
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.detokenizer import REPLACEMENT, bytes_of_spelling
@@ -61,6 +60,24 @@ class Vocabulary:
             at = end
         return ids
 
+    def ways(self, mark: str) -> list[list[int]]:
+        """Return for each byte of `mark` the ids that go on with it from there, and after which it can be completed."""
+        whole = mark.encode()
+        by_bytes: dict[bytes, list[int]] = {}
+        parts = {whole[i:j] for i in range(len(whole)) for j in range(i + 1, len(whole) + 1)}
+        for token_id, token in enumerate(self.tokens):
+            if token in parts:
+                by_bytes.setdefault(token, []).append(token_id)
+        ways: list[list[int]] = [[] for _ in range(len(whole) + 1)]
+        complete = {len(whole)}
+        for at in reversed(range(len(whole))):
+            for end in range(at + 1, len(whole) + 1):
+                if end in complete:
+                    ways[at] += by_bytes.get(whole[at:end], [])
+            if ways[at]:
+                complete.add(at)
+        return ways
+
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """Return the bytes that each id adds to a text; none for special tokens and ids without a token."""
@@ -89,27 +106,3 @@ def _anchor(tokenizer: Tokenizer, ids: list[int]) -> tuple[int, str]:
         if text.isalpha() and tokenizer.decode([token_id, token_id]).startswith(text):
             return token_id, text
     raise DymoeError("the tokenizer has no token that is a plain word, so no grammar fits it; use another model")
-
-
-def openers(tokenizer: Tokenizer, tokens: Any, mark: str) -> list[list[int]]:
-    """Return for each place in `mark` the ids that go on with it from there, and after which it can be completed.
-
-    `tokens` are the bytes of each id; special tokens are known by their texts.
-    """
-    whole = mark.encode()
-    by_bytes: dict[bytes, list[int]] = {}
-    parts = {whole[i:j] for i in range(len(whole)) for j in range(i + 1, len(whole) + 1)}
-    special = {token_id: text.encode() for text, token_id in tokenizer.special_ids.items()}
-    for token_id, token in enumerate(tokens):
-        token = special.get(token_id, token)
-        if token in parts:
-            by_bytes.setdefault(token, []).append(token_id)
-    ways: list[list[int]] = [[] for _ in range(len(whole) + 1)]
-    complete = {len(whole)}
-    for at in reversed(range(len(whole))):
-        for end in range(at + 1, len(whole) + 1):
-            if end in complete:
-                ways[at] += by_bytes.get(whole[at:end], [])
-        if ways[at]:
-            complete.add(at)
-    return ways
