@@ -162,6 +162,8 @@ def check_grammar_ends(lark: str, where: str) -> None:
     Rules with what this does not know are taken to end.
     """
     begins = list(_RULE.finditer(lark))
+    if not begins:
+        raise DymoeError(f"{where}: it has no rule; write it in GBNF or Lark")
     if len(begins) > MAX_RULES:
         raise DymoeError(f"{where}: more than {MAX_RULES} rules; simplify it")
     rules: dict[str, str] = {}

@@ -238,4 +238,5 @@ def called(piece: Piece) -> list[OllamaCall]:
     return [
         OllamaCall(OllamaFunction(delta.name, msgspec.json.decode(delta.arguments or "{}"), delta.index), delta.id)
         for delta in piece.calls
+        if delta.name is not None  # parsers give calls in one piece
     ]
