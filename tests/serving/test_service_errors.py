@@ -62,7 +62,31 @@ def test_one_answer_of_several_that_fails_cancels_the_others() -> None:
 def test_more_answers_than_the_server_holds_are_refused() -> None:
     made = service()
     answer = ask(app_of(made), "POST", "/v1/completions", json=BODY | {"prompt": ["a", "b"], "n": 16})
-    assert answer.status_code == 429 and not made.requests
+    assert answer.status_code == 400 and "32 answers, but the server holds 4" in answer.text and not made.requests
+    assert ask(app_of(made), "POST", "/v1/completions", json=BODY | {"prompt": ["a", "b"], "n": 2}).is_success
+
+
+def test_readers_that_are_slow_fill_the_server() -> None:
+    made = service(tokens=1000)
+    app = app_of(made)
+
+    async def read() -> list[int]:
+        readers = [Reader(4, goes=False) for _ in range(20)]
+        tasks = [asyncio.ensure_future(app(scope(PATHS[0]), reader.receive, reader.send)) for reader in readers]
+        await asyncio.gather(*(reader.stuck.wait() for reader in readers))
+        statuses = list[int]()
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 0))
+
+        await app(scope(PATHS[0]), Reader(4, goes=False).receive, send)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return statuses
+
+    assert asyncio.run(read())[0] == 429
+    assert made.cancelled == 20 and len(made.requests) == 20
 
 
 def test_requests_become_what_they_say() -> None:

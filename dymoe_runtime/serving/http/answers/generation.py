@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.answers.prompts import Prompt
-from dymoe_runtime.serving.http.exchange.errors import ApiError
+from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import Answer, GenerationRequest
 from dymoe_runtime.text.constraints.constraint import Constraint
@@ -82,10 +82,13 @@ class Generation:
         self._answers: list[Answer] = []
         params = params_of(backend, ask)
         state = backend.service.state()
-        if backend.open_answers + len(prompts) * ask.count > state.slots + state.queue_limit + SLOW_READERS:
+        wanted, most = len(prompts) * ask.count, state.slots + state.queue_limit
+        if wanted > most:
+            raise bad_field("n", f"the request is for {wanted} answers, but the server holds {most}; ask for fewer")
+        if backend.open_answers + wanted > most + SLOW_READERS:
             raise Full(1.0)
         try:
-            for number in range(len(prompts) * ask.count):
+            for number in range(wanted):
                 prompt = prompts[number // ask.count]
                 request = GenerationRequest(
                     prompt.text,
@@ -143,8 +146,10 @@ class Generation:
                 finish, piece = "length", Piece(index, None, finish="length")
                 yield piece if parser is None else parsed(parser, piece)
         except (Full, Closing):
+            finish = "error"
             raise
         except DymoeError as error:
+            finish = "error"
             raise ApiError(500, str(error), code="generation_failed") from error
         finally:
             timer.cancel()
