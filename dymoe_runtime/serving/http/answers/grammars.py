@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dymoe_runtime.text.constraints.constraint import Constraint
+from dymoe_runtime.text.constraints.constraint import Constraint, Grammar
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
-    from dymoe_runtime.text.constraints.grammars import Grammar, Grammars
+    from dymoe_runtime.text.constraints.grammars import Grammars
     from dymoe_runtime.text.tokenizer import Tokenizer
 
 # Compiled grammars that are kept for further requests.
