@@ -84,7 +84,7 @@ def test_ollama(server: Running) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}}},
             "response_format.json_schema.schema",
         ),
-        ({"extra_body": {"grammar": "root ::= "}}, "grammar"),
+        ({"extra_body": {"grammar": "root ::= ("}}, "grammar"),
         ({"extra_body": {"grammar": "no grammar"}}, "grammar"),
         (
             {"response_format": {"type": "json_object"}, "tools": [{"type": "function", "function": {"name": "a"}}]},
