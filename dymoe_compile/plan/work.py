@@ -21,8 +21,8 @@ MAX_WORK = 8e11
 HELD_OUT_SHARE = 0.2
 # Rules that are measured for each of `wanted_bits`: two that are fitted, and three that these must beat.
 FITTED_RULES, OTHER_RULES = 2, 3
-# What one thread with AVX-512 does in a second: weights that it quantizes, and products of weights and tokens. They tell
-# the order of magnitude.
+# What one thread with AVX-512 does in a second: weights that it quantizes, and products of weights and tokens. They
+# tell the order of magnitude.
 QUANTIZED_PER_S, PRODUCTS_PER_S = 2.7e6, 4.5e10
 START_S = 10
 

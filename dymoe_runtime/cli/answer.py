@@ -15,7 +15,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli.load import format_statistics, load, run_options
 from dymoe_runtime.cli.output import Answer, say_cut, say_dropped, show
 from dymoe_runtime.cli.run_flags import RunFlags
-from dymoe_runtime.cli.sampling_flags import sampling, template_variables
+from dymoe_runtime.cli.sampling_flags import grammar, sampling, template_variables
 from dymoe_runtime.console import print_json
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.model import Model
@@ -23,6 +23,7 @@ from dymoe_runtime.engine.saved.state_file import saved_context
 from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import MAX_TEXT_BYTES, decode_text, read_text
 from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.text.constraints import Grammar
 from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
@@ -36,8 +37,9 @@ def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
         check_place(flags.session)
     tokenizer = Tokenizer.load(bundle.path, bundle.spec.eos_ids)
     params = sampling(tokenizer, flags)
+    rules = grammar(tokenizer, flags)  # before the model, so that the budget counts what it takes
     if not flags.chat:
-        complete(bundle, kernels, flags, tokenizer, params)
+        complete(bundle, kernels, flags, tokenizer, params, rules)
         return
     variables = template_variables(tokenizer, flags)
     once = flags.prompt is not None or flags.prompt_file is not None
@@ -64,6 +66,7 @@ def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
                 params=params,
                 variables=variables,
                 context_policy=flags.context_policy,
+                grammar=rules,
             )
 
         session = begin(flags.system, (), params)
@@ -96,13 +99,20 @@ def keep(session: Session, model: Model, flags: RunFlags) -> None:
         model.save_state(flags.session, session.to_json())
 
 
-def complete(bundle: Bundle, kernels: Kernels, flags: RunFlags, tokenizer: Tokenizer, params: SamplingParams) -> None:
-    """Continue one prompt."""
+def complete(
+    bundle: Bundle,
+    kernels: Kernels,
+    flags: RunFlags,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    rules: Grammar | None,
+) -> None:
+    """Continue one prompt, by the rules of a grammar if there is one."""
     ids = tokenizer.encode(_read_prompt(flags))
     room = max(len(ids) + (flags.max_tokens or DEFAULT_CONTEXT), _kept_context(flags))
     with load(bundle, kernels, flags, room) as model:
         note = model.load_state(flags.session) if flags.session is not None and flags.session.exists() else ""
-        answer = show(_continue(model, tokenizer, ids, params, flags), flags)
+        answer = show(_continue(model, tokenizer, ids, params, flags, rules), flags)
         say_cut(answer, model.max_context, flags)
         statistics = model.statistics() | answer.timing | {"sampling": params.to_json()}
         if flags.stats:
@@ -120,12 +130,27 @@ def _kept_context(flags: RunFlags) -> int:
 
 
 def _continue(
-    model: Model, tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams, flags: RunFlags
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    params: SamplingParams,
+    flags: RunFlags,
+    rules: Grammar | None,
 ) -> Generator[Token, None, None]:
     """Return the tokens that follow `ids`; what a saved state holds of these is not computed again."""
     kept = model.reset(min(shared_prefix(model.tokens, ids), len(ids) - 1)) if ids else 0
     before, new = ids[:kept], ids[kept:]
-    return generate(model, tokenizer, new, params, flags.max_tokens, flags.stop, flags.ignore_eos, before)
+    return generate(
+        model,
+        tokenizer,
+        new,
+        params,
+        flags.max_tokens,
+        flags.stop,
+        flags.ignore_eos,
+        before,
+        constraint=None if rules is None else rules.constraint(),
+    )
 
 
 def converse(session: Session, model: Model, prompts: Iterator[str], flags: RunFlags, once: bool) -> None:

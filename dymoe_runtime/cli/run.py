@@ -21,6 +21,7 @@ from dymoe_runtime.cli.run_flags import (
     PRECISION,
     PROFILE,
     SAMPLING,
+    SERVING,
     SPEED,
     TRACING,
     RunFlags,
@@ -55,7 +56,7 @@ SUBCOMMANDS = {
         "Do with BUNDLE what the options say; by default continue a prompt.",
         (
             *(MODE, INPUT, CHAT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT),
-            *(EVALUATION, BENCHMARK, PROFILE, TRACING, COMPARISON),
+            *(SERVING, EVALUATION, BENCHMARK, PROFILE, TRACING, COMPARISON),
         ),
         EXAMPLES,
         None,
@@ -65,6 +66,13 @@ SUBCOMMANDS = {
         (INPUT, CHAT, SAMPLING, MEMORY, PRECISION, SPEED, OUTPUT, TRACING, COMPARISON),
         ("dymoe-run chat my.dymoe --memory 6GiB", 'dymoe-run chat my.dymoe --prompt "Why is the sky blue?"'),
         "chat",
+    ),
+    "serve": Subcommand(
+        "Serve BUNDLE: to clients of OpenAI's, Anthropic's and Ollama's APIs, until it is told to end.",
+        (SERVING, SAMPLING, MEMORY, PRECISION, SPEED, COMPARISON),
+        ("dymoe-run serve my.dymoe --memory 6GiB", "dymoe-run serve my.dymoe --port 11434 --api-key-file keys.txt"),
+        "serve",
+        ("thinking", "template_var"),
     ),
     "eval": Subcommand(
         "Score texts with BUNDLE, teacher-forced: likelihood, and KL to a reference.",
@@ -188,6 +196,10 @@ def execute(path: Path, flags: RunFlags) -> None:
         with importing(), sparing_imports():  # not needed for an answer
             from dymoe_runtime.cli import measure
         measure.measure(bundle, kernels, flags)
+    elif flags.serve:
+        with importing(), sparing_imports():
+            from dymoe_runtime.cli import serve
+        serve.serve(bundle, kernels, flags)
     else:
         with importing(), sparing_imports():
             from dymoe_runtime.cli import answer

@@ -20,8 +20,10 @@ from dymoe_runtime.text import CONTEXT_POLICIES
 MODE, INPUT, CHAT, OUTPUT, SAMPLING = "What to do", "Input", "Conversation", "Output", "Sampling"
 MEMORY, PRECISION, SPEED, TRACING = "Memory", "Precision", "Speed", "Tracing"
 EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
-INTEGRITY, PROFILE = "Integrity", "Profile"
+INTEGRITY, PROFILE, SERVING = "Integrity", "Profile", "Serving"
 
+# Requests that wait hold memory.
+MAX_QUEUE = 10_000
 REASONING = ("show", "hide")
 BY_MODEL = "Default: the model's."
 
@@ -51,6 +53,66 @@ class RunFlags:
         help="Write this machine's rates as a profile for dymoe-compile.",
     )
     overwrite: bool = flag("--overwrite", group=PROFILE, default=False, help="Replace the file of --write.")
+    serve: bool = flag(
+        "--serve", group=MODE, default=False, help="Serve BUNDLE to clients of OpenAI's, Anthropic's and Ollama's APIs."
+    )
+    host: str = flag(
+        "--host",
+        group=SERVING,
+        default="127.0.0.1",
+        show_default=True,
+        help="Address to listen on; others than this machine's own loopback let others in.",
+    )
+    port: int = flag(
+        "--port",
+        group=SERVING,
+        default=8080,
+        type=click.IntRange(0, 65535),
+        show_default=True,
+        help="Port to listen on; 0 takes a free one.",
+    )
+    model_name: str | None = flag(
+        "--model-name", group=SERVING, metavar="NAME", help="Name of the model. Default: that of BUNDLE."
+    )
+    queue: int = flag(
+        "--queue",
+        group=SERVING,
+        default=64,
+        type=click.IntRange(1, MAX_QUEUE),
+        show_default=True,
+        help="Most requests that wait; more are told to come back later.",
+    )
+    api_key_file: Path | None = flag(
+        "--api-key-file",
+        group=SERVING,
+        type=click.Path(path_type=Path),
+        help="Let in only requests with a key of this file, which has one a line.",
+    )
+    cors: tuple[str, ...] = flag(
+        "--cors",
+        group=SERVING,
+        default=(),
+        multiple=True,
+        metavar="ORIGIN…",
+        help="Let web pages of this origin use the server, such as http://localhost:3000; * is all.",
+    )
+    max_body: int = flag(
+        "--max-body", group=SERVING, default=8 << 20, type=Size(), help="Most bytes of a request. Default: 8MiB."
+    )
+    time_limit: float = flag(
+        "--time-limit",
+        group=SERVING,
+        default=3600.0,
+        type=Duration(),
+        help="End an answer that takes longer, such as 90s. Default: 3600s.",
+    )
+    grace: float = flag(
+        "--grace",
+        group=SERVING,
+        default=10.0,
+        type=Duration(),
+        help="Time that running answers have to end on SIGTERM. Default: 10s.",
+    )
     prompt: str | None = flag("--prompt", group=INPUT, help="Text to continue, or with chat to answer.")
     prompt_file: Path | None = flag(
         "--prompt-file",
@@ -109,6 +171,18 @@ class RunFlags:
     repetition_penalty: float | None = flag(
         "--repetition-penalty", group=SAMPLING, type=float, help=f"1 is off. {BY_MODEL}"
     )
+    presence_penalty: float | None = flag(
+        "--presence-penalty",
+        group=SAMPLING,
+        type=float,
+        help="Take this off the logit of each token that was generated. Default: 0.",
+    )
+    frequency_penalty: float | None = flag(
+        "--frequency-penalty",
+        group=SAMPLING,
+        type=float,
+        help="Take this off the logit of a token for each time that it was generated. Default: 0.",
+    )
     seed: int = flag(
         "--seed",
         group=SAMPLING,
@@ -119,6 +193,18 @@ class RunFlags:
     )
     stop: tuple[str, ...] = flag(
         "--stop", group=SAMPLING, default=(), multiple=True, metavar="TEXT…", help="End before this text."
+    )
+    grammar: Path | None = flag(
+        "--grammar",
+        group=SAMPLING,
+        type=click.Path(path_type=Path, allow_dash=False),
+        help="Let answers follow the grammar in this file: GBNF, or Lark.",
+    )
+    json_schema: str | None = flag(
+        "--json-schema",
+        group=SAMPLING,
+        metavar="SCHEMA",
+        help="Let answers be JSON that fits this schema: JSON, or the name of a file.",
     )
     ignore_eos: bool = flag("--ignore-eos", group=SAMPLING, default=False, help="Go on past the end-of-text token.")
     expect: str | None = flag(
@@ -295,39 +381,54 @@ class Conflict(NamedTuple):
 
 
 EXCLUSIVE = (
-    Conflict(("eval_files", "bench", "probe", "chat")),
+    Conflict(("eval_files", "bench", "probe", "chat", "serve")),
     Conflict(("prompt", "prompt_file")),
     Conflict(("point", "quality", "tpot", "tiers")),
     Conflict(("greedy", "temperature")),
+    Conflict(("grammar", "json_schema", "ignore_eos")),
 )
 # (flag, flags that it cannot be combined with, reason if it is not obvious)
 NOT_WITH: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("prompt", ("bench", "probe", "eval_files"), ""),
-    ("prompt_file", ("bench", "probe", "eval_files"), ""),
-    ("session", ("bench", "probe", "eval_files"), ""),
+    ("prompt", ("bench", "probe", "eval_files", "serve"), ""),
+    ("prompt_file", ("bench", "probe", "eval_files", "serve"), ""),
+    ("session", ("bench", "probe", "eval_files", "serve"), ""),
+    ("grammar", ("bench", "probe", "eval_files", "serve"), ""),
+    ("json_schema", ("bench", "probe", "eval_files", "serve"), ""),
     ("session", ("decisions",), "the trace begins with an empty context"),
     ("tpot", ("eval_files", "probe"), ""),
     ("tpot", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
     ("quality", ("no_dynamic", "no_depth"), "it chooses measured points, which these are not"),
     ("latency", ("eval_files", "probe"), "it depends on what is in memory, which these must not"),
     ("no_preload", ("eval_files", "probe"), "these never preload"),
-    ("trace", ("eval_files", "probe"), ""),
-    ("decisions", ("latency", "tpot", "eval_files", "probe"), ""),
+    ("trace", ("eval_files", "probe", "serve"), ""),
+    ("decisions", ("latency", "tpot", "eval_files", "probe", "serve"), ""),
+    ("stats", ("serve",), "/metrics and /props have them"),
+    ("as_json", ("serve",), "/metrics and /props have the statistics"),
     ("warm_set", ("eval_files", "probe"), ""),
 )
-REQUIRES = {
-    "system": "chat",
-    "thinking": "chat",
-    "reasoning": "chat",
-    "template_var": "chat",
-    "context_policy": "chat",
-    "warm_up": "bench",
-    "prompt_tokens": "bench",
-    "new_tokens": "bench",
-    "reference": "eval_files",
-    "eval_phase": "eval_files",
-    "write": "probe",
-    "overwrite": "write",
+# flag -> flags of which it needs one
+REQUIRES: dict[str, tuple[str, ...]] = {
+    "system": ("chat",),
+    "thinking": ("chat", "serve"),
+    "reasoning": ("chat",),
+    "template_var": ("chat", "serve"),
+    "context_policy": ("chat",),
+    "warm_up": ("bench",),
+    "prompt_tokens": ("bench",),
+    "new_tokens": ("bench",),
+    "reference": ("eval_files",),
+    "eval_phase": ("eval_files",),
+    "host": ("serve",),
+    "port": ("serve",),
+    "model_name": ("serve",),
+    "queue": ("serve",),
+    "api_key_file": ("serve",),
+    "cors": ("serve",),
+    "max_body": ("serve",),
+    "time_limit": ("serve",),
+    "grace": ("serve",),
+    "write": ("probe",),
+    "overwrite": ("write",),
 }
 
 
@@ -348,9 +449,9 @@ def check_flags(flags: RunFlags) -> None:
             if flags.given(name) and flags.given(other):
                 why = f": {reason}" if reason else ""
                 raise click.UsageError(f"{names[name]} does not go with {names[other]}{why}")
-    for name, other in REQUIRES.items():
-        if flags.given(name) and not flags.given(other):
-            raise click.UsageError(f"{names[name]} goes with {names[other]}")
+    for name, needed in REQUIRES.items():
+        if flags.given(name) and not any(map(flags.given, needed)):
+            raise click.UsageError(f"{names[name]} goes with {' or '.join(names[other] for other in needed)}")
     for file in flags.eval_files:
         if flags.eval_files.count(file) > 1:
             raise click.UsageError(f"{file} is named twice; each text is scored once")

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.text.sampling import SamplingParams
+from dymoe_runtime.files import read_text
+from dymoe_runtime.text.constraints import Grammar, Grammars
+from dymoe_runtime.text.reasoning import SWITCHES
+from dymoe_runtime.text.sampling import LIMITS, SamplingParams
 from dymoe_runtime.text.tokenizer import Tokenizer
 
-# Variables by which chat templates switch reasoning on and off.
-SWITCHES = ("enable_thinking", "thinking")
 # How Python, and so chat templates, write what JSON writes otherwise. As texts they would all be true.
 CONSTANTS = {"True": True, "False": False, "None": None}
 
 
 def sampling(tokenizer: Tokenizer, flags: RunFlags) -> SamplingParams:
     """Return the settings that the model asks for, with those that the flags give; raise DymoeError as these do."""
-    given = {f.name: value for f in fields(SamplingParams) if (value := getattr(flags, f.name)) is not None}
+    given = {name: value for name in LIMITS if (value := getattr(flags, name)) is not None}
     return replace(SamplingParams() if flags.greedy else tokenizer.sampling, **given)
+
+
+def grammar(tokenizer: Tokenizer, flags: RunFlags) -> Grammar | None:
+    """Return the grammar that answers must follow; raise DymoeError if it cannot be used."""
+    if flags.grammar is None and flags.json_schema is None:
+        return None
+    if flags.grammar is not None:
+        text = read_text(flags.grammar, "give a grammar in GBNF or Lark")
+        return Grammars(tokenizer).grammar(text, f"--grammar {flags.grammar}")
+    schema, where = flags.json_schema or "", "--json-schema"
+    if not schema.lstrip().startswith("{"):
+        where = f"{where} {schema}"
+        schema = read_text(Path(schema), "give a JSON schema, or the file that it is in")
+    return Grammars(tokenizer).json_schema(schema, where)
 
 
 def template_variables(tokenizer: Tokenizer, flags: RunFlags) -> dict[str, Any]:

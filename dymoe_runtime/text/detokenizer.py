@@ -18,6 +18,9 @@ class _Stream(Protocol):
     def push(self, token_id: int, token: str) -> str:
         """Return the text that this token makes certain."""
 
+    def settle(self) -> str:
+        """Return the text held back, unless it ends within a character."""
+
     def flush(self) -> str:
         """Return the remaining text."""
 
@@ -44,6 +47,13 @@ class StreamDecoder:
         token = None if token_id in self._skipped else self._tokenizer.token(token_id)
         return "" if token is None else self._stream.push(token_id, token)
 
+    def settle(self) -> str:
+        """Return the text that is held back, unless it ends within a character.
+
+        Call it before a special token that is spelled out.
+        """
+        return self._stream.settle()
+
     def flush(self) -> str:
         """Return the remaining text, with U+FFFD for incomplete characters; call it once, at the end."""
         return self._stream.flush()
@@ -59,6 +69,14 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
+def bytes_of_spelling(token: str) -> bytes:
+    """Return the bytes of a token of byte-level BPE; an added token is spelled as plain text."""
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    except KeyError:
+        return token.encode()
+
+
 class _ByteLevelStream:
     """A decoder of byte-level BPE, whose tokens are bytes that concatenate to UTF-8."""
 
@@ -70,10 +88,10 @@ class _ByteLevelStream:
         return bool(self._decoder.getstate()[0])
 
     def push(self, token_id: int, token: str) -> str:
-        try:
-            return self._decoder.decode(bytes(_BYTE_OF_CHAR[char] for char in token))
-        except KeyError:  # an added token, spelled as plain text
-            return self._decoder.decode(token.encode())
+        return self._decoder.decode(bytes_of_spelling(token))
+
+    def settle(self) -> str:
+        return ""
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -104,6 +122,9 @@ class _WindowStream:
             return "" if _is_byte(token) else self.flush()
         text = self._pending_text()
         return "" if text.endswith(REPLACEMENT) and not token.endswith(REPLACEMENT) else self._give_out(text)
+
+    def settle(self) -> str:
+        return "" if self._pending_text().endswith(REPLACEMENT) else self.flush()
 
     def flush(self) -> str:
         return self._give_out(self._pending_text())

@@ -12,7 +12,10 @@ import numpy as np
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.text.background import in_background
+from dymoe_runtime.text.constraints.constraint import Constraint
+from dymoe_runtime.text.constraints.gate import Gate
 from dymoe_runtime.text.detokenizer import StreamDecoder
+from dymoe_runtime.text.ending import Ending, is_id
 from dymoe_runtime.text.reasoning import Splitter
 from dymoe_runtime.text.sampling import Sampler, SamplingParams, log_probabilities
 from dymoe_runtime.text.stop_strings import StopStrings
@@ -78,39 +81,6 @@ class Watch:
             )
 
 
-@dataclass(frozen=True)
-class Ending:
-    """What ends an answer, besides a full context."""
-
-    max_tokens: int | None
-    strings: tuple[str, ...]
-    ids: frozenset[int]
-
-    @staticmethod
-    def of(
-        tokenizer: Tokenizer,
-        max_tokens: int | None,
-        stop: str | Sequence[str],
-        stop_ids: Collection[int],
-        ignore_eos: bool,
-    ) -> Ending:
-        """Gather the conditions; raise DymoeError if one is not possible."""
-        strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise DymoeError(f"--max-tokens {max_tokens}: must be at least 1, and a whole number")
-        for string in strings:
-            if not isinstance(string, str):
-                raise DymoeError(f"a stop string is {string!r}, which is no text; give texts")
-        if "" in strings:
-            raise DymoeError("a stop string is empty; give it at least one character")
-        if not isinstance(stop_ids, Iterable) or not all(map(_is_id, stop_ids)):
-            raise DymoeError(f"stop_ids {stop_ids!r}: expected the ids of tokens")
-        named = {tokenizer.special_ids[text] for text in strings if text in tokenizer.special_ids}
-        return Ending(
-            max_tokens, strings, frozenset(named | {*stop_ids} | (set() if ignore_eos else tokenizer.eos_ids))
-        )
-
-
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -123,6 +93,7 @@ def generate(
     *,
     stop_ids: Collection[int] = (),
     logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> Generator[Token, None, None]:
     """Return a generator of the tokens that follow the model's cache and `prompt`, a text or its token ids.
 
@@ -130,7 +101,8 @@ def generate(
     string of `stop`, after `max_tokens` if given, or when the context is full. A stop string that is a special token
     ends generation at that token. `params` are by default those that the model's generation_config.json asks for.
     `before` holds ids that are in the cache already, which the repetition penalty counts like those of the prompt. With
-    `logprobs` tokens have their log-probability before any sampling setting, and those of as many likeliest tokens.
+    `logprobs` tokens have their log-probability before any sampling setting, and those of as many likeliest tokens. A
+    `constraint`, fresh for each answer, says which tokens may come; the answer ends where its text is complete.
 
     If others change the model's sequence before the last token, the next one raises DymoeError. The model decodes a
     token only when the next one is asked for. The last token is therefore not in the cache, and
@@ -152,7 +124,9 @@ def generate(
     check_logprobs(logprobs)
     check_prompt(model, prompt_ids)
     sampler = Sampler(tokenizer.sampling if params is None else params)
-    return answer_tokens(model, tokenizer, prompt_ids, sampler, ending, before=before, logprobs=logprobs)
+    return answer_tokens(
+        model, tokenizer, prompt_ids, sampler, ending, before=before, logprobs=logprobs, constraint=constraint
+    )
 
 
 def generate_async(*args: Any, **options: Any) -> AsyncGenerator[Token, None]:
@@ -164,13 +138,9 @@ def generate_async(*args: Any, **options: Any) -> AsyncGenerator[Token, None]:
     return in_background(generate(*args, **options))
 
 
-def _is_id(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
 def _ids(prompt: Sequence[int]) -> list[int]:
     """Return the ids of a prompt as a list; raise DymoeError if it is neither a text nor ids."""
-    if not isinstance(prompt, Iterable) or not all(map(_is_id, prompt := list(prompt))):
+    if not isinstance(prompt, Iterable) or not all(map(is_id, prompt := list(prompt))):
         raise DymoeError(f"the prompt is of type {type(prompt).__name__}; give a text, or the ids of its tokens")
     return [int(token_id) for token_id in prompt]
 
@@ -210,33 +180,40 @@ def answer_tokens(
     before: Sequence[int] = (),
     logprobs: int | None = None,
     splitter: Splitter | None = None,
+    constraint: Constraint | None = None,
     watch: Watch | None = None,
     make_room: Callable[[Sequence[int]], np.ndarray | None] = lambda answered: None,
 ) -> Generator[Token, None, None]:
     """Yield the tokens of an answer to `prompt_ids`.
 
-    `splitter` divides reasoning from the answer. `watch` has seen all changes of the sequence for this answer. When the
-    context is full, `make_room` gets the ids answered so far. It either runs the model on a shorter conversation that
-    ends with them, and returns the logits after the last one, or returns None.
+    `splitter` divides reasoning from the answer, to which alone `constraint` applies. `watch` has seen all changes of
+    the sequence for this answer. When the context is full, `make_room` gets the ids answered so far. It either runs the
+    model on a shorter conversation that ends with them, and returns the logits after the last one, or returns None.
     """
     decoder, stop = StreamDecoder(tokenizer), StopStrings(ending.strings)
     splitter = Splitter() if splitter is None else splitter
     special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
+    gate = None if constraint is None else Gate(constraint, splitter, tokenizer)
     watch = watch or Watch(model)
     logits = watch.call(lambda: model.prefill(prompt_ids))
     history = array("q", [*before, *prompt_ids])
     begun, count = len(history), 0
     while True:
-        token_id = sampler.sample(logits, history)
+        token_id = sampler.sample(logits, history, None if gate is None else gate.allow)
         likely = {} if logprobs is None else log_probabilities(logits, token_id, logprobs)
         history.append(token_id)
         count += 1
         ended, following = token_id in ending.ids, None
+        mark = None if ended else special.get(token_id)
+        spelled = "" if ended else decoder.settle() if mark in splitter.marks else decoder.push(token_id)
+        part = splitter.push(spelled, mark)
+        if gate is not None and not ended:
+            gate.accept(token_id, part)
+            ended = gate.ended
         full = count == ending.max_tokens
         if not (ended or full) and model.position >= model.max_context:
             following = make_room(history[begun:])
             full = following is None
-        part = splitter.push("" if ended else decoder.push(token_id), None if ended else special.get(token_id))
         text, thought = stop.push(part.answer), part.reasoning
         if ended or full:
             last, rest = splitter.push(decoder.flush()), splitter.flush()

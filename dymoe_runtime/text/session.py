@@ -16,8 +16,9 @@ from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
 from dymoe_runtime.text import CONTEXT_POLICIES
 from dymoe_runtime.text.background import in_background
+from dymoe_runtime.text.constraints.constraint import Grammar
+from dymoe_runtime.text.ending import Ending
 from dymoe_runtime.text.generate import (
-    Ending,
     LanguageModel,
     Token,
     Watch,
@@ -99,12 +100,13 @@ class Session:
         params: SamplingParams | None = None,
         variables: Mapping[str, Any] | None = None,
         context_policy: str = CONTEXT_POLICIES[0],
+        grammar: Grammar | None = None,
     ) -> None:
         """Begin with a system message, if given, and the messages of `history`.
 
         The tokenizer is by default that of the model's bundle. `params` are by default those that the model's
         generation_config.json asks for. `variables` go to the chat template, such as `enable_thinking`. When the
-        context is full, the oldest turns leave it, or with the policy "stop" the turn fails.
+        context is full, the oldest turns leave it, or with the policy "stop" the turn fails. Answers follow `grammar`.
 
         Raises DymoeError if there is no chat template, or none that takes these messages and variables, if `history`
         has a system message elsewhere than at its begin or beside `system`, or if an argument has a wrong type.
@@ -124,6 +126,7 @@ class Session:
         # How answers are sampled unless `reply` is told otherwise.
         self.params = self._tokenizer.sampling if params is None else params
         self._variables = dict(variables or {})
+        self._grammar = grammar
         self._drops = context_policy == "drop"
         self._first = 0  # index of the first message, after the system message, that is in the context
         self._attempts = 1  # to answer the last question
@@ -297,6 +300,7 @@ class Session:
             before=ids[:reused],
             logprobs=logprobs,
             splitter=splitter,
+            constraint=None if self._grammar is None else self._grammar.constraint(),
             watch=watch,
             make_room=lambda answered: self._make_room(asked, answered, watch),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from dymoe_runtime.text.added_tokens import add_tokens
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.tokenizer_files import CONFIG, RESTORE, load_backend, read_if_there, read_object, refusing
+from dymoe_runtime.text.tool_calls.formats import format_of
+from dymoe_runtime.text.tool_calls.messages import uses_tools, variants
+from dymoe_runtime.text.tool_calls.parser import Format
 
 
 class BundleOf(Protocol):
@@ -167,6 +171,12 @@ class Tokenizer:
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_each(self, texts: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids, special tokens left out; faster than `decode` again and again."""
+        with refusing("tokenizer.json: cannot decode tokens", RESTORE):
+            decoded: list[str] = self._backend.decode_batch([list(ids) for ids in texts], skip_special_tokens=True)
+        return decoded
+
     def token(self, token_id: int) -> str | None:
         """Return the token as the vocabulary spells it, or None if the id is outside the vocabulary."""
         token: str | None = self._backend.id_to_token(token_id)
@@ -183,24 +193,40 @@ class Tokenizer:
         """Return whether the model has a chat template."""
         return bool(self._chat_templates)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Return `messages` as the prompt that the model was trained on; encode it with add_special_tokens=False.
 
-        `kwargs` are passed to the template, such as `tools` or `enable_thinking`. Raises DymoeError if there is no
-        template, or if the template refuses the messages or asks for more time or memory than a template may use.
+        `tools` are definitions of functions in OpenAI's form. Messages may have `tool_calls`, whose arguments are
+        objects or JSON, and the role "tool". Where the template takes no tools, a system message, or the first one of
+        the user, has the definitions. `kwargs` are passed to the template, such as `enable_thinking`.
+
+        Raises DymoeError if there is no template, if a definition or a call is malformed, or if the template refuses
+        the messages or asks for more time or memory than a template may use.
         """
         from dymoe_runtime.text.chat_template import reason, render  # imports jinja2, which plain prompts do not need
 
-        template = self._pick_chat_template(kwargs.get("tools") is not None)
-        variables = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return render(template, variables)
-        except Exception as error:  # a template is a program of the model's author: it can raise anything
-            where = "" if self._template_file is None else f"{self._template_file}: "
-            raise DymoeError(
-                f"{where}the chat template failed: {reason(error)}; change the messages or use --prompt"
-            ) from error
+        template = self._pick_chat_template(tools is not None)
+        variables = {"documents": None, **self._special_tokens, **kwargs}
+        forms: Iterable[tuple[Sequence[Mapping[str, Any]], Any]] = [(messages, tools)]
+        if uses_tools(messages, tools):
+            forms = variants(messages, tools, template)
+        refusal: Exception | None = None
+        for said, defined in forms:
+            form = {"messages": said, "tools": defined, "add_generation_prompt": add_generation_prompt}
+            try:
+                return render(template, variables | form)
+            except Exception as error:  # a template is a program of the model's author: it can raise anything
+                refusal = refusal or error
+        where = "" if self._template_file is None else f"{self._template_file}: "
+        why = "it takes no messages" if refusal is None else reason(refusal)
+        raise DymoeError(f"{where}the chat template failed: {why}; change the messages or use --prompt") from refusal
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -219,7 +245,14 @@ class Tokenizer:
 
     def splitter(self, prompt: str) -> Splitter:
         """Return a new splitter of reasoning from the answer to a prompt that `chat` returned."""
-        return make_splitter(self._pick_chat_template(tools=False), prompt, self.special_ids)
+        form = self.tool_format
+        marks = () if form is None else set(form.special) & self.special_ids.keys()
+        return make_splitter(self._pick_chat_template(tools=False), prompt, self.special_ids, marks)
+
+    @cached_property
+    def tool_format(self) -> Format | None:
+        """Return how answers write calls of tools; None if it is not known, or there is no chat template."""
+        return format_of(self._pick_chat_template(tools=True), self.special_ids) if self._chat_templates else None
 
     def _pick_chat_template(self, tools: bool) -> str:
         if not self._chat_templates:

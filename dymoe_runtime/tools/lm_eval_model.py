@@ -59,7 +59,10 @@ COMMON_ARGS: dict[str, Any] = {
 IGNORED_ARGS = ("batch_size", "max_batch_size", "device")
 # Names of the limit of an answer in a task, the first given counts.
 MAX_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+SAMPLING_KEYS = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "seed",
+)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def test_a_conversation_outlasts_its_context(sampled_path: Path) -> None:
     assert len(said["turns"]) == 52 and {turn["finish"] for turn in said["turns"]} <= {"stop", "length"}
     assert all(turn["new_tokens"] + turn["reused_tokens"] == turn["prompt_tokens"] <= 512 for turn in said["turns"])
     sampling = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+    sampling |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": []}
     assert said["sampling"] == sampling
     cut = run_cli(*args, "--stats", stdin=turns[:20] + "\n").err
     assert "(the context of 512 tokens is full)" in cut or "length" not in said["turns"][0]["finish"]
@@ -140,6 +141,8 @@ def test_flags_change_what_the_model_asks_for(sampled_path: Path, tiny_path: Pat
     greedy = answer(sampled_path, "--greedy", "--repetition-penalty", 1.1, tokens=2)["sampling"]
     assert greedy == answer(tiny_path, tokens=2)["sampling"] | {"repetition_penalty": 1.1}
     assert greedy["temperature"] == 0
+    penalties = answer(tiny_path, "--presence-penalty", 1, "--frequency-penalty", 0.5, tokens=2)["sampling"]
+    assert (penalties["presence_penalty"], penalties["frequency_penalty"]) == (1, 0.5)
     texts = {answer(sampled_path, *args)["text"] for args in ((), ("--seed", 1), ("--greedy",), ("--temperature", 0.3))}
     assert len(texts) == 4
     assert run_cli(sampled_path, "--prompt", "a", "--greedy", "--temperature", 1).code == 2
@@ -298,3 +301,32 @@ def test_verify_says_that_a_sound_bundle_is_sound(tiny_path: Path, tmp_path: Pat
     copy = Path(shutil.copytree(tiny_path, tmp_path / "moved elsewhere.dymoe"))
     outcome = bundle_cli("verify", copy)
     assert outcome.code == 0 and "sound" in outcome.out
+
+
+def test_an_answer_follows_a_schema_or_a_grammar(tiny_path: Path, tmp_path: Path) -> None:
+    schema = '{"enum": ["yes", "no"]}'
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "answer.gbnf").write_text('root ::= "yes" | "no"\n')
+    begin = (tiny_path, "--prompt", "a", "--json")
+    for given in (schema, tmp_path / "schema.json"):
+        said = run_cli(*begin, "--json-schema", given).json
+        assert said["text"] in ('"yes"', '"no"') and said["finish"] == "stop"
+    said = run_cli(*begin, "--grammar", tmp_path / "answer.gbnf", "--temperature", 2).json
+    assert said["text"] in ("yes", "no") and said["finish"] == "stop"
+    cut = run_cli(*begin, "--json-schema", schema, "--max-tokens", 2).json
+    assert cut["text"] in ('"y', '"n') and cut["finish"] == "length"
+
+
+def test_a_schema_that_cannot_be_used_is_one_sentence(tiny_path: Path, tmp_path: Path) -> None:
+    for given, words in (
+        ('{"not": {}}', "--json-schema: 'not' is not supported; leave it out"),
+        ('{"a"', "--json-schema: not valid JSON"),
+        (tmp_path / "none.json", "none.json: no such file; give a JSON schema"),
+    ):
+        outcome = run_cli(tiny_path, "--prompt", "a", "--json-schema", given)
+        assert outcome.code == 1 and words in outcome.err and outcome.err.count("\n") == 1 and not outcome.out
+    (tmp_path / "loop.lark").write_text('start: "a" start')
+    outcome = run_cli(tiny_path, "--prompt", "a", "--grammar", tmp_path / "loop.lark")
+    assert outcome.code == 1 and "loop.lark: no text can end" in outcome.err
+    assert run_cli(tiny_path, "--prompt", "a", "--json-schema", "{}", "--ignore-eos").code == 2
+    assert run_cli(tiny_path, "--bench", "--json-schema", "{}").code == 2

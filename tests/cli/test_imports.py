@@ -74,6 +74,14 @@ def test_an_import_that_fails_is_one_sentence(problem: str, code: int, words: tu
     assert_one_sentence(outcome_of(script, tiny_path, "--prompt", "y"), *words, code=code)
 
 
+def test_serving_needs_an_extra(tiny_path: Path) -> None:
+    for library in ("starlette", "uvicorn", "prometheus_client"):
+        parts = {"problem": f'ImportError("No module named {library}")', "library": library}
+        script = NOT_WHOLE.format(**parts, package="runtime.cli", name="run")
+        outcome = outcome_of(script, "serve", tiny_path)
+        assert_one_sentence(outcome, library, "serving needs the extra 'serve'", "pip install 'dymoe[serve]'")
+
+
 @pytest.mark.parametrize("isa", ["", "numpy", "torch"])  # the last is what the reference was called once
 def test_without_torch_all_but_reading_checkpoints_works(
     isa: str, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def folder(shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = (EXAMPLES / "heldout" / "wiki.txt").read_text(encoding="utf-8")[:1500]
     for name in ("text.txt", "examples/heldout/code.txt", "examples/heldout/math.txt", "examples/heldout/wiki.txt"):
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "answer.gbnf").write_text('root ::= "yes" | "no"\n')
     save_keys(tmp_path / "key.pem", tmp_path / "key.pub")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trace.jsonl").write_text(trace())
@@ -92,6 +93,8 @@ def execute(command: str) -> subprocess.CompletedProcess[str]:
     words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
     if not any(word in words for word in ("build/demo.dymoe", "examples/model", "packed.dymoe", "--supported")):
         words = [*(word for word in words if not word.startswith("-")), "--help"]
+    if "serve" in words or "--serve" in words:
+        return outcome_of_server(program, *words)
     # A command that writes something is run for each document, in the folder of which it is.
     return outcome_of.__wrapped__(program, *words) if {"-o", "--write"} & set(words) else outcome_of(program, *words)
 
@@ -101,6 +104,19 @@ def outcome_of(program: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own, because a budget counts what the process of the tests holds."""
     installed = Path(sys.executable).with_name(program)
     return subprocess.run([installed, *words], input=CHAT, capture_output=True, text=True, timeout=300)
+
+
+@cache
+def outcome_of_server(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Start a server at a free port, and end it once clients can connect."""
+    command = [Path(sys.executable).with_name(program), *words, "--port", "0"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    said = ""
+    while process.stderr is not None and " is served at " not in said and (line := process.stderr.readline()):
+        said += line
+    process.terminate()
+    _, rest = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, "", said + rest)
 
 
 @pytest.mark.usefixtures("folder")

@@ -158,6 +158,8 @@ def test_a_value_that_is_not_possible_names_the_file(value: object) -> None:
 def test_settings_read_as_a_line() -> None:
     assert str(SamplingParams(0.8, top_p=0.95, seed=3)) == "temperature 0.8, top-p 0.95, seed 3"
     assert str(SamplingParams(repetition_penalty=1.1)) == "greedy, repetition-penalty 1.1"
+    assert str(SamplingParams(top_k=3, presence_penalty=0.5)) == "greedy, presence-penalty 0.5"
+    assert str(SamplingParams(1.0, logit_bias={7: 1, 3: -5})) == "temperature 1, logit-bias of 2 tokens, seed 0"
 
 
 @pytest.mark.parametrize(

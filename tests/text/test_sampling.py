@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from array import array
@@ -145,6 +146,72 @@ def test_draws_follow_the_distribution_and_never_a_removed_token() -> None:
     assert set(counts) == {1, 2, 3}
     for token, probability in ((1, 0.5), (2, 0.3), (3, 0.2)):
         assert abs(counts[token] / 4000 - probability) < 0.03
+
+
+def plain_scores(
+    logits: np.ndarray, history: list[int], generated: list[int], params: SamplingParams
+) -> list[np.float32]:
+    """A token after the other, by the formulas: bias, repetition, then presence and frequency."""
+    scores = []
+    for token_id, score in enumerate(logits):
+        score = np.float32(score + np.float32(dict(params.bias).get(token_id, 0)))
+        if token_id in history:
+            factor = np.float32(params.repetition_penalty)
+            score = score * factor if score < 0 else score / factor
+        count = generated.count(token_id)
+        taken = count * params.frequency_penalty + (1 if count else 0) * params.presence_penalty
+        scores.append(score - np.float32(taken))
+    return scores
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_penalties_and_bias_equal_a_plain_reference(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    bias = {int(i): float(b) for i, b in zip(generator.integers(0, 30, 5), generator.uniform(-9, 9, 5), strict=True)}
+    presence, frequency = generator.uniform(-2, 2, 2).tolist()
+    params = SamplingParams(
+        repetition_penalty=(1.0, 1.3)[seed % 2],
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias if seed % 3 else tuple(bias.items()),
+    )
+    sampler, generated, prompt = Sampler(params), list[int](), [3, 3, 7]
+    for _ in range(40):
+        logits = 2 * generator.standard_normal(30, np.float32)
+        before = logits.copy()
+        expected = plain_scores(logits, [*prompt, *generated], generated, params)
+        generated.append(sampler.sample(logits, [*prompt, *generated]))
+        assert generated[-1] == int(np.argmax(expected))
+        assert np.array_equal(logits, before)
+    assert min(presence, frequency) < 0 or len(set(generated)) > 5
+
+
+def test_penalties_do_not_count_the_prompt() -> None:
+    logits = np.array([1, 1.5, 0], np.float32)
+    sampler = Sampler(SamplingParams(presence_penalty=1.0))
+    assert [sampler.sample(logits, [1, 1, 1]) for _ in range(3)] == [1, 0, 1]
+    sampler = Sampler(SamplingParams(frequency_penalty=0.3))
+    assert [sampler.sample(logits, []) for _ in range(5)] == [1, 1, 0, 1, 0]
+
+
+def test_a_bias_makes_a_token_certain_or_impossible() -> None:
+    logits = np.array([1, 3, 2], np.float32)
+    assert Sampler(SamplingParams(logit_bias={1: -100})).sample(logits, []) == 2
+    sampler = Sampler(SamplingParams(1.0, logit_bias={0: 100}))
+    assert {sampler.sample(logits, []) for _ in range(50)} == {0}
+    assert SamplingParams(logit_bias={5: 1, 2: -1}) == SamplingParams(logit_bias=[(2, -1), [5, 1.0]])  # type: ignore[arg-type, list-item]
+    again = SamplingParams(**json.loads(json.dumps(SamplingParams(0.5, logit_bias={5: 1}).to_json())))
+    assert again == SamplingParams(0.5, logit_bias={5: 1}) and hash(again)
+    with pytest.raises(DymoeError, match="no token 3; give ids below 3"):
+        Sampler(SamplingParams(logit_bias={3: 1})).sample(logits, [])
+
+
+@pytest.mark.parametrize(
+    "bias", [7, None, "ab", {"1": 2}, {-1: 2}, {1: "x"}, {1: 101}, {1: math.nan}, {True: 1}, [(1,)], {2**31: 0}]
+)
+def test_a_bias_that_is_not_possible_is_refused(bias: object) -> None:
+    with pytest.raises(DymoeError, match=r"^logit_bias: give a map of token ids to numbers from -100 to 100$"):
+        SamplingParams(logit_bias=bias)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from dymoe_runtime.engine.options import label_of
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.process import resident_bytes
 from dymoe_runtime.text.generate import Token
-from dymoe_runtime.text.sampling import WHOLE_NUMBERS
+from dymoe_runtime.text.sampling import LIMITS, WHOLE_NUMBERS
 from dymoe_runtime.units import format_size
 
 # Ends a system message, and replaces a file.
@@ -109,7 +108,7 @@ def _system(conversation: Conversation, argument: str) -> str:
 
 
 def _set(conversation: Conversation, argument: str) -> str:
-    values = asdict(conversation.params)
+    values = _settings(conversation)
     if argument:
         name, _, text = argument.replace("=", " ", 1).partition(" ")
         field = name.strip().replace("-", "_")
@@ -119,8 +118,12 @@ def _set(conversation: Conversation, argument: str) -> str:
             conversation.sample(**{field: _number(text.strip(), field)})
         except DymoeError as error:
             raise DymoeError(f"/set {str(error).removeprefix('--').removeprefix('/set ')}") from error
-        values = asdict(conversation.params)
+        values = _settings(conversation)
     return "\n".join(f"{name:<20}{value:g}" for name, value in values.items())
+
+
+def _settings(conversation: Conversation) -> dict[str, float]:
+    return {name: getattr(conversation.params, name) for name in LIMITS}
 
 
 def _retry(conversation: Conversation, argument: str) -> Iterator[Token]:

@@ -1,0 +1,1 @@
+"""Serve a loaded bundle to clients of OpenAI's, Anthropic's and Ollama's protocols."""

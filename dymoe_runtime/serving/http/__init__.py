@@ -1,0 +1,1 @@
+"""HTTP in front of a service: the protocols of OpenAI, Anthropic and Ollama."""

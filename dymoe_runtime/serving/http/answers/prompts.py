@@ -1,0 +1,91 @@
+"""Prompts: messages by the chat template, or plain text, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dymoe_runtime.serving.http.answers.backend import Backend
+from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
+from dymoe_runtime.text.reasoning import SWITCHES, TAGS
+
+Message = dict[str, Any]
+# Variables that a request may not set: those of the conversation itself, and Python's own argument.
+RESERVED = frozenset(("self", "messages", "tools", "add_generation_prompt"))
+EFFORT = "reasoning_effort"
+# Efforts by which requests ask for no reasoning at all.
+NO_EFFORT = ("none", "minimal")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as token ids, and its text if a chat template wrote it."""
+
+    text: str | None
+    ids: tuple[int, ...]
+
+
+async def chat_prompt(
+    backend: Backend,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    tools: Sequence[Any] | None = None,
+    forced: str = "",
+) -> Prompt:
+    """Return the prompt of a conversation; an assistant's message at its end is continued.
+
+    `tools` are definitions in OpenAI's form. The answer begins with `forced`, after what the model has to think.
+
+    Raises ApiError if there is no chat template or no message, and DymoeError if the template refuses them.
+    """
+    tokenizer = backend.tokenizer
+    if not tokenizer.has_chat_template:
+        raise ApiError(400, "the model has no chat template; send plain text to /v1/completions or /api/generate")
+    if not messages:
+        raise bad_field("messages", "it is empty; send at least one message")
+    last = messages[-1]
+    begun = last["content"] if last["role"] == "assistant" and not last.get("tool_calls") else ""
+    asked = messages[:-1] if begun else messages
+    if not asked:
+        raise bad_field("messages", "an answer is begun that nobody asked for; send a user's message before it")
+    values = {
+        name: value for name, value in {**backend.settings.variables, **variables}.items() if name not in RESERVED
+    }
+
+    def render() -> Prompt:
+        text = tokenizer.chat(asked, tools=tools or None, **values) + begun
+        if forced:
+            text += _thought(text) + forced
+        return Prompt(text, tuple(tokenizer.encode(text, add_special_tokens=False)))
+
+    return await backend.in_thread(render)
+
+
+async def text_prompt(backend: Backend, text: str) -> Prompt:
+    """Return the prompt of plain text."""
+    return await backend.in_thread(lambda: Prompt(None, tuple(backend.tokenizer.encode(text))))
+
+
+def reasoning_variables(backend: Backend, thinks: bool | None = None, effort: str | None = None) -> dict[str, Any]:
+    """Return the variables by which the chat template switches reasoning on or off, as far as it has any."""
+    if thinks is None and effort is not None:
+        thinks = effort not in NO_EFFORT
+    switches = () if thinks is None else SWITCHES
+    values: dict[str, Any] = {name: thinks for name in switches if name in backend.variables}
+    return values | reasoning_effort(backend, effort)
+
+
+def reasoning_effort(backend: Backend, effort: str | None) -> dict[str, Any]:
+    """Return the variable by which the chat template says how much to think, if it has one."""
+    return {EFFORT: effort} if effort is not None and EFFORT in backend.variables else {}
+
+
+def reasoning_key(backend: Backend) -> str:
+    """Return the key by which the chat template reads the reasoning of earlier answers."""
+    return backend.tokenizer.splitter("").key
+
+
+def _thought(prompt: str) -> str:
+    """Return what ends the reasoning that a prompt begins, if it does."""
+    return next((f"\n{end}\n\n" for begin, end in TAGS if prompt.rstrip().endswith(begin)), "")

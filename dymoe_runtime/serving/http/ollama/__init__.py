@@ -1,0 +1,1 @@
+"""The protocol of Ollama: chat, generate, and what it says of models."""

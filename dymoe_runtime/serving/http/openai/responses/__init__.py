@@ -1,0 +1,1 @@
+"""OpenAI's responses: an answer as items, whole or as named events."""
