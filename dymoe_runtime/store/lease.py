@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Generic, NamedTuple
+from typing import Generic
 
 from dymoe_runtime.kernels.reads import PendingReads
 from dymoe_runtime.spec import ExpertKey
@@ -15,12 +15,9 @@ from dymoe_runtime.store.entry import Entry, P
 from dymoe_runtime.store.request import ExpertRequest, Urgency
 from dymoe_runtime.store.residency import Residency
 
-
-class Delivered(NamedTuple, Generic[P]):
-    """A requested expert that is in memory; `at(tier)` returns it as prepared for a tier up to the requested one."""
-
-    request: ExpertRequest
-    at: Callable[[int], P]
+# A requested expert that is in memory, and what returns it as prepared for a tier up to the requested one. Named tuples
+# cannot be generic before Python 3.11.
+Delivered = tuple[ExpertRequest, Callable[[int], P]]
 
 
 class Lease(Generic[P]):
@@ -108,7 +105,7 @@ class WholeLease(Lease[P]):
         return reading
 
     def _delivered(self, rank: int) -> Delivered[P]:
-        return Delivered(self._requests[rank], partial(self._residency.prepared, self._entries[rank]))
+        return self._requests[rank], partial(self._residency.prepared, self._entries[rank])
 
 
 class StreamedLease(Lease[P]):
@@ -149,7 +146,7 @@ class StreamedLease(Lease[P]):
                 # Every held expert is still being read, and reads end in about this order.
                 ready = [next(iter(self._held))]
                 self._finish(ready[0], self._held[ready[0]])
-            yield [Delivered(r, partial(self._residency.prepared, self._held[r])) for r in ready]
+            yield [(r, partial(self._residency.prepared, self._held[r])) for r in ready]
             for request in ready:
                 self._residency.unpin(self._held.pop(request))
 

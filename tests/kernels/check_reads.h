@@ -85,7 +85,7 @@ void check_files() {
     check_read(reads, file.fd, content, kFileBytes + missing - kTotal, 0, kTotal - missing,
                "a file that lacks " + std::to_string(missing) + " bytes");
   check_read(reads, file.fd, content, kFileBytes + 5, 0, 0, "a read behind the end of the file");
-  const int closed = open("/dev/null", O_WRONLY);
+  const int closed = open(kNull, O_WRONLY);
   check_read(reads, closed, content, 0, EBADF, 0, "a file that cannot be read");
   ::close(closed);
 

@@ -92,7 +92,7 @@ void check_pending(const Kernels& isa, const TokenCase& c, const TemporaryFile& 
 /// A read that fails holds nothing up; whoever asked for it sees that it failed.
 void check_failed_read(const Kernels& isa, const TokenCase& c) {
   ReadThreads reads(2);
-  const int unreadable = open("/dev/null", O_WRONLY);
+  const int unreadable = open(kNull, O_WRONLY);
   const ExpertMatrices none = c.experts[1].blank(), part = c.experts[2].blank();
   std::vector<const Expert*> all = c.views();
   all[1] = &none.view, all[2] = &part.view;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -432,9 +433,13 @@ void report(const char* whose, Check check) {
 }  // namespace
 }  // namespace dymoe
 
-int main() {
+/// Checks the instruction sets that are named, or `rest`; without names, all of them.
+int main(int count, char** names) {
   using namespace dymoe;
-  for (const Kernels* isa : available_isas()) report(isa->name, [&] { check_isa(*isa); });
-  report("rest", check_rest);
+  const std::set<std::string> wanted(names + 1, names + count);
+  const auto is_wanted = [&](const std::string& name) { return wanted.empty() || wanted.count(name); };
+  for (const Kernels* isa : available_isas())
+    if (is_wanted(isa->name)) report(isa->name, [&] { check_isa(*isa); });
+  if (is_wanted("rest")) report("rest", check_rest);
   return failures > 0;
 }

@@ -4,8 +4,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#if defined(_WIN32)
+#include <io.h>
+#include <sys/stat.h>
+#else
 #include <sys/uio.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -31,16 +36,32 @@ constexpr double kPatience = 60.0;  // seconds for what should come at once
 
 bool never() { return false; }
 
+#if defined(_WIN32)
+constexpr const char* kNull = "NUL";
+
+/// Opens a new file that is gone when it is closed; returns -1 if that fails.
+int open_temporary() {
+  const char* path = _tempnam(nullptr, "kernel_check");
+  return path ? _open(path, _O_RDWR | _O_CREAT | _O_EXCL | _O_TEMPORARY | _O_BINARY, _S_IREAD | _S_IWRITE) : -1;
+}
+#else
+constexpr const char* kNull = "/dev/null";
+
+int open_temporary() {
+  const char* directory = std::getenv("TMPDIR");
+  std::string path = std::string(directory ? directory : "/tmp") + "/kernel_check.XXXXXX";
+  const int fd = mkstemp(&path[0]);
+  return fd < 0 || unlink(path.c_str()) ? -1 : fd;
+}
+#endif
+
 /// A real file without a name.
 struct TemporaryFile {
-  int fd;
+  int fd = open_temporary();
 
   explicit TemporaryFile(const std::vector<uint8_t>& content) {
-    const char* directory = std::getenv("TMPDIR");
-    std::string path = std::string(directory ? directory : "/tmp") + "/kernel_check.XXXXXX";
-    fd = mkstemp(&path[0]);
-    if (fd < 0 || unlink(path.c_str()) || write(fd, content.data(), content.size()) != ssize_t(content.size()))
-      throw std::runtime_error("no temporary file: " + path);
+    if (fd < 0 || write(fd, content.data(), content.size()) != int64_t(content.size()))
+      throw std::runtime_error("no temporary file");
   }
   ~TemporaryFile() { ::close(fd); }
 };

@@ -308,7 +308,7 @@ def test_what_is_read_at_too_low_a_tier_holds_up_no_other(make: StoreFactory) ->
     with store.acquire([req(1, 4), req(2), req(5)]) as lease:
         reader.wait_for(key(2))
         delivered = one_by_one(lease.batches())
-        assert {next(delivered).request for _ in range(2)} == {req(2), req(5)}
+        assert {next(delivered)[0] for _ in range(2)} == {req(2), req(5)}
         reader.release()
         request, at = next(delivered)
         check(reader, request, at(request.tier))

@@ -13,7 +13,7 @@ from dymoe_runtime.bundle.records import check_digest, compare_digest, verify
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.place import remove_own
 from dymoe_runtime.storage import MANIFEST
-from dymoe_runtime.tools.shipping.output import clear, place_new, work_beside
+from dymoe_runtime.tools.output import clear, place_new, work_beside
 from dymoe_runtime.tools.shipping.remote import UNREACHABLE, Interrupted, Source
 
 # Tries without a new byte until a copy gives up, and the longest wait between them.
@@ -47,7 +47,7 @@ def fetch(source: Source, target: Path, expect: str | None, advance: Advance) ->
 
 
 def _remove(work: Path) -> None:
-    clear(work)
+    clear(work, FILES)
     remove_own(work, lambda name: False)
 
 

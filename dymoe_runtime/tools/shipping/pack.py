@@ -15,7 +15,7 @@ from dymoe_runtime.bundle.bundle import DAMAGED, Bundle
 from dymoe_runtime.bundle.tiers import PAGE
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.storage import HEADER_BYTES, MANIFEST
-from dymoe_runtime.tools.shipping.output import new_directory, new_file
+from dymoe_runtime.tools.output import new_directory, new_file
 
 # The extra field of a member's header that only fills it, so that the data are aligned; that of Android's zipalign.
 ALIGNMENT_FIELD, FIELD_HEAD = 0xD935, 6

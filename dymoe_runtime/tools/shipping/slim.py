@@ -39,7 +39,7 @@ from dymoe_runtime.bundle.tiers import (
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ExpertKey
 from dymoe_runtime.storage import MANIFEST
-from dymoe_runtime.tools.shipping.output import new_directory
+from dymoe_runtime.tools.output import new_directory
 from dymoe_runtime.tools.shipping.pack import pieces_of
 
 V = TypeVar("V")

@@ -38,6 +38,14 @@ bool has_halves() {
 }
 #endif
 
+#ifdef DYMOE_AVXVNNI
+/// Whether the processor has AVX-VNNI, which __builtin_cpu_supports of Clang 14 does not know.
+bool has_short_dot_products() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 #ifdef DYMOE_I8MM
 bool has_matrix_products() {
 #if defined(__linux__)
@@ -66,7 +74,7 @@ const Row kRows[] = {
     {&kAvxVnni,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_halves() &&
-              __builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("gfni");
+              has_short_dot_products() && __builtin_cpu_supports("gfni");
      }},
 #endif
 #ifdef DYMOE_AVX2

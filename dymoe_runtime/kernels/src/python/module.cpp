@@ -5,8 +5,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
-
 #include "isa/isa.h"
 #include "ops/ops.h"
 #include "ops/router.h"
@@ -241,18 +239,33 @@ uint64_t run_read_memory(const VectorTuple& data) {
   return read_memory(reinterpret_cast<const uint8_t*>(address), nbytes);
 }
 
+/// What the attribute __array_struct__ of a NumPy array points to: NumPy's documentation, "The array interface
+/// protocol". Unlike Py_buffer it is there in all versions of Python that one extension serves.
+struct ArrayInterface {
+  int two, dims;
+  char kind;
+  int itemsize, flags;
+  Py_ssize_t *shape, *strides;
+  void* data;
+  PyObject* descr;
+};
+constexpr int kContiguous = 0x1, kAligned = 0x100, kNotSwapped = 0x200;
+
 /// Returns address, rows and columns of a contiguous float32 array [rows, cols], or None for anything else.
 nb::object matrix_at(nb::handle array) {
-  Py_buffer view;
-  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)) {
+  static PyObject* const name = PyUnicode_InternFromString("__array_struct__");
+  const nb::object capsule = nb::steal(PyObject_GetAttr(array.ptr(), name));
+  const void* found = capsule ? PyCapsule_GetPointer(capsule.ptr(), nullptr) : nullptr;
+  if (!found) {
     PyErr_Clear();
     return nb::none();
   }
-  nb::object found = nb::none();
-  if (view.ndim == 2 && view.itemsize == sizeof(float) && view.format && !std::strcmp(view.format, "f"))
-    found = nb::make_tuple(reinterpret_cast<uintptr_t>(view.buf), view.shape[0], view.shape[1]);
-  PyBuffer_Release(&view);
-  return found;
+  const auto& view = *static_cast<const ArrayInterface*>(found);
+  constexpr int plain = kContiguous | kAligned | kNotSwapped;
+  if (view.two != 2 || view.dims != 2 || view.kind != 'f' || view.itemsize != sizeof(float) ||
+      (view.flags & plain) != plain)
+    return nb::none();
+  return nb::make_tuple(reinterpret_cast<uintptr_t>(view.data), view.shape[0], view.shape[1]);
 }
 
 std::vector<std::string> isa_names() {

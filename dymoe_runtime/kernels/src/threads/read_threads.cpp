@@ -1,9 +1,6 @@
 #include "threads/read_threads.h"
 
 #include <errno.h>
-#include <sys/stat.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -17,11 +14,8 @@
 #include <unordered_set>
 #include <utility>
 
-#if defined(__linux__)
-#include <pthread.h>
-#endif
-
 #include "record/checksum.h"
+#include "threads/system.h"
 
 namespace dymoe {
 namespace {
@@ -55,42 +49,27 @@ struct Read {
 
 using SharedRead = std::shared_ptr<Read>;
 
-/// Makes one system call: into all spans where the system can read into several, else into the first.
-ssize_t read_some(int fd, const std::vector<iovec>& rest, int64_t offset) {
-#if defined(__linux__)
-  return preadv(fd, rest.data(), int(rest.size()), off_t(offset));
-#else
-  return pread(fd, rest[0].iov_base, rest[0].iov_len, off_t(offset));
-#endif
-}
-
 constexpr int64_t kMaxPerCall = int64_t(1) << 30;  // bytes; Linux reads little more than 2 GB in one call
 
 /// Returns what is left of the spans after their first `done` bytes, as far as one system call reads.
-std::vector<iovec> rest_of(const std::vector<Span>& spans, int64_t done) {
-  std::vector<iovec> rest;
+std::vector<Span> rest_of(const std::vector<Span>& spans, int64_t done) {
+  std::vector<Span> rest;
   for (const Span& span : spans) {
     const int64_t skipped = std::min(done, span.nbytes), left = span.nbytes - skipped;
-    if (left > 0) rest.push_back({span.data + skipped, size_t(std::min(left, kMaxPerCall))});
+    if (left > 0) rest.push_back({span.data + skipped, std::min(left, kMaxPerCall)});
     if (left > kMaxPerCall) break;
     done -= skipped;
   }
   return rest;
 }
 
-/// Whether the file ends at `offset` or before.
-bool ends_before(int fd, int64_t offset) {
-  struct stat info;
-  return fstat(fd, &info) == 0 && int64_t(info.st_size) <= offset;
-}
-
 /// Fills spans from `offset` of a file. Sets `error` to errno or 0, and `done` to the bytes read.
 void fill(int fd, int64_t offset, const std::vector<Span>& spans, int& error, int64_t& done) {
   error = 0, done = 0;
   while (true) {
-    const std::vector<iovec> rest = rest_of(spans, done);
+    const std::vector<Span> rest = rest_of(spans, done);
     if (rest.empty()) return;
-    const ssize_t count = read_some(fd, rest, offset + done);
+    const int64_t count = read_at(fd, rest, offset + done);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) {
       error = errno;
@@ -153,7 +132,7 @@ struct ReadThreads::State {
   uint64_t next = 0;
   bool closed = false, abandoned = false;
   int alive = 0;
-  const pid_t process = getpid();
+  const int64_t process = process_id();
   std::vector<std::thread> threads;
 
   /// Returns the queue of the read that comes next: one that has begun, else the most urgent, oldest first. Returns
@@ -250,9 +229,7 @@ ReadThreads::ReadThreads(int threads) : state_(std::make_shared<State>()) {
   for (int i = 0; i < threads; ++i) {
     try {
       state_->threads.emplace_back([state = state_] {
-#if defined(__linux__)
-        pthread_setname_np(pthread_self(), "dymoe-reader");
-#endif
+        name_thread("dymoe-reader");
         state->serve();
       });
     } catch (const std::system_error&) {  // the system allows no more threads; fewer are only slower
@@ -335,7 +312,8 @@ std::vector<uint64_t> ReadThreads::wait_any(const std::vector<uint64_t>& tickets
 }
 
 bool ReadThreads::stop(double seconds) {
-  if (getpid() != state_->process) return true;  // a forked child: it has no threads, and one may have held the lock
+  if (process_id() != state_->process)
+    return true;  // a forked child: it has no threads, and one may have held the lock
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->closed = true;
   state_->wake.notify_all();
@@ -343,7 +321,7 @@ bool ReadThreads::stop(double seconds) {
 }
 
 void ReadThreads::abandon() {
-  if (getpid() != state_->process) return;
+  if (process_id() != state_->process) return;
   std::vector<std::thread> threads;
   std::deque<SharedRead> never[kUrgencies], halfway;  // destroyed on this thread, after the lock is released
   bool ended = false;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,21 +32,21 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, suffix: str = "writing") -> Iterator[Path]:
     """Yield an empty directory; it gets the name `target` at the end, and is removed if something fails.
 
-    Raises DymoeError as `new_file` does.
+    Until then it is in `.NAME.suffix` beside `target`. Raises DymoeError as `new_file` does.
     """
-    with _new(target) as content:
+    with _new(target, suffix) as content:
         content.mkdir()
         yield content
         flush_directory(content)
 
 
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
+def _new(target: Path, suffix: str = "writing") -> Iterator[Path]:
     """Yield the path of what becomes `target` at the end. What a killed process has left there is removed first."""
-    with work_beside(target, "writing") as work:
+    with work_beside(target, suffix) as work:
         clear(work)
         try:
             yield work / CONTENT
@@ -61,8 +62,7 @@ def work_beside(target: Path, suffix: str) -> Iterator[Path]:
 
     Raises DymoeError if something is at `target`, if another process uses the directory, or if it is somebody else's.
     """
-    if os.path.lexists(target):
-        raise _in_the_way(target)
+    check_free(target)
     if not target.parent.is_dir():
         raise DymoeError(f"{target.parent}: no such directory; make it, or {OTHER_PLACE}")
     work = target.parent / f".{target.name}.{suffix}"
@@ -93,15 +93,28 @@ def place_new(source: Path, target: Path) -> None:
     try:
         rename_new(source, target)
     except FileExistsError as error:
-        raise _in_the_way(target) from error
+        raise DymoeError(f"{target}: something is there by now; move it away, or {OTHER_PLACE}") from error
     flush_directory(target.parent)
 
 
-def clear(work: Path) -> None:
-    """Remove the files that this program writes in a directory of work, and in the directories there."""
-    for path in work.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            remove_own(path, lambda name: True)
+def check_free(target: Path) -> None:
+    """Raise DymoeError if something is at `target`."""
+    if os.path.lexists(target):
+        raise DymoeError(f"{target}: something is there already; move it away, or {OTHER_PLACE}")
+
+
+def clear(work: Path, directory: str = CONTENT) -> None:
+    """Remove the files in a directory of work, and its own `directory` with what is there.
+
+    Raises DymoeError if it holds other directories, which this program has not made; nothing is removed then.
+    """
+    paths = list(work.iterdir())
+    inner = [path for path in paths if path.is_dir() and not path.is_symlink()]
+    if any(path.name != directory for path in inner):
+        raise DymoeError(f"{work}: holds directories that are not its own; move it away, or {OTHER_PLACE}")
+    for path in paths:
+        if path in inner:
+            shutil.rmtree(path)
         else:
             path.unlink()
 
@@ -113,7 +126,3 @@ def flush_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _in_the_way(target: Path) -> DymoeError:
-    return DymoeError(f"{target}: something is there already; move it away, or {OTHER_PLACE}")
