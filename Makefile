@@ -60,13 +60,13 @@ bench: $(VENV)/.runtime $(BUNDLE)
 
 # Wheels for x86-64 and aarch64, built, checked and tried; see docs/installing.md. HOST_ONLY=1 makes that of this machine.
 wheel: $(VENV)/.wheel $(BUNDLE)
-	$(BIN)/python packaging/wheels.py --bundle $(BUNDLE) $(if $(HOST_ONLY),--host-only)
+	$(BIN)/python .ci/packaging/wheels.py --bundle $(BUNDLE) $(if $(HOST_ONLY),--host-only)
 
 # The kernels for Windows, compiled as a check; see docs/installing.md.
 WINDOWS := build/windows
 windows: $(VENV)/.dev
 	$(BIN)/cmake -S . -B $(WINDOWS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCMAKE_TOOLCHAIN_FILE=packaging/windows.cmake -DDYMOE_KERNEL_CHECK=ON -DDYMOE_OPTIMIZE=-O1
+	    -DCMAKE_TOOLCHAIN_FILE=.ci/packaging/windows.cmake -DDYMOE_KERNEL_CHECK=ON -DDYMOE_OPTIMIZE=-O1
 	$(BIN)/cmake --build $(WINDOWS) -j2
 
 sdist: $(VENV)/.wheel

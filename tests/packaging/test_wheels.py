@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 NAME = "dymoe-0.1.0-cp310-abi3-manylinux_2_35_aarch64.whl"
 
-_spec = importlib.util.spec_from_file_location("contents", ROOT / "packaging" / "contents.py")
+_spec = importlib.util.spec_from_file_location("contents", ROOT / ".ci" / "packaging" / "contents.py")
 assert _spec and _spec.loader
 contents = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(contents)

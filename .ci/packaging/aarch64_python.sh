@@ -2,7 +2,7 @@
 # Unpacks this Debian's Python for aarch64 into a new directory, to be run by qemu-user. It keeps lists and packages of
 # its own there, so that neither root nor a change of the system is needed.
 #
-#     packaging/aarch64_python.sh DIRECTORY
+#     .ci/packaging/aarch64_python.sh DIRECTORY
 set -euo pipefail
 
 root=$(realpath -m "$1")

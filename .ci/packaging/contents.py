@@ -20,7 +20,7 @@ REQUIRED = (
     "dymoe_compile/profiles/laptop-8gb.toml",
 )
 SCRIPTS = ("dymoe-compile", "dymoe-run", "dymoe-bundle", "dymoe-lm-eval")
-LICENCES = ("LICENSE", "packaging/licenses/nanobind.txt")
+LICENCES = ("LICENSE", "dymoe_runtime/kernels/licenses/nanobind.txt")
 SUFFIXES = (".py", ".pyi", ".typed", ".toml", ".txt", ".md", ".so")
 TAG = re.compile(r"dymoe-[^-]+-cp310-abi3-manylinux_2_\d+_(x86_64|aarch64)\.whl")
 

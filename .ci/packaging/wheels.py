@@ -1,6 +1,6 @@
 """Build the wheels of this repository into dist/, and check and run them as a device gets them.
 
-    python packaging/wheels.py --bundle build/demo.dymoe [--host-only] [--check WHEEL ...]
+    python .ci/packaging/wheels.py --bundle build/demo.dymoe [--host-only] [--check WHEEL ...]
 
 Builds the wheel of this machine and, on x86-64, that of aarch64 with the cross compiler of Debian. Each gets the oldest
 manylinux tag that the symbols it needs allow, and is refused if something is in it that does not belong there: see
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import contents
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 WORK, DIST = ROOT / "build" / "wheel", ROOT / "dist"
 BIN = Path(sys.executable).parent
 CROSS = "aarch64"
@@ -64,7 +64,7 @@ def build(machine: str, is_cross: bool) -> Path:
     # The requirements of the build, too, at the versions used in development.
     variables = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if is_cross:
-        toolchain = ROOT / "packaging" / f"{machine}.cmake"
+        toolchain = ROOT / ".ci" / "packaging" / f"{machine}.cmake"
         # The name of the system where the wheel is installed, as sysconfig spells it; it becomes the tag.
         variables |= {"CMAKE_ARGS": f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", "_PYTHON_HOST_PLATFORM": f"linux-{machine}"}
     built = WORK / machine
@@ -109,7 +109,7 @@ assert len(available_kernels()) > 2, f"no compiled kernels for this processor: {
 def generate_emulated(wheel: Path, bundle: Path) -> str:
     """Return what the wheel for aarch64 generates with Debian's Python for that processor, under qemu."""
     root, site = WORK / "root", WORK / "site"
-    run("bash", ROOT / "packaging" / "aarch64_python.sh", root)
+    run("bash", ROOT / ".ci" / "packaging" / "aarch64_python.sh", root)
     pythons = sorted((root / "usr" / "bin").glob("python3.*"))
     version = pythons[-1].name.removeprefix("python")
     # pip takes wheels for the newest glibc that it is told of, and for each older one by its name.
