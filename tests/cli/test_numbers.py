@@ -24,10 +24,6 @@ MOST = {"--max-tokens", "--calibration-tokens", "--quality", "--max-kl"}
 SIGNED = {"--presence-penalty", "--frequency-penalty"}
 
 
-# What may be negative.
-SIGNED = {"--presence-penalty", "--frequency-penalty"}
-
-
 def numeric_flags(name: str, command: click.Command) -> list[tuple[str, str]]:
     """Return (name of the command, flag) of the options that take a number."""
     found = []
