@@ -20,9 +20,7 @@ NUMBERS = ("nan", "inf", "-inf", "-1", "1e400", "9" * 30, "9" * 5000, "", "x", "
 OUTPUT = ("-o", "never-written")
 # What has a meaning, though it is more than anything can be.
 MOST = {"--max-tokens", "--calibration-tokens", "--quality", "--max-kl"}
-
-
-# What may be negative.
+# What may be below zero.
 SIGNED = {"--presence-penalty", "--frequency-penalty"}
 
 
