@@ -325,7 +325,7 @@ def test_hostile_grammars_take_little(
     except DymoeError as error:
         assert "\n" not in str(error)
     assert time.process_time() - started < 5
-    assert resident_bytes() - resident < 100 << 20
+    assert resident_bytes() - resident < 80 << 20
 
 
 def resident_bytes() -> int:
