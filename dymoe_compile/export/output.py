@@ -1,4 +1,4 @@
-"""The directory of an export: built next to its final place, and renamed there when it is complete."""
+"""The directory or file of an export: built next to its final place, and renamed there when it is complete."""
 
 from __future__ import annotations
 
@@ -21,6 +21,28 @@ def new_directory(path: Path) -> Iterator[Path]:
     It is `.NAME.export` beside `path`, so that what a killed export has left is found, and removed, by the next one.
     Raises DymoeError if something is at `path`, at first or by then, or if another export is writing it.
     """
+    with _workplace(path) as work:
+        yield work
+        _flush(work)
+        _place(work, path.absolute())
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which becomes `path` if this context ends without an error, else is removed.
+
+    It is in the directory `.NAME.export` beside `path`. Raises DymoeError as `new_directory` does.
+    """
+    with _workplace(path) as work:
+        file = work / path.name
+        yield file
+        _flush(file)
+        _place(file, path.absolute())
+
+
+@contextlib.contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """Yield the empty directory `.NAME.export` beside `path`; whatever happens, nothing of it is left."""
     path = path.absolute()
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,15 +51,18 @@ def new_directory(path: Path) -> Iterator[Path]:
         _empty(work)
         try:
             yield work
-            _flush(work)
-            rename_new(work, path)
-        except FileExistsError as error:
-            raise DymoeError(f"{path}: something is there by now; {OTHER_PLACE}") from error
         finally:
             if os.path.lexists(work):
                 _empty(work)
                 os.rmdir(work)
         _flush(path.parent)
+
+
+def _place(made: Path, path: Path) -> None:
+    try:
+        rename_new(made, path)
+    except FileExistsError as error:
+        raise DymoeError(f"{path}: something is there by now; {OTHER_PLACE}") from error
 
 
 def check_free(path: Path) -> None:
@@ -76,8 +101,8 @@ def _empty(work: Path) -> None:
         os.unlink(work / name)
 
 
-def _flush(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +183,30 @@ def replay_command(
         click.echo(format_replay(split(lines), rows))
 
 
-# Format of an export -> module of the exporter, and the extra that it needs. They belong to the compiler, which a
-# runtime may be installed without.
-EXPORTERS = {"onnx": ("dymoe_compile.export.onnx.export", "onnx")}
+@dataclass(frozen=True)
+class Exporter:
+    """An export format: the module of the exporter, the extra that it needs, and the flags that it has.
+
+    Exporters belong to the compiler, which a runtime may be installed without.
+    """
+
+    module: str
+    extra: str
+    flags: frozenset[str]
+
+
+EXPORTERS = {
+    "onnx": Exporter(
+        "dymoe_compile.export.onnx.export",
+        "onnx",
+        frozenset({"tier", "int4", "checkpoint", "calibration", "portable", "context"}),
+    ),
+    "gguf": Exporter("dymoe_compile.export.gguf.export", "gguf", frozenset({"tier"})),
+}
 EXPORT_EXAMPLES = (
     "dymoe-bundle export my.dymoe -o my-onnx --format onnx --tier 4",
     "dymoe-bundle export my.dymoe -o my-onnx --format onnx --int4 --checkpoint path/to/checkpoint",
+    "dymoe-bundle export my.dymoe -o my.gguf --format gguf --tier 4",
 )
 
 
@@ -217,19 +236,26 @@ EXPORT_EXAMPLES = (
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
 @one_sentence
-def export_command(bundle: Path, output: Path, form: str, int4: bool, as_json: bool, **options: Any) -> None:
+def export_command(bundle: Path, output: Path, form: str, as_json: bool, **options: Any) -> None:
     """Write what other runtimes execute: a model of BUNDLE with all experts at one tier."""
-    if int4 != (options["checkpoint"] is not None):
+    exporter, given = (
+        EXPORTERS[form],
+        {name: value for name, value in options.items() if value is not None and value is not False and value != ()},
+    )
+    for name in given:
+        if name not in exporter.flags:
+            has = ", ".join(known for known, other in EXPORTERS.items() if name in other.flags)
+            raise DymoeError(f"--{name} is for --format {has} alone; leave it out")
+    if ("int4" in given) != ("checkpoint" in given):
         raise DymoeError("--int4 and --checkpoint go together; give both or neither")
-    if options["calibration"] and not int4:
+    if "calibration" in given and "int4" not in given:
         raise DymoeError("--calibration is for --int4 alone; leave it out")
-    if int4 and options["tier"] is not None:
-        say(f"note: --int4 quantizes from the checkpoint: --tier {options['tier']} changes nothing", err=True)
-    module, extra = EXPORTERS[form]
-    with needing_extra(extra, f"exporting to {form.upper()}"):
-        exporter = importlib.import_module(module)
-    progress = stage_progress if int4 else progress_bar  # calibration takes as long as compiling
-    result = exporter.export(Bundle.open(bundle), output, exporter.Options(**options), load_kernels(), progress)
+    if "int4" in given and "tier" in given:
+        say(f"note: --int4 quantizes from the checkpoint: --tier {given['tier']} changes nothing", err=True)
+    with needing_extra(exporter.extra, f"exporting to {form.upper()}"):
+        module = importlib.import_module(exporter.module)
+    progress = stage_progress if given.pop("int4", False) else progress_bar  # calibration takes as long as compiling
+    result = module.export(Bundle.open(bundle), output, module.Options(**given), load_kernels(), progress)
     if as_json:
         print_json(result)
         return

@@ -14,9 +14,9 @@ from dymoe_compile.calibrate.texts import Windows, load_texts, make_windows
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
 from dymoe_compile.checkpoint.torch_ops import run_expert
 from dymoe_compile.checkpoint.window_decoder import window_decoder
-from dymoe_compile.export.onnx.matrices import Format, Rows, WholeNumbers, rounded
-from dymoe_compile.export.onnx.original import OriginalSource
-from dymoe_compile.export.onnx.source import DENSE_FORM, Expert
+from dymoe_compile.export.matrices import Format, Rows, WholeNumbers, rounded
+from dymoe_compile.export.original import OriginalSource
+from dymoe_compile.export.source import DENSE_FORM, Expert
 from dymoe_compile.job.progress import Progress
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.moments import Moments, moments
