@@ -48,12 +48,12 @@ class Tools:
         return done.stdout + done.stderr
 
     def base(self, model: Path, text: Path, base: Path) -> np.ndarray:
-        """Keep the original's logits in `base`; return the ids of all windows, int32 [n, 512]."""
+        """Keep the original's logits in `base`; return the ids of all windows, int64 [n, 512]."""
         self._perplexity(model, text, base)
         with base.open("rb") as file:
             file.seek(8)
             context, _, chunks = np.frombuffer(file.read(12), np.int32)
-            return np.frombuffer(file.read(4 * context * chunks), np.int32).reshape(chunks, context)
+            return np.frombuffer(file.read(4 * context * chunks), np.int32).reshape(chunks, context).astype(np.int64)
 
     def quality(self, model: Path, text: Path, base: Path) -> tuple[float, float, float]:
         """Return the KL of a model, its standard error, and the share of positions with the same best token in %."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import dymoe_runtime
 from dymoe_compile.export.gguf.architectures import Architecture, architecture_of, context_of
 from dymoe_compile.export.gguf.vocabulary import vocabulary_of
 from dymoe_compile.export.gguf.writer import name_of, write_model
-from dymoe_compile.export.output import new_file
+from dymoe_compile.export.output import new_directory, new_file
 from dymoe_compile.export.source import DENSE_FORM, BundleSource, checked_tier, tier_bytes
 from dymoe_compile.job.progress import Progress, silent
 from dymoe_runtime.bundle.bundle import Bundle, dense_kind
+from dymoe_runtime.errors import needing_extra
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.spec import ModelSpec
 
-# What every export leaves behind.
+RECORD = "export.json"
+QUANTIZE = "README.md in it has the command of llama.cpp that makes the quantized file"
+# What every export of a tier leaves behind.
 LEFT = (
     "all experts run at one precision: operating points, and tiers by token, by memory or by time, stay with dymoe-run",
     "no memory budget: llama.cpp maps the whole file, and reads nothing ahead by routing",
@@ -27,39 +31,72 @@ LEFT = (
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of an export. Without a tier, it is the bundle's highest."""
+    """The settings of an export.
+
+    Without a tier, it is the bundle's highest. With a `checkpoint`, what llama.cpp's quantizers need is written, for a
+    file of `size` bytes, or of `bits` a weight; `calibration` names texts for it. Without texts they are the
+    compiler's own.
+    """
 
     tier: int | None = None
+    checkpoint: Path | None = None
+    calibration: Sequence[str] = ()
+    size: int | None = None
+    bits: float | None = None
 
 
 def export(
     bundle: Bundle, output: Path, options: Options, kernels: Kernels, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Write an export of `bundle` to the new file `output`; return what it says of itself, and its sizes.
+    """Write an export of `bundle` to the new file `output`, or with a checkpoint to the new directory `output`.
 
-    Raises DymoeError if llama.cpp cannot run the model, an option does not fit it, something is at `output`, or a file
-    of the bundle is damaged.
+    Returns what it says of itself, and its sizes. Raises DymoeError if llama.cpp cannot run the model, an option does
+    not fit it, something is at `output`, or a file of the bundle or the checkpoint is damaged.
     """
+    if options.checkpoint is None:
+        return _export_tier(bundle, output, options, kernels, progress)
+    size = options.size if options.bits is None else options.bits
+    assert size is not None
+    architecture_of(bundle.spec)
+    with needing_extra("compile", "reading checkpoints"):
+        from dymoe_compile.export.gguf.quantizing import write_quantizing  # imports torch
+    with new_directory(output) as directory:
+        record = _record(bundle, "recipe") | write_quantizing(
+            bundle, directory, options.checkpoint, options.calibration, size, kernels, progress
+        )
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        nbytes = sum(path.stat().st_size for path in directory.iterdir())
+    return {**record, "notes": [QUANTIZE], "path": str(output), "bytes": nbytes}
+
+
+def _export_tier(
+    bundle: Bundle, output: Path, options: Options, kernels: Kernels, progress: Progress
+) -> dict[str, Any]:
+    """Write the file of a tier; return what it says of itself, and its sizes."""
     architecture = architecture_of(bundle.spec)
     tier = checked_tier(bundle, options.tier)
     vocabulary = vocabulary_of(bundle)
+    record = _record(bundle, "tier") | {"bits": tier, "context": context_of(bundle.spec, architecture)}
     with new_file(output) as file:
         source = BundleSource(bundle, tier, kernels, rounds=True)
         notes = [*LEFT, *_notes(source, architecture), *vocabulary.notes]
-        record = {
-            "format": "gguf",
-            "architecture": architecture.name,
-            "bits": tier,
-            "context": context_of(bundle.spec, architecture),
-            "model_type": bundle.spec.model_type,
-            "bundle_sha256": bundle.manifest.digest,
-            "dymoe_version": dymoe_runtime.__version__,
-        }
-        with progress("export", bundle.spec.num_layers) as advance:
+        with progress("export", len(bundle.spec.moe_layers)) as advance:
             write_model(file, source, architecture, vocabulary, name_of(bundle), record, advance)
         nbytes = file.stat().st_size
     sizes = {"path": str(output), "bytes": nbytes, "bundle_bytes": tier_bytes(bundle, tier)}
     return {**record, "notes": notes, **sizes}
+
+
+def _record(bundle: Bundle, mode: str) -> dict[str, Any]:
+    """Return what every export says of itself."""
+    return {
+        "format": "gguf",
+        "mode": mode,
+        "model_type": bundle.spec.model_type,
+        "architecture": architecture_of(bundle.spec).name,
+        "bundle_sha256": bundle.manifest.digest,
+        "dymoe_version": dymoe_runtime.__version__,
+    }
 
 
 def _notes(source: BundleSource, architecture: Architecture) -> Iterator[str]:

@@ -45,11 +45,14 @@ class StoredSource(OriginalSource):
             yield Expert(matrices, {name: tensor.float().numpy() for name, tensor in tensors.items()})
 
 
-def write_original(bundle: Bundle, checkpoint: Checkpoint, file: Path, progress: Progress) -> None:
-    """Write the checkpoint of `bundle` to a new GGUF file; raise DymoeError if llama.cpp cannot run the model."""
+def write_original(bundle: Bundle, checkpoint: Checkpoint, file: Path, progress: Progress) -> dict[str, int]:
+    """Write the checkpoint of `bundle` to a new GGUF file; return name -> bytes of its tensors.
+
+    Raises DymoeError if llama.cpp cannot run the model.
+    """
     architecture, vocabulary = architecture_of(bundle.spec), vocabulary_of(bundle)
     with progress("original", bundle.spec.num_layers) as advance:
-        write_model(file, StoredSource(checkpoint), architecture, vocabulary, name_of(bundle), {}, advance)
+        return write_model(file, StoredSource(checkpoint), architecture, vocabulary, name_of(bundle), {}, advance)
 
 
 def _numbers(tensor: torch.Tensor, form: Format) -> np.ndarray:

@@ -28,10 +28,10 @@ def write_model(
     name: str,
     record: dict[str, Any],
     advance: Callable[[], object] = lambda: None,
-) -> None:
-    """Write the weights of `source` to a new GGUF file; `record` goes into keys of our own.
+) -> dict[str, int]:
+    """Write the weights of `source` to a new GGUF file; return name -> bytes of its tensors.
 
-    `advance` is called once for each layer with experts.
+    `record` goes into keys of our own. `advance` is called once for each layer with experts.
     """
     writer = GGUFWriter(file, architecture.name)
     try:
@@ -59,6 +59,7 @@ def write_model(
             if is_expert and tensor.name.split(".")[1] not in layers:
                 layers.add(tensor.name.split(".")[1])
                 advance()
+        return {tensor.name: tensor.nbytes for tensor, _ in planned}
     finally:
         writer.close()
 
