@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+
+from dymoe_compile.checkpoint.checkpoint import Checkpoint
+from dymoe_compile.families import family_of, text_config
+from dymoe_compile.families.parts.config import Config
+from dymoe_runtime.spec import ModelSpec
 
 
 class File:
@@ -30,3 +37,18 @@ class File:
         if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             return np.float32(tensor.data).reshape(shape)
         return np.float32(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+
+
+def spec_of(config: Any) -> ModelSpec:
+    """The specification of a model with a configuration of transformers."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return family_of(values).spec(Config(text_config(values)))
+
+
+def bundle_like(checkpoint: Checkpoint, directory: Path) -> Any:
+    """What an export of an original asks a bundle for, from its checkpoint."""
+
+    def read(name: str) -> bytes | None:
+        return (directory / name).read_bytes() if (directory / name).exists() else None
+
+    return SimpleNamespace(path=directory, spec=checkpoint.spec, read=read, manifest=SimpleNamespace(provenance={}))

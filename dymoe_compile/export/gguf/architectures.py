@@ -37,10 +37,13 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(word.replace("-", " ") for word in text.split())
 
 
-_DENSE = "dense-first-layers shared-expert sigmoid selection-bias expert-groups scaled-routing-weights wide-heads"
+_ROPES = "linear-rope yarn-rope"
+_PLAIN = f"fewer-key-heads wide-heads {_ROPES}"
+_SHARED = "shared-expert uneven-shared-expert"
+_DENSE = "dense-first-layers shared-expert sigmoid selection-bias expert-groups scaled-routing-weights"
 _LLAMA = Architecture(
     "llama",
-    _words("output-bias wide-heads linear-rope yarn-rope llama3-rope longer-context"),
+    _words(f"{_PLAIN} output-bias llama3-rope"),
     _words("normalized-weights"),
     pairs=True,
     own_head=False,
@@ -48,13 +51,13 @@ _LLAMA = Architecture(
 )
 _QWEN3 = Architecture(
     "qwen3moe",
-    _words("wide-heads linear-rope yarn-rope"),
+    _words(_PLAIN),
     _words("normalized-weights head-norms"),
     own_head=False,
 )
 _GRANITE = Architecture(
     "granitemoe",
-    _LLAMA.may | _words("shared-expert scaled-embeddings scaled-residuals scaled-logits scaled-scores"),
+    _LLAMA.may | _words(_SHARED) | _words("scaled-embeddings scaled-residuals scaled-logits scaled-scores"),
     _LLAMA.always,
     pairs=True,
     own_head=False,
@@ -62,8 +65,8 @@ _GRANITE = Architecture(
 )
 _GLM = Architecture(
     "glm4moe",
-    _words(f"{_DENSE} head-norms normalized-weights half-turned-heads linear-rope yarn-rope"),
-    _words("sigmoid selection-bias shared-expert whole-shared-expert"),
+    _words(f"{_DENSE} {_PLAIN} head-norms normalized-weights half-turned-heads"),
+    _words("sigmoid selection-bias shared-expert"),
     own_head=False,
     post_norm=True,
 )
@@ -71,12 +74,12 @@ _GLM = Architecture(
 ARCHITECTURES = {
     "dots1": Architecture(
         "dots1",
-        _words(f"{_DENSE} normalized-weights linear-rope yarn-rope"),
-        _words("head-norms shared-expert whole-shared-expert all-key-heads"),
+        _words(f"{_DENSE} {_ROPES} wide-heads normalized-weights"),
+        _words("head-norms shared-expert"),
     ),
     "ernie4_5_moe": Architecture(
         "ernie4_5-moe",
-        _words("dense-first-layers shared-expert selection-bias wide-heads linear-rope yarn-rope"),
+        _words(f"{_PLAIN} dense-first-layers shared-expert uneven-shared-expert selection-bias"),
         _words("normalized-weights"),
         pairs=True,
         own_head=False,
@@ -84,7 +87,7 @@ ARCHITECTURES = {
     "glm4_moe": _GLM,
     "gpt_oss": Architecture(
         "gpt-oss",
-        _words("wide-heads linear-rope yarn-rope fractional-yarn-rope"),
+        _words(f"{_PLAIN} fractional-yarn-rope"),
         _words("normalized-weights windows sinks output-bias router-bias expert-biases clamped-swiglu"),
         post_norm=True,
     ),
@@ -92,26 +95,28 @@ ARCHITECTURES = {
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": Architecture(
         "hunyuan-moe",
-        _words("wide-heads linear-rope yarn-rope"),
+        _words(f"{_PLAIN} uneven-shared-expert"),
         _words("normalized-weights head-norms norms-after-rope shared-expert"),
         own_head=False,
     ),
     "mellum": Architecture(
         "mellum",
-        _words("wide-heads windows linear-rope yarn-rope plain-rope-in-windows"),
+        _words(f"{_PLAIN} windows plain-rope-in-windows"),
         _words("normalized-weights head-norms"),
     ),
     "minimax_m2": Architecture(
         "minimax-m2",
-        _words("wide-heads half-turned-heads linear-rope yarn-rope"),
+        _words(f"{_PLAIN} half-turned-heads"),
         _words("normalized-weights full-norms sigmoid selection-bias"),
         expert_width=False,
     ),
     "mixtral": _LLAMA,
-    "olmoe": Architecture(
-        "olmoe", _words("linear-rope yarn-rope"), _words("full-norms all-key-heads"), expert_width=False
+    "olmoe": Architecture("olmoe", _words(_ROPES), _words("full-norms"), expert_width=False),
+    "qwen2_moe": Architecture(
+        "qwen2moe",
+        _words(f"{_ROPES} fewer-key-heads uneven-shared-expert"),
+        _words("shared-expert gated-shared-expert"),
     ),
-    "qwen2_moe": Architecture("qwen2moe", _words("linear-rope yarn-rope"), _words("shared-expert gated-shared-expert")),
     "qwen3_moe": _QWEN3,
     "qwen3_omni_moe": _QWEN3,
     "qwen3_omni_moe_text": _QWEN3,
@@ -206,8 +211,8 @@ def _expert_features(spec: ModelSpec) -> Iterator[str]:
         yield "expert biases"
     if moe.shared is not None:
         yield "shared expert"
-        if moe.shared.width % moe.width == 0:
-            yield "whole shared expert"
+        if moe.shared.width % moe.width:
+            yield "uneven shared expert"
         for is_there, name in (
             (moe.shared.gated, "gated shared expert"),
             (moe.shared.scale != 1, "scaled shared expert"),
@@ -249,7 +254,7 @@ def _attention_features(mixer: AttentionSpec, spec: ModelSpec) -> Iterator[str]:
     rope = mixer.rope
     for is_there, name in (
         (mixer.heads * mixer.head_dim != spec.hidden_size, "wide heads"),
-        (mixer.kv_heads == mixer.heads, "all key heads"),
+        (mixer.kv_heads != mixer.heads, "fewer key heads"),
         (mixer.window is not None and mixer.window < spec.max_context, "windows"),
         (mixer.qk_norm == "head", "head norms"),
         (mixer.qk_norm == "full", "full norms"),

@@ -146,7 +146,7 @@ class _Dense(CheckpointDense):
 
     def noise(self, name: str) -> float:
         """Return the squared error of a rounded matrix relative to its squares, weighted by the inputs so far."""
-        weight = self._tensor(name).float()
+        weight = super()._tensor(name).float()  # even while it is rounded
         off, whole = _weighted(weight, _rounded(weight), self._observed.inputs[name].sums[0])
         return off / max(whole, 1e-30)
 

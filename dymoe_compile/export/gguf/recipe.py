@@ -30,12 +30,11 @@ TEMPER = 0.5
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix to choose a type for: its name in GGUF, its weights, its columns, and the KL of each type."""
+    """A matrix to choose a type for: its name in GGUF, its weights, the types that it may have, and the KL of each."""
 
     name: str
     weights: int
-    cols: int
-    costs: Mapping[str, float]
+    costs: Mapping[WeightType, float]
 
     def nbytes(self, of_type: WeightType) -> int:
         """Return the bytes of the matrix in a type."""
@@ -62,36 +61,36 @@ def matrices_of(bundle: Bundle, observed: Observed, architecture: Architecture) 
     for name, shape in spec.each_tensor():
         if dense_kind(name, shape) is None:
             continue
-        costs = _costs(_dense_cost(name, spec, observed, worth), shape[1], observed.noise[_noise_key(name, spec)])
-        yield Matrix(gguf_name(name, architecture), math.prod(shape), shape[1], costs)
+        types = types_for(shape[1], name in observed.inputs)
+        costs = _costs(_dense_cost(name, spec, observed, worth), types, observed.noise[_noise_key(name, spec)])
+        yield Matrix(gguf_name(name, architecture), math.prod(shape), costs)
     if spec.tie_embeddings and architecture.own_head:
-        cols = spec.hidden_size
-        costs = _costs(observed.errors["head"], cols, observed.noise["head"])
-        yield Matrix(NAMES["lm_head"], spec.vocab_size * cols, cols, costs)
+        types = types_for(spec.hidden_size, has_importance=False)
+        costs = _costs(observed.errors["head"], types, observed.noise["head"])
+        yield Matrix(NAMES["lm_head"], spec.vocab_size * spec.hidden_size, costs)
     for layer in spec.moe_layers:
         for matrix, (rows, cols) in spec.expert_shapes.items():
             key = f"{layer}.{matrix}"
-            costs = _costs(observed.errors[key] * worth[layer], cols, observed.noise[key])
-            yield Matrix(expert_name(layer, matrix), spec.num_experts * rows * cols, cols, costs)
+            costs = _costs(observed.errors[key] * worth[layer], types_for(cols), observed.noise[key])
+            yield Matrix(expert_name(layer, matrix), spec.num_experts * rows * cols, costs)
 
 
 def solve_recipe(matrices: Sequence[Matrix], nbytes: int) -> Recipe:
     """Return the types of least cost that take at most `nbytes`; raise DymoeError if none do."""
-    options = [types_for(matrix.cols) for matrix in matrices]
     hulls = [
-        lower_hull([Choice((at,), matrix.nbytes(of), matrix.costs[of.name]) for at, of in enumerate(known)])
-        for matrix, known in zip(matrices, options, strict=True)
+        lower_hull([Choice((at,), matrix.nbytes(of), cost) for at, (of, cost) in enumerate(matrix.costs.items())])
+        for matrix in matrices
     ]
     least = sum(hull[0].bits for hull in hulls)
     if least > nbytes:
         raise DymoeError(
             f"the matrices take at least {format_size(math.ceil(least))}, and {format_size(max(nbytes, 0))} are left "
-            "for them; give more --bytes or --bits"
+            "for them; give more --size or --bits"
         )
     solved = solve(hulls, nbytes / len(hulls))
     chosen = {
-        matrix.name: known[int(choice.thresholds[0])]
-        for matrix, known, choice in zip(matrices, options, solved, strict=True)
+        matrix.name: list(matrix.costs)[int(choice.thresholds[0])]
+        for matrix, choice in zip(matrices, solved, strict=True)
     }
     return Recipe(chosen, sum(choice.cost for choice in solved))
 
@@ -137,6 +136,6 @@ def _noise_key(name: str, spec: ModelSpec) -> str:
     return "head" if name == spec.head else name
 
 
-def _costs(cost: float, cols: int, noise: float) -> dict[str, float]:
+def _costs(cost: float, types: Sequence[WeightType], noise: float) -> dict[WeightType, float]:
     """Return type -> KL, from the KL of a rounding whose relative squared error is `noise`."""
-    return {each.name: cost * each.error / max(noise, 1e-30) for each in types_for(cols)}
+    return {each: cost * each.error / max(noise, 1e-30) for each in types}
