@@ -108,7 +108,6 @@ ARCHITECTURES = {
         "minimax-m2",
         _words(f"{_PLAIN} half-turned-heads"),
         _words("normalized-weights full-norms sigmoid selection-bias"),
-        expert_width=False,
     ),
     "mixtral": _LLAMA,
     "olmoe": Architecture("olmoe", _words(_ROPES), _words("full-norms"), expert_width=False),

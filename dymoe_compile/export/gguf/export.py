@@ -59,11 +59,10 @@ def export(
     assert size is not None
     architecture_of(bundle.spec)
     with needing_extra("compile", "reading checkpoints"):
-        from dymoe_compile.export.gguf.quantizing import write_quantizing  # imports torch
+        from dymoe_compile.export.gguf.quantizing import prepare, write_recipe  # imports torch
     with new_directory(output) as directory:
-        record = _record(bundle, "recipe") | write_quantizing(
-            bundle, directory, options.checkpoint, options.calibration, size, kernels, progress
-        )
+        prepared = prepare(bundle, directory, options.checkpoint, options.calibration, kernels, progress)
+        record = _record(bundle, "recipe") | write_recipe(bundle, prepared, directory, size)
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in directory.iterdir())
     return {**record, "notes": [QUANTIZE], "path": str(output), "bytes": nbytes}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from gguf import GGUFWriter
 from dymoe_compile.export.gguf.architectures import Architecture, architecture_of
 from dymoe_compile.export.gguf.observed import Inputs, observe
 from dymoe_compile.export.gguf.original import write_original
-from dymoe_compile.export.gguf.recipe import Recipe, matrices_of, solve_recipe
+from dymoe_compile.export.gguf.recipe import Matrix, Recipe, matrices_of, solve_recipe
 from dymoe_compile.export.gguf.tensors import expert_name, gguf_name
 from dymoe_compile.export.walk import open_origin, windows_of
 from dymoe_compile.job.progress import Progress
@@ -39,41 +41,61 @@ makes {quantized} of about {size} ({bits:.2f} bits a weight).
 """
 
 
-def write_quantizing(
+@dataclass(frozen=True)
+class Prepared:
+    """What recipes of any size share: the matrices with their costs, and the bytes of everything else in a file."""
+
+    matrices: Sequence[Matrix]
+    rest_bytes: int
+    calibration_tokens: int
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights in all matrices."""
+        return sum(matrix.weights for matrix in self.matrices)
+
+    def recipe(self, size: int | float) -> Recipe:
+        """Return the types for a file of so many bytes (int), or for so many bits a weight (float).
+
+        Raises DymoeError if none are so small.
+        """
+        nbytes = size - self.rest_bytes if isinstance(size, int) else int(size * self.weights / 8)
+        return solve_recipe(self.matrices, nbytes)
+
+    def nbytes(self, recipe: Recipe) -> int:
+        """Return the bytes that all matrices take."""
+        return sum(matrix.nbytes(recipe.types[matrix.name]) for matrix in self.matrices)
+
+
+def prepare(
     bundle: Bundle,
     directory: Path,
     checkpoint_path: Path,
     calibration: Sequence[str],
-    size: int | float,
     kernels: Kernels,
     progress: Progress,
-) -> dict[str, Any]:
-    """Write the files to `directory`, for a quantized file of so many bytes (int) or bits a weight (float).
+) -> Prepared:
+    """Write the original and its importance matrix to `directory`, and measure what each matrix costs.
 
-    Returns what there is to say of them. Raises DymoeError if the checkpoint is not that of the bundle, if llama.cpp
-    cannot run the model, or if it cannot be so small.
+    Raises DymoeError if the checkpoint is not that of the bundle, or if llama.cpp cannot run the model.
     """
     architecture = architecture_of(bundle.spec)
     checkpoint = open_origin(bundle, checkpoint_path, progress)
-    windows = windows_of(bundle, calibration)
-    observed = observe(checkpoint, windows.train, kernels, directory, progress)
+    ids = windows_of(bundle, calibration).train
+    observed = observe(checkpoint, ids, kernels, directory, progress)
     stored = write_original(bundle, checkpoint, directory / ORIGINAL, progress)
-    write_importance(directory / IMPORTANCE, observed.inputs, bundle.spec, architecture, windows.train.shape)
+    write_importance(directory / IMPORTANCE, observed.inputs, bundle.spec, architecture, ids.shape)
     matrices = list(matrices_of(bundle, observed, architecture))
-    weights = sum(matrix.weights for matrix in matrices)
-    # Whatever is no matrix stays as it is.
     rest = (directory / ORIGINAL).stat().st_size - sum(stored[matrix.name] for matrix in matrices)
-    nbytes = size - rest if isinstance(size, int) else int(size * weights / 8)
-    recipe = solve_recipe(matrices, nbytes)
+    return Prepared(matrices, rest, ids.size)
+
+
+def write_recipe(bundle: Bundle, prepared: Prepared, directory: Path, size: int | float) -> dict[str, Any]:
+    """Write the types for a size, as `Prepared.recipe` takes it, and how to use them; return what there is to say."""
+    recipe = prepared.recipe(size)
+    taken = prepared.nbytes(recipe)
+    nbytes, bits = prepared.rest_bytes + taken, 8 * taken / prepared.weights
     (directory / TYPES).write_text(recipe.to_text(), encoding="utf-8")
-    taken = sum(matrix.nbytes(recipe.types[matrix.name]) for matrix in matrices)
-    summary = {
-        "quantized_bytes": rest + taken,
-        "quantized_bits": round(8 * taken / weights, 3),
-        "expected_kl": recipe.kl,
-        "types": _counts(recipe),
-        "calibration_tokens": windows.train.size,
-    }
     text = TEXT.format(
         name=bundle.path.stem,
         original=ORIGINAL,
@@ -81,13 +103,19 @@ def write_quantizing(
         types=TYPES,
         quantized=QUANTIZED,
         base=BASE,
-        size=format_size(rest + taken),
-        bits=summary["quantized_bits"],
-        tokens=windows.train.size,
+        size=format_size(nbytes),
+        bits=bits,
+        tokens=prepared.calibration_tokens,
         kl=recipe.kl,
     )
     (directory / README).write_text(text, encoding="utf-8")
-    return summary
+    return {
+        "quantized_bytes": nbytes,
+        "quantized_bits": round(bits, 3),
+        "expected_kl": recipe.kl,
+        "types": dict(Counter(of.name for of in recipe.types.values())),
+        "calibration_tokens": prepared.calibration_tokens,
+    }
 
 
 def write_importance(
@@ -115,10 +143,3 @@ def write_importance(
 def _expert_key(name: str) -> tuple[int, str]:
     layer, _, matrix = name.partition(".")
     return int(layer), matrix
-
-
-def _counts(recipe: Recipe) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for of_type in recipe.types.values():
-        counts[of_type.name] = counts.get(of_type.name, 0) + 1
-    return counts

@@ -20,6 +20,8 @@ from dymoe_runtime.text.tokenizer import Tokenizer
 
 # Spaces in a merge, which separates its halves by a space: byte-level tokens spell them so.
 SPACE, SPELLED_SPACE = " ", "Ġ"
+# llama.cpp wants a merge where there is none; no byte-level text has this character.
+NO_MERGES = ["▁ ▁"]
 # Normalizers that leave text as it is but for how characters are composed; llama.cpp has none.
 COMPOSING = {"NFC", "NFKC", "NFD", "NFKD"}
 
@@ -43,7 +45,7 @@ class Vocabulary:
         writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        writer.add_token_merges(self.merges or NO_MERGES)
         for name, token in self.special_ids.items():
             getattr(writer, f"add_{name}_token_id")(token)
         for name, added in self.adds.items():
