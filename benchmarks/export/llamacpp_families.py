@@ -68,6 +68,7 @@ def changed(family: str, name: str, **values: Any) -> Case:
     return Case(family, f"{name}, changed", config, case.model)
 
 
+FULL = ["full_attention"] * 4
 EXPERTS: dict[str, Any] = {"num_experts": 6, "moe_intermediate_size": 40, "norm_topk_prob": True}
 VARIANTS = [
     made("qwen3_moe", "plain", "Qwen3MoeConfig", **EXPERTS, head_dim=16),
@@ -76,13 +77,20 @@ VARIANTS = [
     made("mixtral", "plain", "MixtralConfig", num_local_experts=6, intermediate_size=40),
     made("mixtral", "wide, llama3", "MixtralConfig", num_local_experts=6, head_dim=20, rope_parameters=LLAMA3),
     changed("qwen2_moe", "plain", decoder_sparse_step=1),
-    changed("qwen2_moe", "window-and-dense-layers", mlp_only_layers=[], norm_topk_prob=False, qkv_bias=True),
+    changed(
+        "qwen2_moe",
+        "window-and-dense-layers",
+        mlp_only_layers=[],
+        norm_topk_prob=False,
+        layer_types=["full_attention"] * 4,
+    ),
     changed("qwen3_omni_moe", "thinker"),
     changed("mellum", "defaults", norm_topk_prob=True),
     changed("ernie4_5_moe", "interval", moe_norm_min=1e-12, moe_layer_interval=1),
     changed("ernie4_5_moe", "range", moe_layer_end_index=-1),
+    changed("gpt_oss", "default-yarn", rope_parameters={**YARN, "factor": 32.0, "beta_fast": 32.0, "truncate": True}),
     changed("hunyuan_v1_moe", "lists and alpha", attention_bias=False),
-    changed("dots1", "groups and windows", attention_bias=False, num_key_value_heads=4),
+    changed("dots1", "groups and windows", attention_bias=False, num_key_value_heads=4, layer_types=FULL),
     changed("dots1", "yarn, gates not normalized, tied", num_key_value_heads=4),
 ]
 
@@ -118,7 +126,8 @@ def compare(case: Case, tool: Path, place: Path) -> str:
     letters = np.random.default_rng(0).integers(97, 123, LETTERS)
     (place / "text.txt").write_bytes(bytes(letters.astype(np.uint8)))
     args = ("-m", "model.gguf", "-f", "text.txt", "-c", str(CONTEXT), "-t", "1", "--kl-divergence-base", "base.kld")
-    done = subprocess.run([tool, *args], cwd=place, capture_output=True, text=True, errors="replace")
+    exact = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
+    done = subprocess.run([tool, *args, *exact], cwd=place, capture_output=True, text=True, errors="replace")
     if done.returncode or not (place / "base.kld").exists():
         return "FAILED: " + " ".join((done.stdout + done.stderr).splitlines()[-4:])[-400:]
     ids, theirs = log_probabilities(place / "base.kld")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dymoe_runtime
-from dymoe_compile.export.gguf.architectures import Architecture, architecture_of, context_of
+from dymoe_compile.export.gguf.architectures import Architecture, architecture_of, attentions_of, context_of
 from dymoe_compile.export.gguf.vocabulary import vocabulary_of
 from dymoe_compile.export.gguf.writer import name_of, write_model
 from dymoe_compile.export.output import new_directory, new_file
@@ -107,6 +107,8 @@ def _notes(source: BundleSource, architecture: Architecture) -> Iterator[str]:
         yield "all other matrices are Q8_0, rounded anew"
     if wide := _not_in_blocks(spec):
         yield f"matrices whose rows are no multiple of 32 columns ({', '.join(wide)}) are F16, which Q8_0 cannot hold"
+    if any(mixer.rope is not None and not mixer.rope.truncate for mixer in attentions_of(spec)):
+        yield "llama.cpp rounds the range of columns whose frequencies YaRN blends; the model does not"
     if (context := context_of(spec, architecture)) < spec.max_context:
         yield f"its context is {context} tokens of the model's {spec.max_context}: llama.cpp has no windows for it"
 
