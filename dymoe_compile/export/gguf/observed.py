@@ -1,8 +1,9 @@
 """What a pass of calibration text says of each matrix: the energy of its inputs, and the harm of rounding it.
 
-The harm of a matrix is the squared error that it adds to the residual stream of its layer, for each token, if its
-weights are rounded to 4 bits. Matrices of experts are rounded one expert at a time; those of the dense part are rounded
-one at a time for the first windows only.
+The harm of a matrix is the squared error that it adds to the residual stream that leaves its layer, for each token, if
+its weights are rounded to 4 bits. Matrices of experts are rounded one expert at a time; those of the dense part are
+rounded one at a time for the first windows only. What comes before the experts of a layer is read by them through a
+norm, so that a relative error of the stream there is one of their output, too: its error grows as the stream does.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def observe(checkpoint: Checkpoint, ids: np.ndarray, kernels: Kernels, scratch: 
             sums.finish(observed)
             advance()
         walk.pass_dense(checkpoint.spec.num_layers)
+        layers.grow_errors()
         layers.observe_head(ids, walk.windows())
     return observed
 
@@ -170,6 +172,9 @@ class _Layers:
         self._observed, self._spec = observed, checkpoint.spec
         self._windows = windows
         self._left: dict[str, int] = {}
+        self._grown: dict[
+            int, list[float]
+        ] = {}  # layer -> squares of the stream that experts read, and of their output
         self.route = self._decoder.route
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -196,11 +201,21 @@ class _Layers:
 
     def finish(self, layer: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         done = self._decoder.finish(layer, x, y)
+        before, added = (float(np.square(values, dtype=np.float64).sum()) for values in (x, done - x))
+        known = self._grown.setdefault(layer, [0.0, 0.0])
+        known[0], known[1] = known[0] + before, known[1] + added
         kinds = () if self._spec.layers[layer].parallel else ("shared",)
         for name in self._matrices(layer, kinds):
             with self._dense.rounding(name):
                 self._add(name, self._decoder.finish(layer, x, y), done)
         return done
+
+    def grow_errors(self) -> None:
+        """Make the errors before the experts of a layer those that leave the layer."""
+        for layer, (before, added) in self._grown.items():
+            names = [name for name in self._observed.errors if name.startswith(f"layers.{layer}.attn.")]
+            for name in (*names, *(["embed"] if layer == 0 else [])):
+                self._observed.errors[name] *= 1 + added / max(before, 1e-30)
 
     def observe_head(self, ids: np.ndarray, windows: list[np.ndarray]) -> None:
         """Measure the KL of a rounded head, for windows of ids [windows, W] and their hidden states [W, H]."""
