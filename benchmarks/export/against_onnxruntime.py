@@ -25,7 +25,7 @@ from dymoe_compile.checkpoint.original import open_original
 from dymoe_compile.export.onnx.decoder import DecoderGraph
 from dymoe_compile.export.onnx.export import Options, export
 from dymoe_compile.export.onnx.graph import Graph, WeightsFile, model_of
-from dymoe_compile.export.onnx.original import OriginalSource
+from dymoe_compile.export.original import OriginalSource
 from dymoe_runtime import Bundle, RunOptions, Tokenizer, load_kernels, load_model, load_scorer
 from dymoe_runtime.model.score import Score, score_window, windows
 from dymoe_runtime.units import format_size

@@ -1,4 +1,4 @@
-"""The directory of an export: built next to its final place, and renamed there when it is complete."""
+"""Where an export is written: next to its final place, and renamed there when it is complete."""
 
 from __future__ import annotations
 
@@ -20,8 +20,23 @@ def new_directory(path: Path) -> Iterator[Path]:
     The directories above `path` are made. Raises DymoeError if something is at `path`, at first or by then, or if
     another process is writing it.
     """
+    with output.new_directory(_prepared(path), "export") as directory:
+        yield directory
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which becomes `path` if this context ends without an error, else is removed.
+
+    It is in `.NAME.export` beside `path`, as that of `new_directory`, and the same errors are raised.
+    """
+    with output.new_path(_prepared(path), "export") as file:
+        yield file
+
+
+def _prepared(path: Path) -> Path:
+    """Return the absolute `path`, at which nothing is, with the directories above it."""
     path = path.absolute()
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with output.new_directory(path, "export") as directory:
-        yield directory
+    return path

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,7 +12,7 @@ from dymoe_runtime.bundle.bundle import Bundle, read_manifest
 from dymoe_runtime.bundle.records import NOT_VOUCHED, check_digest, verify
 from dymoe_runtime.cli import shipping
 from dymoe_runtime.cli.flags import FlagsCommand
-from dymoe_runtime.cli.release import check, provenance
+from dymoe_runtime.cli.release import check, export, provenance
 from dymoe_runtime.console import (
     Commands,
     FiniteRange,
@@ -24,11 +22,10 @@ from dymoe_runtime.console import (
     print_json,
     progress_bar,
     say,
-    stage_progress,
 )
 from dymoe_runtime.engine.options import MAX_DECAY
 from dymoe_runtime.engine.trace import read_trace
-from dymoe_runtime.errors import DymoeError, needing_extra
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import replacing
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.store import DECAY, EVICTIONS
@@ -36,7 +33,6 @@ from dymoe_runtime.text.tokenizer import Tokenizer
 from dymoe_runtime.tools.describe import describe, format_description
 from dymoe_runtime.tools.replay import format_replay, replay, split
 from dymoe_runtime.tools.replay_page import render
-from dymoe_runtime.units import format_size
 
 
 @click.group(cls=Commands)
@@ -45,7 +41,7 @@ def bundle() -> None:
     """Look at a bundle, check it, ship it, export it, or replay a trace of it with other memory."""
 
 
-for command in (*shipping.COMMANDS, *check.COMMANDS, *provenance.COMMANDS):
+for command in (*shipping.COMMANDS, *check.COMMANDS, *provenance.COMMANDS, *export.COMMANDS):
     bundle.add_command(command)
 
 
@@ -184,60 +180,3 @@ def replay_command(
         print_json({"traced": split(lines), "replayed": rows})
     else:
         click.echo(format_replay(split(lines), rows))
-
-
-# Format of an export -> module of the exporter, and the extra that it needs. They belong to the compiler, which a
-# runtime may be installed without.
-EXPORTERS = {"onnx": ("dymoe_compile.export.onnx.export", "onnx")}
-EXPORT_EXAMPLES = (
-    "dymoe-bundle export my.dymoe -o my-onnx --format onnx --tier 4",
-    "dymoe-bundle export my.dymoe -o my-onnx --format onnx --int4 --checkpoint path/to/checkpoint",
-)
-
-
-@bundle.command("export", cls=FlagsCommand, examples=EXPORT_EXAMPLES)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The directory to make, which is not there."
-)
-@click.option("--format", "form", type=click.Choice(sorted(EXPORTERS)), required=True, help="What to export to.")
-@click.option("--tier", type=int, metavar="BITS", help="Tier of all experts. Default: the highest of the bundle.")
-@click.option("--int4", is_flag=True, help="Quantize the experts of --checkpoint anew, to whole numbers of 4 bits.")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint that BUNDLE was compiled from, for --int4."
-)
-@click.option(
-    "--calibration",
-    multiple=True,
-    metavar="FILE…",
-    help="Texts for --int4, as for dymoe-compile. Default: its shipped mix.",
-)
-@click.option("--portable", is_flag=True, help="Use ONNX's standard operators only: slower, for any runtime.")
-@click.option(
-    "--context",
-    type=click.IntRange(1),
-    metavar="TOKENS",
-    help="Longest context. Default: the model's, but at most 32768.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, alone, to stdout.")
-@one_sentence
-def export_command(bundle: Path, output: Path, form: str, int4: bool, as_json: bool, **options: Any) -> None:
-    """Write what other runtimes execute: a model of BUNDLE with all experts at one tier."""
-    if int4 != (options["checkpoint"] is not None):
-        raise DymoeError("--int4 and --checkpoint go together; give both or neither")
-    if options["calibration"] and not int4:
-        raise DymoeError("--calibration is for --int4 alone; leave it out")
-    if int4 and options["tier"] is not None:
-        say(f"note: --int4 quantizes from the checkpoint: --tier {options['tier']} changes nothing", err=True)
-    module, extra = EXPORTERS[form]
-    with needing_extra(extra, f"exporting to {form.upper()}"):
-        exporter = importlib.import_module(module)
-    progress = stage_progress if int4 else progress_bar  # calibration takes as long as compiling
-    result = exporter.export(Bundle.open(bundle), output, exporter.Options(**options), load_kernels(), progress)
-    if as_json:
-        print_json(result)
-        return
-    share = result["bytes"] / result["bundle_bytes"]
-    say(f"{output}: {format_size(result['bytes'])}, {share:.2f} times the bundle's weights at this precision")
-    for note in result["notes"]:
-        say(f"note: {note}")

@@ -182,6 +182,11 @@ class Tokenizer:
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token as the vocabulary spells it, or None if it is not in the vocabulary."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     @property
     def decoder_types(self) -> list[str]:
         """Return the types of the decoders in tokenizer.json, in the order in which they run."""
@@ -192,6 +197,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Return whether the model has a chat template."""
         return bool(self._chat_templates)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Return the chat template for messages without tools, or None if the model has none."""
+        return self._pick_chat_template(tools=False) if self._chat_templates else None
 
     def chat(
         self,

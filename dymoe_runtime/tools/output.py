@@ -32,6 +32,17 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def new_path(target: Path, suffix: str = "writing") -> Iterator[Path]:
+    """Yield the path of a file to write; the file gets the name `target` at the end, and is removed if something fails.
+
+    Until then it is in `.NAME.suffix` beside `target`. Raises DymoeError as `new_file` does.
+    """
+    with _new(target, suffix) as content:
+        yield content
+        flush_directory(content)
+
+
+@contextmanager
 def new_directory(target: Path, suffix: str = "writing") -> Iterator[Path]:
     """Yield an empty directory; it gets the name `target` at the end, and is removed if something fails.
 
@@ -120,7 +131,7 @@ def clear(work: Path, directory: str = CONTENT) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
+    """Bring the names in a directory, or the bytes of a file, to the disk."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)

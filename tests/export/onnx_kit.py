@@ -12,10 +12,10 @@ import onnx
 import onnxruntime as ort
 from families.harness import COMMON, Case
 
+from dymoe_compile.export.matrices import Format, Rows, rounded, values_of
 from dymoe_compile.export.onnx.decoder import DecoderGraph
 from dymoe_compile.export.onnx.graph import Graph, WeightsFile, model_of
-from dymoe_compile.export.onnx.matrices import Format, Rows, rounded, values_of
-from dymoe_compile.export.onnx.source import Expert, Source
+from dymoe_compile.export.source import Expert, Source
 from dymoe_compile.families import family_of, text_config
 from dymoe_compile.families.parts.config import Config
 from dymoe_runtime.kernels import load_kernels

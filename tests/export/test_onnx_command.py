@@ -17,9 +17,9 @@ from helpers import Outcome, assert_one_sentence, bundle_cli, save_tiny
 from onnx import numpy_helper
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
+from dymoe_compile.export.matrices import Format, WholeNumbers, values_of
 from dymoe_compile.export.onnx import export as onnx_export
 from dymoe_compile.export.onnx.engine import tokenizer_config
-from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, values_of
 from dymoe_runtime import Bundle, Tokenizer
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import dequantize

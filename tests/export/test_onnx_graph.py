@@ -11,8 +11,8 @@ from export.onnx_kit import EIGHT, FLOAT, FOUR, RandomModel, Runner, export_grap
 from families.cases import CASES
 from families.harness import Case
 
+from dymoe_compile.export.matrices import Format
 from dymoe_compile.export.onnx.export import check_layers
-from dymoe_compile.export.onnx.matrices import Format
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import AttentionSpec, ModelSpec
 

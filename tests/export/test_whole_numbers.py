@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_kit import COMPILED, kernels_of
 
-from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, rounded, values_of
+from dymoe_compile.export.matrices import Format, WholeNumbers, rounded, values_of
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.descent import DescentKernels
 from dymoe_compile.quantize.descent_reference import ReferenceDescent

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
+from dymoe_compile.export.matrices import Format, WholeNumbers, grown, packed
 from dymoe_compile.export.onnx.graph import CONTRIB, Graph
-from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, grown, packed
-from dymoe_compile.export.onnx.source import Source
+from dymoe_compile.export.source import Source
 from dymoe_runtime.spec import clamped_parameters, is_exact
 
 

@@ -11,7 +11,7 @@ from dymoe_compile.export.onnx.blocks import Blocks
 from dymoe_compile.export.onnx.experts import ExpertsGraph
 from dymoe_compile.export.onnx.graph import Graph, value
 from dymoe_compile.export.onnx.sequence import IDS, MASK, Sequences
-from dymoe_compile.export.onnx.source import Source
+from dymoe_compile.export.source import Source
 from dymoe_runtime.spec import AttentionSpec, MlpSpec, MoeSpec, SharedSpec
 
 LOGITS = "logits"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from dymoe_compile.export.matrices import Format, Rows, WholeNumbers, grown
 from dymoe_compile.export.onnx.blocks import Blocks, as_stored, gated
 from dymoe_compile.export.onnx.graph import CONTRIB, Graph, TensorWriter, value
-from dymoe_compile.export.onnx.matrices import Format, Rows, WholeNumbers, grown
 from dymoe_compile.export.onnx.routing import RouterGraph, is_plain
-from dymoe_compile.export.onnx.source import Expert
+from dymoe_compile.export.source import Expert
 from dymoe_runtime.spec import ModelSpec, clamped_parameters
 
 

@@ -17,10 +17,10 @@ from dymoe_compile.export.onnx.decoder import DecoderGraph
 from dymoe_compile.export.onnx.engine import CONFIG, MODEL, caches_alike, write_engine_files
 from dymoe_compile.export.onnx.experts import is_fused
 from dymoe_compile.export.onnx.graph import OPSET, Graph, WeightsFile, model_of
-from dymoe_compile.export.onnx.source import DENSE_FORM, BundleSource, Source
 from dymoe_compile.export.output import new_directory
+from dymoe_compile.export.source import DENSE_FORM, BundleSource, Source, checked_tier, tier_bytes
 from dymoe_compile.job.progress import Progress, silent
-from dymoe_runtime.bundle.bundle import DENSE, Bundle, dense_kind
+from dymoe_runtime.bundle.bundle import Bundle, dense_kind
 from dymoe_runtime.errors import DymoeError, needing_extra
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.spec import AttentionSpec, ModelSpec
@@ -73,7 +73,7 @@ def export(
         record = _record(bundle, options, source, context)
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         nbytes = sum((directory / name).stat().st_size for name in (MODEL, WEIGHTS))
-    return record | {"path": str(output), "bytes": nbytes, "bundle_bytes": _tier_bytes(bundle, record["bits"])}
+    return record | {"path": str(output), "bytes": nbytes, "bundle_bytes": tier_bytes(bundle, record["bits"])}
 
 
 def check_layers(spec: ModelSpec) -> None:
@@ -97,11 +97,7 @@ def _source(bundle: Bundle, options: Options, kernels: Kernels, progress: Progre
         with needing_extra("compile", "reading checkpoints"):
             from dymoe_compile.export.onnx.calibrated import open_calibrated  # imports torch
         return open_calibrated(bundle, options.checkpoint, options.calibration, kernels, scratch, progress)
-    tier = bundle.layout.ladder[-1] if options.tier is None else options.tier
-    if tier not in bundle.layout.ladder:
-        known = ", ".join(map(str, bundle.layout.ladder))
-        raise DymoeError(f"--tier {tier}: the tiers of this bundle are {known}; give one of them")
-    return BundleSource(bundle, tier, kernels)
+    return BundleSource(bundle, checked_tier(bundle, options.tier), kernels)
 
 
 @contextmanager
@@ -148,10 +144,3 @@ def _notes(spec: ModelSpec, source: Source, context: int, portable: bool) -> Ite
         yield "attention runs by standard operators: GroupQueryAttention has no chunks, and wants heads of 8 n columns"
     if not caches_alike(spec):
         yield f"no {CONFIG}: the KV caches of the layers have different shapes, which the engine's file cannot say"
-
-
-def _tier_bytes(bundle: Bundle, tier: int) -> int:
-    """Return the bytes of the bundle's dense weights and of its experts at a tier."""
-    tiers = [each for each in bundle.layout.ladder if each <= tier]
-    nearest = tiers[-1] if tiers else bundle.layout.ladder[0]
-    return bundle.manifest.files[DENSE].nbytes + bundle.spec.total_experts * bundle.layout.prefix_bytes(nearest)

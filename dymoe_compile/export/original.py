@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
-from dymoe_compile.export.onnx.matrices import Format, Rows
-from dymoe_compile.export.onnx.source import ROWS_AT_ONCE, Expert
+from dymoe_compile.export.matrices import Format, Rows
+from dymoe_compile.export.source import ROWS_AT_ONCE, Expert
 from dymoe_runtime.spec import MATRICES, ExpertKey
 
 

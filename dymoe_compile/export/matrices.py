@@ -1,4 +1,4 @@
-"""Matrices as ONNX operators take them: whole numbers with a scale for each block of columns.
+"""Matrices as operators of whole numbers take them: codes with a scale for each block of columns.
 
 A value is (code - 2^(bits - 1)) * scale. Most levels of tiers are odd halves, such as 0.5, and twice a level is a whole
 number. So a tier of up to 7 bits fits codes of 8 bits: twice its levels with half its scales. Halving and doubling are
@@ -75,15 +75,30 @@ def carrier(tier: int, top: int, grid: str = "") -> tuple[np.ndarray, int]:
     >>> carrier(2, 4)
     (array([ 73, 111, 145, 183], dtype=uint8), 2)
     """
-    levels = levels_of(tier, top, grid)
-    factor = 1 if (levels == np.rint(levels)).all() else 2
+    levels, factor = _whole(tier, top, grid)
     numbers = np.rint(levels * factor)
-    if np.abs(numbers).max() > MOST:
+    if not fits(tier, top, grid):
         raise DymoeError(
             f"tier {tier}: its levels are odd halves up to {levels[-1]:g}, which codes of 8 bits cannot hold exactly; "
             "export a lower tier with --tier, or from the checkpoint with --int4 --checkpoint MODEL"
         )
     return (numbers + 128).astype(np.uint8), factor
+
+
+def fits(tier: int, top: int, grid: str = "") -> bool:
+    """Return whether codes of 8 bits hold the levels of a tier.
+
+    >>> fits(4, 4), fits(8, 8)
+    (True, False)
+    """
+    levels, factor = _whole(tier, top, grid)
+    return bool(np.abs(np.rint(levels * factor)).max() <= MOST)
+
+
+def _whole(tier: int, top: int, grid: str) -> tuple[np.ndarray, int]:
+    """Return the levels of a tier, and the factor, 1 or 2, that makes them whole numbers."""
+    levels = levels_of(tier, top, grid)
+    return levels, 1 if (levels == np.rint(levels)).all() else 2
 
 
 def rounded(weight: np.ndarray, form: Format) -> WholeNumbers:

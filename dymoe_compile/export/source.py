@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dymoe_compile.export.onnx.matrices import Format, Rows, carrier, of_tier, rounded
-from dymoe_runtime.bundle.bundle import Bundle, dense_kind
+from dymoe_compile.export.matrices import Format, Rows, carrier, fits, of_tier, rounded
+from dymoe_runtime.bundle.bundle import DENSE, Bundle, dense_kind
 from dymoe_runtime.bundle.records import read_record
-from dymoe_runtime.bundle.tiers import vector_of
+from dymoe_runtime.bundle.tiers import MatrixLayout, dequantize, vector_of
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.weights import BundleDense
 from dymoe_runtime.spec import ExpertKey, ModelSpec
@@ -55,15 +56,19 @@ class Source(Protocol):
 class BundleSource:
     """The weights of a bundle at one tier, with their values as they are.
 
-    Dense matrices of 8 bits are the exception: their levels are odd halves up to 127.5, and are rounded anew.
+    Dense matrices of 8 bits are the exception: their levels are odd halves up to 127.5, and are rounded anew. With
+    `rounds`, so are experts whose tier does not fit codes of 8 bits.
     """
 
-    def __init__(self, bundle: Bundle, tier: int, kernels: Kernels) -> None:
+    def __init__(self, bundle: Bundle, tier: int, kernels: Kernels, rounds: bool = False) -> None:
         """Read the dense weights; raise DymoeError if they are damaged, or the tier does not fit codes of 8 bits."""
         self.spec = bundle.spec
         self._bundle, self._tier, self._kernels = bundle, tier, kernels
-        carrier(tier, bundle.layout.ladder[-1], self.spec.expert_grid)
-        self.expert_form = Format(8, next(iter(bundle.layout.matrices.values())).span)
+        self.is_exact = fits(tier, bundle.layout.ladder[-1], self.spec.expert_grid)
+        if not rounds:
+            carrier(tier, bundle.layout.ladder[-1], self.spec.expert_grid)
+        span = next(iter(bundle.layout.matrices.values())).span
+        self.expert_form = Format(8, span) if self.is_exact else DENSE_FORM
         self._weights = BundleDense(bundle, kernels)
         self._shapes = self.spec.tensor_shapes()
 
@@ -95,7 +100,25 @@ class BundleSource:
         layout = self._bundle.layout
         for expert in range(self.spec.num_experts):
             segments = read_record(self._bundle, ExpertKey(layer, expert))
-            matrices: dict[str, Rows] = {
-                name: of_tier(segments, where, self._tier) for name, where in layout.matrices.items()
-            }
+            matrices: dict[str, Rows] = {name: self._rows(segments, where) for name, where in layout.matrices.items()}
             yield Expert(matrices, {name: vector_of(segments, part) for name, part in layout.vectors.items()})
+
+    def _rows(self, segments: Sequence[np.ndarray], where: MatrixLayout) -> Rows:
+        if self.is_exact:
+            return of_tier(segments, where, self._tier)
+        return rounded(dequantize(segments, where, self._tier), DENSE_FORM)
+
+
+def checked_tier(bundle: Bundle, tier: int | None) -> int:
+    """Return a tier of `bundle`, by default its highest; raise DymoeError if it has no such tier."""
+    ladder = bundle.layout.ladder
+    if tier is not None and tier not in ladder:
+        raise DymoeError(f"--tier {tier}: the tiers of this bundle are {', '.join(map(str, ladder))}; give one of them")
+    return ladder[-1] if tier is None else tier
+
+
+def tier_bytes(bundle: Bundle, tier: int) -> int:
+    """Return the bytes of the bundle's dense weights and of its experts at a tier, or at the nearest one below it."""
+    tiers = [each for each in bundle.layout.ladder if each <= tier]
+    nearest = tiers[-1] if tiers else bundle.layout.ladder[0]
+    return bundle.manifest.files[DENSE].nbytes + bundle.spec.total_experts * bundle.layout.prefix_bytes(nearest)

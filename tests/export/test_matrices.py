@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dymoe_compile.export.onnx.matrices import Format, WholeNumbers, grown, of_tier, packed, rounded, values_of
+from dymoe_compile.export.matrices import Format, WholeNumbers, grown, of_tier, packed, rounded, values_of
 from dymoe_runtime.bundle.tiers import (
     MXFP4,
     QuantizedMatrix,

@@ -1,0 +1,1 @@
+"""Export to GGUF, the file format of llama.cpp."""
