@@ -219,7 +219,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("number", [1, 3, 9])  # `make faults` tries more
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_in_the_last_calls_leaves_the_old_or_the_new_bundle(
     number: int, after: bool, tiny_checkpoint: Path, damaged: Path, calibration_text: Path

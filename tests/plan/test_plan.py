@@ -142,7 +142,7 @@ def test_a_profile_without_rates_has_sizes_and_no_speed(tmp_path: Path) -> None:
     kept = (
         'name = "board"\nladder = [2, 3, 4]\ndense_bits = 8\nmemory = "1GiB"\nthreads = 2\ndisk_bandwidth = "1GB/s"\n'
     )
-    path.write_text(f'name = "board"\n{kept}', encoding="utf-8")
+    path.write_text(kept, encoding="utf-8")
     planned = of_profile(plan_of(MODEL, "--profile", path))
     assert planned["fits"] and planned["bundle_bytes"] > 10**6
     assert {(point["tokens_per_s"], point["first_token_s"]) for point in planned["points"]} == {(None, None)}

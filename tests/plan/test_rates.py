@@ -162,9 +162,9 @@ def test_a_probe_writes_a_profile_that_plans(
 ) -> None:
     monkeypatch.setattr(measure_command, "measure_rates", lambda model: GOOD)
     path = tmp_path / "here.toml"
-    outcome = run_cli("probe", shipped_path, "--write", path, "--json", "--memory", "1GiB")
+    outcome = run_cli("probe", shipped_path, "--write", path, "--json", "--memory", "6GiB")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["written"] == str(path) and load_profile(str(path)).memory_bytes == 1 << 30
+    assert outcome.json["written"] == str(path) and load_profile(str(path)).memory_bytes == 6 << 30
     assert_one_sentence(run_cli("probe", shipped_path, "--write", path), "--overwrite")
     assert run_cli("probe", shipped_path, "--write", path, "--overwrite", "--json").code == 0
     assert "here" in compile_cli(MODEL, "--plan", "--profile", path).out

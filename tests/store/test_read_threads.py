@@ -223,8 +223,8 @@ class Last:
     def __del__(self, sleep=time.sleep):
         sleep(1.5)
 memory = (ctypes.c_uint8 * (256 << 20))()
-zeros = open("/dev/zero", "rb")
-queue = ReadQueue(lambda *what: Source(zeros.fileno(), None, 0, print), memory, start_threads(load_kernels().reads, 2))
+noise = open("/dev/urandom", "rb")  # of which even a piece of a read takes milliseconds
+queue = ReadQueue(lambda *what: Source(noise.fileno(), None, 0, print), memory, start_threads(load_kernels().reads, 2))
 queue.submit(Read(None, 0, [(ctypes.addressof(memory), len(memory))]))
 last = Last()
 while not queue.started():
@@ -239,7 +239,7 @@ def test_a_forked_process_ends_without_the_threads(isa: str) -> None:
     assert run(FORKED, isa) == (0, "True\nTrue\n", "")
 
 
-@pytest.mark.skipif(not os.access("/dev/zero", os.R_OK), reason="there is nothing that takes long to read")
+@pytest.mark.skipif(not os.access("/dev/urandom", os.R_OK), reason="there is nothing that takes long to read")
 @pytest.mark.parametrize("isa", ["", "numpy"])
 def test_a_read_that_outlives_the_program_does_it_no_harm(isa: str) -> None:
     assert run(LEFT_BEHIND, isa) == (0, "False\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
 import json
 import os
@@ -83,10 +84,10 @@ class TerminalProgram:
         deadline = time.monotonic() + patience_s
         while not what():
             left = deadline - time.monotonic()
-            assert left > 0 and self.process.poll() is None, (
-                f"{self.process.poll()}\n{self.text()}\n{self.output[-500:]!r}"
-            )
-            self.read(min(left, 0.1))
+            ended, wrote = self.process.poll() is not None, False  # its last words may still be on their way
+            with contextlib.suppress(OSError):  # the terminal has no program any more
+                wrote = self.read(0.0 if ended else max(0.0, min(left, 0.1)))
+            assert left > 0 and (wrote or not ended), f"{self.process.poll()}\n{self.text()}\n{self.output[-500:]!r}"
 
     def until_shown(self, words: str) -> None:
         self.until(lambda: words in self.text())
