@@ -17,8 +17,8 @@ from dymoe_runtime.memory import Place, memory_at
 
 # Number of urgencies; reads of urgency 0 go first.
 URGENCIES = 3
-# Compiled threads divide large reads. Some of them check what they have read while others keep the disk busy: with six,
-# checks take 1 to 2.5% of a decoded token that reads 34 MB from a disk of 2 GB/s; with two that read whole records, 7%.
+# Compiled threads divide large reads. Some of them check what they have read while others keep the disk busy. With six,
+# a checked token takes 7% less than with two that read whole records; benchmarks/streaming/RESULTS.md has the figures.
 COMPILED_READERS = 6
 # Threads in Python make whole reads; two nearly saturate a disk.
 PYTHON_READERS = 2
