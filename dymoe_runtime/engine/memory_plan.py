@@ -19,6 +19,10 @@ from dymoe_runtime.units import format_size
 PROCESS_BYTES = 44 << 20
 # Memory of a tokenizer as a multiple of its file's size; 7.3 to 7.8 were measured.
 TOKENIZER_FACTOR = 8
+# The most sequences of a batch by default, and the share of the memory that their states may take then.
+MOST_SEQUENCES, SEQUENCES_SHARE = 4, 1 / 8
+# Arrays of logits that each sequence after the first adds to a step of a batch: the head's result, and a copy of it.
+LOGITS_OF_EACH = 2
 
 
 def plan_budget(
@@ -30,11 +34,13 @@ def plan_budget(
     process_bytes: int | None = None,
     window: int | None = None,
     kv_bits: int = 16,
+    sequences: int | None = None,
 ) -> Budget:
     """Return the division of `memory_bytes`, by default all memory that this process may use.
 
     The budget has room for a sequence of `context` tokens or, if `window` is given, for separate windows of that many
-    tokens. `process_bytes` is the memory of the process itself, by default its resident set less `uncounted_bytes`.
+    tokens. With `sequences`, it has room for so many of them, which are decoded together, also while a prompt runs.
+    `process_bytes` is the memory of the process itself, by default its resident set less `uncounted_bytes`.
     """
     tokenizer = bundle.manifest.files.get(TOKENIZER)
     floor_process_bytes = PROCESS_BYTES + (TOKENIZER_FACTOR * tokenizer.nbytes if tokenizer else 0)
@@ -49,18 +55,39 @@ def plan_budget(
     one_token = Decoder.workspace_bytes(spec, kernels, 1, context) + kernels.kept_bytes(
         CHUNK, spec.expert_width, _widest(spec)
     )
+    state_bytes = SequenceState.bytes_needed(spec, window or context, kv_bits, shared=bool(window))
+    if sequences is not None:
+        kept = one_token - Decoder.workspace_bytes(spec, kernels, 1, context)
+        one_token = Decoder.workspace_bytes(spec, kernels, sequences, context) + kept
+        one_token += LOGITS_OF_EACH * 4 * (sequences - 1) * spec.vocab_size
+        workspace += one_token - kept
+        state_bytes = sequences * sequence_bytes(spec, context, kv_bits)
     return Budget(
         memory_bytes=memory_limit() if memory_bytes is None else memory_bytes,
         process_bytes=process_bytes,
         floor_process_bytes=floor_process_bytes,
         dense_bytes=bundle.manifest.files[DENSE].nbytes + 2 * bundle.manifest.files[LOOK_AHEAD].nbytes,
-        state_bytes=SequenceState.bytes_needed(spec, window or context, kv_bits, shared=bool(window)),
+        state_bytes=state_bytes,
         workspace_bytes=workspace + kernels.reserve_bytes,
         min_arena_bytes=min_arena_bytes(layout, spec.total_experts),
         full_arena_bytes=full_arena_bytes(layout, spec.total_experts),
         chunk_bytes=Decoder.chunk_bytes(spec, CHUNK),
         spare_bytes=0 if window else max(0, workspace - one_token),
     )
+
+
+def sequence_bytes(spec: ModelSpec, context: int, kv_bits: int) -> int:
+    """Return the bytes of one of the sequences of a batch: its state, and a snapshot of what of it cannot be cut."""
+    return SequenceState.bytes_needed(spec, context, kv_bits) + SequenceState.bytes_needed(spec, 0, kv_bits)
+
+
+def sequences_that_fit(spec: ModelSpec, context: int, kv_bits: int, memory_bytes: int) -> int:
+    """Return how many sequences a batch has by default: MOST_SEQUENCES, or as many as take SEQUENCES_SHARE of memory.
+
+    It is at least 1.
+    """
+    fit = int(SEQUENCES_SHARE * memory_bytes) // max(1, sequence_bytes(spec, context, kv_bits))
+    return max(1, min(MOST_SEQUENCES, fit))
 
 
 def check_memory(memory_bytes: int) -> None:

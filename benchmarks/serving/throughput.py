@@ -1,0 +1,183 @@
+"""Tokens/s of a server with one client and with several at once, in a memory limit, beside llama-server.
+
+    python benchmarks/models/make.py olmoe /tmp/olmoe --layers 4
+    dymoe-compile /tmp/olmoe -o /tmp/olmoe.dymoe --calibration-tokens 8192
+    python benchmarks/serving/throughput.py /tmp/olmoe.dymoe --clients 1 8 --limit-mb 460
+
+Each client sends a text completion of its own and waits for the whole answer. Prompts have different random words, so
+that nothing can be reused; answers have a fixed number of tokens. Each round starts each server anew, with an empty
+page cache, and runs all numbers of clients; the first request of a server does not count. Prints medians and ranges
+over rounds: tokens/s of all clients together, from the first token of the first answer to the last token of the last,
+and over the whole time, prompts included.
+
+With --gguf and --llama-server, llama-server runs the same requests with the same limit and as many slots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path += [str(Path(__file__).parents[2] / "tests"), str(Path(__file__).parents[1] / "streaming")]
+
+from checks import processor
+from limited import memory_limit
+
+WORDS = "time man year way day thing world life hand part child eye woman place work week case point company number"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What some clients saw together."""
+
+    decoding: float  # tokens/s from the first token to the last
+    overall: float  # tokens/s from the first request to the last token
+    gap_p95_s: float  # between two tokens of an answer
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--limit-mb", type=float, default=0, help="10^6 bytes for each server's process; 0: no limit")
+    parser.add_argument("--prompt-words", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1024, help="tokens of each slot")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--flags", default="--tiers 4", help="more flags of dymoe-run")
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--llama-server", type=Path)
+    args = parser.parse_args()
+    slots = max(args.clients)
+    servers = {"dymoe": [sys.executable, "-m", "dymoe_runtime", str(args.bundle), "--serve", "--parallel", str(slots)]}
+    servers["dymoe"] += ["--context", str(args.context), "--ignore-eos", "--greedy", *args.flags.split()]
+    if args.gguf is not None:
+        command = [str(args.llama_server), "-m", str(args.gguf), "-np", str(slots), "-c", str(args.context * slots)]
+        servers["llama-server"] = [*command, "--threads", "2", "--no-warmup"]
+    found: dict[tuple[str, int], list[Figures]] = {}
+    for number in range(args.rounds):
+        names = list(servers) if number % 2 == 0 else list(servers)[::-1]
+        for name in names:
+            print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
+            with serving(servers[name], int(args.limit_mb * 1e6)) as url:
+                together(url, 1, args, seed=1000)
+                for clients in args.clients:
+                    seed = 100 * number + clients
+                    found.setdefault((name, clients), []).append(together(url, clients, args, seed))
+    print_table(found, args)
+
+
+@contextmanager
+def serving(command: Sequence[str], limit_bytes: int) -> Iterator[str]:
+    """Run a server in a memory limit with an empty page cache; yield its URL once it takes requests."""
+    subprocess.run(["sync"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with memory_limit(limit_bytes) as group:
+        enter = f"echo $$ > {group}/cgroup.procs && " if group else ""
+        process = subprocess.Popen(
+            ["sh", "-c", enter + 'exec "$@"', "sh", *command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(url, process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return once the server takes requests; end the program if it has ended."""
+    for _ in range(3000):
+        if process.poll() is not None:
+            raise SystemExit(f"a server ended with {process.returncode}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+                if response.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("a server did not start")
+
+
+def together(url: str, clients: int, args: argparse.Namespace, seed: int) -> Figures:
+    """Return what so many clients see that send a request each at once."""
+    generator = random.Random(seed)
+    words = WORDS.split()
+    prompts = [" ".join(generator.choice(words) for _ in range(args.prompt_words)) for _ in range(clients)]
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(clients) as threads:
+        arrivals = list(threads.map(lambda prompt: arrivals_of(url, prompt, args.new_tokens), prompts))
+    first, last = min(times[0] for times in arrivals), max(times[-1] for times in arrivals)
+    tokens = clients * args.new_tokens
+    gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times))
+    p95 = gaps[int(0.95 * (len(gaps) - 1))] if gaps else 0.0
+    return Figures((tokens - 1) / (last - first), tokens / (last - started), p95)
+
+
+def arrivals_of(url: str, prompt: str, tokens: int) -> list[float]:
+    """Return when the pieces of an answer arrived, whose tokens are counted by the server."""
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0.0}
+    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}, "cache_prompt": False}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    times, counted = [], 0
+    with urllib.request.urlopen(request, timeout=1200) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if event.get("usage"):
+                    counted = event["usage"]["completion_tokens"]
+                if event.get("choices"):
+                    times.append(time.perf_counter())
+    if counted != tokens:
+        raise SystemExit(f"{url}: an answer has {counted} tokens, not {tokens}")
+    return times
+
+
+def print_table(found: dict[tuple[str, int], list[Figures]], args: argparse.Namespace) -> None:
+    """Print the medians, and how several clients compare with one."""
+    print("server        clients  decoding tokens/s     with prompts          p95 between tokens")
+    for (name, clients), figures in found.items():
+        decoding, overall = [f.decoding for f in figures], [f.overall for f in figures]
+        gap = statistics.median(f.gap_p95_s for f in figures)
+        print(f"{name:<14}{clients:>7}  {spread(decoding):<22}{spread(overall):<22}{1000 * gap:.0f} ms")
+    for name in dict.fromkeys(name for name, _ in found):
+        one = min(args.clients)
+        for clients in args.clients[1:]:
+            ratio = [
+                statistics.median(getattr(f, which) for f in found[name, clients])
+                / statistics.median(getattr(f, which) for f in found[name, one])
+                for which in ("decoding", "overall")
+            ]
+            print(f"{name}: {clients} clients over {one}: {ratio[0]:.2f} decoding, {ratio[1]:.2f} with prompts")
+    print(f"{args.rounds} rounds; {args.limit_mb:g} MB; {args.new_tokens} tokens; {processor()}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the median and the range of some values."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()
