@@ -54,9 +54,11 @@ class StoredExperts:
     def decode(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         if len(h) == 1:
             return self._decode_token(layer, h, routing, time.perf_counter())
-        tiers = self._precision.rule.choose(layer, routing)
+        tiers, lacking = self._choose_each(layer, routing)
         plan, requests = self._plan(layer, routing.experts, tiers)
         with self._store.acquire(requests) as lease:
+            if lacking:
+                self._store.promote(lacking, requests)
             if self._prefetcher is not None:
                 self._prefetcher.for_tokens(layer, routing, requests)
             return self._compute(lease, plan, h, routing.weights)
@@ -123,6 +125,15 @@ class StoredExperts:
         if self._prefetcher is not None:
             self._prefetcher.note_end(layer)
         return y
+
+    def _choose_each(self, layer: int, routing: Routing) -> tuple[np.ndarray, Sequence[ExpertRequest]]:
+        """Return the tiers [T, k] of tokens that are decoded together, and requests as in `Chosen`."""
+        if not self._token_tiers.for_each:
+            return self._precision.rule.choose(layer, routing), ()
+        rows = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+        chosen = [self._token_tiers.choose(layer, experts, weights) for experts, weights in rows]
+        lacking = {request.key: request for of_token in chosen for request in of_token.lacking}
+        return np.array([of_token.tiers for of_token in chosen]), list(lacking.values())
 
     def _plan(self, layer: int, experts: np.ndarray, tiers: np.ndarray) -> tuple[TokenPlan, list[ExpertRequest]]:
         self.counts.add(tiers)

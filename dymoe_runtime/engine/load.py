@@ -297,7 +297,8 @@ class Loader:
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:
             return self._decisions
-        return LatencyTiers(self._precision, store) if self._options.latency else RuleTiers(self._precision)
+        waits = not self._options.latency or self._window is not None
+        return RuleTiers(self._precision) if waits else LatencyTiers(self._precision, store)
 
 
 def _context_of(bundle: Bundle, options: RunOptions) -> int:

@@ -217,3 +217,16 @@ def test_the_budget_has_room_for_all_sequences(path: Path) -> None:
         3,
         4,
     ]
+
+
+def test_tokens_together_wait_as_little_as_one_token_with_latency(tiny_path: Path) -> None:
+    """While nothing is in memory, all but the highest tier run at the lowest; those are read for the next time."""
+    bundle = Bundle.open(tiny_path)
+    shares = []
+    for latency in (False, True):
+        options = RunOptions(context=64, point="3", latency=latency, prefetch=False, preload=False)
+        with load_batch(bundle, 3, options) as model, model.running():
+            model.decode(model.sequences, [1, 2, 3])
+            shares.append(model.statistics()["tier_shares"])
+    lowest = str(bundle.manifest.ladder[0])
+    assert shares[1][lowest] > shares[0].get(lowest, 0) and sum(shares[1].values()) == pytest.approx(1)
