@@ -10,6 +10,9 @@ page cache, and runs all numbers of clients; the first request of a server does 
 over rounds: tokens/s of all clients together, from the first token of the first answer to the last token of the last,
 and over the whole time, prompts included.
 
+With --long-prompt, one more client sends a prompt of that many words while the others' answers come, and the table has
+the time between their tokens meanwhile, and how long that prompt took.
+
 With --gguf and --llama-server, llama-server runs the same requests with the same limit and as many slots.
 """
 
@@ -24,11 +27,12 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,8 @@ class Figures:
     decoding: float  # tokens/s from the first token to the last
     overall: float  # tokens/s from the first request to the last token
     gap_p95_s: float  # between two tokens of an answer
+    disturbed_p95_s: float = 0.0  # the same while a long prompt runs
+    long_prompt_s: float = 0.0  # until its first token
 
 
 def main() -> None:
@@ -58,12 +64,13 @@ def main() -> None:
     parser.add_argument("--prompt-words", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024, help="tokens of each slot")
+    parser.add_argument("--long-prompt", type=int, default=0, help="words of a prompt that disturbs the others")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", default="--tiers 4", help="more flags of dymoe-run")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama-server", type=Path)
     args = parser.parse_args()
-    slots = max(args.clients)
+    slots = max(args.clients) + bool(args.long_prompt)
     servers = {"dymoe": [sys.executable, "-m", "dymoe_runtime", str(args.bundle), "--serve", "--parallel", str(slots)]}
     servers["dymoe"] += ["--context", str(args.context), "--ignore-eos", "--greedy", *args.flags.split()]
     if args.gguf is not None:
@@ -125,11 +132,49 @@ def together(url: str, clients: int, args: argparse.Namespace, seed: int) -> Fig
     generator = random.Random(seed)
     words = WORDS.split()
     prompts = [" ".join(generator.choice(words) for _ in range(args.prompt_words)) for _ in range(clients)]
-    started = time.perf_counter()
+    figures = figures_of(url, prompts, args.new_tokens)
+    if not args.long_prompt:
+        return figures
+    long = " ".join(generator.choice(words) for _ in range(args.long_prompt))
+    return replace(figures, **disturbed(url, prompts, args.new_tokens, long))
+
+
+def disturbed(url: str, prompts: Sequence[str], tokens: int, long: str) -> dict[str, float]:
+    """Return the times between tokens while a long prompt runs, which begins once all others answer."""
+    begun = threading.Barrier(len(prompts) + 1)
+    ended = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as threads:
+        answers = [threads.submit(arrivals_until, url, prompt, begun, ended) for prompt in prompts]
+        begun.wait()
+        start = time.perf_counter()
+        stop = arrivals_of(url, long, 1)[0]
+        ended.set()
+        arrivals = [answer.result() for answer in answers]
+    gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times) if start <= b and a <= stop)
+    return {"disturbed_p95_s": gaps[int(0.95 * (len(gaps) - 1))], "long_prompt_s": stop - start}
+
+
+def arrivals_until(url: str, prompt: str, begun: threading.Barrier, ended: threading.Event) -> list[float]:
+    """Return when the tokens of an answer arrived, which is left once `ended` is set."""
+    times: list[float] = []
+    with asked(url, prompt, 2000) as response:
+        for line in response:
+            if line.startswith(b"data: {") and json.loads(line[6:]).get("choices"):
+                times.append(time.perf_counter())
+                if len(times) == 2:
+                    begun.wait()
+                if ended.is_set():
+                    break
+    return times
+
+
+def figures_of(url: str, prompts: Sequence[str], tokens_each: int) -> Figures:
+    """Return what the clients of some prompts see."""
+    clients, started = len(prompts), time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(clients) as threads:
-        arrivals = list(threads.map(lambda prompt: arrivals_of(url, prompt, args.new_tokens), prompts))
+        arrivals = list(threads.map(lambda prompt: arrivals_of(url, prompt, tokens_each), prompts))
     first, last = min(times[0] for times in arrivals), max(times[-1] for times in arrivals)
-    tokens = clients * args.new_tokens
+    tokens = clients * tokens_each
     gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times))
     p95 = gaps[int(0.95 * (len(gaps) - 1))] if gaps else 0.0
     return Figures((tokens - 1) / (last - first), tokens / (last - started), p95)
@@ -137,12 +182,8 @@ def together(url: str, clients: int, args: argparse.Namespace, seed: int) -> Fig
 
 def arrivals_of(url: str, prompt: str, tokens: int) -> list[float]:
     """Return when the pieces of an answer arrived, whose tokens are counted by the server."""
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0.0}
-    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}, "cache_prompt": False}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
     times, counted = [], 0
-    with urllib.request.urlopen(request, timeout=1200) as response:
+    with asked(url, prompt, tokens) as response:
         for line in response:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
@@ -155,6 +196,15 @@ def arrivals_of(url: str, prompt: str, tokens: int) -> list[float]:
     return times
 
 
+def asked(url: str, prompt: str, tokens: int) -> Any:
+    """Return the response to a request for so many tokens."""
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0.0}
+    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}, "cache_prompt": False}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    return urllib.request.urlopen(request, timeout=1200)
+
+
 def print_table(found: dict[tuple[str, int], list[Figures]], args: argparse.Namespace) -> None:
     """Print the medians, and how several clients compare with one."""
     print("server        clients  decoding tokens/s     with prompts          p95 between tokens")
@@ -162,6 +212,10 @@ def print_table(found: dict[tuple[str, int], list[Figures]], args: argparse.Name
         decoding, overall = [f.decoding for f in figures], [f.overall for f in figures]
         gap = statistics.median(f.gap_p95_s for f in figures)
         print(f"{name:<14}{clients:>7}  {spread(decoding):<22}{spread(overall):<22}{1000 * gap:.0f} ms")
+        if args.long_prompt:
+            during = statistics.median(f.disturbed_p95_s for f in figures)
+            took = statistics.median(f.long_prompt_s for f in figures)
+            print(f"{'':<23}{1000 * during:.0f} ms ({during / gap:.2f} times) while a prompt runs for {took:.1f} s")
     for name in dict.fromkeys(name for name, _ in found):
         one = min(args.clients)
         for clients in args.clients[1:]:
