@@ -190,7 +190,7 @@ def state_of(url: str) -> dict[str, Any]:
 
 
 def right_answers(args: argparse.Namespace) -> dict[str, str]:
-    """Return prompts of several lengths, some of which begin alike, and the answers of a model that does nothing else."""
+    """Return prompts, some of which begin alike, and the answers of a model that does nothing else."""
     generator, words = random.Random(0), WORDS.split()
     common = " ".join(generator.choice(words) for _ in range(args.context))
     prompts = []
