@@ -21,8 +21,8 @@ PROCESS_BYTES = 44 << 20
 TOKENIZER_FACTOR = 8
 # The most sequences of a batch by default, and the share of the memory that their states may take then.
 MOST_SEQUENCES, SEQUENCES_SHARE = 4, 1 / 8
-# Arrays of logits that each sequence after the first adds to a step of a batch: the head's result, and a copy of it.
-LOGITS_OF_EACH = 2
+# Arrays of logits for each sequence of a batch: the head's result, a copy of it, and those of its last prompt.
+LOGITS_OF_EACH = 3
 
 
 def plan_budget(
@@ -59,7 +59,7 @@ def plan_budget(
     if sequences is not None:
         kept = one_token - Decoder.workspace_bytes(spec, kernels, 1, context)
         one_token = Decoder.workspace_bytes(spec, kernels, sequences, context) + kept
-        one_token += LOGITS_OF_EACH * 4 * (sequences - 1) * spec.vocab_size
+        one_token += LOGITS_OF_EACH * 4 * sequences * spec.vocab_size
         workspace += one_token - kept
         state_bytes = sequences * sequence_bytes(spec, context, kv_bits)
     return Budget(

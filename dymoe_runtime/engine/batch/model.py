@@ -63,10 +63,10 @@ class BatchModel(LoadedModel):
     def prompt(self, sequence: BatchSequence, ids: Sequence[int]) -> BatchPrompt:
         """Return a prompt of `ids`, with which the tokens of `sequence` begin; what it lacks is left to run.
 
-        Raises DymoeError if an id is outside the vocabulary.
+        If it lacks nothing, the prompt has its logits. Raises DymoeError if an id is outside the vocabulary.
         """
         self.spec.check_ids(ids)
-        return BatchPrompt(sequence, list(ids[sequence.length :]))
+        return BatchPrompt(sequence, list(ids[sequence.length :]), sequence.logits_after(ids))
 
     def pass_tokens(self, left: int) -> int:
         """Return how many of the `left` tokens of some prompts run in one pass, so that the fewest bytes are read."""
@@ -121,9 +121,9 @@ class BatchModel(LoadedModel):
         self.store.tick(total)
         for (prompt, count), x in zip(taken, hidden, strict=True):
             del prompt.left[:count]
-            prompt.sequence.note_prompt()
             if not prompt.left:
                 prompt.logits = parts.decoder.logits(x[-1:])[0]
+            prompt.sequence.note_prompt(prompt.logits)
         self.stats.prefill.add(total, time.perf_counter() - started - paused)
 
     def decode(self, sequences: Sequence[BatchSequence], ids: Sequence[int]) -> np.ndarray:

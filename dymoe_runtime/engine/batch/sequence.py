@@ -13,10 +13,10 @@ from dymoe_runtime.prefix import shared_prefix
 class BatchSequence:
     """The tokens and the state of one sequence.
 
-    A prompt that begins with the same tokens may begin with this state, at two kinds of position. The first tokens of a
-    sequence that were computed as whole chunks of a prompt have the state that any other prompt would give them, bit
-    for bit. And a sequence that ends with an answer is continued by a prompt that begins with all of it, as the next
-    turn of a conversation.
+    A prompt that begins with the same tokens may begin with this state, at three kinds of position. The first tokens
+    of a sequence that were computed as whole chunks of a prompt have the state that any other prompt would give them,
+    bit for bit. So has the end of a prompt for an equal one, whose logits are kept. And a sequence that ends with an
+    answer is continued by a prompt that begins with all of it, as the next turn of a conversation.
     """
 
     def __init__(self, state: SequenceState, chunk_tokens: int) -> None:
@@ -27,7 +27,8 @@ class BatchSequence:
         self._whole = 0  # tokens at the beginning that were computed as whole chunks
         self._prompt_end = 0  # tokens up to the end of the last prompt
         self._aligned = True  # whether the prompt that runs began at the end of whole chunks
-        # A state that cannot be cut keeps a snapshot of the end of its whole chunks.
+        self._logits: np.ndarray | None = None  # [vocab], of the last prompt, if it was computed as any equal one would
+        # A state that cannot be cut keeps a snapshot of the end of its whole chunks or, without any, of its prompt.
         self.is_recurrent = any(seen is not None for seen in state.snapshot().layers)
         self._snapshot: Snapshot | None = None
 
@@ -42,16 +43,16 @@ class BatchSequence:
         return self.state.length
 
     def reusable(self, ids: Sequence[int]) -> int:
-        """Return how many tokens of a prompt need not be computed if it begins with this state, at most all but one."""
+        """Return how many tokens of a prompt need not be computed if it begins with this state."""
         length = self.state.length
+        if self._logits is not None and len(ids) == self._prompt_end and self._can_cut(self._prompt_end):
+            if self._ids[: self._prompt_end] == list(ids):
+                return self._prompt_end
         shared = shared_prefix(self._ids[:length], ids[: len(ids) - 1])
         if shared == length > self._prompt_end:
             return shared
         exact = min(shared, self._whole) // self._chunk * self._chunk
-        if self.is_recurrent and exact != length:
-            kept = self._snapshot.length if self._snapshot is not None and self._snapshot.valid else 0
-            return kept if kept <= exact else 0
-        return exact
+        return exact if self._can_cut(exact) else 0
 
     def next_tokens(self, left: int) -> int:
         """Return how many of the `left` tokens of a prompt may run in one pass.
@@ -68,14 +69,18 @@ class BatchSequence:
         """Note that a prompt begins."""
         self._aligned = self.state.length == self._whole
 
-    def note_prompt(self) -> None:
-        """Note that tokens of a prompt have run."""
+    def note_prompt(self, logits: np.ndarray | None) -> None:
+        """Note that tokens of a prompt have run; `logits` are those after it, if all of it has run."""
         length = self.state.length
         if self._aligned:
             self._whole = length // self._chunk * self._chunk
-            if self.is_recurrent and self._whole == length:
+            if self.is_recurrent and (self._whole == length or not self._whole):
                 self._snapshot = self.state.snapshot()
-        self._prompt_end = length
+        self._prompt_end, self._logits = length, logits if self._aligned else None
+
+    def logits_after(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Return the logits [vocab] after a prompt of which the sequence has all tokens."""
+        return self._logits if len(ids) == self.state.length == self._prompt_end else None
 
     def cut(self, position: int) -> int:
         """Forget the tokens from `position` on; return how many are kept, fewer if the state cannot be cut there."""
@@ -100,12 +105,14 @@ class BatchSequence:
         self._ids = other._ids[:position]
         self._whole = min(other._whole, position)
         self._prompt_end = min(other._prompt_end, position)
-        self._snapshot = self.state.snapshot() if self.is_recurrent and self._whole == position else None
+        self._logits = other._logits if self._prompt_end == other._prompt_end else None
+        ends = self._whole == position or (not self._whole and self._prompt_end == position)
+        self._snapshot = self.state.snapshot() if self.is_recurrent and ends else None
 
     def restored(self, ids: list[int], whole: int) -> None:
         """Take the ids of a state that was read from a file, of which `whole` were computed as whole chunks."""
         self._ids = ids
-        self._whole, self._prompt_end = whole, len(ids) - 1
+        self._whole, self._prompt_end, self._logits = whole, len(ids) - 1, None
         self._snapshot = self.state.snapshot() if self.is_recurrent and whole == len(ids) else None
 
     @property
@@ -120,4 +127,14 @@ class BatchSequence:
     def _note_cut(self) -> None:
         length = self.state.length
         self._whole = min(self._whole, length)
-        self._prompt_end = min(self._prompt_end, length)
+        if length < self._prompt_end:
+            self._prompt_end, self._logits = length, None
+
+    def _can_cut(self, position: int) -> bool:
+        """Return whether the state can be cut at a position."""
+        seen = self._snapshot
+        return (
+            not self.is_recurrent
+            or position in (0, self.state.length)
+            or (seen is not None and seen.valid and seen.length == position)
+        )

@@ -75,8 +75,8 @@ def run_prompts(model: BatchModel, prompts: Sequence[BatchPrompt], pause: Callab
     if tokens := [prompt for prompt in prompts if prompt.left]:
         logits = model.decode([prompt.sequence for prompt in tokens], [prompt.left[0] for prompt in tokens])
         for prompt, row in zip(tokens, logits, strict=True):
-            prompt.sequence.note_prompt()
             prompt.logits, prompt.left = row.copy(), []
+            prompt.sequence.note_prompt(prompt.logits)
 
 
 def answered(model: BatchModel, ids: Sequence[int], sequence: int = 0) -> list[np.ndarray]:
@@ -131,14 +131,15 @@ def test_a_prompt_begins_with_whole_chunks_of_another(path: Path) -> None:
     others = [[*first[:35], 1, 2, 3], [*first, 4], first, first[:9]]
     expected = alone(path, options, others, ALL[0])
     for n, ids in enumerate(others):
+        count = [32, 32, 40, 0][n]  # an equal prompt needs nothing to be computed, unless its end cannot be cut
         with load_batch(path, 2, options, kernels_of(ALL[0])) as model, model.running():
             one, other = model.sequences
             answered(model, first)
-            count = 0 if n == 3 else 32
+            count = min(count, 32) if model.is_recurrent else count
             assert [one.reusable(ids), other.reusable(ids)] == [count, 0]
             if count:
                 other.begin_with(one, count)
-                assert other.tokens == first[:32] and other.reusable(ids) == count
+                assert other.tokens == first[:count] and other.reusable(ids) == count
             assert_same(answered(model, ids, 1), expected[n])
             assert one.cut(count) == count
             assert_same(answered(model, ids, 0), expected[n])

@@ -127,14 +127,14 @@ def test_answers_are_those_of_each_alone(tiny_path: Path) -> None:
 
 
 def test_equal_prompts_are_computed_once(tiny_path: Path) -> None:
-    """The others wait for the first, and begin with its whole chunks."""
+    """The others wait for the first, and begin where its prompt ends."""
     with serving(tiny_path, 4) as bench:
         asks = [Ask(ids_of(70), SamplingParams(temperature=1.0, seed=0))]
         asks += [replace(asks[0], params=replace(asks[0].params, seed=n)) for n in (1, 2, 3)]
         answers = [bench.submit(ask) for ask in asks]
         asyncio.run(all_read(answers))
-        assert [answer.reused_tokens for answer in answers] == [0, 64, 64, 64]
-        assert bench.service.statistics()["prompt_tokens"] == 70 + 3 * 6
+        assert [answer.reused_tokens for answer in answers] == [0, 70, 70, 70]
+        assert bench.service.statistics()["prompt_tokens"] == 70
 
 
 async def all_read(answers: Sequence[QueuedAnswer]) -> list[list[Token]]:

@@ -108,7 +108,10 @@ class Scheduler:
                 continue
             started = time.monotonic()
             try:
-                self.slots.begin(place, lambda slot, kept: self._job(answer, slot, kept))
+                job = self.slots.begin(place, lambda slot, kept: self._job(answer, slot, kept))
+                if job.prompt is not None and job.prompt.logits is not None:
+                    logits, job.prompt = job.prompt.logits, None
+                    self._answer(job, logits)
             except Exception as error:
                 answer.add(_as_known(error))
                 answer.add(None)
@@ -178,7 +181,7 @@ class Scheduler:
             return
         for job, row in zip(jobs, logits, strict=True):
             if job.prompt is not None:
-                job.slot.sequence.note_prompt()
+                job.slot.sequence.note_prompt(row.copy())
                 self._end_prompt(job)
             self._answer(job, row)
 

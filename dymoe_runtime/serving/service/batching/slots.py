@@ -93,9 +93,11 @@ class Slots:
         return Place(free[0], source, reused)
 
     def worth_waiting_for(self, ids: Sequence[int], reused: int) -> Job | None:
-        """Return a job whose prompt, once it has run, shares at least a chunk more with this one than `reused`."""
+        """Return a job whose prompt is the same, or shares at least a chunk more with this one than `reused`."""
         for job in self.jobs:
-            if job.prompt is not None:
+            if job.prompt is not None and reused < len(ids):
+                if job.answer.request.ids == ids:
+                    return job
                 shared = shared_prefix(job.answer.request.ids, ids[: len(ids) - 1])
                 if shared // self._chunk * self._chunk >= reused + self._chunk:
                     return job
