@@ -45,9 +45,9 @@ class BatchSequence:
     def reusable(self, ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt need not be computed if it begins with this state."""
         length = self.state.length
-        if self._logits is not None and len(ids) == self._prompt_end and self._can_cut(self._prompt_end):
-            if self._ids[: self._prompt_end] == list(ids):
-                return self._prompt_end
+        end = self._prompt_end
+        if self._logits is not None and list(ids) == self._ids[:end] and self._can_cut(end):
+            return end
         shared = shared_prefix(self._ids[:length], ids[: len(ids) - 1])
         if shared == length > self._prompt_end:
             return shared
