@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def start(profile: Path) -> Chrome:
         options.add_argument(f"--{flag}")
     options.add_argument("--disable-background-networking")
     options.add_argument(f"--user-data-dir={profile}")
+    options.add_argument("about:blank")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     return Chrome(options, Service(str(DRIVER)))
 
@@ -30,11 +32,14 @@ class Page:
 
     def __init__(self, driver: Chrome, url: str) -> None:
         self.driver, self.url = driver, url
-        self.reads: list[str] = []  # addresses of all requests so far
+        self.asked: dict[str, str] = {}  # id of each request -> its address
+        self.refused: set[str] = set()  # ids of requests that the policy of the page has refused
         self.said: list[str] = []  # by the console
+        self.note()
+        self.forget()
 
-    def open(self, width: str = "wide", dark: bool = False, empty: bool = True) -> Page:
-        """Load the page; `empty` forgets what the browser has kept of it."""
+    def open(self, width: str = "wide", dark: bool = False, empty: bool = True, known: bool = True) -> Page:
+        """Load the page; `empty` forgets what the browser has kept of it, `known` waits for the name of the model."""
         size = WIDTHS[width]
         cdp = self.driver.execute_cdp_cmd
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": width == "phone"}
@@ -46,8 +51,14 @@ class Page:
             cdp("Storage.clearDataForOrigin", {"origin": self.url, "storageTypes": "all"})
             self.driver.get("about:blank")
         self.driver.get(self.url)
-        until(lambda: self.run("return document.querySelector('#model').textContent"))
+        until(lambda: not known or self.run("return document.querySelector('#model').textContent"))
         return self
+
+    def forget(self) -> None:
+        """Forget what was logged before."""
+        self.asked.clear()
+        self.refused.clear()
+        self.said.clear()
 
     def find(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements("css selector", selector)
@@ -77,11 +88,23 @@ class Page:
     def send(self, text: str) -> None:
         self.one("#message").send_keys(text, Keys.ENTER)
 
+    def say(self, text: str) -> None:
+        """Send a message by the button, as one does on a phone."""
+        self.one("#message").send_keys(text)
+        self.press("Send")
+
+    def rest(self) -> None:
+        """Wait until nothing moves but what always does."""
+        script = "return document.getAnimations().every((one) => one.effect.getTiming().iterations === Infinity)"
+        until(lambda: self.run(script))
+
     def ask(self, text: str) -> str:
         """Send a message, and return the answer as it is seen."""
         self.send(text)
         self.finish()
-        return self.texts(".answer .text")[-1]
+        answers = self.texts(".answer .text")
+        assert answers, self.text("#transcript")
+        return answers[-1]
 
     def finish(self) -> None:
         """Wait until nothing is being answered."""
@@ -92,10 +115,22 @@ class Page:
         PICTURES.mkdir(parents=True, exist_ok=True)
         self.driver.save_screenshot(str(PICTURES / f"{name}.png"))
 
+    def check(self, *faults: str) -> None:
+        """Assert that all requests went to the server, and that the console has nothing but messages with `faults`."""
+        self.note()
+        sent = [url for request, url in self.asked.items() if request not in self.refused]
+        outside = [url for url in sent if re.match("(http|ws|ftp)", url) and not url.startswith(f"{self.url}/")]
+        assert sent and not outside, outside
+        said = [message for message in self.said if not any(fault in message for fault in faults)]
+        assert not said, said
+
     def note(self) -> None:
         """Read what the browser has logged since the last time."""
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                self.reads.append(message["params"]["request"]["url"])
+            method, params = message["method"], message["params"]
+            if method == "Network.requestWillBeSent":
+                self.asked[params["requestId"]] = params["request"]["url"]
+            elif method == "Network.loadingFailed" and params.get("blockedReason") == "csp":
+                self.refused.add(params["requestId"])
         self.said += [entry["message"] for entry in self.driver.get_log("browser")]

@@ -153,10 +153,11 @@ def chat_tokenizer(folder: Path) -> Tokenizer:
 
 
 @contextmanager
-def served(service: Playback, settings: Settings | None = None) -> Iterator[str]:
+def served(service: Playback, settings: Settings | None = None, port: int = 0) -> Iterator[str]:
     """Serve in a thread of this process; give the address."""
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     server = Server(Config(app_of(service, settings), log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()
@@ -165,6 +166,7 @@ def served(service: Playback, settings: Settings | None = None) -> Iterator[str]
     finally:
         server.should_exit = True
         thread.join(20)
+        listener.close()
 
 
 def until(what: Callable[[], Any], seconds: float = 15.0) -> Any:

@@ -24,15 +24,16 @@ export function askKey() {
       resolve(Boolean(given));
     });
     const fields = keyFields();
+    const wrong = apiKey() ? "The server does not know the key that this page has. " : "";
     form.append(
-      make("p", {}, "Whoever runs the server has it, in the file of --api-key-file."),
+      make("p", {}, `${wrong}Whoever runs the server has the keys, in the file of --api-key-file.`),
       ...fields.elements,
       choices(
         make("button", { value: "no", formNoValidate: true }, "Cancel"),
         make("button", { value: "yes", className: "primary" }, "Use it"),
       ),
     );
-    fields.key.required = true;
+    Object.assign(fields.key, { required: true, value: "" });
     dialog.showModal();
     fields.key.focus();
   });
@@ -86,6 +87,10 @@ function open(title, closed) {
   dialog.append(make("div", { className: "bar" }, heading, close), form);
   dialog.addEventListener("close", () => {
     dialog.remove();
+    // After a field for passwords, Chromium gives the focus back, but what is typed only to a field that takes it anew.
+    const focused = document.activeElement;
+    focused.blur();
+    focused.focus();
     closed();
   });
   document.body.append(dialog);

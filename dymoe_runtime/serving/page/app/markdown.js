@@ -38,13 +38,15 @@ export class Rendered {
   constructor(element) {
     this.element = element;
     this.blocks = []; // [source, elements] of each
+    this.links = ""; // what names of links mean; it may come after they are used
   }
 
   show(text) {
     const tokens = marked.lexer(text);
-    const sources = tokens.map((token) => token.raw);
-    const same = sources.findIndex((source, i) => source !== this.blocks[i]?.[0]);
-    const first = same < 0 ? sources.length : same;
+    const links = JSON.stringify(tokens.links);
+    const changed = tokens.findIndex((token, i) => token.raw !== this.blocks[i]?.[0]);
+    const first = links !== this.links ? 0 : changed < 0 ? tokens.length : changed;
+    this.links = links;
     for (const [, elements] of this.blocks.splice(first)) elements.forEach((element) => element.remove());
     for (const token of tokens.slice(first)) {
       const elements = safe(marked.parser(Object.assign([token], { links: tokens.links })));

@@ -1,6 +1,6 @@
 // What the reader has set, kept in localStorage. What is empty is as the server was started.
 
-const NAME = "settings", KEY = "key";
+const NAME = "settings", KEY = "api-key";
 const DEFAULTS = {
   system: "",
   temperature: "",
