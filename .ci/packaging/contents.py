@@ -18,10 +18,19 @@ REQUIRED = (
     "dymoe_runtime/cli/__main__.py",
     "dymoe_compile/py.typed",
     "dymoe_compile/profiles/laptop-8gb.toml",
+    "dymoe_runtime/serving/page/index.html",
+    "dymoe_runtime/serving/page/app/main.js",
+    "dymoe_runtime/serving/page/style/base.css",
+    "dymoe_runtime/serving/page/vendor/purify.js",
 )
 SCRIPTS = ("dymoe-compile", "dymoe-run", "dymoe-bundle", "dymoe-lm-eval")
-LICENCES = ("LICENSE", "dymoe_runtime/kernels/licenses/nanobind.txt")
-SUFFIXES = (".py", ".pyi", ".typed", ".toml", ".txt", ".md", ".so")
+LICENCES = (
+    "LICENSE",
+    "dymoe_runtime/kernels/licenses/nanobind.txt",
+    "dymoe_runtime/serving/page/vendor/licenses/dompurify.txt",
+    "dymoe_runtime/serving/page/vendor/licenses/marked.txt",
+)
+SUFFIXES = (".py", ".pyi", ".typed", ".toml", ".txt", ".md", ".so", ".html", ".js", ".css", ".svg")
 TAG = re.compile(r"dymoe-[^-]+-cp310-abi3-manylinux_2_\d+_(x86_64|aarch64)\.whl")
 
 

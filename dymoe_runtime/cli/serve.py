@@ -102,6 +102,7 @@ def describe(bundle: Bundle, point: str) -> About:
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
         "max_context": spec.max_context,
+        "tiers": list(bundle.manifest.ladder),
     }
     weights = spec.expert_weights
     return About(version("dymoe"), spec.model_type, bundle.total_bytes(), weights, point, facts=facts)

@@ -56,6 +56,7 @@ class StoredExperts:
             return self._decode_token(layer, h, routing, time.perf_counter())
         tiers, lacking = self._choose_each(layer, routing)
         plan, requests = self._plan(layer, routing.experts, tiers)
+        self.counts.last[layer] = tiers[-1].tolist()
         with self._store.acquire(requests) as lease:
             if lacking:
                 self._store.promote(lacking, requests)
@@ -101,14 +102,14 @@ class StoredExperts:
         if self._prefetcher is not None:
             self._prefetcher.note_gap()
         for layer, experts, tiers in uses:
-            self.counts.add_each(tiers)
+            self.counts.add_token(layer, tiers)
             pairs = zip(experts, tiers, strict=True)
             self._store.used([token_request(layer, expert, tier) for expert, tier in pairs if tier])
 
     def _decode_token(self, layer: int, h: np.ndarray, routing: Routing, entered: float) -> np.ndarray:
         experts, weights = routing.of_token()
         tiers, lacking = self._token_tiers.choose(layer, experts, weights)
-        self.counts.add_each(tiers)
+        self.counts.add_token(layer, tiers)
         requests = [token_request(layer, expert, tier) for expert, tier in zip(experts, tiers, strict=True) if tier]
         if self._observer is not None:
             self._observer(requests)

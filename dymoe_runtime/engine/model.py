@@ -167,6 +167,7 @@ class LoadedModel:
             "point": self.point,
             "bits_mean": counts.bits_mean,
             "tier_shares": counts.shares(),
+            "last_token_tiers": {str(layer): list(tiers) for layer, tiers in sorted(counts.last.copy().items())},
             **self.stats.to_json(self.store.stats),
             "arena_bytes": self.store.arena_bytes,
             "resident_bytes": self.store.resident_bytes(),

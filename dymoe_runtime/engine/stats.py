@@ -44,6 +44,8 @@ class RunStats:
             "tokens_per_s": decode.tokens_per_s,
             "read_bytes": store.read_bytes,
             "read_bytes_per_token": store.read_bytes / tokens if tokens else 0.0,
+            "expert_requests": store.requests,
+            "expert_hits": store.hits,
             "hit_rate": store.hits / store.requests if store.requests else 0.0,
             "look_ahead": {
                 "reads": store.prefetch_reads,

@@ -10,9 +10,13 @@ import numpy as np
 
 @dataclass
 class TierCounts:
-    """Numbers of (token, expert) pairs by tier; tier 0 counts skipped pairs."""
+    """Numbers of (token, expert) pairs by tier; tier 0 counts skipped pairs.
+
+    `last` has, by layer, the tiers of the last decoded token, in the order of falling routing weight.
+    """
 
     used: dict[int, int] = field(default_factory=dict)
+    last: dict[int, Sequence[int]] = field(default_factory=dict)
 
     def add(self, tiers: np.ndarray) -> None:
         """Count the tiers of an array of any shape, one for each pair."""
@@ -20,8 +24,9 @@ class TierCounts:
             if count:
                 self.used[tier] = self.used.get(tier, 0) + count
 
-    def add_each(self, tiers: Sequence[int]) -> None:
-        """Count a short list of tiers, one for each pair."""
+    def add_token(self, layer: int, tiers: Sequence[int]) -> None:
+        """Count the tiers of a decoded token in a layer."""
+        self.last[layer] = tiers
         for tier in set(tiers):
             self.used[tier] = self.used.get(tier, 0) + tiers.count(tier)
 
@@ -31,8 +36,9 @@ class TierCounts:
             self.used[tier] = self.used.get(tier, 0) + count
 
     def clear(self) -> None:
-        """Reset the counts."""
+        """Reset the counts, and forget the last token."""
         self.used.clear()
+        self.last.clear()
 
     @property
     def pairs(self) -> int:

@@ -34,16 +34,25 @@ def test_experts_that_need_not_be_asked_for_change_nothing(
         options = RunOptions(context=128, arena_bytes=arena, prefetch=False, preload=False, trace=trace, **setting)
         with load_model(shipped, options) as model:
             logits, asked = decode_some(model, 100)
-            stats, shares = model.store.stats, model.statistics()["tier_shares"]
+            stats, told = model.store.stats, model.statistics()
             stats.wait_s = 0.0
             model.store.check()
-            found.append((logits, stats, shares, model.store.resident(), model.store.rates(), asked))
+            shares, tiers = told["tier_shares"], told["last_token_tiers"]
+            assert [told["expert_requests"], told["expert_hits"]] == [stats.requests, stats.hits]
+            found.append((logits, stats, shares, tiers, model.store.resident(), model.store.rates(), asked))
     (first, *counts, rates, few), (second, *other, same_rates, many) = found
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert counts == other
+    assert tiers == tiers_of_last_pass(tmp_path / "trace.jsonl")
     assert many == 100 * len(shipped.spec.moe_layers) and few < many and (share < 1 or few < 0.5 * many)
     if share < 1:  # else uses are only counted should memory become short
         assert np.allclose(rates, same_rates) and rates.max() > 0
+
+
+def tiers_of_last_pass(trace: Path) -> dict[str, list[int]]:
+    *lines, last = (json.loads(line) for line in trace.read_text().splitlines())
+    of_layers = [line for line in lines if line["pass"] == last["pass"]]
+    return {str(line["layer"]): [tier for _, tier, _ in line["wants"]] for line in of_layers}
 
 
 def decode_some(model: Model, tokens: int, change: Callable[[int], None] = lambda token: None) -> tuple[list, int]:

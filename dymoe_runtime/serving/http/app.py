@@ -18,13 +18,14 @@ from dymoe_runtime.serving.http.exchange.errors import ApiError
 from dymoe_runtime.serving.http.exchange.responses import error_response, json_response
 from dymoe_runtime.serving.http.guard import Guard, HostCheck
 from dymoe_runtime.serving.http.openapi import document
+from dymoe_runtime.serving.http.page import page_routes
 
 # Headers of answers that web pages may read beside the usual ones.
 EXPOSED = ("retry-after",)
 
 
 def make_app(backend: Backend, operations: Sequence[Operation]) -> Starlette:
-    """Return the application of a server with these operations, and the document that describes them."""
+    """Return the application of a server with these operations, the document that describes them, and the page."""
     settings = backend.settings
     described = document(operations, backend.about.version, bool(settings.keys))
 
@@ -42,7 +43,7 @@ def make_app(backend: Backend, operations: Sequence[Operation]) -> Starlette:
         ),
     )
     return Starlette(
-        routes=_routes(operations, backend),
+        routes=[*page_routes(), *_routes(operations, backend)],
         middleware=[
             Middleware(HostCheck, local=settings.local),
             *(cors if settings.origins else ()),

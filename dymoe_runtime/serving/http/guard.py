@@ -11,10 +11,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dymoe_runtime.serving.http.answers.settings import Settings
 from dymoe_runtime.serving.http.exchange.errors import ApiError
 from dymoe_runtime.serving.http.exchange.responses import error_response
+from dymoe_runtime.serving.http.page import is_of_page
 
 # Names of this machine beside its loopback addresses.
 LOCAL_NAMES = frozenset(("localhost", "localhost.localdomain", "ip6-localhost"))
-# What everybody may see: whether the server runs.
+# What everybody may see beside the page: whether the server runs.
 OPEN_PATHS = frozenset(("/health",))
 
 
@@ -63,7 +64,8 @@ class Guard:
             return ApiError(
                 403, "pages of this origin may not use the server; start it with --cors ORIGIN", code="wrong_origin"
             )
-        if self._keys and path not in OPEN_PATHS and not self._has_key(headers):
+        is_open = path in OPEN_PATHS or is_of_page(path)
+        if self._keys and not is_open and not self._has_key(headers):
             return ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as x-api-key",
