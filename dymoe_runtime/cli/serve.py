@@ -70,7 +70,7 @@ def load_parallel(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> BatchMod
     """
     options, spec = run_options(flags, min(DEFAULT_CONTEXT, bundle.spec.max_context)), bundle.spec
     memory, context = flags.memory or memory_limit(), options.context or spec.max_context
-    sequences = flags.parallel or sequences_that_fit(spec, context, options.kv_bits, memory)
+    sequences = flags.parallel or sequences_that_fit(bundle, kernels, context, options.kv_bits, memory)
     return prepared(load_batch(bundle, sequences, options, kernels), flags)
 
 

@@ -17,6 +17,8 @@ from dymoe_runtime.units import format_size
 # Python and its libraries hold 37 MiB once a run has loaded them. The rest allows for variation between runs, by how
 # much of their files is in the page cache. The minimum memory counts this, or more if more is measured.
 PROCESS_BYTES = 44 << 20
+# What the libraries of a server, which runs several sequences, hold beside that: 5 MiB were measured.
+SERVER_BYTES = 8 << 20
 # Memory of a tokenizer as a multiple of its file's size; 7.3 to 7.8 were measured.
 TOKENIZER_FACTOR = 8
 # The most sequences of a batch by default, and the share of the memory that their states may take then.
@@ -44,6 +46,8 @@ def plan_budget(
     """
     tokenizer = bundle.manifest.files.get(TOKENIZER)
     floor_process_bytes = PROCESS_BYTES + (TOKENIZER_FACTOR * tokenizer.nbytes if tokenizer else 0)
+    if sequences is not None:
+        floor_process_bytes += SERVER_BYTES
     spec, layout = bundle.spec, bundle.layout
     workspace = Decoder.workspace_bytes(spec, kernels, window or CHUNK, window or context)
     if window:  # logits, logits less their maximum, and exponentials, float32 each
@@ -81,13 +85,17 @@ def sequence_bytes(spec: ModelSpec, context: int, kv_bits: int) -> int:
     return SequenceState.bytes_needed(spec, context, kv_bits) + SequenceState.bytes_needed(spec, 0, kv_bits)
 
 
-def sequences_that_fit(spec: ModelSpec, context: int, kv_bits: int, memory_bytes: int) -> int:
+def sequences_that_fit(bundle: Bundle, kernels: Kernels, context: int, kv_bits: int, memory_bytes: int) -> int:
     """Return how many sequences a batch has by default: MOST_SEQUENCES, or as many as take SEQUENCES_SHARE of memory.
 
-    It is at least 1.
+    It is at least 1, also if that does not fit either.
     """
-    fit = int(SEQUENCES_SHARE * memory_bytes) // max(1, sequence_bytes(spec, context, kv_bits))
-    return max(1, min(MOST_SEQUENCES, fit))
+    each = sequence_bytes(bundle.spec, context, kv_bits)
+    for count in range(MOST_SEQUENCES, 1, -1):
+        budget = plan_budget(bundle, kernels, context, memory_bytes, kv_bits=kv_bits, sequences=count)
+        if count * each <= SEQUENCES_SHARE * memory_bytes and budget.floor_bytes <= memory_bytes:
+            return count
+    return 1
 
 
 def check_memory(memory_bytes: int) -> None:
