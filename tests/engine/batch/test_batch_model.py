@@ -211,7 +211,7 @@ def test_the_budget_has_room_for_all_sequences(path: Path) -> None:
     one, more = (plan_budget(bundle, kernels, 128, 1 << 30, process_bytes=0, sequences=n) for n in (1, 5))
     assert more.state_bytes == 5 * one.state_bytes == 5 * sequence_bytes(spec, 128, 16)
     assert more.workspace_bytes > one.workspace_bytes
-    each, long = sequence_bytes(spec, 1 << 16, 16), 1 << 16
+    each, long = sequence_bytes(spec, 1 << 19, 16), 1 << 19
     memories = (0, 8 * each, 24 * each, 999 * each)
     assert [sequences_that_fit(bundle, kernels, long, 16, memory) for memory in memories] == [1, 1, 3, 4]
     floors = [plan_budget(bundle, kernels, long, 0, sequences=n).floor_bytes for n in (1, 2)]
