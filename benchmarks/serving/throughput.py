@@ -19,18 +19,18 @@ With --gguf and --llama-server, llama-server runs the same requests with the sam
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import random
+import re
+import selectors
 import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,8 @@ sys.path += [str(Path(__file__).parents[2] / "tests"), str(Path(__file__).parent
 from checks import processor
 from limited import memory_limit
 
+# Tokens of an answer that lasts until its client leaves.
+MANY = 100_000
 WORDS = "time man year way day thing world life hand part child eye woman place work week case point company number"
 
 
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--flags", default="--tiers 4", help="more flags of dymoe-run")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--llama-flags", default="", help="more flags of llama-server, such as --no-repack in a limit")
     args = parser.parse_args()
     slots = max(args.clients) + bool(args.long_prompt)
     servers = {"dymoe": [sys.executable, "-m", "dymoe_runtime", str(args.bundle), "--serve", "--parallel", str(slots)]}
@@ -76,6 +79,7 @@ def main() -> None:
     if args.gguf is not None:
         command = [str(args.llama_server), "-m", str(args.gguf), "-np", str(slots), "-c", str(args.context * slots)]
         servers["llama-server"] = [*command, "--threads", "2", "--no-warmup"]
+        servers["llama-server"] += args.llama_flags.split()
     found: dict[tuple[str, int], list[Figures]] = {}
     for number in range(args.rounds):
         names = list(servers) if number % 2 == 0 else list(servers)[::-1]
@@ -136,73 +140,82 @@ def together(url: str, clients: int, args: argparse.Namespace, seed: int) -> Fig
     if not args.long_prompt:
         return figures
     long = " ".join(generator.choice(words) for _ in range(args.long_prompt))
-    return replace(figures, **disturbed(url, prompts, args.new_tokens, long))
+    return replace(figures, **disturbed(url, prompts, long))
 
 
-def disturbed(url: str, prompts: Sequence[str], tokens: int, long: str) -> dict[str, float]:
+def disturbed(url: str, prompts: Sequence[str], long: str) -> dict[str, float]:
     """Return the times between tokens while a long prompt runs, which begins once all others answer."""
-    begun = threading.Barrier(len(prompts) + 1)
-    ended = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as threads:
-        answers = [threads.submit(arrivals_until, url, prompt, begun, ended) for prompt in prompts]
-        begun.wait()
-        start = time.perf_counter()
-        stop = arrivals_of(url, long, 1)[0]
-        ended.set()
-        arrivals = [answer.result() for answer in answers]
-    gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times) if start <= b and a <= stop)
-    return {"disturbed_p95_s": gaps[int(0.95 * (len(gaps) - 1))], "long_prompt_s": stop - start}
-
-
-def arrivals_until(url: str, prompt: str, begun: threading.Barrier, ended: threading.Event) -> list[float]:
-    """Return when the tokens of an answer arrived, which is left once `ended` is set."""
-    times: list[float] = []
-    with asked(url, prompt, 2000) as response:
-        for line in response:
-            if line.startswith(b"data: {") and json.loads(line[6:]).get("choices"):
-                times.append(time.perf_counter())
-                if len(times) == 2:
-                    begun.wait()
-                if ended.is_set():
-                    break
-    return times
+    readers = [Reader(url, prompt, MANY) for prompt in prompts]
+    read(readers, lambda: all(len(reader.times) > 1 for reader in readers))
+    start = time.perf_counter()
+    last = Reader(url, long, 1)
+    read([*readers, last], lambda: bool(last.times))
+    for reader in readers:
+        reader.close()
+    gaps = sorted(b - a for reader in readers for a, b in itertools.pairwise(reader.times) if b >= start)
+    return {"disturbed_p95_s": gaps[int(0.95 * (len(gaps) - 1))], "long_prompt_s": last.times[0] - start}
 
 
 def figures_of(url: str, prompts: Sequence[str], tokens_each: int) -> Figures:
     """Return what the clients of some prompts see."""
-    clients, started = len(prompts), time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(clients) as threads:
-        arrivals = list(threads.map(lambda prompt: arrivals_of(url, prompt, tokens_each), prompts))
-    first, last = min(times[0] for times in arrivals), max(times[-1] for times in arrivals)
-    tokens = clients * tokens_each
-    gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times))
+    started = time.perf_counter()
+    readers = [Reader(url, prompt, tokens_each) for prompt in prompts]
+    read(readers, lambda: all(reader.ended for reader in readers))
+    for reader in readers:
+        if reader.tokens != tokens_each:
+            raise SystemExit(f"{url}: an answer has {reader.tokens} tokens, not {tokens_each}")
+    first, last = min(reader.times[0] for reader in readers), max(reader.times[-1] for reader in readers)
+    tokens = len(prompts) * tokens_each
+    gaps = sorted(b - a for reader in readers for a, b in itertools.pairwise(reader.times))
     p95 = gaps[int(0.95 * (len(gaps) - 1))] if gaps else 0.0
     return Figures((tokens - 1) / (last - first), tokens / (last - started), p95)
 
 
-def arrivals_of(url: str, prompt: str, tokens: int) -> list[float]:
-    """Return when the pieces of an answer arrived, whose tokens are counted by the server."""
-    times, counted = [], 0
-    with asked(url, prompt, tokens) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if event.get("usage"):
-                    counted = event["usage"]["completion_tokens"]
-                if event.get("choices"):
-                    times.append(time.perf_counter())
-    if counted != tokens:
-        raise SystemExit(f"{url}: an answer has {counted} tokens, not {tokens}")
-    return times
+class Reader:
+    """A client that asks for a stream, and notes when its tokens come. It takes little time of the processor."""
+
+    def __init__(self, url: str, prompt: str, tokens: int) -> None:
+        self.times: list[float] = []
+        self.ended, self._data = False, b""
+        body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0.0}
+        body |= {"ignore_eos": True, "stream_options": {"include_usage": True}, "cache_prompt": False}
+        data = json.dumps(body).encode()
+        host, port = url.removeprefix("http://").split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=1200)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        self.socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+
+    def take(self) -> None:
+        """Take what has come."""
+        part = self.socket.recv(1 << 16)
+        self._data += part
+        self.times += [time.perf_counter()] * part.count(b'"text":')
+        self.ended = not part or b"[DONE]" in self._data[-100:]
+        if self.ended:
+            self.close()
+
+    def close(self) -> None:
+        """Leave."""
+        self.ended = True
+        self.socket.close()
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the answer, as the server has counted them."""
+        found = re.search(rb'"completion_tokens": ?(\d+)', self._data)
+        return int(found[1]) if found else 0
 
 
-def asked(url: str, prompt: str, tokens: int) -> Any:
-    """Return the response to a request for so many tokens."""
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0.0}
-    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}, "cache_prompt": False}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    return urllib.request.urlopen(request, timeout=1200)
+def read(readers: Sequence[Reader], enough: Callable[[], bool]) -> None:
+    """Read all streams in this thread until it is enough."""
+    with selectors.DefaultSelector() as selector:
+        for reader in readers:
+            selector.register(reader.socket, selectors.EVENT_READ, reader)
+        while not enough():
+            for key, _ in selector.select(1200):
+                key.data.take()
+                if key.data.ended:
+                    selector.unregister(key.fileobj)
 
 
 def print_table(found: dict[tuple[str, int], list[Figures]], args: argparse.Namespace) -> None:

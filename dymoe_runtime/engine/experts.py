@@ -57,7 +57,7 @@ class StoredExperts:
         tiers, lacking = self._choose_each(layer, routing)
         plan, requests = self._plan(layer, routing.experts, tiers)
         self.counts.last[layer] = tiers[-1].tolist()
-        with self._store.acquire(requests) as lease:
+        with self._store.acquire(requests, few=True) as lease:
             if lacking:
                 self._store.promote(lacking, requests)
             if self._prefetcher is not None:

@@ -150,7 +150,10 @@ def test_the_keyboard_reaches_everything_in_order(page: Any, service: Playback) 
         seen.append(page.run(name))
     assert seen[:2] == ["Skip to the message field", "New conversation"]
     assert seen[2:5] == ["Hi", "Rename “Hi”", "Delete “Hi”"]
-    assert seen[5:7] == ["Live figures of the engine", "Settings"] and page.run("return document.activeElement.id") == "message"
+    assert (
+        seen[5:7] == ["Live figures of the engine", "Settings"]
+        and page.run("return document.activeElement.id") == "message"
+    )
     page.run("document.querySelector('.skip').focus()")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     assert page.run("return document.activeElement.id") == "message"
