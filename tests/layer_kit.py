@@ -165,6 +165,8 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 class RandomDense:
     """Random dense weights of a model; the matrices of its layers are quantized to 8 bits."""
 
+    pause = None
+
     def __init__(self, spec: ModelSpec, kernels: Kernels, seed: int = 0) -> None:
         self._kernels = kernels
         rng = np.random.default_rng(seed)

@@ -125,6 +125,8 @@ def _halves(rows: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.
 class CheckpointDense:
     """`Dense` weights read from a checkpoint; those of layers are kept for one layer at a time."""
 
+    pause = None
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._known = checkpoint.spec.tensor_shapes()

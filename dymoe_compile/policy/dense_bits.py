@@ -174,6 +174,8 @@ def records_of(
 class ReplacedDense:
     """`Dense` weights of a bundle with some matrices replaced: `records` is name -> (layout, record)."""
 
+    pause = None
+
     def __init__(
         self, dense: BundleDense, records: Mapping[str, tuple[RecordLayout, np.ndarray]], kernels: Kernels
     ) -> None:

@@ -25,8 +25,8 @@ from dymoe_runtime.store.store import ExpertStore
 # Base of the keys that join expert and tier; larger than any tier.
 TIER_BASE = 16
 
-# (token, expert) pairs of a prompt between two pauses: some 30 ms of work for experts of 6 million weights.
-PART_ROWS = 384
+# (token, expert) pairs of a prompt between two pauses: some 15 ms of work for experts of 6 million weights.
+PART_ROWS = 192
 
 # Called with all requests of a call.
 Observer = Callable[[Sequence[ExpertRequest]], None]

@@ -220,12 +220,14 @@ class Kernels(Protocol):
         weigh: bool = False,
         sinks: np.ndarray | None = None,
         chunk: int | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Append k and v [kv_heads, T, d] to `cache` at position `start`, then attend causally with q [heads, T, d].
 
         A token attends to itself and all earlier positions, or with `window` to the last `window` positions, itself
         included. With `chunk`, it attends only to positions p of its own chunk, which have the same p // chunk.
-        `sinks`, float32 [heads], are scores that take part in each softmax, but have no value.
+        `sinks`, float32 [heads], are scores that take part in each softmax, but have no value. `pause`, if given, may
+        be called between heads.
 
         Returns (outputs [heads, T, d], received [T]). `received` is the attention that each token of the call gets
         from the last HEAVY_HITTER_QUERIES tokens of the call, summed over heads. It is None without `weigh`.

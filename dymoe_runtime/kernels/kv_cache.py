@@ -32,6 +32,11 @@ class KVCache:
         self.address = (address_of(self.rows[0]), address_of(self.rows[1]), capacity, bits)
         self._head_dim = head_dim
 
+    def address_from(self, head: int) -> tuple[int, int, int, int]:
+        """Return `address` of the heads from `head` on."""
+        keys, values, capacity, bits = self.address
+        return keys + head * self.rows.strides[1], values + head * self.rows.strides[1], capacity, bits
+
     @staticmethod
     def bytes_needed(kv_heads: int, head_dim: int, capacity: int, bits: int = 16) -> int:
         """Return the bytes that the keys and values of `capacity` tokens take."""

@@ -34,6 +34,10 @@ def load(name: str, notice: str | None = None) -> NativeKernels:
     return NativeKernels(name)
 
 
+# Multiplications of attention between two pauses.
+ATTENDED_AT_ONCE = 1 << 28
+
+
 class NativeKernels:
     """`Kernels` of one instruction set. Activations are quantized to int8 in blocks of 64 columns."""
 
@@ -162,6 +166,7 @@ class NativeKernels:
         weigh: bool = False,
         sinks: np.ndarray | None = None,
         chunk: int | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         heads, tokens, head_dim = q.shape
         kv_heads = cache.rows.shape[1]
@@ -169,16 +174,32 @@ class NativeKernels:
             raise ValueError(f"k: {list(k.shape)} does not fit q, {list(q.shape)}, and the cache")
         if v.shape != k.shape:
             raise ValueError(f"v: expected {list(k.shape)}, got {list(v.shape)}")
-        rows = [np.ascontiguousarray(x.transpose(1, 0, 2)) for x in (q, k, v)]
-        for x in rows:
-            _check(x, np.float32, 3, "q, k, v")
-        shape, last = (tokens, heads, kv_heads, head_dim), min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
-        out = np.empty(rows[0].shape, np.float32)
-        mass = np.empty((_native.receiving_parts(self.name, shape, last), tokens), np.float32)
-        vectors = [*(address_of(x) for x in (*rows, out)), _vector_or_0(sinks, heads, "sinks")]
-        sight, received = (start, window or 0, chunk or 0), _matrix(mass, "received")
-        _native.attend_prompt(self.name, shape, sight, last, vectors, cache.address, received)
-        return out.transpose(1, 0, 2), mass.sum(0) if weigh else None
+        if heads % kv_heads:
+            raise ValueError(f"q: the shapes do not fit, {heads} heads and {kv_heads} of keys")
+        group, last = heads // kv_heads, min(tokens, HEAVY_HITTER_QUERIES) if weigh else 0
+        sight = (start, window or 0, chunk or 0)
+        _vector_or_0(sinks, heads, "sinks")
+        if pause is None:
+            at_once = kv_heads
+        else:
+            at_once = max(1, ATTENDED_AT_ONCE // max(1, 2 * tokens * (start + tokens) * head_dim * group))
+        outs, masses = list[np.ndarray](), list[np.ndarray]()
+        for first in range(0, kv_heads, at_once):
+            own, mine = slice(first, first + at_once), slice(first * group, (first + at_once) * group)
+            rows = [np.ascontiguousarray(x.transpose(1, 0, 2)) for x in (q[mine], k[own], v[own])]
+            for x in rows:
+                _check(x, np.float32, 3, "q, k, v")
+            shape = (tokens, rows[0].shape[1], rows[1].shape[1], head_dim)
+            outs.append(np.empty(rows[0].shape, np.float32))
+            masses.append(np.empty((_native.receiving_parts(self.name, shape, last), tokens), np.float32))
+            some = None if sinks is None else sinks[mine]
+            vectors = [*(address_of(x) for x in (*rows, outs[-1])), _vector_or_0(some, shape[1], "sinks")]
+            received = _matrix(masses[-1], "received")
+            _native.attend_prompt(self.name, shape, sight, last, vectors, cache.address_from(first), received)
+            if pause is not None:
+                pause()
+        mass = np.concatenate(masses).sum(0) if weigh else None
+        return np.concatenate(outs, axis=1).transpose(1, 0, 2) if len(outs) > 1 else outs[0].transpose(1, 0, 2), mass
 
     def gated_delta(
         self, spec: GatedDeltaSpec, mixed: np.ndarray, rates: np.ndarray, weights: DeltaWeights, state: DeltaArrays

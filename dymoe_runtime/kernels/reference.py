@@ -187,6 +187,7 @@ class ReferenceKernels:
         weigh: bool = False,
         sinks: np.ndarray | None = None,
         chunk: int | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         cache.write(start, k, v)
         k, v = cache.read(start + q.shape[1])

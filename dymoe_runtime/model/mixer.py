@@ -18,6 +18,10 @@ from dymoe_runtime.kernels.interface import Kernels
 class Dense(Protocol):
     """The weights outside the routed experts, in any precision."""
 
+    @property
+    def pause(self) -> Callable[[], None] | None:
+        """Return what to call between parts of long work on many tokens, so that others go on meanwhile."""
+
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Return the embeddings of ids [T], float32 [T, H]."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -14,12 +15,15 @@ from dymoe_runtime.bundle.tensorfile import header_of, read_into
 from dymoe_runtime.bundle.tiers import RecordLayout, widen_bf16
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.memory import address_of, lock_in_memory, map_memory
+from dymoe_runtime.model.routing import in_groups
 from dymoe_runtime.storage import Member
 
 # NumPy types of the tensors in a bundle; bf16 stays as its bits.
 DTYPES = {"F32": np.float32, "BF16": np.uint16, "U8": np.uint8}
 # Threads: one reads while the other verifies checksums.
 READERS = 2
+# Tokens that are multiplied between two pauses.
+ROWS_AT_ONCE = 64
 # Each tensor begins at a multiple of a cache line's bytes.
 ALIGN = 64
 
@@ -34,6 +38,7 @@ class BundleDense:
         """
         self._kernels = kernels
         self._layouts: dict[str, RecordLayout] = {}
+        self._pause: Callable[[], None] | None = None
         with closing(bundle.open_file(DENSE)) as file:
             self._memory, self._tensors = self._read(bundle, file)
 
@@ -81,7 +86,34 @@ class BundleDense:
         layout = self._layouts.get(name)
         return None if layout is None else (layout, self._tensors[name])
 
+    @property
+    def pause(self) -> Callable[[], None] | None:
+        return self._pause
+
+    @contextmanager
+    def pausing(self, pause: Callable[[], None] | None) -> Iterator[None]:
+        """Return a context in which `pause`, if given, is called between parts of long products.
+
+        Other products may run in it. Results stay the same; with kernels that are not `batch_invariant` they would
+        not, so that these never pause.
+        """
+        before = self._pause
+        self._pause = pause if self._kernels.batch_invariant else None
+        try:
+            yield
+        finally:
+            self._pause = before
+
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        if self._pause is None or len(x) <= ROWS_AT_ONCE:
+            return self._linear(name, x)
+        parts = list[np.ndarray]()
+        for rows in in_groups(x, ROWS_AT_ONCE):
+            parts.append(self._linear(name, rows))
+            self._pause()
+        return np.concatenate(parts)
+
+    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
         weight, bias = self._tensors[name], self._tensors.get(f"{name}_bias")
         if layout := self._layouts.get(name):
             y = self._kernels.linear(layout, layout.ladder[0], [weight], x)

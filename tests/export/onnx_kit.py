@@ -41,6 +41,8 @@ class RandomModel:
     Both see the same values, those of the format.
     """
 
+    pause = None
+
     def __init__(self, spec: ModelSpec, form: Format = FLOAT, seed: int = 0) -> None:
         self.spec, self.expert_form = spec, form
         random = np.random.default_rng(seed)

@@ -110,7 +110,8 @@ class BatchModel(LoadedModel):
                     prompt.begun = True
                 prompt.sequence.append(prompt.left[:count])
             group = parts.sizer.budget.chunk_tokens
-            hidden = parts.decoder.prefill_each(rows, group, self.rule.weighs_tokens, between)
+            with parts.dense.pausing(between):
+                hidden = parts.decoder.prefill_each(rows, group, self.rule.weighs_tokens, between)
         except BaseException:
             for prompt, _ in taken:
                 prompt.sequence.recovered()
@@ -182,7 +183,8 @@ class BatchModel(LoadedModel):
     def _decoded(self, ids: np.ndarray) -> np.ndarray:
         parts, states = self._parts, self._states
         if self.kernels.batch_invariant:
-            return parts.decoder.logits(parts.decoder.decode_each(ids, states))
+            with parts.dense.pausing(None):  # this may run in a pause itself
+                return parts.decoder.logits(parts.decoder.decode_each(ids, states))
         rows = zip(np.split(ids, len(ids)), states, strict=True)
         return np.concatenate([parts.decoder.logits(parts.decoder.forward(row, state)) for row, state in rows])
 

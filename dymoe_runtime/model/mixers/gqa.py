@@ -73,7 +73,8 @@ class GroupedQueryAttention:
             y, received = self._whole(q, k, v, Sight(spec.window, spec.chunk), weigh, sinks)
         else:
             cache = self._cache_of(len(h)) if state is None else state.cache
-            y, received = self._kernels.attend(q, k, v, cache, start, spec.window, weigh, sinks, spec.chunk)
+            sight = (spec.window, weigh, sinks, spec.chunk)
+            y, received = self._kernels.attend(q, k, v, cache, start, *sight, self._dense.pause)
         y = y.transpose(1, 0, 2)
         if spec.gate != "none":
             y = y * self._gate(h)
