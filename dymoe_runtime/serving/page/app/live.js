@@ -37,7 +37,6 @@ export class Live {
   toggle(open = !this.open) {
     change({ live: open });
     this.show(open);
-    (open ? this.box.querySelector("button") : byId("open-live")).focus();
   }
 
   show(open) {
