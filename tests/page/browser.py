@@ -18,7 +18,14 @@ def start(profile: Path) -> Chrome:
     """Start a browser that notes each request and each message of its console."""
     options = ChromeOptions()
     options.binary_location = str(BROWSER)
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-extensions", "no-first-run", "disable-dev-shm-usage"):
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-extensions",
+        "no-first-run",
+        "disable-dev-shm-usage",
+    ):
         options.add_argument(f"--{flag}")
     options.add_argument("--disable-background-networking")
     options.add_argument(f"--user-data-dir={profile}")
@@ -108,7 +115,11 @@ class Page:
 
     def finish(self) -> None:
         """Wait until nothing is being answered."""
-        until(lambda: self.run("return !document.querySelector('#send').hidden && !document.querySelector('[aria-busy=true]')"))
+        until(
+            lambda: self.run(
+                "return !document.querySelector('#send').hidden && !document.querySelector('[aria-busy=true]')"
+            )
+        )
 
     def picture(self, name: str) -> None:
         """Keep what is seen as build/page/NAME.png."""

@@ -126,7 +126,9 @@ def test_conversations_are_kept_renamed_and_deleted(page: Any, service: Playback
     page.ask("Second talk")
     assert page.texts("#conversations .open") == ["Second talk", "First talk"]
     page.open(empty=False)
-    assert page.texts("#conversations .open") == ["Second talk", "First talk"] and page.text("#welcome h2") == service.name
+    assert (
+        page.texts("#conversations .open") == ["Second talk", "First talk"] and page.text("#welcome h2") == service.name
+    )
     page.one("#conversations li:last-child .open").click()
     assert page.texts(".answer .text, .versions") == ["Two", "2/2"]
     page.press("Rename “First talk”")

@@ -43,7 +43,9 @@ def test_the_page_names_no_other_host() -> None:
 
 def test_kept_libraries_are_those_that_are_told_and_have_their_licences() -> None:
     vendor = FOLDER / "vendor"
-    told = re.findall(r"^(\w+\.js) +(\w+) +([\d.]+) .*\((licenses/\w+\.txt)", (vendor / "versions.txt").read_text(), re.M)
+    told = re.findall(
+        r"^(\w+\.js) +(\w+) +([\d.]+) .*\((licenses/\w+\.txt)", (vendor / "versions.txt").read_text(), re.M
+    )
     assert {file for file, *_ in told} == {path.name for path in vendor.glob("*.js")}
     for file, package, version, licence in told:
         head = (vendor / file).read_text(encoding="utf-8")[:300].lower()
@@ -71,7 +73,9 @@ def test_the_policy_lets_in_nothing_but_files_of_the_server() -> None:
     assert "unsafe" not in str(policy) and "*" not in str(policy)
 
 
-@pytest.mark.parametrize("path", ["", "vendor/versions.txt", "..%2f..%2fcli%2frun.py", "../http/page.py", "app/", "app/none.js"])
+@pytest.mark.parametrize(
+    "path", ["", "vendor/versions.txt", "..%2f..%2fcli%2frun.py", "../http/page.py", "app/", "app/none.js"]
+)
 def test_nothing_else_is_served_from_the_folder(path: str) -> None:
     assert ask(app_of(Scripted(make_tokenizer())), "GET", PREFIX + path).status_code == 404
 

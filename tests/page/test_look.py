@@ -143,7 +143,9 @@ def test_the_keyboard_reaches_everything_in_order(page: Any, service: Playback) 
     page.ask("Hi")
     page.open(empty=False)
     name = "const element = document.activeElement; return element.getAttribute('aria-label') ?? element.textContent"
-    assert page.run("const first = document.querySelector('a, button'); first.focus(); return first.className") == "skip"
+    assert (
+        page.run("const first = document.querySelector('a, button'); first.focus(); return first.className") == "skip"
+    )
     seen = []
     for _ in range(7):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)

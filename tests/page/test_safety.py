@@ -84,7 +84,9 @@ import("/page/app/markdown.js").then(({ Rendered }) => {
   done(wrong);
 }, (error) => done([String(error)]));
 """
-WATCH = "window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.violatedDirective))"
+WATCH = (
+    "window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.violatedDirective))"
+)
 
 
 def test_nothing_of_a_hostile_answer_gets_in_at_any_moment(page: Any) -> None:
