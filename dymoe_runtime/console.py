@@ -121,6 +121,43 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Remembering(io.FileIO):
+    """A file that remembers why a write failed."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> Any:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
+@contextlib.contextmanager
+def noticing_lost_output() -> Iterator[None]:
+    """Raise OSError at the end of this context if stdout did not take all that was printed within it.
+
+    It is for code that ignores such errors, as argparse does when it prints its help.
+    """
+    usual = sys.stdout
+    try:
+        file = _Remembering(usual.fileno(), "w", closefd=False)
+    except io.UnsupportedOperation:  # it is in memory, which takes all
+        yield
+        return
+    text = io.TextIOWrapper(io.BufferedWriter(file), usual.encoding, usual.errors, line_buffering=usual.isatty())
+    sys.stdout = text
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            text.flush()
+        sys.stdout = usual
+        if file.failed is not None:
+            raise OSError(file.failed.errno, file.failed.strerror, "stdout")
+
+
 class ManyValues(Escaping):
     """A command whose `multiple` options also take several values after one flag: `--eval a b c`."""
 

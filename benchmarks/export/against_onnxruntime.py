@@ -3,7 +3,8 @@
     python benchmarks/export/against_onnxruntime.py BUNDLE MODEL TEXT... [--windows N]
 
 BUNDLE was compiled from MODEL, in a family that transformers has; TEXT was not used for that. KL is to the original in
-float32, on N windows of each text. It makes all exports in a temporary folder.
+float32, on N windows of each text. It makes all exports in a temporary folder. `--folder DIR` keeps them there, so that
+`--parts speed` can time them later, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -67,22 +68,29 @@ class Session:
 def make(bundle: Bundle, model: Path, folder: Path) -> dict[str, Path]:
     """Make all exports; return them by name, that in float32 first."""
     made = {"float32": folder / "float32"}
-    made["float32"].mkdir()
-    weights = WeightsFile(made["float32"] / "model.onnx.data")
-    source = OriginalSource(Checkpoint.open(model))
-    graph = DecoderGraph(Graph(weights), source, bundle.spec.max_context, portable=False).build()
-    weights.close()
-    (made["float32"] / "model.onnx").write_bytes(model_of(graph, False, "dymoe", "").SerializeToString())
+    if not made["float32"].exists():
+        make_float32(bundle, model, made["float32"])
     kernels, top = load_kernels(), bundle.layout.ladder[-1]
     settings = {f"tier {tier}": Options(tier=tier) for tier in reversed(bundle.layout.ladder)}
     settings |= {f"tier {top}, portable": Options(tier=top, portable=True)}
     settings |= {"int4": Options(checkpoint=model), "int4, portable": Options(checkpoint=model, portable=True)}
     for name, options in settings.items():
         made[name] = folder / name.replace(", ", "-").replace(" ", "-")
+        if made[name].exists():
+            continue
         result = export(bundle, made[name], options, kernels)
         ratio = result["bytes"] / result["bundle_bytes"]
         print(f"{name}: {format_size(result['bytes'])}, {ratio:.3f} of the bundle's weights at this precision")
     return made
+
+
+def make_float32(bundle: Bundle, model: Path, directory: Path) -> None:
+    """Make the graph with the weights of the checkpoint in float32."""
+    directory.mkdir()
+    weights = WeightsFile(directory / "model.onnx.data")
+    graph = DecoderGraph(Graph(weights), OriginalSource(Checkpoint.open(model)), bundle.spec.max_context, False).build()
+    weights.close()
+    (directory / "model.onnx").write_bytes(model_of(graph, False, "dymoe", "").SerializeToString())
 
 
 def held_out(tokenizer: Tokenizer, texts: tuple[Path, ...], count: int) -> list[np.ndarray]:
@@ -202,15 +210,30 @@ def time_of(
 @click.argument("texts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--windows", "count", default=4, show_default=True, help="Windows of 512 tokens of each text.")
 @click.option("--threads", default=2, show_default=True)
-def main(bundle: Path, model: Path, texts: tuple[Path, ...], count: int, threads: int) -> None:
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the exports are kept; those there are taken.")
+@click.option("--parts", default="agreement,quality,speed", show_default=True, help="What to print.")
+def main(
+    bundle: Path,
+    model: Path,
+    texts: tuple[Path, ...],
+    count: int,
+    threads: int,
+    folder: Path | None,
+    parts: str,
+) -> None:
     """Make all exports of BUNDLE, and print what they are like."""
     opened = Bundle.open(bundle)
     ids = held_out(Tokenizer.load(bundle), texts, count)
-    with tempfile.TemporaryDirectory() as folder:
-        made = make(opened, model, Path(folder))
-        print_agreement(model, made, ids)
-        print_quality(opened, model, made, ids)
-        print_speed(opened, made, ids[0], threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(temporary)
+        place.mkdir(exist_ok=True)
+        made = make(opened, model, place)
+        if "agreement" in parts:
+            print_agreement(model, made, ids)
+        if "quality" in parts:
+            print_quality(opened, model, made, ids)
+        if "speed" in parts:
+            print_speed(opened, made, ids[0], threads)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def through_layers(
 def choose_tiers(rule: Rule, layer: int, routing: Routing) -> np.ndarray:
     """Return the tiers int64 [T, k] that a rule for decoding chooses; all tokens count alike."""
     token_weights = np.ones(len(routing.experts), np.float32)
-    whole = PromptRouting(routing.experts, routing.weights, routing.residual, token_weights, len(token_weights))
+    whole = PromptRouting(routing.experts, routing.weights, routing.residual, token_weights, [len(token_weights)])
     return rule.choose(layer, whole)
 
 

@@ -30,7 +30,7 @@ from dymoe_runtime.bundle.bundle import LayerEntry, expert_layout
 from dymoe_runtime.bundle.tiers import MXFP4, pack_record, split_record
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels, ffn
-from dymoe_runtime.model.routing import PromptRouting, in_groups
+from dymoe_runtime.model.routing import PromptRouting, chunk_lengths, in_groups
 from dymoe_runtime.model.score import Head
 from dymoe_runtime.spec import ExpertKey
 
@@ -223,9 +223,8 @@ class LayerRun:
                 window[:] = self.decoder.finish(layer, window, output)
         train = slice(0, self._train)
         by_share = self.spec.moe.router.weighs_by_share
-        routing = PromptRouting(
-            experts[train], weights[train], x[train], token_weights[train], self._ids.shape[1], by_share
-        )
+        windows = chunk_lengths(self._train, self._ids.shape[1])
+        routing = PromptRouting(experts[train], weights[train], x[train], token_weights[train], windows, by_share)
         seen = layer_statistics(routing, self.spec.num_experts, self._seed)
         found = replace(
             seen,

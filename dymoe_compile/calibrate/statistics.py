@@ -34,7 +34,7 @@ def layer_statistics(routing: PromptRouting, num_experts: int, seed: int) -> Lay
 
     The fields about guesses and quantized experts are left empty.
     """
-    experts, weights, windows = routing.experts, routing.weights, len(routing.experts) // routing.group
+    experts, weights, windows = routing.experts, routing.weights, len(routing.chunks)
     tokens = len(experts)
     chosen = experts.reshape(-1)
     counts = np.bincount(chosen, minlength=num_experts)

@@ -11,7 +11,7 @@ import numpy as np
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.kernels.interface import Kernels, ffn
-from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
+from dymoe_runtime.model.routing import PromptRouting, Routing, chunk_lengths, in_groups
 from dymoe_runtime.model.score import Head, Score, log_softmax, score_window
 from dymoe_runtime.model.tier_counts import TierCounts
 from dymoe_runtime.model.tier_rule import TierRule
@@ -241,7 +241,8 @@ class Measurer:
         read = np.concatenate(xs) if self._bundle.spec.layers[layer].parallel else x
         h, experts, weights = self._decoder.route(layer, read)
         by_share = self._bundle.spec.moe.router.weighs_by_share
-        routing = PromptRouting(experts, weights, x, token_weights, self._windows.shape[1], by_share)
+        windows = chunk_lengths(len(x), self._windows.shape[1])
+        routing = PromptRouting(experts, weights, x, token_weights, windows, by_share)
         return _Branch(h, routing, {}, {})
 
     def _run_expert(self, key: ExpertKey, branches: Sequence[_Branch]) -> None:

@@ -23,12 +23,12 @@ from dymoe_runtime.engine.saved.state_file import saved_context
 from dymoe_runtime.errors import DymoeError, importing
 from dymoe_runtime.files import MAX_TEXT_BYTES, decode_text, read_text
 from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.prefix import shared_prefix
 from dymoe_runtime.text.constraints import Grammar
 from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.text.session import Session
 from dymoe_runtime.text.tokenizer import Tokenizer
-from dymoe_runtime.text.transcript import shared_prefix
 
 
 def respond(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:

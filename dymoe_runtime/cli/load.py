@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.engine.load import load_model
-from dymoe_runtime.engine.model import Model
+from dymoe_runtime.engine.model import LoadedModel, Model
 from dymoe_runtime.engine.options import RunOptions, label_of
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.process import memory_limit
 from dymoe_runtime.text.sampling import SamplingParams
 from dymoe_runtime.units import format_size
+
+M = TypeVar("M", bound=LoadedModel)
 
 
 def run_options(flags: RunFlags, context: int) -> RunOptions:
@@ -48,7 +50,11 @@ def load(bundle: Bundle, kernels: Kernels, flags: RunFlags, context: int) -> Mod
 
     Raises DymoeError as `load_model` does.
     """
-    model = load_model(bundle, run_options(flags, min(context, bundle.spec.max_context)), kernels)
+    return prepared(load_model(bundle, run_options(flags, min(context, bundle.spec.max_context)), kernels), flags)
+
+
+def prepared(model: M, flags: RunFlags) -> M:
+    """Return a loaded model with the pace that the flags ask for; note what differs from them."""
     try:
         say_what_differs(model, flags)
         if flags.tpot is not None:
@@ -63,7 +69,7 @@ def load(bundle: Bundle, kernels: Kernels, flags: RunFlags, context: int) -> Mod
     return model
 
 
-def say_what_differs(model: Model, flags: RunFlags) -> None:
+def say_what_differs(model: LoadedModel, flags: RunFlags) -> None:
     """Print a note on stderr if the operating point or the memory is not exactly the requested one."""
     if model.note:
         click.echo(f"note: --point: {model.note}", err=True)

@@ -23,6 +23,7 @@ EVALUATION, BENCHMARK, COMPARISON = "Evaluation", "Benchmark", "For comparisons"
 INTEGRITY, PROFILE, SERVING = "Integrity", "Profile", "Serving"
 
 # Requests that wait hold memory.
+MAX_PARALLEL = 64
 MAX_QUEUE = 10_000
 REASONING = ("show", "hide")
 BY_MODEL = "Default: the model's."
@@ -73,6 +74,27 @@ class RunFlags:
     )
     model_name: str | None = flag(
         "--model-name", group=SERVING, metavar="NAME", help="Name of the model. Default: that of BUNDLE."
+    )
+    parallel: int | None = flag(
+        "--parallel",
+        group=SERVING,
+        type=click.IntRange(1, MAX_PARALLEL),
+        help="Requests that run together, each with a KV cache of --context tokens. Default: 4, or as many as take an "
+        "eighth of the memory.",
+    )
+    prompt_cache: Path | None = flag(
+        "--prompt-cache",
+        group=SERVING,
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Keep what was computed of prompts in this directory, also for the next start.",
+    )
+    prompt_cache_size: int = flag(
+        "--prompt-cache-size",
+        group=SERVING,
+        default=2 << 30,
+        type=Size(),
+        help="Most bytes of --prompt-cache; what was used longest ago leaves first. Default: 2GiB.",
     )
     queue: int = flag(
         "--queue",
@@ -422,6 +444,9 @@ REQUIRES: dict[str, tuple[str, ...]] = {
     "port": ("serve",),
     "model_name": ("serve",),
     "queue": ("serve",),
+    "parallel": ("serve",),
+    "prompt_cache": ("serve",),
+    "prompt_cache_size": ("prompt_cache",),
     "api_key_file": ("serve",),
     "cors": ("serve",),
     "max_body": ("serve",),

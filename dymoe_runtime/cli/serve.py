@@ -8,12 +8,16 @@ from typing import Any
 import click
 
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.cli.load import load
+from dymoe_runtime.cli.load import prepared, run_options
 from dymoe_runtime.cli.run_flags import RunFlags
 from dymoe_runtime.cli.sampling_flags import sampling, template_variables
+from dymoe_runtime.engine.batch.load import load_batch
+from dymoe_runtime.engine.batch.model import BatchModel
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
+from dymoe_runtime.engine.memory_plan import sequences_that_fit
 from dymoe_runtime.errors import needing_extra
 from dymoe_runtime.kernels.interface import Kernels
+from dymoe_runtime.process import memory_limit
 from dymoe_runtime.text.tokenizer import Tokenizer
 
 with needing_extra("serve", "serving"):
@@ -25,7 +29,8 @@ with needing_extra("serve", "serving"):
     from dymoe_runtime.serving.http.server import bind
     from dymoe_runtime.serving.http.server import serve as serve_http
     from dymoe_runtime.serving.http.table import OPERATIONS
-from dymoe_runtime.serving.service.one_at_a_time import Identity, OneAtATime
+from dymoe_runtime.serving.service.batching.prompt_cache import PromptCache
+from dymoe_runtime.serving.service.batching.service import BatchingService, Identity
 
 
 def serve(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
@@ -37,10 +42,13 @@ def serve(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
     settings = make_settings(tokenizer, flags)
     with (
         bind(flags.host, flags.port) as listener,
-        load(bundle, kernels, flags, flags.context or DEFAULT_CONTEXT) as model,
+        load_parallel(bundle, kernels, flags) as model,
     ):
         identity = Identity.of(bundle.path, bundle.manifest.digest, model.budget.memory_bytes, flags.model_name)
-        service = OneAtATime(model, tokenizer, identity, flags.queue)
+        cache = None
+        if flags.prompt_cache is not None:
+            cache = PromptCache(flags.prompt_cache, flags.prompt_cache_size, model)
+        service = BatchingService(model, tokenizer, identity, flags.queue, cache)
         backend = Backend(service, settings, describe(bundle, model.point), CompiledGrammars(tokenizer))
         port = listener.getsockname()[1]
         host = f"[{flags.host}]" if ":" in flags.host else flags.host
@@ -53,6 +61,17 @@ def serve(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> None:
             click.echo(f"note: --host {flags.host}: whoever reaches this machine can use the server{keyless}", err=True)
         serve_http(make_app(backend, OPERATIONS), backend, listener, flags.grace, ready)
         model.remember()
+
+
+def load_parallel(bundle: Bundle, kernels: Kernels, flags: RunFlags) -> BatchModel:
+    """Load a bundle for the requests of --parallel; note on stderr what differs.
+
+    Raises DymoeError as `load_batch` does.
+    """
+    options, spec = run_options(flags, min(DEFAULT_CONTEXT, bundle.spec.max_context)), bundle.spec
+    memory, context = flags.memory or memory_limit(), options.context or spec.max_context
+    sequences = flags.parallel or sequences_that_fit(bundle, kernels, context, options.kv_bits, memory)
+    return prepared(load_batch(bundle, sequences, options, kernels), flags)
 
 
 def make_settings(tokenizer: Tokenizer, flags: RunFlags) -> Settings:

@@ -64,20 +64,15 @@ class ArenaSizer:
         self._limit, self.budget = limit, replace(self.budget, memory_bytes=memory)
         self._fit()
 
-    def lend_for_pass(self, left: int, used_bytes: int) -> int:
-        """Lend arena memory to the next pass of a prompt; return how many of the `left` tokens the pass runs.
+    def pass_tokens(self, left: int, used_bytes: int) -> int:
+        """Return how many of the `left` tokens of a prompt its next pass runs.
 
         `used_bytes` are the bytes of all experts that the prompt uses.
         """
-        tokens = pass_tokens(left, used_bytes, self.budget, self._batch_invariant)
-        self._lend(tokens)
-        return tokens
+        return pass_tokens(left, used_bytes, self.budget, self._batch_invariant)
 
-    def end_prompt(self) -> None:
-        """Return the memory that a prompt borrowed to the arena."""
-        self._lend(0)
-
-    def _lend(self, tokens: int) -> None:
+    def lend(self, tokens: int) -> None:
+        """Lend arena memory to prompt passes of so many tokens, instead of what is lent now; 0 takes all back."""
         before, self._tokens = self.budget.borrowed_bytes(self._tokens), tokens
         if self.budget.borrowed_bytes(tokens) != before:
             return_freed_memory()

@@ -25,6 +25,9 @@ from dymoe_runtime.store.store import ExpertStore
 # Base of the keys that join expert and tier; larger than any tier.
 TIER_BASE = 16
 
+# (token, expert) pairs of a prompt between two pauses: some 30 ms of work for experts of 6 million weights.
+PART_ROWS = 384
+
 # Called with all requests of a call.
 Observer = Callable[[Sequence[ExpertRequest]], None]
 
@@ -51,10 +54,12 @@ class StoredExperts:
     def decode(self, layer: int, h: np.ndarray, routing: Routing) -> np.ndarray:
         if len(h) == 1:
             return self._decode_token(layer, h, routing, time.perf_counter())
-        tiers = self._precision.rule.choose(layer, routing)
+        tiers, lacking = self._choose_each(layer, routing)
         plan, requests = self._plan(layer, routing.experts, tiers)
         self.counts.last[layer] = tiers[-1].tolist()
-        with self._store.acquire(requests) as lease:
+        with self._store.acquire(requests, few=True) as lease:
+            if lacking:
+                self._store.promote(lacking, requests)
             if self._prefetcher is not None:
                 self._prefetcher.for_tokens(layer, routing, requests)
             return self._compute(lease, plan, h, routing.weights)
@@ -62,10 +67,35 @@ class StoredExperts:
     def prefill(self, layer: int, h: np.ndarray, routing: PromptRouting) -> np.ndarray:
         tiers = self._precision.rule.choose_for_prompt(layer, routing)
         plan, requests = self._plan(layer, routing.experts, tiers)
+        if routing.pause is not None:
+            return self._prefill_in_parts(layer, h, routing, plan, requests, routing.pause)
         with self._store.acquire(requests) as lease:
             if self._prefetcher is not None:
                 self._prefetcher.for_prompt(layer, routing, requests)
             return self._compute(lease, plan, h, routing.weights)
+
+    def _prefill_in_parts(
+        self,
+        layer: int,
+        h: np.ndarray,
+        routing: PromptRouting,
+        plan: TokenPlan,
+        requests: Sequence[ExpertRequest],
+        pause: Callable[[], None],
+    ) -> np.ndarray:
+        """Run a few experts at a time, and pause between them; those that are missing are read meanwhile."""
+        y = np.empty((len(plan.tokens), h.shape[1]), np.float32)
+        parts = in_parts(sorted(requests, key=lambda r: self._store.resident_tier(r) < r.tier))
+        for number, part in enumerate(parts):
+            with self._store.acquire(part) as lease:
+                coming = [request for later in parts[number + 1 :] for request in later]
+                if coming:
+                    self._store.prefetch(coming, part)
+                elif self._prefetcher is not None:
+                    self._prefetcher.for_prompt(layer, routing, part)
+                self._fill(y, lease, plan, h)
+            pause()
+        return self._kernels.combine(y, plan.rows, routing.weights)
 
     def note_direct(self, uses: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> None:
         """Count the (layer, experts, tiers) that a token used without a lease; tier 0 means skipped."""
@@ -97,6 +127,15 @@ class StoredExperts:
             self._prefetcher.note_end(layer)
         return y
 
+    def _choose_each(self, layer: int, routing: Routing) -> tuple[np.ndarray, Sequence[ExpertRequest]]:
+        """Return the tiers [T, k] of tokens that are decoded together, and requests as in `Chosen`."""
+        if not self._token_tiers.for_each:
+            return self._precision.rule.choose(layer, routing), ()
+        rows = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+        chosen = [self._token_tiers.choose(layer, experts, weights) for experts, weights in rows]
+        lacking = {request.key: request for of_token in chosen for request in of_token.lacking}
+        return np.array([of_token.tiers for of_token in chosen]), list(lacking.values())
+
     def _plan(self, layer: int, experts: np.ndarray, tiers: np.ndarray) -> tuple[TokenPlan, list[ExpertRequest]]:
         self.counts.add(tiers)
         plan = plan_tokens(experts, tiers)
@@ -111,6 +150,11 @@ class StoredExperts:
     def _compute(self, lease: Lease[PreparedExpert], plan: TokenPlan, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
         # One row per pair, so that the sum does not depend on the order in which experts arrive.
         y = np.empty((len(plan.tokens), h.shape[1]), np.float32)
+        self._fill(y, lease, plan, h)
+        return self._kernels.combine(y, plan.rows, weights)
+
+    def _fill(self, y: np.ndarray, lease: Lease[PreparedExpert], plan: TokenPlan, h: np.ndarray) -> None:
+        """Write the outputs of the leased experts to their rows of y [pairs, H]."""
         for batch in lease.batches():
             parts = [
                 ExpertRows(at(span.tier), span.first, span.rows)
@@ -118,7 +162,19 @@ class StoredExperts:
                 for span in plan.spans[request.key.expert]
             ]
             self._kernels.moe(parts, h, plan.tokens, y, self._activation)
-        return self._kernels.combine(y, plan.rows, weights)
+
+
+def in_parts(requests: Sequence[ExpertRequest], rows: int = PART_ROWS) -> list[Sequence[ExpertRequest]]:
+    """Return the requests of a prompt in their order, in parts of about `rows` tokens, at least one request each."""
+    parts: list[list[ExpertRequest]] = []
+    left = 0
+    for request in requests:
+        if left <= 0:
+            parts.append([])
+            left = rows
+        parts[-1].append(request)
+        left -= request.tokens
+    return list(parts)
 
 
 class ExpertSpan(NamedTuple):

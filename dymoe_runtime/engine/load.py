@@ -63,9 +63,9 @@ def load_model(
     (4, True)
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-    loader = _Loader(opened, options or RunOptions(), kernels)
+    loader = Loader(opened, options or RunOptions(), kernels)
     with ExitStack() as stack:  # the model takes over the resources on it
-        return loader.model(stack)
+        return Model(loader.parts(stack))
 
 
 def load_scorer(
@@ -85,7 +85,7 @@ def load_scorer(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     options = options or RunOptions()
-    loader = _Loader(opened, options, kernels, _context_of(opened, options) if window is None else window)
+    loader = Loader(opened, options, kernels, _context_of(opened, options) if window is None else window)
     with ExitStack() as stack:
         return loader.scorer(stack)
 
@@ -100,13 +100,18 @@ class _Experts:
     token_tiers: TokenTiers
 
 
-class _Loader:
+class Loader:
     """The steps of loading, in their order: memory is divided before any part allocates some."""
 
     def __init__(
-        self, bundle: Bundle, options: RunOptions, kernels: Kernels | None = None, window: int | None = None
+        self,
+        bundle: Bundle,
+        options: RunOptions,
+        kernels: Kernels | None = None,
+        window: int | None = None,
+        sequences: int | None = None,
     ) -> None:
-        self._bundle, self._options, self._window = bundle, options, window
+        self._bundle, self._options, self._window, self._sequences = bundle, options, window, sequences
         self._kernels = kernels or load_kernels(threads=options.threads)
         if options.pin_threads and not self._kernels.pin_threads():
             raise DymoeError("--pin-threads needs Linux and the compiled kernels; leave it out")
@@ -128,8 +133,8 @@ class _Loader:
         self._access = Access("model" if window is None else "scorer", self._resources.close)
         self._control = Control(self._precision, bundle.policy, self._decisions)
 
-    def model(self, stack: ExitStack) -> Model:
-        """Build a model that generates text; its resources go onto `stack`."""
+    def parts(self, stack: ExitStack) -> ModelParts:
+        """Build the parts of a model that generates text; their resources go onto `stack`."""
         options = self._options
         reader = RecordReader(self._bundle)
         table = self._resident_table()
@@ -157,7 +162,8 @@ class _Loader:
                 prefetches = experts.prefetcher.has_work if experts.prefetcher else lambda: False
                 direct = DirectUse(table, self._precision, experts.token_tiers, prefetches, experts.stored.note_direct)
             step = DecodeStep(self._bundle.spec, layers, direct)
-        state = SequenceState(self._bundle.spec, self._context, options.kv_bits)
+        sequences = range(self._sequences or 1)
+        states = tuple(SequenceState(self._bundle.spec, self._context, options.kv_bits) for _ in sequences)
         parts = ModelParts(
             bundle=self._bundle,
             kernels=self._kernels,
@@ -177,11 +183,11 @@ class _Loader:
             dense=dense,
             layers=layers,
             decoder=Decoder(self._bundle.spec, dense, experts.seen, self._kernels, step),
-            state=state,
+            states=states,
             locked_bytes=locked_bytes,
         )
         self._resources.enter_context(stack.pop_all())
-        return Model(parts)
+        return parts
 
     def scorer(self, stack: ExitStack) -> Scorer:
         """Build a scorer of whole windows; its resources go onto `stack`."""
@@ -212,6 +218,7 @@ class _Loader:
             options.uncounted_bytes if options.count_program else resident_bytes(),
             window=self._window,
             kv_bits=options.kv_bits,
+            sequences=self._sequences,
         )
         if options.arena_bytes is not None:
             return budget.with_arena(options.arena_bytes)
@@ -290,7 +297,8 @@ class _Loader:
     def _token_tiers(self, store: ExpertStore[PreparedExpert]) -> TokenTiers:
         if self._decisions is not None:
             return self._decisions
-        return LatencyTiers(self._precision, store) if self._options.latency else RuleTiers(self._precision)
+        waits = not self._options.latency or self._window is not None
+        return RuleTiers(self._precision) if waits else LatencyTiers(self._precision, store)
 
 
 def _context_of(bundle: Bundle, options: RunOptions) -> int:

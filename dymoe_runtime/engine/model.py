@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,8 @@ from dymoe_runtime.store.request import ExpertRequest
 from dymoe_runtime.store.store import ExpertStore
 from dymoe_runtime.store.warm_up import WarmUp
 
+M = TypeVar("M", bound="LoadedModel")
+
 
 @dataclass(frozen=True, eq=False)
 class ModelParts:
@@ -66,16 +68,12 @@ class ModelParts:
     dense: BundleDense
     layers: CompiledLayers | None
     decoder: Decoder
-    state: SequenceState
+    states: tuple[SequenceState, ...]  # of the sequences
     locked_bytes: int
 
 
-class Model:
-    """A language model with the state of one sequence. Use it as a context manager, because it owns threads and files.
-
-    Only one thread may use it at a time. What reads or changes the sequence raises DymoeError if another thread's call
-    runs, if the model is closed, and in a process that was forked after loading.
-    """
+class LoadedModel:
+    """A loaded bundle: what a model has whatever the number of its sequences."""
 
     def __init__(self, parts: ModelParts) -> None:
         """Take the parts."""
@@ -87,11 +85,9 @@ class Model:
         self.note = parts.note
         self.stats = RunStats()
         self._parts, self._access = parts, parts.access
-        self._ids: list[int] = []  # of the sequence; those from `position` on are of a pass that failed
-        self._changes = 0
         atexit.register(self._access.end)
 
-    def __enter__(self) -> Model:
+    def __enter__(self: M) -> M:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -120,21 +116,6 @@ class Model:
         """Return the current division of the process's memory."""
         return self._parts.sizer.budget
 
-    @property
-    def position(self) -> int:
-        """Return the number of tokens in the sequence."""
-        return self._parts.state.length
-
-    @property
-    def changes(self) -> int:
-        """Return how often the sequence was changed since loading, whoever did it."""
-        return self._changes
-
-    @property
-    def tokens(self) -> list[int]:
-        """Return the ids of the tokens in the sequence."""
-        return self._ids[: self.position]
-
     def use(self, name: str, rule: TierRule) -> None:
         """Use another tier rule from the next pass on; `name` becomes `point`."""
         with self._access:
@@ -146,14 +127,6 @@ class Model:
         `points` are ordered by rising time; the one with index `start` runs first.
         """
         self._parts.control.hold_tpot(points, start, target_s)
-
-    def interrupt_when(self, asked: Callable[[], bool]) -> None:
-        """End a pass with KeyboardInterrupt, before the experts of its next layer, once `asked()` is true.
-
-        The sequence then has the tokens of the passes before it, or none if a layer cannot go back that far, and goes
-        on from there. After an interrupt at any other point every call raises DymoeError.
-        """
-        self._parts.interruption.when(asked)
 
     def preload(self) -> None:
         """Start reading the experts that will be used most, as many as fit.
@@ -168,74 +141,6 @@ class Model:
         """Write the warm set if the options name one, unless all experts fit, because then uses are not counted."""
         if not self.store.all_fit:
             self._parts.warm_up.write(self.store.rates())
-
-    def reset(self, position: int = 0) -> int:
-        """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
-        position = operator.index(position)
-        with self._access:
-            self._changes += 1
-            return self._parts.state.truncate(position)
-
-    def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
-        """Write the state of the sequence and a note to a file, which only its owner may read.
-
-        The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
-        closed.
-        """
-        with self._access.reading():
-            state_file.save(Path(path), self._origin(), self.tokens, note, self._parts.state)
-
-    def load_state(self, path: str | os.PathLike[str]) -> str:
-        """Continue the sequence that `save_state` has written; return the note.
-
-        What follows equals, bit for bit, what would have followed in the run that saved it, with the same kernels,
-        whatever the memory and the threads; unless that run or this one chooses tiers by memory or time, as
-        `--point auto`, `--tpot` and `--latency` do.
-
-        Raises DymoeError if the file is no saved state or is damaged, another bundle, other `kv_bits` or another point
-        have made it, it does not fit the context, or the model is closed. The sequence is then as before, or empty if
-        the damage showed too late.
-        """
-        with self._access:
-            self._changes += 1
-            self._ids, note = state_file.load(Path(path), self._origin(), self.spec, self._parts.state)
-        return note
-
-    def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        """Append a prompt; return the logits float32 [vocab] after its last token.
-
-        Raises DymoeError if there is no id or one outside the vocabulary, the prompt does not fit the context, the
-        memory limit has been lowered too far, or the model is closed.
-        """
-        ids = [operator.index(token_id) for token_id in ids]
-        if not ids:
-            raise DymoeError("the prompt is empty; give it at least one token of text")
-        with self._access:
-            self._append(ids)
-            started, parts = time.perf_counter(), self._parts
-            try:
-                logits: np.ndarray = parts.decoder.logits(self._pass_by_pass(ids))[0]
-            finally:
-                parts.sizer.end_prompt()
-            self.stats.prefill.add(len(ids), time.perf_counter() - started)
-        return logits
-
-    def decode(self, token_id: int) -> np.ndarray:
-        """Append one token; return the logits float32 [vocab] after it. Raises DymoeError as `prefill` does."""
-        with self._access:
-            self._append([token_id])
-            started, parts = time.perf_counter(), self._parts
-            parts.sizer.check_limit()
-            parts.control.before_token()
-            x = parts.decoder.forward(np.array([token_id]), parts.state)
-            self.store.tick()
-            logits: np.ndarray = parts.decoder.logits(x)[0]
-            seconds = time.perf_counter() - started
-            if parts.tracer is not None:
-                parts.tracer.end_pass(1, seconds, self.point, prompt=False)
-            parts.control.after_token(seconds)
-            self.stats.decode.add(1, seconds)
-        return logits
 
     def decoder_without_experts(self) -> Decoder:
         """Return a decoder without routed experts, to measure everything else."""
@@ -273,25 +178,6 @@ class Model:
             "kernels": self.kernels.name,
         }
 
-    def _pass_by_pass(self, ids: Sequence[int]) -> np.ndarray:
-        """Run a prompt in one or more passes; return the hidden state [1, H] of its last token."""
-        parts, left = self._parts, list(ids)
-        x = np.empty((0, 0), np.float32)
-        while left:
-            parts.sizer.check_limit()
-            tokens = parts.sizer.lend_for_pass(len(left), self._prompt_bytes())
-            chunk, left, begun = np.array(left[:tokens]), left[tokens:], time.perf_counter()
-            parts.control.before_prompt(tokens)
-            if tokens == 1 and not self.rule.weighs_tokens:
-                x = parts.decoder.forward(chunk, parts.state)
-            else:
-                group = parts.sizer.budget.chunk_tokens
-                x = parts.decoder.prefill(chunk, parts.state, group, self.rule.weighs_tokens)[-1:].copy()
-            self.store.tick(tokens)
-            if parts.tracer is not None:
-                parts.tracer.end_pass(tokens, time.perf_counter() - begun, self.point, prompt=True)
-        return x
-
     def _prompt_bytes(self) -> int:
         """Return the bytes of the experts that a long prompt uses: all experts, at the highest tier of each layer."""
         layout, highest = self.bundle.layout, self.rule.highest
@@ -303,6 +189,132 @@ class Model:
         if parts.control.changes_points or not parts.precision.is_requested:
             return Origin(manifest.digest, self.max_context, parts.kv_bits, "", "")
         return Origin(manifest.digest, self.max_context, parts.kv_bits, self.point, digest_of(self.rule))
+
+
+class Model(LoadedModel):
+    """A language model with the state of one sequence. Use it as a context manager, because it owns threads and files.
+
+    Only one thread may use it at a time. What reads or changes the sequence raises DymoeError if another thread's call
+    runs, if the model is closed, and in a process that was forked after loading.
+    """
+
+    def __init__(self, parts: ModelParts) -> None:
+        """Take the parts, with one state."""
+        super().__init__(parts)
+        (self._state,) = parts.states
+        self._ids: list[int] = []  # of the sequence; those from `position` on are of a pass that failed
+        self._changes = 0
+
+    @property
+    def position(self) -> int:
+        """Return the number of tokens in the sequence."""
+        return self._state.length
+
+    @property
+    def changes(self) -> int:
+        """Return how often the sequence was changed since loading, whoever did it."""
+        return self._changes
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return the ids of the tokens in the sequence."""
+        return self._ids[: self.position]
+
+    def interrupt_when(self, asked: Callable[[], bool]) -> None:
+        """End a pass with KeyboardInterrupt, before the experts of its next layer, once `asked()` is true.
+
+        The sequence then has the tokens of the passes before it, or none if a layer cannot go back that far, and goes
+        on from there. After an interrupt at any other point every call raises DymoeError.
+        """
+        self._parts.interruption.when(asked)
+
+    def reset(self, position: int = 0) -> int:
+        """Forget the tokens from `position` on; return how many are kept, 0 if a layer cannot go back that far."""
+        position = operator.index(position)
+        with self._access:
+            self._changes += 1
+            return self._state.truncate(position)
+
+    def save_state(self, path: str | os.PathLike[str], note: str = "") -> None:
+        """Write the state of the sequence and a note to a file, which only its owner may read.
+
+        The old file stays until the new one is complete. Raises DymoeError if it cannot be written, or the model is
+        closed.
+        """
+        with self._access.reading():
+            state_file.save(Path(path), self._origin(), self.tokens, note, self._state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> str:
+        """Continue the sequence that `save_state` has written; return the note.
+
+        What follows equals, bit for bit, what would have followed in the run that saved it, with the same kernels,
+        whatever the memory and the threads; unless that run or this one chooses tiers by memory or time, as
+        `--point auto`, `--tpot` and `--latency` do.
+
+        Raises DymoeError if the file is no saved state or is damaged, another bundle, other `kv_bits` or another point
+        have made it, it does not fit the context, or the model is closed. The sequence is then as before, or empty if
+        the damage showed too late.
+        """
+        with self._access:
+            self._changes += 1
+            self._ids, note = state_file.load(Path(path), self._origin(), self.spec, self._state)
+        return note
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        """Append a prompt; return the logits float32 [vocab] after its last token.
+
+        Raises DymoeError if there is no id or one outside the vocabulary, the prompt does not fit the context, the
+        memory limit has been lowered too far, or the model is closed.
+        """
+        ids = [operator.index(token_id) for token_id in ids]
+        if not ids:
+            raise DymoeError("the prompt is empty; give it at least one token of text")
+        with self._access:
+            self._append(ids)
+            started, parts = time.perf_counter(), self._parts
+            try:
+                logits: np.ndarray = parts.decoder.logits(self._pass_by_pass(ids))[0]
+            finally:
+                parts.sizer.lend(0)
+            self.stats.prefill.add(len(ids), time.perf_counter() - started)
+        return logits
+
+    def decode(self, token_id: int) -> np.ndarray:
+        """Append one token; return the logits float32 [vocab] after it. Raises DymoeError as `prefill` does."""
+        with self._access:
+            self._append([token_id])
+            started, parts = time.perf_counter(), self._parts
+            parts.sizer.check_limit()
+            parts.control.before_token()
+            x = parts.decoder.forward(np.array([token_id]), self._state)
+            self.store.tick()
+            logits: np.ndarray = parts.decoder.logits(x)[0]
+            seconds = time.perf_counter() - started
+            if parts.tracer is not None:
+                parts.tracer.end_pass(1, seconds, self.point, prompt=False)
+            parts.control.after_token(seconds)
+            self.stats.decode.add(1, seconds)
+        return logits
+
+    def _pass_by_pass(self, ids: Sequence[int]) -> np.ndarray:
+        """Run a prompt in one or more passes; return the hidden state [1, H] of its last token."""
+        parts, left = self._parts, list(ids)
+        x = np.empty((0, 0), np.float32)
+        while left:
+            parts.sizer.check_limit()
+            tokens = parts.sizer.pass_tokens(len(left), self._prompt_bytes())
+            parts.sizer.lend(tokens)
+            chunk, left, begun = np.array(left[:tokens]), left[tokens:], time.perf_counter()
+            parts.control.before_prompt(tokens)
+            if tokens == 1 and not self.rule.weighs_tokens:
+                x = parts.decoder.forward(chunk, self._state)
+            else:
+                group = parts.sizer.budget.chunk_tokens
+                x = parts.decoder.prefill(chunk, self._state, group, self.rule.weighs_tokens)[-1:].copy()
+            self.store.tick(tokens)
+            if parts.tracer is not None:
+                parts.tracer.end_pass(tokens, time.perf_counter() - begun, self.point, prompt=True)
+        return x
 
     def _append(self, ids: list[int]) -> None:
         """Take the ids that run next; raise DymoeError if they cannot."""

@@ -53,6 +53,7 @@ class TokenTiers(Protocol):
     """A choice of the tiers of a decoded token's experts."""
 
     by_rule: bool  # whether an expert that is resident at the rule's tier runs at that tier
+    for_each: bool  # whether each of several tokens that are decoded together chooses like this, not by the rule
 
     def choose(self, layer: int, experts: Sequence[int], weights: Sequence[float]) -> Chosen:
         """Return the tiers of `experts`, which are ordered by falling routing weight."""
@@ -61,7 +62,7 @@ class TokenTiers(Protocol):
 class RuleTiers:
     """`TokenTiers` by the current rule."""
 
-    by_rule = True
+    by_rule, for_each = True, False
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision
@@ -87,7 +88,7 @@ class LatencyTiers:
     tier. An expert of the highest tier is always waited for.
     """
 
-    by_rule = True
+    by_rule = for_each = True
 
     def __init__(self, precision: Precision, store: ResidentTiers) -> None:
         self._precision, self._store = precision, store

@@ -196,7 +196,7 @@ def _fits(line: _LayerLine, bundle: Bundle) -> bool:
 class Decisions:
     """`TokenTiers` that repeat the tiers of a traced run of the same prompt."""
 
-    by_rule = False
+    by_rule = for_each = False
 
     def __init__(self, lines: Iterable[Mapping[str, Any]], where: str) -> None:
         """Read the lines of a trace; errors call it `where`."""

@@ -6,8 +6,8 @@ experts itself, one after another. Both run the same mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from dymoe_runtime.model.mixer import Dense, WholeAttention
 from dymoe_runtime.model.mixers import mixer_kind
 from dymoe_runtime.model.norms import Norms
 from dymoe_runtime.model.router import Routers
-from dymoe_runtime.model.routing import Experts, PromptRouting, Routing, in_groups, joined
+from dymoe_runtime.model.routing import Experts, PromptRouting, Routing, chunk_lengths, in_chunks, in_groups, joined
 from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.spec import MlpSpec, ModelSpec, MoeSpec, SharedSpec
 
@@ -40,6 +40,14 @@ class Step(Protocol):
         `asked` is (h, routing) for the experts of that layer, or None if neither its attention nor its router has run.
         A token's results do not depend on the other tokens. `states` must not change; passing it again saves time.
         """
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt that choose their tiers together, and the position from which they continue `state`."""
+
+    state: SequenceState
+    start: int
+    tokens: int
 
 
 class Decoder:
@@ -80,7 +88,7 @@ class Decoder:
         """
         if state is None:
             return self._run_layers(ids, None)
-        with _Pass(self._alone(state), len(ids)):
+        with _Pass(self._alone(state), [len(ids)]):
             if self._step is not None and len(ids) == 1:
                 return self._run_step(self._step, self.embed(ids), self._alone(state))
             return self._run_layers(ids, state)
@@ -92,7 +100,7 @@ class Decoder:
         Each expert is read and run once for all tokens that chose it. With `batch_invariant` kernels, a token's result
         equals that of `forward`, bit for bit.
         """
-        with _Pass(states, 1):
+        with _Pass(states, [1] * len(states)):
             if self._step is not None:
                 return self._run_step(self._step, self.embed(ids), states)
             x = self.embed(ids)
@@ -100,19 +108,41 @@ class Decoder:
                 x = self._feed_each(layer, x, states)
             return x
 
-    @np.errstate(over="ignore", invalid="ignore")
     def prefill(self, ids: np.ndarray, state: SequenceState, group: int, weigh: bool = True) -> np.ndarray:
         """Return the hidden states [T, H] of a prompt's ids [T], which continue `state`.
 
         Each chunk of `group` tokens chooses its tiers as if it were a call of its own, but the experts of a layer are
         called once for all chunks. With `weigh`, token weights are the attention that tokens receive; else all are 1.
         """
-        with _Pass(self._alone(state), len(ids)):
-            x = self.embed(ids)
+        return self.prefill_each([(ids, state)], group, weigh)[0]
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def prefill_each(
+        self,
+        prompts: Sequence[tuple[np.ndarray, SequenceState]],
+        group: int,
+        weigh: bool = True,
+        pause: Callable[[], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Return the hidden states [T, H] of each of some prompts, whose ids [T] continue different states.
+
+        The experts of a layer are called once for all of them. With `batch_invariant` kernels, the results equal those
+        of `prefill`, bit for bit. `pause` is called often between parts of the work; tokens of other sequences may run
+        in it, but none of these. What it raises ends the pass.
+        """
+        states = [state for _, state in prompts]
+        chunks = [
+            Chunk(state, state.length + sum(lengths[:n]), tokens)
+            for ids, state in prompts
+            for lengths in (chunk_lengths(len(ids), group),)
+            for n, tokens in enumerate(lengths)
+        ]
+        with _Pass(states, [len(ids) for ids, _ in prompts]):
+            x = self.embed(np.concatenate([ids for ids, _ in prompts]))
             for layer in range(self.spec.num_layers):
-                x, read, token_weights = self._mix_chunks(layer, x, state, group, weigh)
-                x = self._feed_chunks(layer, x, read, token_weights, group)
-            return x
+                x, read, token_weights = self._mix_chunks(layer, x, chunks, weigh, pause)
+                x = self._feed_chunks(layer, x, read, token_weights, chunks, pause)
+            return in_chunks(x, [len(ids) for ids, _ in prompts])
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Return the embeddings float32 [T, H] of ids [T]."""
@@ -256,34 +286,41 @@ class Decoder:
         return x.copy()
 
     def _mix_chunks(
-        self, layer: int, x: np.ndarray, state: SequenceState, group: int, weigh: bool
+        self, layer: int, x: np.ndarray, chunks: Sequence[Chunk], weigh: bool, pause: Callable[[], None] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run the mixer chunk by chunk.
 
         Returns the residual stream [T, H], the one that the experts read, and the token weights [T].
         """
-        start, mixed = state.length, []
-        for rows in in_groups(x, group):
-            mixed.append(self.mix(layer, rows, state, start, weigh))
-            start += len(rows)
+        mixed = []
+        for rows, chunk in zip(in_chunks(x, [chunk.tokens for chunk in chunks]), chunks, strict=True):
+            mixed.append(self.mix(layer, rows, chunk.state, chunk.start, weigh))
+            if pause is not None:
+                pause()
         after = joined([rows for rows, _ in mixed])
         return after, self.read(layer, after, x), joined([token_weights for _, token_weights in mixed])
 
     def _feed_chunks(
-        self, layer: int, x: np.ndarray, read: np.ndarray, token_weights: np.ndarray, group: int
+        self,
+        layer: int,
+        x: np.ndarray,
+        read: np.ndarray,
+        token_weights: np.ndarray,
+        chunks: Sequence[Chunk],
+        pause: Callable[[], None] | None,
     ) -> np.ndarray:
         """Return the residual stream [T, H] after the experts, which read `read` and are called once for all chunks."""
-        chunks = in_groups(x, group)
+        lengths = [chunk.tokens for chunk in chunks]
         if not self.spec.is_moe(layer):
-            return joined([self.feed_forward(layer, rows, rows) for rows in chunks])
-        routed = (self.route(layer, rows) for rows in in_groups(read, group))
+            return joined([self.feed_forward(layer, rows, rows) for rows in in_chunks(x, lengths)])
+        routed = (self.route(layer, rows) for rows in in_chunks(read, lengths))
         h, experts, weights = map(joined, zip(*routed, strict=True))
         by_share = self.spec.moe.router.weighs_by_share
-        routing = PromptRouting(experts, weights, x, token_weights, group, by_share)
+        routing = PromptRouting(experts, weights, x, token_weights, lengths, by_share, pause)
         y = self._experts.prefill(layer, h, routing)
         if self.only_adds(layer):
             return self.finish(layer, x, y)
-        pairs = zip(chunks, in_groups(y, group), strict=True)
+        pairs = zip(in_chunks(x, lengths), in_chunks(y, lengths), strict=True)
         return joined([self.finish(layer, rows, output) for rows, output in pairs])
 
     def _dense_part(self, layer: int, h: np.ndarray) -> np.ndarray:
@@ -347,21 +384,21 @@ def _read_beside(spec: ModelSpec) -> int:
 
 
 class _Pass:  # no generator, which would take longer for each token
-    """A context in which tokens of sequences run through all layers: `tokens` of each of `states`.
+    """A context in which tokens of sequences run through all layers: `tokens[n]` of `states[n]`.
 
     Then they belong to the sequences, which recover if the pass fails.
     """
 
-    def __init__(self, states: Sequence[SequenceState], tokens: int) -> None:
+    def __init__(self, states: Sequence[SequenceState], tokens: Sequence[int]) -> None:
         self._states, self._tokens = states, tokens
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for state in self._states:
+        for state, tokens in zip(self._states, self._tokens, strict=True):
             if kind is None:
-                state.advance(self._tokens)
+                state.advance(tokens)
             else:
                 state.recover()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,14 +26,16 @@ class Routing:
 
 @dataclass(slots=True)
 class PromptRouting:
-    """The routing of a prompt's T tokens in one layer; each chunk of `group` tokens chooses its tiers together."""
+    """The routing of T tokens of prompts in one layer; each chunk of a prompt chooses its tiers together."""
 
     experts: np.ndarray  # int64 [T, k], highest weight first
     weights: np.ndarray  # routing weights, float32 [T, k]
     residual: np.ndarray  # [T, H], as in `Routing`
     token_weights: np.ndarray  # float32 [T], mean 1: how much each token counts
-    group: int  # tokens of a chunk of the prompt; the last may have fewer
+    chunks: Sequence[int]  # tokens of each chunk
     by_share: bool = True  # whether weights are shares already; see `shares`
+    # Called between parts of the work, while no expert is held, so that other sequences go on meanwhile.
+    pause: Callable[[], None] | None = None
 
     @property
     def shares(self) -> np.ndarray:
@@ -72,6 +75,21 @@ def shares_of(weights: np.ndarray) -> np.ndarray:
 def in_groups(x: np.ndarray, size: int) -> list[np.ndarray]:
     """Return views of x, split along its first dimension into parts of `size`; the last may be smaller."""
     return [x[first : first + size] for first in range(0, len(x), size)]
+
+
+def chunk_lengths(tokens: int, size: int) -> list[int]:
+    """Return the lengths of chunks of `size` that `tokens` are split into; the last may be smaller.
+
+    >>> chunk_lengths(600, 256)
+    [256, 256, 88]
+    """
+    return [min(size, tokens - first) for first in range(0, tokens, size)]
+
+
+def in_chunks(x: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Return views of x, split along its first dimension into parts of `lengths`."""
+    ends = itertools.accumulate(lengths)
+    return [x[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from dymoe_runtime.bundle.policy import OperatingPoint, Policy, Thresholds
-from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
+from dymoe_runtime.model.routing import PromptRouting, Routing, in_chunks
 
 # Thresholds that every share is below, and that none is below; shares are at least 0 and below 1.
 ALWAYS = 2.0
@@ -87,7 +87,7 @@ class TierRule:
     def choose_for_prompt(self, layer: int, routing: PromptRouting) -> np.ndarray:
         """Return the tiers of a prompt's experts, int64 [T, k], chosen for each chunk of the prompt."""
         parts = (routing.experts, routing.shares, routing.token_weights)
-        chunks = zip(*(in_groups(part, routing.group) for part in parts), strict=True)
+        chunks = zip(*(in_chunks(part, routing.chunks) for part in parts), strict=True)
         tiers = np.concatenate([self._choose_for_chunk(layer, *chunk) for chunk in chunks])
         return self._with_pinned(layer, routing.experts, tiers)
 

@@ -149,6 +149,7 @@ class StreamedLease(Lease[P]):
             yield [(r, partial(self._residency.prepared, self._held[r])) for r in ready]
             for request in ready:
                 self._residency.unpin(self._held.pop(request))
+                self._wanted.discard(request.key)
 
     def release(self, failed: bool = False) -> None:
         while self._held:

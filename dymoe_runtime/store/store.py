@@ -35,6 +35,10 @@ def memory_of(tier: int, places: list[Place]) -> list[np.ndarray]:
     return list(map(memory_at, places))
 
 
+# Experts that a lease of few holds at once.
+FEW = 6
+
+
 class ExpertStore(Generic[P]):
     """Experts in an arena of `arena_bytes`, read with `reader`.
 
@@ -135,13 +139,18 @@ class ExpertStore(Generic[P]):
         """Return how often a token used each expert lately, [layers, experts]."""
         return self._eviction.rates()
 
-    def acquire(self, requests: Sequence[ExpertRequest]) -> Lease[P]:
-        """Return a lease of the requested experts; the first reads of missing ones are queued on return."""
+    def acquire(self, requests: Sequence[ExpertRequest], few: bool = False) -> Lease[P]:
+        """Return a lease of the requested experts; the first reads of missing ones are queued on return.
+
+        With `few`, missing ones are held a few at a time, so that those that are used more often stay.
+        """
         residency = self._residency
         residency.reap()
         missing = [request for request in requests if not residency.is_resident(request)]
         if not missing:
             return self._lend_resident(requests)
+        if few and len(missing) > FEW:
+            return StreamedLease(residency, self._admission, requests, min(FEW, self._window()), self._overlap)
         if not self._fit_together(requests):
             return StreamedLease(residency, self._admission, requests, self._window(), self._overlap)
         return self._lend_together(requests, missing)

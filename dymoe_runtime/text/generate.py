@@ -170,6 +170,67 @@ def check_prompt(model: LanguageModel, prompt_ids: Sequence[int]) -> None:
         )
 
 
+class AnswerWriter:
+    """Makes the tokens of one answer of the logits that a model gives, one after another."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        sampler: Sampler,
+        ending: Ending,
+        *,
+        logprobs: int | None = None,
+        splitter: Splitter | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Begin an answer to `ids`, all tokens before it, which the repetition penalty counts.
+
+        `splitter` divides reasoning from the answer, to which alone `constraint` applies.
+        """
+        self._sampler, self._ending, self._logprobs = sampler, ending, logprobs
+        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(ending.strings)
+        self._splitter = Splitter() if splitter is None else splitter
+        self._special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
+        self._gate = None if constraint is None else Gate(constraint, self._splitter, tokenizer)
+        self._history = array("q", ids)
+        self._begun = len(self._history)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Return the ids of the answer so far."""
+        return self._history[self._begun :]
+
+    def next(self, logits: np.ndarray, is_full: Callable[[], bool]) -> Token:
+        """Return the next token, by the logits float32 [V] after the one before.
+
+        `is_full` is called if the answer goes on: it returns whether no further token has room.
+        """
+        gate, splitter, stop = self._gate, self._splitter, self._stop
+        token_id = self._sampler.sample(logits, self._history, None if gate is None else gate.allow)
+        likely = {} if self._logprobs is None else log_probabilities(logits, token_id, self._logprobs)
+        self._history.append(token_id)
+        ended = token_id in self._ending.ids
+        mark = None if ended else self._special.get(token_id)
+        spelled = ""
+        if not ended:
+            spelled = self._decoder.settle() if mark in splitter.marks else self._decoder.push(token_id)
+        part = splitter.push(spelled, mark)
+        if gate is not None and not ended:
+            gate.accept(token_id, part)
+            ended = gate.ended
+        full = len(self._history) - self._begun == self._ending.max_tokens
+        if not (ended or full):
+            full = is_full()
+        text, thought = stop.push(part.answer), part.reasoning
+        if ended or full:
+            last, rest = splitter.push(self._decoder.flush()), splitter.flush()
+            text += stop.push(last.answer + rest.answer) + stop.flush()
+            thought += last.reasoning + rest.reasoning
+        finish = "stop" if ended or stop.found else "length" if full else None
+        return Token(token_id, text, finish, thought, **likely)
+
+
 def answer_tokens(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -184,43 +245,28 @@ def answer_tokens(
     watch: Watch | None = None,
     make_room: Callable[[Sequence[int]], np.ndarray | None] = lambda answered: None,
 ) -> Generator[Token, None, None]:
-    """Yield the tokens of an answer to `prompt_ids`.
+    """Yield the tokens of an answer to `prompt_ids`, as an `AnswerWriter` makes them.
 
-    `splitter` divides reasoning from the answer, to which alone `constraint` applies. `watch` has seen all changes of
-    the sequence for this answer. When the context is full, `make_room` gets the ids answered so far. It either runs the
-    model on a shorter conversation that ends with them, and returns the logits after the last one, or returns None.
+    `watch` has seen all changes of the sequence for this answer. When the context is full, `make_room` gets the ids
+    answered so far. It either runs the model on a shorter conversation that ends with them, and returns the logits
+    after the last one, or returns None.
     """
-    decoder, stop = StreamDecoder(tokenizer), StopStrings(ending.strings)
-    splitter = Splitter() if splitter is None else splitter
-    special = {token_id: text for text, token_id in tokenizer.special_ids.items()}
-    gate = None if constraint is None else Gate(constraint, splitter, tokenizer)
+    ids = [*before, *prompt_ids]
+    writer = AnswerWriter(tokenizer, ids, sampler, ending, logprobs=logprobs, splitter=splitter, constraint=constraint)
     watch = watch or Watch(model)
-    logits = watch.call(lambda: model.prefill(prompt_ids))
-    history = array("q", [*before, *prompt_ids])
-    begun, count = len(history), 0
+    logits, following = watch.call(lambda: model.prefill(prompt_ids)), None
+
+    def is_full() -> bool:
+        nonlocal following
+        if model.position < model.max_context:
+            return False
+        following = make_room(writer.ids)
+        return following is None
+
     while True:
-        token_id = sampler.sample(logits, history, None if gate is None else gate.allow)
-        likely = {} if logprobs is None else log_probabilities(logits, token_id, logprobs)
-        history.append(token_id)
-        count += 1
-        ended, following = token_id in ending.ids, None
-        mark = None if ended else special.get(token_id)
-        spelled = "" if ended else decoder.settle() if mark in splitter.marks else decoder.push(token_id)
-        part = splitter.push(spelled, mark)
-        if gate is not None and not ended:
-            gate.accept(token_id, part)
-            ended = gate.ended
-        full = count == ending.max_tokens
-        if not (ended or full) and model.position >= model.max_context:
-            following = make_room(history[begun:])
-            full = following is None
-        text, thought = stop.push(part.answer), part.reasoning
-        if ended or full:
-            last, rest = splitter.push(decoder.flush()), splitter.flush()
-            text += stop.push(last.answer + rest.answer) + stop.flush()
-            thought += last.reasoning + rest.reasoning
-        finish = "stop" if ended or stop.found else "length" if full else None
-        yield Token(token_id, text, finish, thought, **likely)
-        if finish:
+        token = writer.next(logits, is_full)
+        yield token
+        if token.finish:
             return
-        logits = watch.call(partial(model.decode, token_id)) if following is None else following
+        logits = watch.call(partial(model.decode, token.id)) if following is None else following
+        following = None

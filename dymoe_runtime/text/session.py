@@ -14,6 +14,7 @@ import numpy as np
 
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.files import parse_json
+from dymoe_runtime.prefix import shared_prefix
 from dymoe_runtime.text import CONTEXT_POLICIES
 from dymoe_runtime.text.background import in_background
 from dymoe_runtime.text.constraints.constraint import Grammar
@@ -30,7 +31,7 @@ from dymoe_runtime.text.generate import (
 from dymoe_runtime.text.reasoning import Splitter
 from dymoe_runtime.text.sampling import LIMITS, Sampler, SamplingParams
 from dymoe_runtime.text.tokenizer import ModelOfBundle, Tokenizer
-from dymoe_runtime.text.transcript import Transcript, shared_prefix
+from dymoe_runtime.text.transcript import Transcript
 
 Message = dict[str, Any]
 

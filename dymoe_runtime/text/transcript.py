@@ -90,11 +90,6 @@ class Transcript:
         return best
 
 
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the prefix that a and b have in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _pieces_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[Piece]:
     """Yield an answer in the smallest pieces that are whole characters; special tokens are spelled out."""
     special = {token_id: text for text, token_id in tokenizer.special_ids.items()}

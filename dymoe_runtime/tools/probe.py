@@ -11,7 +11,7 @@ import numpy as np
 from dymoe_runtime.bundle.policy import OperatingPoint
 from dymoe_runtime.bundle.tiers import split_record
 from dymoe_runtime.engine.cost import CostModel
-from dymoe_runtime.engine.model import Model
+from dymoe_runtime.engine.model import LoadedModel
 from dymoe_runtime.memory import address_of
 from dymoe_runtime.model.routing import in_groups
 from dymoe_runtime.model.state import SequenceState
@@ -30,7 +30,7 @@ FEW_READS = 12
 TOKENS = 5
 
 
-def probe(model: Model) -> dict[str, Any]:
+def probe(model: LoadedModel) -> dict[str, Any]:
     """Return measured costs in us, the disk's bytes per second, and each point's predicted time per token.
 
     `model` must not have run yet, because the measurements overwrite its arena. The keys are a contract.
@@ -49,7 +49,7 @@ def probe(model: Model) -> dict[str, Any]:
     }
 
 
-def dense_seconds(model: Model) -> float:
+def dense_seconds(model: LoadedModel) -> float:
     """Return the median seconds of a decoded token without its routed experts."""
     decoder = model.decoder_without_experts()
     state = SequenceState(model.spec, TOKENS + 1)
@@ -61,7 +61,7 @@ def dense_seconds(model: Model) -> float:
     return float(np.median(times))
 
 
-def pareto_points(model: Model) -> list[tuple[OperatingPoint, float]]:
+def pareto_points(model: LoadedModel) -> list[tuple[OperatingPoint, float]]:
     """Return (point, seconds per token) of the points that no other beats in both time and KL, by rising time.
 
     The seconds are predicted, as in `probe`.
@@ -76,7 +76,7 @@ def pareto_points(model: Model) -> list[tuple[OperatingPoint, float]]:
     return best
 
 
-def find_tpot(model: Model, target_s: float) -> None:
+def find_tpot(model: LoadedModel, target_s: float) -> None:
     """Start with the best point that should take at most `target_s` per token, or the fastest if none does.
 
     From then on the measured time of decoded tokens selects the point. `model` must not have run yet.
@@ -86,7 +86,7 @@ def find_tpot(model: Model, target_s: float) -> None:
     model.hold_tpot([point for point, _ in points], start, target_s)
 
 
-def disk_bytes_per_s(model: Model, count: int) -> float:
+def disk_bytes_per_s(model: LoadedModel, count: int) -> float:
     """Return the disk's bytes per second, measured by reading `count` whole records at random.
 
     As many reads are in flight as in the store.
@@ -126,7 +126,7 @@ def _finish(queue: ReadQueue, read: Read) -> None:
 
 
 def predict(
-    model: Model, point: OperatingPoint, cost: CostModel, dense_s: float, disk_bytes_per_s: float
+    model: LoadedModel, point: OperatingPoint, cost: CostModel, dense_s: float, disk_bytes_per_s: float
 ) -> dict[str, Any]:
     """Return the predicted cost of a decoded token at `point`, if the arena keeps the experts that are used most.
 
@@ -158,7 +158,7 @@ def _mix(bits: float, ladder: tuple[int, ...], top_k: int) -> list[tuple[int, in
     return [(upper, 1)] * many + [(lower, 1)] * (top_k - many)
 
 
-def expected_hits(model: Model, point: OperatingPoint) -> float:
+def expected_hits(model: LoadedModel, point: OperatingPoint) -> float:
     """Return the share of a token's experts that are in memory if those used most are kept.
 
     Every expert is taken to have the mean size of an active expert at `point`.

@@ -278,7 +278,10 @@ def test_control_characters_in_tables_are_escaped(damaged: Path) -> None:
     assert outcome.code == 0 and "\\x1b]0;title\\x07" in outcome.out and "\x1b" not in outcome.out
 
 
-COMMANDS = ("dymoe_runtime.cli.__main__ run", "dymoe_runtime.cli.__main__ bundle", "dymoe_compile.__main__ main")
+COMMANDS = (
+    *("dymoe_runtime.cli.__main__ run", "dymoe_runtime.cli.__main__ bundle"),
+    *("dymoe_runtime.cli.lm_eval main", "dymoe_compile.__main__ main"),
+)
 
 
 def command(name: str, *args: object) -> list[str]:
@@ -289,6 +292,8 @@ def command(name: str, *args: object) -> list[str]:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_output_that_cannot_be_written_is_an_error(name: str, tiny_path: Path) -> None:
+    if "lm_eval" in name:
+        pytest.importorskip("lm_eval")
     for args in (("--help",), ("--version",)):
         with open("/dev/full", "w") as full:
             done = subprocess.run(command(name, *args), stdout=full, stderr=subprocess.PIPE, text=True)

@@ -25,7 +25,7 @@ from dymoe_compile.policy.operating_points import (
 from dymoe_compile.policy.sensitivity import Decoding, Prefilling, Static
 from dymoe_runtime.bundle.policy import OperatingPoint, Thresholds
 from dymoe_runtime.kernels import REFERENCE, load_kernels
-from dymoe_runtime.model.routing import PromptRouting, in_groups
+from dymoe_runtime.model.routing import PromptRouting, chunk_lengths, in_groups
 from dymoe_runtime.model.tier_rule import ALWAYS, TierRule
 from dymoe_runtime.spec import AttentionSpec, ModelSpec, MoeSpec, Rope, RouterSpec, alike_layers
 
@@ -52,7 +52,9 @@ def routing(layer: int) -> PromptRouting:
     logits = rng.standard_normal((WINDOWS * TOKENS, EXPERTS), np.float32) * np.float32(1 + 0.3 * layer) + taste
     experts, weights = load_kernels(REFERENCE).route(logits, SPEC.moe.router)
     token_weights = 2 * rng.random(WINDOWS * TOKENS, np.float32)
-    return PromptRouting(experts, weights, np.zeros((len(weights), 1), np.float32), token_weights, TOKENS)
+    return PromptRouting(
+        experts, weights, np.zeros((len(weights), 1), np.float32), token_weights, chunk_lengths(len(weights), TOKENS)
+    )
 
 
 @cache

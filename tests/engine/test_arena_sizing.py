@@ -55,11 +55,12 @@ class Sized:
 
 def test_a_limit_that_is_lowered_while_memory_is_lent_leaves_it_lent(monkeypatch: pytest.MonkeyPatch) -> None:
     sized = Sized(monkeypatch)
-    assert sized.sizer.lend_for_pass(CHUNK, 0) == CHUNK
+    assert sized.sizer.pass_tokens(CHUNK, 0) == CHUNK
+    sized.sizer.lend(CHUNK)
     lower = replace(BUDGET, memory_bytes=NEED + 50_000)
     sized.limit(lower.memory_bytes)
     sized.sizer.check_limit()
-    sized.sizer.end_prompt()
+    sized.sizer.lend(0)
     assert sized.asked == [BUDGET.arena_bytes - SPARE, lower.arena_bytes - SPARE, lower.arena_bytes]
     assert sized.sizer.budget == lower
 
@@ -95,7 +96,7 @@ def test_the_limit_is_checked_before_each_layers_experts(monkeypatch: pytest.Mon
     chosen, weights = np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32)
     calls: list[Callable[[], np.ndarray]] = [
         lambda: experts.decode(0, h, Routing(chosen, weights, h)),
-        lambda: experts.prefill(0, h, PromptRouting(chosen, weights, h, weights[:, 0], CHUNK)),
+        lambda: experts.prefill(0, h, PromptRouting(chosen, weights, h, weights[:, 0], [2])),
     ]
     for number, call in enumerate(calls):
         lower = replace(BUDGET, memory_bytes=NEED + 1000 * (9 - number))

@@ -31,7 +31,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no number": ({"point": "fast"}, ("--point fast", "uniform-4")),
     "not a number": ({"point": "nan"}, ("--point nan", "2 to 4 bits")),
     "a tier that is not there": ({"tier": 5}, ("--tiers 5", "2, 3, 4")),
-    "a quality that no point has": ({"quality": 1e-9}, ("--quality 1e-09", "uniform-4", "allow as much")),
+    "a quality that no point has": ({"quality": 1e-9}, ("--quality 1e-09", "the best point", "allow as much")),
     "a context beyond the model's": ({"context": 257}, ("--context 257", "256", "at most")),
     "too little memory": ({"memory_bytes": MIB}, ("1.0 MiB", "least that works is --memory")),
     "too small an arena": ({"arena_bytes": 5}, ("arena of 5 bytes", "the least that works")),

@@ -68,7 +68,7 @@ def routing(tokens: int = 1) -> Routing:
 
 def prompt(token_weights: Sequence[float]) -> PromptRouting:
     of = routing(len(token_weights))
-    return PromptRouting(of.experts, of.weights, of.residual, np.array(token_weights, np.float32), len(token_weights))
+    return PromptRouting(of.experts, of.weights, of.residual, np.array(token_weights, np.float32), [len(token_weights)])
 
 
 NOW = [token_request(0, 7, 4)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,26 +157,3 @@ def test_what_is_at_the_output_stays(tiny_path: Path, tmp_path: Path) -> None:
     output.write_text("mine")
     assert_one_sentence(export(tiny_path, output), str(output), "-o")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and output.read_text() == "mine"
-
-
-def test_a_damaged_bundle_leaves_nothing(damaged: Path, tmp_path: Path) -> None:
-    path = next(damaged.glob("experts-*"))
-    data = bytearray(path.read_bytes())
-    data[-5000] ^= 1
-    path.write_bytes(data)
-    assert_one_sentence(export(damaged, tmp_path / "out"), path.name, "checksum")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()
-
-
-WITHOUT = """
-import sys
-sys.modules["gguf"] = None
-from dymoe_runtime.cli.__main__ import bundle
-bundle()
-"""
-
-
-def test_without_the_extra_the_command_says_which(tiny_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT, "export", tiny_path, "-o", tmp_path / "out", "--format", "gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "pip install 'dymoe[gguf]'")

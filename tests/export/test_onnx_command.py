@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,29 +185,6 @@ def test_other_things_beside_the_output_stay(tiny_path: Path, tmp_path: Path) ->
     (tmp_path / ".out.export" / "mine").mkdir(parents=True)
     assert_one_sentence(export(tiny_path, tmp_path / "out"), ".out.export", "-o")
     assert (tmp_path / ".out.export" / "mine").is_dir()
-
-
-def test_a_damaged_bundle_leaves_nothing(damaged: Path, tmp_path: Path) -> None:
-    path = next(damaged.glob("experts-*"))
-    data = bytearray(path.read_bytes())
-    data[-5000] ^= 1
-    path.write_bytes(data)
-    assert_one_sentence(export(damaged, tmp_path / "out"), path.name, "checksum")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()
-
-
-WITHOUT = """
-import sys
-sys.modules["onnx"] = None
-from dymoe_runtime.cli.__main__ import bundle
-bundle()
-"""
-
-
-def test_without_the_extra_the_command_says_which(tiny_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT, "export", tiny_path, "-o", tmp_path / "out", "--format", "onnx"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert_one_sentence(Outcome(done.returncode, done.stdout, done.stderr), "pip install 'dymoe[onnx]'")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy
 from dymoe_runtime.kernels import load_kernels
-from dymoe_runtime.model.routing import PromptRouting, Routing
+from dymoe_runtime.model.routing import PromptRouting, Routing, chunk_lengths
 from dymoe_runtime.model.tier_rule import (
     ALWAYS,
     NEVER,
@@ -51,9 +51,8 @@ def prompt(
 ) -> PromptRouting:
     """Routing of a prompt, by default of one chunk."""
     residual = np.zeros((len(experts), 1), np.float32)
-    return PromptRouting(
-        np.array(experts), floats(weights), residual, floats(token_weights), group or len(token_weights)
-    )
+    chunks = chunk_lengths(len(experts), group or len(experts))
+    return PromptRouting(np.array(experts), floats(weights), residual, floats(token_weights), chunks)
 
 
 def floats(values: object) -> np.ndarray:
@@ -247,7 +246,7 @@ def test_in_a_chunk_every_token_of_an_expert_gets_the_tier_of_a_plain_loop(seed:
             importance[expert] = importance.get(expert, 0.0) + (weights[token, rank] * token_weights[token]).item()
     active = sorted(importance)
     expected = dict(zip(active, plain_tiers([importance[e] for e in active], thresholds, LADDER), strict=True))
-    tokens = PromptRouting(experts, weights, np.zeros((30, 1), np.float32), token_weights, 30)
+    tokens = PromptRouting(experts, weights, np.zeros((30, 1), np.float32), token_weights, [30])
     got = rule((NEVER,) * 3, thresholds).choose_for_prompt(0, tokens)
     assert got.tolist() == [[expected[e] for e in row] for row in experts.tolist()]
     assert len(set(expected.values())) >= 3
@@ -262,7 +261,9 @@ def test_each_chunk_of_a_prompt_is_as_a_prompt_of_its_own(group: int) -> None:
 
     def choose(tokens: slice, size: int) -> list[list[int]]:
         residual = np.zeros((30, 1), np.float32)[tokens]
-        routing = PromptRouting(experts[tokens], weights[tokens], residual, token_weights[tokens], size)
+        routing = PromptRouting(
+            experts[tokens], weights[tokens], residual, token_weights[tokens], chunk_lengths(len(residual), size)
+        )
         return chosen.choose_for_prompt(0, routing).tolist()
 
     alone = [choose(slice(start, start + group), group) for start in range(0, 30, group)]

@@ -46,6 +46,7 @@ def test_a_request_that_is_cut_off_leaves_nothing(server: Running) -> None:
 
 def test_metrics_count_what_was_done(server: Running) -> None:
     names = ("dymoe_prompt_tokens_total", "dymoe_generated_tokens_total", "dymoe_time_to_first_token_seconds_count")
+    assert server.metric("dymoe_slots") == 4
     before = [server.metric(name) for name in names]
     usage = server.post("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 5})["usage"]
     after = [server.metric(name) for name in names]

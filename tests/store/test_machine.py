@@ -126,7 +126,7 @@ class StoreMachine(RuleBasedStateMachine):
         asked = data.draw(requests(self.tiers(), EXPERTS))
         seen = []
         try:
-            with self.store.acquire(asked) as lease:
+            with self.store.acquire(asked, few=data.draw(st.booleans())) as lease:
                 for request, at in one_by_one(lease.batches()):
                     check(self.reader, request, at(request.tier))
                     seen.append(request)

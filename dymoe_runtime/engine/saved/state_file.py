@@ -103,22 +103,27 @@ def load(path: Path, origin: Origin, spec: ModelSpec, state: SequenceState) -> t
         with _opened(path) as file:
             header = _read_header(file, path)
             origin.check_continues(header.origin, header.tokens, spec, str(path))
-            ids = np.empty(header.tokens, IDS)
-            note = np.empty(header.note.nbytes, np.uint8)
-            _fill(file, [ids], header.ids, f"{path}: {DAMAGED} (its tokens)")
-            _fill(file, [note], header.note, f"{path}: {DAMAGED} (its note)")
-            if (ids < 0).any() or (ids >= spec.vocab_size).any():
-                raise DymoeError(f"{path}: {DAMAGED} (it has tokens that the model does not know); {REMEDY}")
-            try:
-                text = note.tobytes().decode(*NOTE)
-            except UnicodeDecodeError as error:
-                raise DymoeError(f"{path}: {DAMAGED} (its note is no text); {REMEDY}") from error
+            ids, note = _read_tokens(file, header, spec, path)
             layers = [layer.used(header.tokens) for layer in state.layers]
             _check_sizes(layers, header, path)
             with state.replaced(header.tokens):
                 for number, (pieces, section) in enumerate(zip(layers, header.layers, strict=True)):
                     _fill(file, pieces, section, f"{path}: {DAMAGED} (layer {number})")
-            return ids.tolist(), text
+            return ids, note
+    except OSError as error:
+        raise DymoeError(f"{path}: the session cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def read_tokens(path: Path, origin: Origin, spec: ModelSpec) -> tuple[list[int], str]:
+    """Return the token ids and the note of a saved state, without the states of the layers.
+
+    Raises DymoeError as `load` does.
+    """
+    try:
+        with _opened(path) as file:
+            header = _read_header(file, path)
+            origin.check_continues(header.origin, header.tokens, spec, str(path))
+            return _read_tokens(file, header, spec, path)
     except OSError as error:
         raise DymoeError(f"{path}: the session cannot be read ({error.strerror}); {REMEDY}") from error
 
@@ -163,6 +168,20 @@ def _read_header(file: BinaryIO, path: Path) -> Header:
     if length != START.size + nbytes + header.nbytes:
         raise DymoeError(f"{path}: {DAMAGED} (something follows its end); {REMEDY}")
     return header
+
+
+def _read_tokens(file: BinaryIO, header: Header, spec: ModelSpec, path: Path) -> tuple[list[int], str]:
+    """Return the token ids and the note, which follow the header; raise DymoeError if they are damaged."""
+    ids = np.empty(header.tokens, IDS)
+    note = np.empty(header.note.nbytes, np.uint8)
+    _fill(file, [ids], header.ids, f"{path}: {DAMAGED} (its tokens)")
+    _fill(file, [note], header.note, f"{path}: {DAMAGED} (its note)")
+    if (ids < 0).any() or (ids >= spec.vocab_size).any():
+        raise DymoeError(f"{path}: {DAMAGED} (it has tokens that the model does not know); {REMEDY}")
+    try:
+        return ids.tolist(), note.tobytes().decode(*NOTE)
+    except UnicodeDecodeError as error:
+        raise DymoeError(f"{path}: {DAMAGED} (its note is no text); {REMEDY}") from error
 
 
 def _check_sizes(layers: Sequence[Sequence[np.ndarray]], header: Header, path: Path) -> None:

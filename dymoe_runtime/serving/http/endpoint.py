@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.bodies import Taken
+from dymoe_runtime.serving.http.exchange.client import CLIENT, client_of
 from dymoe_runtime.serving.http.exchange.errors import ApiError, ErrorForm, as_api_error, as_field_error
 from dymoe_runtime.serving.http.exchange.forms import OPENAI
 from dymoe_runtime.serving.http.exchange.responses import JSON, json_response
@@ -76,6 +77,7 @@ class Endpoint:
             except ApiError as error:
                 await self._refuse(error, scope, receive, counted)
                 return
+            CLIENT.set(client_of(scope))
             work = asyncio.ensure_future(self._work(body, scope, receive, counted))
             gone = asyncio.ensure_future(disconnected(receive))
             try:

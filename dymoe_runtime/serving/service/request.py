@@ -26,6 +26,7 @@ class GenerationRequest:
     ending: Ending
     logprobs: int | None = None  # as many likeliest tokens have their log-probabilities; None gives none at all
     constraint: Constraint | None = None  # a fresh one for each request
+    client: str = ""  # who asks; clients take turns
 
 
 @dataclass(frozen=True)

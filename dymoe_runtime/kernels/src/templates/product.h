@@ -21,7 +21,9 @@
 //   scales                         scales of a block: 1, or 2 if each half has its own. Then `dots` keeps the halves in
 //                                  different lanes, and a policy also has:
 //   load_half_scales(p)            p[2 i] and p[2 i + 1] in the lanes of the first and the second half of block i
-//   direct_rows, direct_step       rows of a tile for one token, read from the planes; how many are read together
+//   direct_rows, direct_step       rows of a tile for few tokens, read from the planes; how many are read together
+//   direct_tokens, direct_most     tokens of such a tile, 1 or 2; up to how many tokens planes are read for each tile,
+//                                  because unpacking takes longer
 //   merges<First, Rest...>         whether such a tile reads planes of these widths as Merged; then Rest are all 1:
 //     merge(planes, words, out)      merges all planes of width 1 for `words` blocks, a multiple of 4; 16 bytes a block
 //     load_merged<N>(p, merged, count, table)  the numbers by a plane of width First and N merged planes of width 1
@@ -157,8 +159,8 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
                          sizes + V::scales * block, a.scales + token * a.pitch + block, a.pitch, sums);
       return;
     }
-    // For one token, as many rows at a time as the registers hold.
-    constexpr int Step = Tokens == 1 && Rows == V::direct_rows ? V::direct_step : Rows;
+    // From the planes, as many rows at a time as the registers hold.
+    constexpr int Step = Tokens <= V::direct_tokens && Rows == V::direct_rows ? V::direct_step : Rows;
     DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
       typename V::Codes codes[Step];
       typename V::Tokens tokens[Tokens];
@@ -212,21 +214,28 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
   }
 }
 
-/// Multiplies one token by rows [begin, end), read from the planes.
+/// Multiplies few tokens by rows [begin, end), read from the planes.
 template <class V, class Source>
-void multiply_one_token(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
-                        float* y, int64_t stride, uint8_t* scratch, float* sizes) {
+void multiply_directly(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
+                       float* y, int64_t stride, uint8_t* scratch, float* sizes) {
   int64_t row = begin;
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
     prefetch_bytes<1>(m.scale_indices + (row + V::direct_rows) * scale_index_bytes(m.blocks, grid_of<V>));
     load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
     read_tile(source, row, scratch, [&](const auto& rows) {
-      multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, 0, y, stride);
+      int64_t token = 0;
+      if constexpr (V::direct_tokens == 2) {
+        for (; token + 2 <= a.tokens; token += 2)
+          multiply_tile<V, V::direct_rows, 2>(m, rows, row, sizes, a, row, token, y, stride);
+      }
+      for (; token < a.tokens; ++token)
+        multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, token, y, stride);
     });
   }
   for (; row < end; ++row) {
     load_sizes<V>(m, row, 1, a.pitch, sizes);
-    multiply_tile<V, 1, 1>(m, source, row, sizes, a, row, 0, y, stride);
+    for (int64_t token = 0; token < a.tokens; ++token)
+      multiply_tile<V, 1, 1>(m, source, row, sizes, a, row, token, y, stride);
   }
 }
 
@@ -274,10 +283,10 @@ template <class V>
 void product_on_grid(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                      uint8_t* scratch) {
   float* sizes = reinterpret_cast<float*>(scratch + kScratchRows * codes_pitch(m.blocks));
-  const auto one_token = [&](const auto& source) {
-    multiply_one_token<V>(m, source, a, begin, end, y, stride, scratch, sizes);
+  const auto directly = [&](const auto& source) {
+    multiply_directly<V>(m, source, a, begin, end, y, stride, scratch, sizes);
   };
-  if (a.tokens == 1 && KnownSplits<V>::visit(m, one_token)) return;
+  if (a.tokens <= V::direct_most && KnownSplits<V>::visit(m, directly)) return;
   if constexpr (grid_of<V> == Grid::usual) {
     if (m.bits > kNarrowBits) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
   }

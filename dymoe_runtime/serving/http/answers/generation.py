@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.answers.prompts import Prompt
+from dymoe_runtime.serving.http.exchange.client import CLIENT
 from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import Answer, GenerationRequest
@@ -97,6 +98,7 @@ class Generation:
                     self.ending,
                     ask.logprobs,
                     None if ask.constraint is None else ask.constraint(),
+                    CLIENT.get(),
                 )
                 self._answers.append(backend.service.submit(request))
                 backend.open_answers += 1

@@ -1,0 +1,1 @@
+"""Continuous batching: the requests that run share each expert that is read."""
