@@ -114,7 +114,10 @@ def digest_of_sources() -> str:
     packages = [Path(module.__file__ or "").parent for module in (dymoe_compile, dymoe_runtime)]
     native = [Path(module.__file__ or "") for name, module in sys.modules.items() if name.endswith("._native")]
     files = [
-        path for folder in (*packages, MODEL) for path in sorted(folder.rglob("*")) if "__pycache__" not in path.parts
+        path
+        for folder in (*packages, MODEL)
+        for path in sorted(folder.rglob("*"))
+        if not {"__pycache__", "serving"} & set(path.relative_to(folder).parts)  # no bundle depends on the server
     ]
     digest = hashlib.sha256(f"{sys.version} {load_kernels().name} {torch.__version__} {np.__version__}".encode())
     for path in (*files, *native):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.kit import app_of
-from text_kit import CONFIG, make_tokenizer, save
+from text_kit import CONFIG, save
 from uvicorn import Config, Server
 
 from dymoe_runtime.serving.http.answers.settings import Settings

@@ -1,4 +1,4 @@
-"""How the page looks: both themes, a wide window and a phone, keyboard and screen reader. Pictures are in build/page/."""
+"""How the page looks: both themes, a wide window and a phone, keyboard, screen reader. Pictures are in build/page/."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ const mixed = (colors) => {
 const light = (rgb) => rgb.map((value) => value / 255)
   .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
   .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
-const grounds = (element) => element ? [...grounds(element.parentElement), getComputedStyle(element).backgroundColor] : [];
+const grounds = (element) =>
+  element ? [...grounds(element.parentElement), getComputedStyle(element).backgroundColor] : [];
 const seen = (element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
 if (document.documentElement.scrollWidth > innerWidth) found.push(["scrolls", document.documentElement.scrollWidth]);
-const top = document.querySelector("dialog[open]") ?? document.querySelector("#shade:not([hidden])") ? "dialog, #live, .listing #sidebar" : "body";
-for (const root of document.querySelectorAll(top)) {
+const above = document.querySelector("dialog[open], #shade:not([hidden])");
+const roots = above ? "dialog[open], main[inert] ~ #live, .listing #sidebar" : "body";
+for (const root of document.querySelectorAll(roots)) {
   const texts = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const text = texts.currentNode.data.trim(), parent = texts.currentNode.parentElement;
@@ -61,7 +63,8 @@ for (const root of document.querySelectorAll(top)) {
     const range = document.createRange(), style = getComputedStyle(parent);
     range.selectNodeContents(texts.currentNode);
     const box = range.getBoundingClientRect();
-    if ((box.left < -0.5 || box.right > innerWidth + 0.5) && !parent.closest(".wide-table, pre, .open, #title")) found.push(["outside", text]);
+    const outside = box.left < -0.5 || box.right > innerWidth + 0.5;
+    if (outside && !parent.closest(".wide-table, pre, .open, #title")) found.push(["outside", text]);
     if (parseFloat(style.fontSize) < smallest) found.push(["small", text]);
     const under = grounds(parent), [a, b] = [light(mixed(under)), light(mixed([...under, style.color]))];
     const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -143,17 +146,15 @@ def test_the_keyboard_reaches_everything_in_order(page: Any, service: Playback) 
     page.ask("Hi")
     page.open(empty=False)
     name = "const element = document.activeElement; return element.getAttribute('aria-label') ?? element.textContent"
-    page.run("document.activeElement.blur()")
+    assert (
+        page.run("const first = document.querySelector('a, button'); first.focus(); return first.className") == "skip"
+    )
     seen = []
-    for _ in range(8):
+    for _ in range(7):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
         seen.append(page.run(name))
-    assert seen[:2] == ["Skip to the message field", "New conversation"]
-    assert seen[2:5] == ["Hi", "Rename “Hi”", "Delete “Hi”"]
-    assert (
-        seen[5:7] == ["Live figures of the engine", "Settings"]
-        and page.run("return document.activeElement.id") == "message"
-    )
+    assert seen[:4] == ["New conversation", "Hi", "Rename “Hi”", "Delete “Hi”"]
+    assert seen[4:] == ["Live figures of the engine", "Settings", "Message"]
     page.run("document.querySelector('.skip').focus()")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
     assert page.run("return document.activeElement.id") == "message"
@@ -211,8 +212,6 @@ def test_the_figures_are_those_of_the_engine(page: Any, service: Playback) -> No
     assert page.text("#live .memory .figure") == "6.05 GiB\nof 8.00 GiB" and "3 waiting" in page.text("#live .queue")
     assert page.text("#live .cache .figure b") == "93%" and "MiB a token" in page.text("#live .disk .note")
     until(lambda: page.text("#live .speed .figure span") == "tokens/s")
-    before = service.readings
-    until(lambda: service.readings > before + 1)
     page.press("Close the live figures")
     page.open(empty=False)
     assert not page.one("#live").is_displayed()

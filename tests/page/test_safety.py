@@ -40,7 +40,7 @@ HOSTILE = [
     f"<math><mtext><table><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror={HIT}&gt;\">",
     f"<noscript><p title=\"</noscript>{IMG}\"></noscript><xmp><p title='</xmp>{IMG}'>",
     f"<!--><img src=x onerror={HIT}>--> <![CDATA[><img src=x onerror={HIT}>]]> <?x {IMG}?>",
-    f"<details open ontoggle={HIT}><video><source onerror={HIT}></video><object data='data:text/html,x'></object><embed>",
+    f"<details open ontoggle={HIT}><video><source onerror={HIT}></video><object data='data:text/html,x'></object>",
     f"<template><script>{HIT}</script></template><custom-element onclick={HIT}>",
     f"\u0000{IMG}\ufeff\u2028{IMG}",
     "[" * 500 + "](" * 500 + "*_`" * 300,
@@ -54,7 +54,8 @@ import("/page/app/markdown.js").then(({ Rendered }) => {
   document.getElementById("transcript").append(place);
   const tags = new Set("A B BLOCKQUOTE BR BUTTON CODE DEL DIV EM H1 H2 H3 H4 H5 H6 HR LI OL P PATH PRE SPAN STRONG SVG "
     .concat("TABLE TBODY TD TH THEAD TR UL").split(" "));
-  const names = new Set("align aria-hidden aria-label class d href rel role start tabindex target title type viewBox".split(" "));
+  const names = new Set("align aria-hidden aria-label class d href rel role start tabindex target title type viewBox"
+    .split(" "));
   const looks = new Set(["wide-table", "code", "code-bar", "quiet"]);
   const check = (text) => {
     for (const element of place.querySelectorAll("*")) {

@@ -12,8 +12,12 @@ export class Drawers {
     byId("open-live").addEventListener("click", () => {
       live.toggle();
       this.settle();
+      if (MEDIUM.matches && live.open) byId("live").querySelector("button").focus();
     });
-    byId("live").addEventListener("click", () => this.settle());
+    byId("live").addEventListener("click", () => {
+      this.settle();
+      if (!live.open) byId("open-live").focus();
+    });
     byId("shade").addEventListener("click", () => this.close(true));
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || byId("shade").hidden || document.querySelector("dialog[open]")) return;
@@ -33,11 +37,11 @@ export class Drawers {
 
   /** Close what lies over the messages; with `back`, the focus goes to the button that opened it. */
   close(back = false) {
-    const listed = document.body.classList.contains("listing") && NARROW.matches;
+    const opener = byId(document.body.classList.contains("listing") ? "open-sidebar" : "open-live");
     document.body.classList.remove("listing");
     if (MEDIUM.matches && this.live.open) this.live.toggle(false);
     this.settle();
-    if (back && listed) byId("open-sidebar").focus();
+    if (back) opener.focus();
   }
 
   /** Let only what lies on top be reached. */

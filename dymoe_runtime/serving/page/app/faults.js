@@ -37,7 +37,7 @@ export async function faultOf(response) {
     case 400:
       return faultOfRequest(message);
     default:
-      return new Fault("The server failed.", sentence(message));
+      return new Fault("There is no answer.", sentence(message));
   }
 }
 

@@ -37,7 +37,6 @@ export class Live {
   toggle(open = !this.open) {
     change({ live: open });
     this.show(open);
-    (open ? this.box.querySelector("button") : byId("open-live")).focus();
   }
 
   show(open) {
@@ -95,7 +94,7 @@ export class Live {
     if (now > 0) this.say("speed", rate(now), "tokens/s");
     else if (reads > 0) this.say("speed", rate(reads), "tokens/s of the prompt");
     else this.say("speed", mean ? rate(mean) : "–", "tokens/s on average");
-    const point = statistics.point === undefined ? "" : `point ${statistics.point}`;
+    const name = statistics.point ?? "", point = /^\d/.test(name) ? `point ${name}` : name;
     const prompt = statistics.prompt_tokens_per_s ? `prompts ${rate(statistics.prompt_tokens_per_s)} tokens/s` : "";
     this.note("speed", [point, prompt].filter(Boolean).join(" · "));
     const values = this.meters.history, most = Math.max(...values, mean, 1e-9);

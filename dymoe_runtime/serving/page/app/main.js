@@ -299,7 +299,7 @@ function welcome(server) {
   const facts = [];
   if (layers) facts.push(`${layers} layers`, `${active} of ${experts} experts a token`);
   facts.push(`${server.default_generation_settings.n_ctx.toLocaleString("en")} tokens of context`);
-  if (server.precision) facts.push(`point ${server.precision}`);
+  if (server.precision) facts.push(/^\d/.test(server.precision) ? `point ${server.precision}` : server.precision);
   const plain = "This model has no chat template: it continues your text instead of answering it.";
   box.replaceChildren(
     make("img", { src: "page/icon.svg", alt: "", width: 56, height: 56 }),

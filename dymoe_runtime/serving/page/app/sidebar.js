@@ -9,12 +9,17 @@ export class Sidebar {
   /** `on` has the functions open(id), rename(id, title) and remove(id). */
   constructor(on) {
     this.on = on;
+    this.drawn = ""; // what the list shows
   }
 
   /** Draw the list, the latest conversation first. */
   draw(conversations, shownId, runningId) {
-    const groups = new Map();
-    for (const conversation of [...conversations].sort((a, b) => b.updated - a.updated)) {
+    const sorted = [...conversations].sort((a, b) => b.updated - a.updated), groups = new Map();
+    const shows = JSON.stringify([sorted.map(({ id, title, updated }) => [id, title, age(updated)]), shownId, runningId]);
+    if (shows === this.drawn) return;
+    this.drawn = shows;
+    const focused = byId("conversations").contains(document.activeElement) ? document.activeElement.title : "";
+    for (const conversation of sorted) {
       const name = age(conversation.updated);
       if (!groups.has(name)) groups.set(name, []);
       groups.get(name).push(this.entry(conversation, shownId, runningId));
@@ -23,6 +28,11 @@ export class Sidebar {
       make("section", { "aria-label": name }, make("h2", {}, name), make("ul", {}, ...entries)),
     );
     byId("conversations").replaceChildren(...parts);
+    if (focused) this.focus(focused);
+  }
+
+  focus(title) {
+    [...byId("conversations").querySelectorAll("button")].find((button) => button.title === title)?.focus();
   }
 
   entry(conversation, shownId, runningId) {
@@ -44,8 +54,10 @@ export class Sidebar {
     const finish = (changed) => {
       if (!open) return;
       open = false;
-      const title = field.value.trim();
-      this.on.rename(conversation.id, changed && title ? title : conversation.title);
+      const title = (changed && field.value.trim()) || conversation.title;
+      const leaves = document.activeElement !== field;
+      this.on.rename(conversation.id, title);
+      if (!leaves) this.focus(title);
     };
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.isComposing) finish(true);
@@ -53,6 +65,7 @@ export class Sidebar {
       if (event.key === "Escape") event.stopPropagation();
     });
     field.addEventListener("blur", () => finish(true));
+    this.drawn = "";
     entry.replaceChildren(field);
     field.select();
     field.focus();
