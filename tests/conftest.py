@@ -86,7 +86,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text just long enough to compile tiny models with quickly."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text((EXAMPLES / "calibration" / "wiki.txt").read_text(encoding="utf-8")[:800], encoding="utf-8")
+    path.write_text((EXAMPLES / "calibration" / "wiki.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
     return path
 
 

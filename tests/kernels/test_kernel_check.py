@@ -39,9 +39,7 @@ def test_compiled_code_is_right_on_emulated_arm(arm_check: Path) -> None:
     asked = ("i8mm", "neon", "scalar", "rest")
     output = run(["qemu-aarch64", "-cpu", "max", arm_check, *asked[:1]])
     assert output.splitlines() == ["i8mm: right"]
-    output = run(
-        ["qemu-aarch64", "-cpu", "cortex-a76", arm_check, *asked[:2]]
-    )  # which has no products of int8 matrices
+    output = run(["qemu-aarch64", "-cpu", "cortex-a76", arm_check, *asked[:2]])  # without products of int8
     assert output.splitlines() == ["neon: right"]
     output = run(["qemu-aarch64", "-cpu", "cortex-a53", arm_check, *asked])  # which has no dot products
     assert output.splitlines() == ["scalar: right", "rest: right"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,6 +18,7 @@ from serving.kit import Scripted, app_of, ask
 from starlette.applications import Starlette
 from text_kit import CONFIG, byte_level_backend
 
+from dymoe_runtime.text.constraints.constraint import Constraint
 from dymoe_runtime.text.generate import Token
 from dymoe_runtime.text.tokenizer import Tokenizer
 
@@ -198,9 +200,84 @@ def test_a_choice_of_tools_is_kept() -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     for choice in ("required", named):
         answer, service = chosen(choice)
-        assert (service.requests[0].prompt or "").endswith("[assistant]<tool_call>")
-    answer, service = chosen("required", chat_template_kwargs={"enable_thinking": True})
-    assert (service.requests[0].prompt or "").endswith("<think>\n</think>\n\n<tool_call>")
+        (request,) = service.requests
+        assert (request.prompt or "").endswith("[assistant]") and request.constraint is not None
+        assert holds(request.constraint, CALL) and not holds(request.constraint, SAID)
+        assert holds(request.constraint, f"{CALL}\n{CALL}") == (choice == "required")
+    (request,) = chosen("required", parallel_tool_calls=False)[1].requests
+    assert request.constraint is not None and not holds(request.constraint, f"{CALL}\n{CALL}")
+    assert chosen("auto")[1].requests[0].constraint is None
+
+
+def holds(constraint: Constraint, text: str) -> bool:
+    """Whether a constraint lets a text through."""
+    constraint.restart()
+    for token_id in Tokenizer(byte_level_backend(), CONFIG, {}).encode(text, add_special_tokens=False):
+        if constraint.ended or not constraint.permits(token_id):
+            return False
+        constraint.accept(token_id)
+    return True
+
+
+def test_anthropic_may_ask_for_a_call_too() -> None:
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        service = scripted()
+        body = {"messages": ASKED, "max_tokens": 99, "tools": tools, "tool_choice": choice}
+        assert ask(app_of(service), "POST", "/v1/messages", json=body).status_code == 200
+        constraint = service.requests[0].constraint
+        assert constraint is not None and holds(constraint, CALL) and not holds(constraint, SAID)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_behind_its_first_call_if_it_may_have_one(stream: bool) -> None:
+    """In every protocol that has a field for it; the service is told to stop."""
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    bodies: list[tuple[str, Any]] = [
+        ("/v1/chat/completions", {"messages": ASKED, "tools": TOOLS, "parallel_tool_calls": False}),
+        ("/v1/responses", {"input": "Bern", "tools": [{"type": "function", **FUNCTION}], "parallel_tool_calls": False}),
+        ("/v1/messages", {"messages": ASKED, "max_tokens": 99, "tools": tools,
+                          "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    ]  # fmt: skip
+    for path, body in bodies:
+        service = scripted()
+        service.texts = [Token(5, f"{CALL}\n"), *([Token(5, CALL)] * 50), Token(6, "", "stop")]
+        answer = ask(app_of(service), "POST", path, json={**body, "stream": stream})
+        assert answer.status_code == 200
+        assert len(set(re.findall(r'"(?:call_)?id":"(\w{9})"', answer.text))) == 1, answer.text
+        assert service.cancelled == 1 and service.taken < 4
+        assert any(reason in answer.text for reason in ('"tool_calls"', '"tool_use"', '"completed"'))
+
+
+def test_arguments_are_streamed_while_they_are_written() -> None:
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    answer = chosen("auto", stream=True)[0]
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", [])]
+    assert len(deltas) > 5 and all(delta["index"] == 0 for delta in deltas)
+    assert json.loads("".join(delta["function"]["arguments"] for delta in deltas)) == ARGUMENTS
+    body = {"messages": ASKED, "max_tokens": 99, "tools": tools, "stream": True}
+    answer = ask(app_of(scripted()), "POST", "/v1/messages", json=body)
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+    pieces = [e["delta"]["partial_json"] for e in events if e.get("delta", {}).get("type") == "input_json_delta"]
+    assert len(pieces) > 5 and json.loads("".join(pieces)) == ARGUMENTS
+
+
+def test_a_call_that_is_cut_off_ends_its_stream_well() -> None:
+    """Its arguments are not complete, as the reason says."""
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    bodies: list[tuple[str, Any]] = [
+        ("/v1/chat/completions", {"messages": ASKED, "tools": TOOLS}),
+        ("/v1/messages", {"messages": ASKED, "max_tokens": 99, "tools": tools}),
+        ("/v1/responses", {"input": "Bern", "tools": [{"type": "function", **FUNCTION}]}),
+    ]
+    for path, body in bodies:
+        for stream in (True, False):
+            service = scripted()
+            service.texts = [Token(5, CALL[:60]), Token(5, "", "length")]
+            answer = ask(app_of(service), "POST", path, json={**body, "stream": stream})
+            assert answer.status_code == 200 and '"error":{' not in answer.text
+            assert any(reason in answer.text for reason in ('"length"', '"max_tokens"', '"incomplete"'))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ class Constraint(Protocol):
     """A constraint on the tokens of one answer."""
 
     @property
+    def whole(self) -> bool:
+        """Return whether it holds the reasoning, too, and all special tokens, and not the answer alone."""
+
+    @property
     def ended(self) -> bool:
         """Return whether the text is complete: only an end token may follow."""
 

@@ -15,23 +15,24 @@ class Gate:
     """A constraint that lets reasoning through, and begins with the answer.
 
     At the begin of an answer the model may also write the mark of reasoning. An end token does not follow reasoning.
+    A constraint that has a place for reasoning itself holds from the first token on.
     """
 
     def __init__(self, constraint: Constraint, splitter: Splitter, tokenizer: Tokenizer) -> None:
         """Begin with an answer that `splitter` divides."""
         self._constraint, self._splitter, self._tokenizer = constraint, splitter, tokenizer
-        self._stage = splitter.stage  # when the token was chosen that `accept` takes
+        self._stage = self._now()  # when the token was chosen that `accept` takes
         self._fits = True  # what was said so far could be an answer, too
         self._openers: list[list[int]] = []
 
     @property
     def ended(self) -> bool:
         """Return whether the text is complete."""
-        return self._splitter.stage == "answer" and self._constraint.ended
+        return self._now() == "answer" and self._constraint.ended
 
     def allow(self, logits: np.ndarray) -> np.ndarray:
         """Return logits that are -inf for forbidden ids, as `Constraint.allow` does."""
-        self._stage = self._splitter.stage
+        self._stage = self._now()
         if self._stage == "answer":
             return self._constraint.allow(logits)
         if self._stage == "reasoning":
@@ -56,6 +57,9 @@ class Gate:
         elif self._splitter.stage == "answer" and part.answer:  # the token that ends reasoning has text behind it
             for following in self._tokenizer.encode(part.answer, add_special_tokens=False):
                 self._constraint.accept(following)
+
+    def _now(self) -> str:
+        return "answer" if self._constraint.whole else self._splitter.stage
 
     def _ways(self) -> list[int]:
         """Return the ids that begin the mark of reasoning, or go on with it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from dymoe_runtime.text.constraints.checks import check_grammar_ends, check_text
 from dymoe_runtime.text.constraints.constraint import Constraint, Grammar
 from dymoe_runtime.text.constraints.vocabulary import Vocabulary
 from dymoe_runtime.text.tokenizer import Tokenizer
+from dymoe_runtime.text.tool_calls.grammar.choose import WITH_REASONING, call_grammar
+from dymoe_runtime.text.tool_calls.parser import Format
 
 EXTRA, PURPOSE = "grammar", "constrained output"
 # White space between the parts of JSON, as llama.cpp allows it: with any, a model could go on for ever.
@@ -34,20 +36,21 @@ MAX_REASON = 200
 class MatcherGrammar:
     """A grammar that the library has compiled."""
 
-    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, matcher: Any, vocabulary: Vocabulary, whole: bool = False) -> None:
         """Wrap a matcher of the library that has seen no token."""
-        self._matcher, self._vocabulary = matcher, vocabulary
+        self._matcher, self._vocabulary, self._whole = matcher, vocabulary, whole
 
     def constraint(self) -> Constraint:
         """Return a constraint for one answer."""
-        return MatcherConstraint(self._matcher.deep_copy(), self._vocabulary)
+        return MatcherConstraint(self._matcher.deep_copy(), self._vocabulary, self._whole)
 
 
 class MatcherConstraint:
     """A constraint by a matcher of the library."""
 
-    def __init__(self, matcher: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, matcher: Any, vocabulary: Vocabulary, whole: bool = False) -> None:
         self._matcher, self._vocabulary, self._size = matcher, vocabulary, len(vocabulary.tokens)
+        self.whole = whole
 
     @property
     def ended(self) -> bool:
@@ -107,7 +110,7 @@ class Grammars:
         with needing_extra(EXTRA, PURPOSE):
             import llguidance
             from llguidance._tokenizer import TokenizerWrapper
-        self._library = llguidance
+        self._library, self._special = llguidance, tokenizer.special_ids
         self._vocabulary = vocabulary = Vocabulary(tokenizer)
         self._tokens = llguidance.LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.eos_token_ids)
 
@@ -146,7 +149,24 @@ class Grammars:
         check_text(pattern, where)
         return self._compile(self._library.LLMatcher.grammar_from_regex(pattern), where)
 
-    def _compile(self, grammar: str, where: str) -> Grammar:
+    def calls(
+        self, form: Format, definitions: Sequence[Mapping[str, Any]], many: bool = True, where: str = "the tools"
+    ) -> Grammar:
+        """Return the grammar of answers that call one or more of these tools, or exactly one, in a format.
+
+        `definitions` are in OpenAI's form. Raises DymoeError, which begins with `where`, if the parameters of a tool
+        are malformed or too large, or the format cannot be held to them.
+        """
+        for definition in definitions:
+            function = definition.get("function", definition)
+            checked_schema(function.get("parameters") or {}, f"{where}: the parameters of '{function.get('name')}'")
+        try:
+            text = call_grammar(form, definitions, self._special, many)
+        except DymoeError as error:
+            raise DymoeError(f"{where}: {error}") from error
+        return self._compile(self._library.LLMatcher.grammar_from_lark(text), where, form in WITH_REASONING)
+
+    def _compile(self, grammar: str, where: str, whole: bool = False) -> Grammar:
         limits = self._library.LLParserLimits(**LIMITS)
         matcher = self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -154,7 +174,7 @@ class Grammars:
         trial = matcher.deep_copy()
         if not any(trial.compute_bitmask()) or trial.is_error():
             raise DymoeError(f"{where}: no text fits it; correct it")
-        return MatcherGrammar(matcher, self._vocabulary)
+        return MatcherGrammar(matcher, self._vocabulary, whole)
 
 
 def _explained(error: str) -> str:

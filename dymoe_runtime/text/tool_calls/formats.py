@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from dymoe_runtime.text.tool_calls import json_formats, text_formats
 from dymoe_runtime.text.tool_calls.parser import Format, StreamParser, ToolCallParser
 
-# A parser of one answer to a prompt with these tools.
-Factory = Callable[[Sequence[Mapping[str, Any]]], ToolCallParser]
+
+class Factory(Protocol):
+    """Makes the parser of one answer."""
+
+    def __call__(
+        self, tools: Sequence[Mapping[str, Any]], limit: int | None = None, piecewise: bool = False
+    ) -> ToolCallParser:
+        """Return a parser of one answer to a prompt with these tools.
+
+        It takes at most `limit` calls. With `piecewise`, arguments in JSON come while they are written.
+        """
+
 
 TAGGED = Format(("<tool_call>",), json_formats.read_tagged, ("<tool_call>", "</tool_call>"))
 FUNCTIONS = Format(("<tool_call>", "<function="), text_formats.read_functions, ("<tool_call>", "</tool_call>"))
@@ -100,4 +110,6 @@ def parser_for(tokenizer: HasToolFormat) -> Factory | None:
     Returns None if the format of the model's calls is not known; then its answers stay text.
     """
     form = tokenizer.tool_format
-    return None if form is None else lambda tools: StreamParser(form, tools)
+    if form is None:
+        return None
+    return lambda tools, limit=None, piecewise=False: StreamParser(form, tools, limit=limit, piecewise=piecewise)

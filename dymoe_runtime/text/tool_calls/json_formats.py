@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dymoe_runtime.text.tool_calls.call import MAX_CALLS, Call, calls_of, known_id
+from collections.abc import Callable
+
+from dymoe_runtime.text.tool_calls.call import ARGUMENTS, MAX_CALLS, NAMES, Call, calls_of, known_id
+from dymoe_runtime.text.tool_calls.pieces import Opened, read_arguments, skip_members
 from dymoe_runtime.text.tool_calls.source import NotACall, Reading, Source
 from dymoe_runtime.text.tool_calls.values import Schemas
+
+# Keys with an id, which may come before the name.
+IDS = ("id", "tool_call_id")
 
 
 def read_tagged(source: Source, schemas: Schemas) -> Reading[list[Call]]:
@@ -35,17 +41,14 @@ def read_mistral(source: Source, schemas: Schemas) -> Reading[list[Call]]:
     """Read `[TOOL_CALLS]` and a list, or in newer versions a name, `[ARGS]` and an object."""
     yield from source.expect("[TOOL_CALLS]")
     if (yield from source.peek()) == "[":
-        return calls_of((yield from source.json()))
+        return calls_of((yield from source.json()))  # whole, because ids may stand at the end of a call
     name, mark = yield from source.name("[CALL_ID]", "[ARGS]", "{")
     call_id = None
     if mark == "[CALL_ID]":
         call_id, mark = yield from source.name("[ARGS]")
     if mark == "{":
         source.position -= 1
-    arguments = yield from source.json()
-    if not isinstance(arguments, dict):
-        raise NotACall
-    return [Call(name, arguments, known_id(call_id))]
+    return (yield from _call(source, name, known_id(call_id)))
 
 
 def read_solar(source: Source, schemas: Schemas) -> Reading[list[Call]]:
@@ -53,24 +56,21 @@ def read_solar(source: Source, schemas: Schemas) -> Reading[list[Call]]:
     yield from source.expect("<|tool_call:begin|>")
     call_id, _ = yield from source.until("<|tool_call:name|>", most=64)
     name, _ = yield from source.name("<|tool_call:args|>")
-    arguments = yield from source.json()
+    calls = yield from _call(source, name, known_id(call_id.strip()))
     yield from source.accept("<|tool_call:end|>")
-    if not isinstance(arguments, dict):
-        raise NotACall
-    return [Call(name, arguments, known_id(call_id.strip()))]
+    return calls
 
 
 def read_harmony(source: Source, schemas: Schemas) -> Reading[list[Call]]:
     """Read a message to a function, as `ChannelSplitter` spells it."""
     yield from source.expect("<|channel|>commentary to=")
     recipient, _ = yield from source.name("<|message|>")
-    arguments: object = {}
-    if not (yield from source.accept("<|call|>")):
-        arguments = yield from source.json()
-        yield from source.accept("<|call|>")
-    if not isinstance(arguments, dict):
-        raise NotACall
-    return [Call(recipient.removeprefix("functions."), arguments)]
+    name = recipient.removeprefix("functions.")
+    if (yield from source.accept("<|call|>")):
+        return [Call(name, {})]
+    calls = yield from _call(source, name, None)
+    yield from source.accept("<|call|>")
+    return calls
 
 
 def read_bare(source: Source, schemas: Schemas) -> Reading[list[Call]]:
@@ -100,21 +100,99 @@ def read_bare(source: Source, schemas: Schemas) -> Reading[list[Call]]:
 
 def _named(source: Source, schemas: Schemas) -> Reading[list[Call]]:
     """Read JSON that describes calls of tools by their names."""
+    if source.piecewise and (yield from _pieces(source, schemas.__contains__)):
+        return []
     calls = calls_of((yield from source.json()))
     if not all(call.name in schemas for call in calls):
         raise NotACall
     return calls
 
 
+def _described(source: Source) -> Reading[list[Call]]:
+    """Read JSON that describes calls; return those that were not given out in pieces."""
+    if source.piecewise and (yield from _pieces(source)):
+        return []
+    return calls_of((yield from source.json()))
+
+
+def _call(source: Source, name: str, call_id: str | None) -> Reading[list[Call]]:
+    """Read the arguments of a call; return it unless it was given out in pieces."""
+    if source.piecewise:
+        yield from read_arguments(source, Opened(name, call_id))
+        return []
+    arguments = yield from source.json()
+    if not isinstance(arguments, dict):
+        raise NotACall
+    return [Call(name, arguments, call_id)]
+
+
 def _read_json(source: Source, end: str) -> Reading[list[Call]]:
     """Read the calls, and the mark at their end, which a model may leave out."""
-    calls = calls_of((yield from source.json()))
+    calls = yield from _described(source)
     while (yield from source.peek()) in ("{", "[") and len(calls) < MAX_CALLS:
         begin = source.position
         try:
-            calls += calls_of((yield from source.json()))
+            calls += yield from _described(source)
         except NotACall:
             source.position = begin
             break
     yield from source.accept(end)
     return calls
+
+
+def _pieces(source: Source, is_tool: Callable[[str], bool] = lambda name: True) -> Reading[bool]:
+    """Read an object that describes a call, or a list of them; yield Opened, texts, Closed, and Calls that come whole.
+
+    Returns False, having read nothing, where it is not written so that the arguments can come as they are written: the
+    name before them. Raises NotACall, perhaps in the middle of a call, where what follows is malformed.
+    """
+    begin, begun = source.position, False
+    is_list = yield from source.accept("[")
+    for _ in range(MAX_CALLS):
+        head = yield from _head(source)
+        if head is not None and is_tool(head.name):
+            begun = True
+            yield from read_arguments(source, head)
+            yield from skip_members(source)
+        elif begun:
+            yield from calls_of((yield from source.json()))
+        else:
+            source.position = begin
+            return False
+        if not is_list or (yield from source.accept("]")):
+            return True
+        yield from source.expect(",")
+    raise NotACall
+
+
+def _head(source: Source) -> Reading[Opened | None]:
+    """Read `{"name": "...", "arguments":` up to the object; return None, having read nothing, where there is none."""
+    begin = source.position
+    try:
+        yield from source.expect("{")
+        call_id, key = None, (yield from _key(source, (*IDS, *NAMES)))
+        if key in IDS:
+            given, _ = yield from source.until('"', most=64)
+            call_id = known_id(given) if key == "id" else None
+            yield from source.expect(",")
+            key = yield from _key(source, NAMES)
+        name, _ = yield from source.name('"')
+        yield from source.expect(",")
+        yield from _key(source, ARGUMENTS, quoted=False)
+        if (yield from source.peek()) == "{":
+            return Opened(name, call_id)
+    except NotACall:
+        pass
+    source.position = begin
+    return None
+
+
+def _key(source: Source, keys: tuple[str, ...], quoted: bool = True) -> Reading[str]:
+    """Read one of `keys`, a colon, and the quote of a string; raise NotACall if something else comes."""
+    for key in keys:
+        if (yield from source.accept(f'"{key}"')):
+            yield from source.expect(":")
+            if quoted:
+                yield from source.expect('"')
+            return key
+    raise NotACall

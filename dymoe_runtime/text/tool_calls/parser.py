@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from dymoe_runtime.text.tool_calls.call import Call
+from dymoe_runtime.text.tool_calls.pieces import Closed, Opened
 from dymoe_runtime.text.tool_calls.source import SPACE, NotACall, Reading, Source, dumps
 from dymoe_runtime.text.tool_calls.values import Schemas
 
@@ -38,6 +39,10 @@ class Parsed(NamedTuple):
 class ToolCallParser(Protocol):
     """A filter that takes calls of tools out of the text of an answer, however that is divided into pieces."""
 
+    @property
+    def full(self) -> bool:
+        """Return whether the most calls have come, so that the answer may end."""
+
     def push(self, text: str) -> Parsed:
         """Return what the next piece of text makes certain."""
 
@@ -61,8 +66,10 @@ class Format(NamedTuple):
 class StreamParser:
     """A parser for one answer by a format.
 
-    A call appears once it is complete, in one piece, because a malformed one must stay text. White space beside calls
-    is dropped. Text that could begin a call is held back.
+    A call appears once it is complete, in one piece, because a malformed one must stay text. With `piecewise`, the
+    arguments of formats in JSON come while they are written, and join to what they would be in one piece; a call that
+    turns out to be malformed ends there, and the rest is text. White space beside calls is dropped. Text that could
+    begin a call is held back.
     """
 
     def __init__(
@@ -70,19 +77,29 @@ class StreamParser:
         form: Format,
         tools: Sequence[Mapping[str, Any]] = (),
         make_id: Callable[[], str] | None = None,
+        *,
+        limit: int | None = None,
+        piecewise: bool = False,
     ) -> None:
-        """Begin with an answer to a prompt with `tools`, in OpenAI's form.
+        """Begin with an answer to a prompt with `tools`, in OpenAI's form; what follows `limit` calls is dropped.
 
         `make_id` returns the id of a call to which the model gave none; the default is 9 random letters and digits.
         """
         self._form, self._schemas = form, Schemas(tools)
         self._make_id = make_id or _random_id
-        self._source = Source()
-        self._reading: Iterator[None] | None = None
+        self._source, self._limit = Source(piecewise), limit
+        self._reading: Iterator[object] | None = None
+        self._open = False  # a call whose arguments come in pieces
+        self._given = -1  # where the text ends of which pieces were given out, if any were
         self._calls: list[Call] = []
         self._space = ""  # white space after text, which is dropped before a call
         self._clean = True  # nothing but white space since the begin or the last call
         self._count = self._failures = 0
+
+    @property
+    def full(self) -> bool:
+        """Return whether the most calls have come."""
+        return self._count == self._limit and not self._open
 
     def push(self, text: str) -> Parsed:
         """Return what the next piece of text makes certain."""
@@ -98,21 +115,52 @@ class StreamParser:
 
     def _parse(self) -> Parsed:
         content, deltas = list[str](), list[CallDelta]()
-        while self._reading is not None or self._begin(content):
+        while not self.full and (self._reading is not None or self._begin(content)):
             try:
-                next(self._reading)  # type: ignore[arg-type]
-                break
+                event = next(self._reading)  # type: ignore[arg-type]
+                if event is None:
+                    break
+                self._take(event, deltas)
+                continue
             except StopIteration as done:
-                deltas += map(self._delta, done.value)
+                for call in done.value:
+                    self._take(call, deltas)
                 self._space, self._clean = "", True
                 self._source.drop()
             except NotACall:
                 self._failures += 1
-                self._source.position = 0
-                mark = next((m for m in self._form.begins if self._source.text.startswith(m)), "")
-                content.append(self._say(len(mark) or 1))
-            self._reading = None
+                self._fail(content)
+            self._reading, self._given = None, -1
         return Parsed("".join(content), tuple(deltas))
+
+    def _take(self, event: object, deltas: list[CallDelta]) -> None:
+        """Add what a reader gives out: a call, or one that begins, a piece of its arguments, and its end."""
+        self._given = self._source.position
+        if isinstance(event, Call | Opened) and not self.full:
+            self._open = isinstance(event, Opened)
+            arguments = dumps(event.arguments) if isinstance(event, Call) else ""
+            deltas.append(CallDelta(self._count, event.id or self._make_id(), event.name, arguments))
+            self._count += 1
+        elif isinstance(event, Closed):
+            self._open = False
+        elif isinstance(event, str) and self._open:
+            last = deltas[-1] if deltas else None
+            if last is None:
+                deltas.append(CallDelta(self._count - 1, "", None, event))
+            else:
+                deltas[-1] = replace(last, arguments=last.arguments + event)
+
+    def _fail(self, content: list[str]) -> None:
+        """Go on behind what is no call: the mark at its begin is text, or the text from where pieces end."""
+        source, self._open = self._source, False
+        if self._given >= 0:
+            source.position = self._given
+            source.drop()
+            self._space, self._clean = "", True
+            return
+        source.position = 0
+        mark = next((m for m in self._form.begins if source.text.startswith(m)), "")
+        content.append(self._say(len(mark) or 1))
 
     def _begin(self, content: list[str]) -> bool:
         """Begin to read a call if one comes next; add the text before it to `content`."""
@@ -158,10 +206,6 @@ class StreamParser:
         self._space = whole[len(body) :]
         self._clean = self._clean and not body
         return body
-
-    def _delta(self, call: Call) -> CallDelta:
-        self._count += 1
-        return CallDelta(self._count - 1, call.id or self._make_id(), call.name, dumps(call.arguments))
 
 
 def _random_id() -> str:

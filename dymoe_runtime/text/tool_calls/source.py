@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Generator
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-# A generator that reads: it yields where it needs more text, and returns what it has read.
-Reading = Generator[None, None, T]
+# A generator that reads: it yields None where it needs more text, and what it gives out already (pieces.py); it returns
+# what it has read.
+Reading = Generator[object, None, T]
 
 # The most characters of a call; the longest sensible ones write a file.
 MAX_CALL = 1 << 20
@@ -21,6 +23,7 @@ _NAME = re.compile(rf"[\w.:/@-]{{1,{MAX_NAME}}}")
 _KEY = re.compile(rf'[^<>{{}}"\x00-\x1f]{{1,{MAX_NAME}}}')
 SPACE = " \t\r\n"
 _BRACKETS = re.compile(r'["{}\[\]]')
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _STRING_END = re.compile(r'["\\]')
 
 
@@ -31,10 +34,11 @@ class NotACall(Exception):  # no error: the text is text
 class Source:
     """A growing text, and a position in it from which methods read. Methods that may have to wait are generators."""
 
-    def __init__(self) -> None:
+    def __init__(self, piecewise: bool = False) -> None:
+        """Begin with no text; with `piecewise`, readers give out arguments while they are written."""
         self.text = ""
         self.position = 0
-        self.ended = False
+        self.ended, self.piecewise = False, piecewise
 
     def add(self, text: str) -> None:
         """Append text."""
@@ -48,7 +52,7 @@ class Source:
         """Wait for more text; raise NotACall if there is none, or there is too much already."""
         if self.ended or len(self.text) > MAX_CALL:
             raise NotACall
-        yield
+        yield None
 
     def skip_space(self) -> Reading[None]:
         """Go to the next character that is no white space, or to the end of the text."""
@@ -145,9 +149,8 @@ def loads(text: str) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """Return JSON that UTF-8 can encode."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(value)
+    """Return JSON that UTF-8 can encode: halves of surrogate pairs are escaped."""
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):x}", json.dumps(value, ensure_ascii=False))
 
 
 def checked_name(name: object) -> str:
@@ -169,7 +172,5 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if value - value != 0:
-        raise NotACall
-    return value
+    """Return a number; one that is too large for a float is the largest, because JSON has no other for it."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))

@@ -27,8 +27,8 @@ class Schemas:
     def types(self, function: str, argument: str) -> frozenset[str]:
         """Return the types of JSON that an argument may have; none if nothing is known."""
         parameters = self._parameters.get(function)
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        return _types(properties.get(argument) if isinstance(properties, Mapping) else None)
+        properties = resolved(parameters, parameters).get("properties")
+        return allowed_types(properties.get(argument) if isinstance(properties, Mapping) else None, parameters)
 
     def value(self, function: str, argument: str, text: str, otherwise: frozenset[str]) -> Any:
         """Return the value of an argument that is written as `text`: JSON, or for strings the text itself.
@@ -65,17 +65,33 @@ def _type_of(value: Any) -> frozenset[str]:
     return frozenset({"array"} if isinstance(value, list) else {"object"})
 
 
-def _types(schema: object, depth: int = 0) -> frozenset[str]:
-    """Return the types that a schema allows; none if it does not say."""
-    if not isinstance(schema, Mapping) or depth > MAX_ALTERNATIVES:
+def allowed_types(schema: object, root: object, depth: int = 0) -> frozenset[str]:
+    """Return the types that a schema allows; none if it does not say. `root` is the schema that it is a part of."""
+    schema = resolved(schema, root)
+    if depth > MAX_ALTERNATIVES:
         return frozenset()
     own = schema.get("type")
     names = [own] if isinstance(own, str) else own if isinstance(own, list) else []
     types = frozenset(name for name in names if isinstance(name, str)) & ANY
     if not types and isinstance(schema.get("enum"), list):
         types = frozenset().union(*(STRING if isinstance(v, str) else _type_of(v) for v in schema["enum"]))
+    if not types and "const" in schema:
+        types = STRING if isinstance(schema["const"], str) else _type_of(schema["const"])
     for key in ("anyOf", "oneOf"):
         alternatives = schema.get(key)
         if isinstance(alternatives, list):
-            types = types.union(*(_types(alternative, depth + 1) for alternative in alternatives))
+            types = types.union(*(allowed_types(alternative, root, depth + 1) for alternative in alternatives))
     return types
+
+
+def resolved(schema: object, root: object) -> Mapping[str, Any]:
+    """Return a schema, or in place of a reference what it refers to within `root`; an empty one for what is none."""
+    for _ in range(MAX_ALTERNATIVES):
+        reference = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            break
+        schema = root
+        for part in reference.split("/")[1:]:
+            key = part.replace("~1", "/").replace("~0", "~")
+            schema = schema.get(key) if isinstance(schema, Mapping) else None
+    return schema if isinstance(schema, Mapping) else {}

@@ -95,7 +95,8 @@ class TerminalProgram:
     @property
     def line(self) -> str:
         """The line of the cursor."""
-        return str(self.screen.display[self.screen.cursor.y]).rstrip()
+        row = self.screen.buffer[self.screen.cursor.y]  # to render the whole display for each key takes long
+        return "".join(row[x].data for x in range(self.screen.columns)).rstrip()
 
     def at_prompt(self) -> bool:
         return self.line == ">" and self.screen.cursor.x == 2

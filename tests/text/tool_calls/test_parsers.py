@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from itertools import count
@@ -521,7 +522,7 @@ def test_text_is_given_out_as_soon_as_it_is_certain() -> None:
 
 @pytest.mark.parametrize("body", [
     '{"name": 3, "arguments": {}}', '{"arguments": {}}', '{"name": "", "arguments": {}}', "[]", "[1]", '"f"', "{", "",
-    '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": NaN}', '{"name": "f", "arguments": {"x": 1e999}}',
+    '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": NaN}', '{"name": "f", "arguments": {"x": Infinity}}',
     '{"name": "f", "arguments": "no"}', '{"name": "' + "f" * 300 + '"}', '{"name": "a\\u0000"}', '{"name": "a b"}',
     '{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}", "[" * 100 + "]" * 100,
     '{"name": "f", "arguments": {"x": ' + "[" * 99 + "]" * 99 + "}}",
@@ -533,6 +534,11 @@ def test_malformed_calls_stay_text(body: str) -> None:
     good = '<tool_call>{"name": "f"}</tool_call>'
     if body not in ("{", "[" * 100 + "]" * 100):
         assert stream(formats.TAGGED, [text, good]) == (text, [("f", {})])
+
+
+def test_a_number_that_is_too_large_is_the_largest() -> None:
+    (call,) = stream(formats.TAGGED, ['<tool_call>{"name": "f", "arguments": {"x": -1e999}}</tool_call>'])[1]
+    assert call == ("f", {"x": -sys.float_info.max})
 
 
 def test_half_of_a_surrogate_pair_can_be_sent() -> None:

@@ -144,6 +144,8 @@ class Generation:
                     piece = parsed(parser, piece)
                 finish = piece.finish
                 yield piece
+                if finish is not None and token.finish is None:  # it has all the calls that it may have
+                    break
             if finish is None:  # the time was up
                 finish, piece = "length", Piece(index, None, finish="length")
                 yield piece if parser is None else parsed(parser, piece)
@@ -167,13 +169,14 @@ class Generation:
 
 
 def parsed(parser: ToolCallParser, piece: Piece) -> Piece:
-    """Return a piece with tool calls taken out of its text."""
+    """Return a piece with tool calls taken out of its text; it is the last one if there may be no further call."""
     part = parser.push(piece.text)
     text, calls = part.content, tuple(part.calls)
     if piece.finish:
         rest = parser.flush()
         text, calls = text + rest.content, (*calls, *rest.calls)
-    return replace(piece, text=text, calls=calls)
+    finish = piece.finish or ("stop" if parser.full else None)
+    return replace(piece, text=text, calls=calls, finish=finish)
 
 
 async def merged(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

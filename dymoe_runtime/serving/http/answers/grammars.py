@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dymoe_runtime.text.constraints.constraint import Constraint, Grammar
@@ -12,6 +12,7 @@ from dymoe_runtime.text.constraints.constraint import Constraint, Grammar
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
     from dymoe_runtime.text.constraints.grammars import Grammars
     from dymoe_runtime.text.tokenizer import Tokenizer
+    from dymoe_runtime.text.tool_calls.parser import Format
 
 # Compiled grammars that are kept for further requests.
 KEPT = 16
@@ -36,6 +37,13 @@ class CompiledGrammars:
     def grammar(self, text: str, where: str) -> Callable[[], Constraint]:
         """Return what makes constraints of a grammar in GBNF or Lark; raise DymoeError for a bad one."""
         return self._compiled(("grammar", text), lambda grammars: grammars.grammar(text, where))
+
+    def calls(
+        self, form: Format, definitions: Sequence[Mapping[str, Any]], many: bool, where: str
+    ) -> Callable[[], Constraint]:
+        """Return what makes constraints of answers that must call tools; raise DymoeError where that cannot be held."""
+        key = ("several" if many else "one", json.dumps(definitions))
+        return self._compiled(key, lambda grammars: grammars.calls(form, definitions, many, where))
 
     def _compiled(self, key: tuple[str, str], compile: Callable[[Grammars], Grammar]) -> Callable[[], Constraint]:
         if self._grammars is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
-from dymoe_runtime.text.reasoning import SWITCHES, TAGS
+from dymoe_runtime.text.reasoning import SWITCHES
 
 Message = dict[str, Any]
 # Variables that a request may not set: those of the conversation itself, and Python's own argument.
@@ -31,11 +31,10 @@ async def chat_prompt(
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     tools: Sequence[Any] | None = None,
-    forced: str = "",
 ) -> Prompt:
     """Return the prompt of a conversation; an assistant's message at its end is continued.
 
-    `tools` are definitions in OpenAI's form. The answer begins with `forced`, after what the model has to think.
+    `tools` are definitions in OpenAI's form.
 
     Raises ApiError if there is no chat template or no message, and DymoeError if the template refuses them.
     """
@@ -55,8 +54,6 @@ async def chat_prompt(
 
     def render() -> Prompt:
         text = tokenizer.chat(asked, tools=tools or None, **values) + begun
-        if forced:
-            text += _thought(text) + forced
         return Prompt(text, tuple(tokenizer.encode(text, add_special_tokens=False)))
 
     return await backend.in_thread(render)
@@ -84,8 +81,3 @@ def reasoning_effort(backend: Backend, effort: str | None) -> dict[str, Any]:
 def reasoning_key(backend: Backend) -> str:
     """Return the key by which the chat template reads the reasoning of earlier answers."""
     return backend.tokenizer.splitter("").key
-
-
-def _thought(prompt: str) -> str:
-    """Return what ends the reasoning that a prompt begins, if it does."""
-    return next((f"\n{end}\n\n" for begin, end in TAGS if prompt.rstrip().endswith(begin)), "")

@@ -18,7 +18,7 @@ from dymoe_runtime.serving.http.answers.prompts import (
     reasoning_key,
     reasoning_variables,
 )
-from dymoe_runtime.serving.http.answers.structure import Tools, check_alone, constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import Tools, answer_constraint, constraint_of, tools_of
 from dymoe_runtime.serving.http.anthropic.requests import (
     CountRequest,
     MessagesRequest,
@@ -74,12 +74,13 @@ class AnthropicMessage(msgspec.Struct):
 async def messages(backend: Backend, call: Call) -> ASGIApp:
     """Answer a conversation."""
     body: MessagesRequest = call.body
-    tools = _tools(backend, body)
+    tools = _tools(backend, body, piecewise=bool(body.stream))
     prompt = await _prompt(backend, body, tools)
     stop = tuple(body.stop_sequences or ())
     sampling = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
-    constraint = await backend.in_thread(lambda: _constraint(backend, body))
-    check_alone(tools, constraint, "output_config.format")
+    constraint = await backend.in_thread(
+        lambda: answer_constraint(backend, tools, lambda: _constraint(backend, body), "output_config.format")
+    )
     ask = Ask(sampling, stop=stop, max_tokens=body.max_tokens, constraint=constraint, calls=tools.calls)
     generation = Generation(backend, [prompt], ask)
     answer = _Answer(backend, generation, stop)
@@ -95,8 +96,10 @@ async def count_tokens(backend: Backend, call: Call) -> ASGIApp:
     return json_response(TokenCount(len(prompt.ids)))
 
 
-def _tools(backend: Backend, body: CountRequest) -> Tools:
-    return tools_of(backend, definitions(body.tools or ()), choice_of(body.tool_choice))
+def _tools(backend: Backend, body: CountRequest, piecewise: bool = False) -> Tools:
+    choice = body.tool_choice
+    many = choice is None or not choice.disable_parallel_tool_use
+    return tools_of(backend, definitions(body.tools or ()), choice_of(choice), many=many, piecewise=piecewise)
 
 
 def _constraint(backend: Backend, body: MessagesRequest) -> Callable[[], Any] | None:
@@ -113,7 +116,7 @@ async def _prompt(backend: Backend, body: CountRequest, tools: Tools) -> Prompt:
     # Without `thinking`, an effort alone switches nothing on.
     variables = reasoning_variables(backend, thinks) | reasoning_effort(backend, effort)
     asked = template_messages(body, reasoning_key(backend))
-    return await chat_prompt(backend, asked, variables, tools.definitions, tools.begun)
+    return await chat_prompt(backend, asked, variables, tools.definitions)
 
 
 class _Answer:
@@ -125,7 +128,7 @@ class _Answer:
         self._blocks: list[AnswerBlock] = []
         self._arguments: list[str] = []  # of the block that is open, where it is a call
         self._message = AnthropicMessage(new_id("msg_"), backend.service.name, [], MessageUsage(0, 0))
-        self._finish = "stop"
+        self._finish, self._streamed = "stop", False
 
     async def whole(self) -> AnthropicMessage:
         """Return the answer once it is complete."""
@@ -140,6 +143,7 @@ class _Answer:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream."""
+        self._streamed = True
         pieces, begun = self._generation.pieces(), False
         try:
             async for piece in pieces:
@@ -176,7 +180,8 @@ class _Answer:
             if delta.name is not None:
                 yield from self._open("tool_use", delta)
             self._arguments.append(delta.arguments)
-            yield self._delta({"type": "input_json_delta", "partial_json": delta.arguments})
+            if delta.arguments:
+                yield self._delta({"type": "input_json_delta", "partial_json": delta.arguments})
 
     def _open(self, kind: str, call: Any = None) -> Iterator[dict[str, Any]]:
         """Begin a block of a kind, unless one is open that takes more of it."""
@@ -194,7 +199,8 @@ class _Answer:
         """End the block that is open, if there is one."""
         if self._blocks:
             if self._blocks[-1].type == "tool_use":
-                self._blocks[-1].input = msgspec.json.decode("".join(self._arguments) or "{}")
+                if not self._streamed:  # there the reader joins the pieces, also of a call that was cut off
+                    self._blocks[-1].input = msgspec.json.decode("".join(self._arguments) or "{}")
                 self._arguments = []
             yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 

@@ -19,7 +19,7 @@ from dymoe_runtime.serving.http.answers.prompts import (
     reasoning_variables,
     text_prompt,
 )
-from dymoe_runtime.serving.http.answers.structure import Tools, check_alone, constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import Tools, answer_constraint, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import OLLAMA
@@ -146,11 +146,10 @@ def _loaded(backend: Backend, fill: Fill) -> Part:
 
 async def _answer(backend: Backend, body: Common, prompt: Prompt, fill: Fill, tools: Tools) -> ASGIApp:
     options, wanted = body.options or Options(), body.format
-    constraint = None
-    if wanted:
-        schema = True if isinstance(wanted, str) else wanted
-        constraint = await backend.in_thread(lambda: constraint_of(backend, schema, None, "format"))
-    check_alone(tools, constraint, "format")
+    schema = None if not wanted else True if isinstance(wanted, str) else wanted
+    constraint = await backend.in_thread(
+        lambda: answer_constraint(backend, tools, lambda: constraint_of(backend, schema, None, "format"), "format")
+    )
     count = options.num_predict if options.num_predict is not None and options.num_predict > 0 else None
     sampling = {
         "temperature": options.temperature,

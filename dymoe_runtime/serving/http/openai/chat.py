@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import chat_prompt, reasoning_key, reasoning_variables
-from dymoe_runtime.serving.http.answers.structure import check_alone, constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import answer_constraint, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import OPENAI
@@ -182,12 +182,15 @@ async def chat_completions(backend: Backend, call: Call) -> ASGIApp:
         raise bad_field("top_logprobs", "it goes with logprobs: true")
     definitions = [msgspec.to_builtins(_definition(tool)) for tool in body.tools or ()]
     choice = body.tool_choice if isinstance(body.tool_choice, str | None) else {"name": body.tool_choice.function.name}
-    tools = tools_of(backend, definitions, choice)
+    many = body.parallel_tool_calls is not False
+    tools = tools_of(backend, definitions, choice, many=many, piecewise=bool(body.stream))
     variables = reasoning_variables(backend, effort=body.reasoning_effort) | (body.chat_template_kwargs or {})
     messages = template_messages(body.messages, reasoning_key(backend))
-    prompt = await chat_prompt(backend, messages, variables, tools.definitions, tools.begun)
-    constraint = await backend.in_thread(lambda: _constraint(backend, body))
-    check_alone(tools, constraint, "grammar" if body.grammar is not None else "response_format")
+    prompt = await chat_prompt(backend, messages, variables, tools.definitions)
+    field = "grammar" if body.grammar is not None else "response_format"
+    constraint = await backend.in_thread(
+        lambda: answer_constraint(backend, tools, lambda: _constraint(backend, body), field)
+    )
     ask = Ask(
         sampling_values(backend, body),
         body.seed,

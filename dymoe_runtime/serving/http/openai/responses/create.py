@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from dymoe_runtime.serving.http.answers.backend import Backend, new_id
 from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import chat_prompt, reasoning_key, reasoning_variables
-from dymoe_runtime.serving.http.answers.structure import check_alone, constraint_of, tools_of
+from dymoe_runtime.serving.http.answers.structure import answer_constraint, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import RESPONSES
@@ -47,11 +47,12 @@ async def create_response(backend: Backend, call: Call) -> ASGIApp:
     check(body)
     tools_given = definitions(body.tools or [])
     choice = body.tool_choice if isinstance(body.tool_choice, str | None) else {"name": body.tool_choice.name}
-    tools = tools_of(backend, tools_given, choice)
+    many = body.parallel_tool_calls is not False
+    tools = tools_of(backend, tools_given, choice, many=many, piecewise=bool(body.stream))
     effort = body.reasoning.effort if body.reasoning is not None else None
     variables = reasoning_variables(backend, effort=effort) | (body.chat_template_kwargs or {})
     messages = template_messages(body, reasoning_key(backend))
-    prompt = await chat_prompt(backend, messages, variables, tools.definitions, tools.begun)
+    prompt = await chat_prompt(backend, messages, variables, tools.definitions)
     sampling = {
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -60,8 +61,9 @@ async def create_response(backend: Backend, call: Call) -> ASGIApp:
         "frequency_penalty": body.frequency_penalty,
     }
     wants_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
-    constraint = await backend.in_thread(lambda: _constraint(backend, body))
-    check_alone(tools, constraint, "text.format")
+    constraint = await backend.in_thread(
+        lambda: answer_constraint(backend, tools, lambda: _constraint(backend, body), "text.format")
+    )
     ask = Ask(
         sampling,
         body.seed,
