@@ -69,14 +69,21 @@ class _Kept:
     threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)]
     disk_bandwidth: int | str
     memory_bandwidth: int | str | None
-    decode_rate: int | str | None
-    prompt_rate: int | str | None
+    decode_rate: int | str | dict[str, int | str] | None
+    prompt_rate: int | str | dict[str, int | str] | None
     layer_us: Microseconds | None
     disk_latency_us: Microseconds | None
+    expert_us: Microseconds | None
+    prompt_layer_us: Microseconds | None
+    prompt_expert_us: Microseconds | None
 
 
 # Keys that a profile has all of or none of: without them a plan tells no speed.
 MEASURED = ("memory_bandwidth", "decode_rate", "prompt_rate", "layer_us", "disk_latency_us")
+# Keys of a table of rates by bits.
+TABLE_BITS = tuple(map(str, range(2, 9)))
+# Keys that only a measurement tells; a profile from data sheets counts these times among the others.
+FINER = ("expert_us", "prompt_layer_us", "prompt_expert_us")
 
 
 def load_profile(name: str) -> Profile:
@@ -106,24 +113,37 @@ def shipped_profiles() -> list[str]:
 
 def _profile(values: dict[str, Any], where: str) -> Profile:
     has_rates = any(key in values for key in MEASURED)
-    kept = strict(_Kept, values if has_rates else {**values, **dict.fromkeys(MEASURED)}, where, REMEDY)
+    absent: dict[str, Any] = dict.fromkeys(FINER, 0) if has_rates else dict.fromkeys((*MEASURED, *FINER))
+    kept = strict(_Kept, {**absent, **values}, where, REMEDY)
     try:
+        ladder, memory = check_ladder(kept.ladder), parse_size(str(kept.memory))
         disk, rates = _rate(kept.disk_bandwidth, "disk_bandwidth"), None
         if has_rates:
             rates = Rates(
                 threads=kept.threads,
                 memory_bytes_per_s=_rate(kept.memory_bandwidth, "memory_bandwidth"),
-                decode_weights_per_s=_rate(kept.decode_rate, "decode_rate"),
-                prompt_weights_per_s=_rate(kept.prompt_rate, "prompt_rate"),
+                decode_weights_per_s=_by_bits(kept.decode_rate, "decode_rate", ladder),
+                prompt_weights_per_s=_by_bits(kept.prompt_rate, "prompt_rate", ladder),
                 layer_s=float(kept.layer_us or 0) / 1e6,
                 disk_bytes_per_s=disk,
                 disk_latency_s=float(kept.disk_latency_us or 0) / 1e6,
+                expert_s=float(kept.expert_us or 0) / 1e6,
+                prompt_layer_s=float(kept.prompt_layer_us or 0) / 1e6,
+                prompt_expert_s=float(kept.prompt_expert_us or 0) / 1e6,
             )
-        ladder, memory = check_ladder(kept.ladder), parse_size(str(kept.memory))
     except ValueError as error:
         raise DymoeError(f"{where}: {error}; {REMEDY}") from error
     check_dense_bits(kept.dense_bits, where)
     return Profile(kept.name, ladder, kept.dense_bits, memory, rates)
+
+
+def _by_bits(value: int | str | dict[str, int | str] | None, key: str, ladder: tuple[int, ...]) -> dict[int, float]:
+    """Return rates by the bits of weights, from a table or from one rate for all tiers; raise ValueError as `_rate`."""
+    if not isinstance(value, dict):
+        return dict.fromkeys(ladder, float(_rate(value, key)))
+    if not value or not set(value) <= set(TABLE_BITS):
+        raise ValueError(f"'{key}' is a table of {', '.join(value) or 'nothing'}, expected bits of weights, such as 2")
+    return {int(bits): float(_rate(rate, key)) for bits, rate in value.items()}
 
 
 def _rate(value: int | str | None, key: str) -> int:

@@ -40,7 +40,8 @@ def test_shipped_profiles_load_by_name_and_by_path(path: Path) -> None:
     assert profile.name == path.stem
     assert profile.memory_bytes >= 1 << 30
     assert profile.rates.memory_bytes_per_s > profile.rates.disk_bytes_per_s >= 10**8
-    assert min(profile.rates.prompt_weights_per_s, profile.rates.decode_weights_per_s) > 1e9
+    for rates in (profile.rates.prompt_weights_per_s, profile.rates.decode_weights_per_s):
+        assert min(rates.values()) > 1e9
     assert 0 < profile.rates.layer_s < profile.rates.disk_latency_s * 10 < 0.01
     assert profile.ladder == tuple(sorted(profile.ladder))
 
@@ -52,7 +53,15 @@ def test_there_are_shipped_profiles() -> None:
 def test_a_profile_is_read_value_by_value(tmp_path: Path) -> None:
     profile = load_profile(str(write_profile(tmp_path, GOOD)))
     assert (profile.name, profile.ladder, profile.dense_bits, profile.memory_bytes) == ("board", (2, 3, 4), 8, 6 << 30)
-    assert profile.rates == Rates(4, 9e9, 2e9, 5e9, 60e-6, 4e8, 100.5e-6)
+    decode, prompt = (dict.fromkeys((2, 3, 4), rate) for rate in (2e9, 5e9))
+    assert profile.rates == Rates(4, 9e9, decode, prompt, 60e-6, 4e8, 100.5e-6)
+
+
+def test_rates_may_differ_by_the_bits_of_weights(tmp_path: Path) -> None:
+    values = {**GOOD, "decode_rate": '{ 2 = "2G/s", 8 = 1000000 }', "prompt_rate": '{ 4 = "5G/s" }', "expert_us": "7.5"}
+    rates = load_profile(str(write_profile(tmp_path, values))).rates
+    assert (rates.decode_weights_per_s, rates.prompt_weights_per_s) == ({2: 2e9, 8: 1e6}, {4: 5e9})
+    assert rates.expert_s == 7.5e-6
 
 
 def test_a_profile_may_have_no_rates(tmp_path: Path) -> None:
@@ -107,6 +116,13 @@ def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
         ("disk_bandwidth", "0"),
         ("memory_bandwidth", '"0GB/s"'),
         ("decode_rate", "-1"),
+        ("decode_rate", "{}"),
+        ("decode_rate", '{ two = "2G/s" }'),
+        ("decode_rate", '{ 9 = "2G/s" }'),
+        ("prompt_rate", '{ 2 = "quick" }'),
+        ("prompt_rate", "{ 2 = 0 }"),
+        ("expert_us", "-1"),
+        ("prompt_layer_us", "nan"),
         ("prompt_rate", '"quick"'),
         ("layer_us", "-1"),
         ("layer_us", '"60"'),

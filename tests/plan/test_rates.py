@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import MODEL, assert_one_sentence, compile_cli, run_cli
 
 from dymoe_compile.job.profile import load_profile
 from dymoe_compile.plan.sizes import alike, planned_bundle
+from dymoe_runtime import RunOptions, load_kernels, load_model
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.cli import measure as measure_command
 from dymoe_runtime.errors import DymoeError
@@ -22,12 +24,17 @@ from dymoe_runtime.tools.machine.rates import MOST_POPULAR, Rates, Work, popular
 GOOD = Rates(
     threads=2,
     memory_bytes_per_s=9.4e9,
-    decode_weights_per_s=17.2e9,
-    prompt_weights_per_s=31e9,
+    decode_weights_per_s={2: 17.2e9, 4: 8.6e9},
+    prompt_weights_per_s={2: 31e9, 4: 31e9, 8: 19e9},
     layer_s=61.25e-6,
     disk_bytes_per_s=1.9e9,
     disk_latency_s=88.5e-6,
+    expert_s=6.25e-6,
+    prompt_layer_s=8e-6,
+    prompt_expert_s=2.5e-6,
 )
+# The same machine, if nothing took time beside products.
+PRODUCTS = replace(GOOD, layer_s=0.0, expert_s=0.0, prompt_layer_s=0.0, prompt_expert_s=0.0)
 EVERYTHING = 1 << 40
 
 
@@ -54,17 +61,38 @@ def test_what_is_resident_counts_by_use() -> None:
 
 
 def test_a_token_takes_what_its_weights_take(work: Work) -> None:
-    """At 4 bits memory is the limit, as arithmetic would be faster; layers take their own time."""
-    rates = replace(GOOD, decode_weights_per_s=1e15, layer_s=0.0)
+    """At 4 bits memory is the limit, as arithmetic would be faster; layers and experts take their own time."""
+    rates = replace(PRODUCTS, decode_weights_per_s={4: 1e15})
     found = work.predict(rates, 4, EVERYTHING, 64)
     spec = work.spec
     nbytes = work.token[0] + len(spec.moe_layers) * spec.top_k * work.layout.record_bytes
     assert found.token_s == pytest.approx(nbytes / rates.memory_bytes_per_s) and found.resident_share == 1
     slower = work.predict(replace(rates, layer_s=1e-3), 4, EVERYTHING, 64)
     assert slower.token_s - found.token_s == pytest.approx(1e-3 * spec.num_layers)
-    weights = work.token[1] + len(spec.moe_layers) * spec.top_k * work.layout.weights
-    busy = work.predict(replace(rates, decode_weights_per_s=1e6), 4, EVERYTHING, 64)
+    experts = len(spec.moe_layers) * spec.top_k
+    slower = work.predict(replace(rates, expert_s=1e-3), 4, EVERYTHING, 64)
+    assert slower.token_s - found.token_s == pytest.approx(1e-3 * experts)
+    weights = work.token[1] + experts * work.layout.weights
+    busy = work.predict(replace(rates, decode_weights_per_s={4: 1e6}), 4, EVERYTHING, 64)
     assert busy.token_s == pytest.approx(weights / 2e6)
+
+
+def test_weights_of_more_bits_take_longer_to_multiply(work: Work) -> None:
+    """Where arithmetic is the limit; between the tiers of a table, times are interpolated."""
+    rates = replace(PRODUCTS, memory_bytes_per_s=1e15, decode_weights_per_s={2: 4e6, 4: 2e6})
+    two, three, four = (work.predict(rates, bits, EVERYTHING, 64).token_s for bits in (2, 3, 4))
+    weights = len(work.spec.moe_layers) * work.spec.top_k * work.layout.weights
+    assert four - two == pytest.approx(weights * (1 / 2e6 - 1 / 4e6) / 2)
+    assert three == pytest.approx((two + four) / 2)
+
+
+def test_each_token_of_a_prompt_takes_time_beside_products(work: Work) -> None:
+    fast = replace(PRODUCTS, disk_bytes_per_s=1e15, disk_latency_s=0.0)
+    spec, first = work.spec, work.predict(fast, 4, EVERYTHING, 64).first_token_s
+    layers = work.predict(replace(fast, prompt_layer_s=1e-3), 4, EVERYTHING, 64).first_token_s
+    experts = work.predict(replace(fast, prompt_expert_s=1e-3), 4, EVERYTHING, 64).first_token_s
+    assert layers - first == pytest.approx(64e-3 * spec.num_layers)
+    assert experts - first == pytest.approx(64e-3 * len(spec.moe_layers) * spec.top_k)
 
 
 def test_a_token_waits_for_the_disk_where_memory_is_short(work: Work) -> None:
@@ -82,7 +110,7 @@ def test_a_prompt_reads_the_experts_that_it_uses(work: Work) -> None:
     long = work.predict(slow, 4, 0, 512).first_token_s
     assert long == pytest.approx(work.spec.total_experts * work.layout.record_bytes / 1e6, rel=0.05)
     assert work.predict(slow, 4, 0, 1).first_token_s < long / 3
-    busy = replace(GOOD, prompt_weights_per_s=1e6, disk_bytes_per_s=1e12)
+    busy = replace(GOOD, prompt_weights_per_s={4: 1e6}, disk_bytes_per_s=1e12)
     assert work.predict(busy, 4, 0, 512).first_token_s > 50 * work.predict(GOOD, 4, 0, 512).first_token_s
 
 
@@ -99,13 +127,14 @@ def test_an_embedding_counts_only_where_it_is_the_head(shipped: Bundle) -> None:
         ({"disk_bytes_per_s": 9.5e9}, "more than the"),
         ({"disk_bytes_per_s": 0.0}, "disk_bytes_per_s was measured as 0"),
         ({"memory_bytes_per_s": 0.0}, "memory_bytes_per_s"),
-        ({"decode_weights_per_s": math.nan}, "decode_weights_per_s"),
-        ({"prompt_weights_per_s": math.inf}, "prompt_weights_per_s"),
+        ({"decode_weights_per_s": {2: 1e9, 3: math.nan}}, "decode_weights_per_s"),
+        ({"prompt_weights_per_s": {2: math.inf}}, "prompt_weights_per_s"),
+        ({"expert_s": -1e-6}, "expert_s"),
         ({"layer_s": 2.0}, "layer_s"),
         ({"disk_latency_s": -1e-6}, "disk_latency_s"),
     ],
 )
-def test_figures_that_no_machine_has_are_refused(change: dict[str, float], words: str) -> None:
+def test_figures_that_no_machine_has_are_refused(change: dict[str, Any], words: str) -> None:
     check_plausible(GOOD)
     check_plausible(replace(GOOD, disk_bytes_per_s=9.5e9), copied_per_s=12e9)
     with pytest.raises(DymoeError, match=words):
@@ -122,6 +151,18 @@ def test_rates_of_reads_are_solved_for_latency_and_bandwidth() -> None:
 def test_a_bundle_that_is_too_small_cannot_measure_a_disk(tiny_path: Path) -> None:
     with pytest.raises(DymoeError, match=r"too few to measure|page cache alone"):
         disk_rates(Bundle.open(tiny_path))
+
+
+def test_what_is_measured_is_what_a_machine_can_have(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small sweep, so that it takes no time."""
+    for name, value in (("SWEEP_BYTES", 2 << 20), ("WIDTH", 128), ("HIDDEN", 256), ("SMALL", 64), ("ATTEMPTS", 1)):
+        monkeypatch.setattr(measure, name, value)
+    with load_model(shipped, RunOptions(preload=False, context=256), load_kernels()) as model:
+        rates = measure.product_rates(model.kernels, (2, 4))
+        layers = measure.prompt_layer_seconds(model, rates), measure.layer_seconds(model, rates)
+    assert set(rates.decode_weights_per_s) == {2, 4} and set(rates.prompt_weights_per_s) == {2, 4, 8}
+    found = replace(rates, prompt_layer_s=layers[0], layer_s=layers[1], disk_bytes_per_s=1e6)
+    check_plausible(found, copied_per_s=1e9)
 
 
 def test_a_file_system_without_direct_reads_is_refused(shipped: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +216,9 @@ def test_a_probe_writes_a_profile_that_plans(
 def test_nothing_is_written_where_a_figure_is_implausible(
     shipped_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "product_rates", lambda kernels: (9e9, 30e9, 60e9))
-    monkeypatch.setattr(measure, "layer_seconds", lambda model, rates: 6e-5)
+    monkeypatch.setattr(measure, "product_rates", lambda kernels, ladder: GOOD)
+    for name in ("layer_seconds", "prompt_layer_seconds"):
+        monkeypatch.setattr(measure, name, lambda model, rates: 6e-5)
     monkeypatch.setattr(measure, "copy_bytes_per_s", lambda: 8e9)
     monkeypatch.setattr(measure, "disk_rates", lambda bundle: (20e9, 1e-6))
     outcome = run_cli("probe", shipped_path, "--write", tmp_path / "here.toml", "--json")

@@ -1,7 +1,8 @@
 """Measurement of a machine's rates, which do not depend on the bundle that is at hand.
 
-Products are timed with matrices of a usual size, whatever size the bundle's have. Its files only serve to read from the
-disk that it is on, and its layers to tell what a layer takes beside products.
+Products are timed with matrices of a usual size, whatever size those of the bundle have, at its tiers. A second, small
+size tells what an expert takes beside them. The files of the bundle only serve to read from the disk that it is on, and
+its layers to tell what a layer takes beside products.
 """
 
 from __future__ import annotations
@@ -14,33 +15,38 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 
 import numpy as np
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.tensorfile import read_into
-from dymoe_runtime.bundle.tiers import PAGE, make_layout
+from dymoe_runtime.bundle.tiers import PAGE, RecordLayout, make_layout
 from dymoe_runtime.engine.cost import ExpertShape, measure
 from dymoe_runtime.engine.model import Model
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.memory import map_memory
+from dymoe_runtime.model.state import SequenceState
 from dymoe_runtime.storage import Member
 from dymoe_runtime.store.arena import IN_FLIGHT
 from dymoe_runtime.tools.machine.rates import Rates, Work
 from dymoe_runtime.tools.probe import dense_seconds
 from dymoe_runtime.units import format_size
 
-# The expert that products are timed with, like that of OLMoE-1B-7B: its width and the model's. It has the most bits
-# that weights are quantized to, whose products wait for memory, and the fewest, whose products wait for arithmetic.
-WIDTH, HIDDEN, MOST_BITS, FEWEST_BITS = 1024, 2048, 8, 2
+# The expert that products are timed with, like that of OLMoE-1B-7B: its width and the model's; and the most bits that
+# weights are quantized to, whose products wait for memory.
+WIDTH, HIDDEN, MOST_BITS = 1024, 2048, 8
+# Width of an expert, and of its model, that is so small that much of its time is not for products.
+SMALL = 256
 TOP_K = 8
 # Tokens of a prompt that an expert gets.
 PROMPT_TOKENS = 64
 SWEEP_BYTES = 64 << 20
 ATTEMPTS = 3
+# Tokens of a prompt that runs through the model's layers.
+PASS_TOKENS = 128
 # Bytes of a copy in memory, and copies of which the fastest counts.
 COPY_BYTES, COPIES = 16 << 20, 16
 # Tokens that are decoded to see what layers take.
@@ -53,6 +59,9 @@ PLAUSIBLE = {
     "decode_weights_per_s": (1e6, 1e12),
     "prompt_weights_per_s": (1e6, 1e13),
     "layer_s": (0, 1),
+    "expert_s": (0, 1),
+    "prompt_layer_s": (0, 1),
+    "prompt_expert_s": (0, 1),
     "disk_bytes_per_s": (1e6, 1e11),
     "disk_latency_s": (0, 1),
 }
@@ -64,13 +73,10 @@ def measure_rates(model: Model) -> Rates:
     Raises DymoeError where a figure is none that a machine can have, for instance because reads come from a cache.
     """
     kernels, bundle = model.kernels, model.bundle
-    # Other programs only ever slow a machine down, so the best of a few attempts is what it can do.
-    memory, decode, prompt = map(max, zip(*(product_rates(kernels) for _ in range(ATTEMPTS)), strict=True))
-    threads = kernels.threads()
-    with_no_layer = Rates(threads, memory, decode / threads, prompt / threads, 0.0, math.inf, 0.0)
-    layer_s = layer_seconds(model, with_no_layer)
+    rates = product_rates(kernels, bundle.manifest.ladder)
+    rates = replace(rates, prompt_layer_s=prompt_layer_seconds(model, rates), layer_s=layer_seconds(model, rates))
     disk, latency_s = disk_rates(bundle)
-    rates = Rates(threads, memory, decode / threads, prompt / threads, layer_s, disk, latency_s)
+    rates = replace(rates, disk_bytes_per_s=disk, disk_latency_s=latency_s)
     check_plausible(rates, copy_bytes_per_s())
     return rates
 
@@ -80,12 +86,13 @@ def check_plausible(rates: Rates, copied_per_s: float = 0.0) -> None:
 
     Products of one thread may stream weights more slowly than a fast disk reads, but no disk is faster than a copy.
     """
-    for name, value in asdict(rates).items():
+    for name, found in asdict(rates).items():
         low, high = PLAUSIBLE.get(name, (1, math.inf))
-        if not low <= value <= high:
-            raise DymoeError(
-                f"{name} was measured as {value:g}, which no machine has; stop other programs and measure again"
-            )
+        for value in found.values() if isinstance(found, dict) else (found,):
+            if not low <= value <= high:
+                raise DymoeError(
+                    f"{name} was measured as {value:g}, which no machine has; stop other programs and measure again"
+                )
     memory = max(rates.memory_bytes_per_s, copied_per_s)
     if rates.disk_bytes_per_s >= memory:
         raise DymoeError(
@@ -106,19 +113,58 @@ def copy_bytes_per_s() -> float:
     return COPY_BYTES / min(times)
 
 
-def product_rates(kernels: Kernels) -> tuple[float, float, float]:
-    """Return (bytes/s of weights from memory, weights/s with one token, weights times tokens/s with many)."""
-    memory = np.frombuffer(map_memory(SWEEP_BYTES), np.uint8)
-    shapes = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    layouts = {bits: make_layout(shapes, (bits,)) for bits in (MOST_BITS, FEWEST_BITS)}
-    times = {}
-    for bits, layout in layouts.items():
-        shape = ExpertShape(layout, TOP_K, SWEEP_BYTES // layout.record_bytes)
-        times[bits] = measure(kernels, shape, memory, (1, PROMPT_TOKENS), SWEEP_BYTES).expert_s[bits]
-    weights = layouts[MOST_BITS].weights
-    memory_rate = layouts[MOST_BITS].prefix_bytes(MOST_BITS) / times[MOST_BITS][0]
-    one_s, many_s = times[FEWEST_BITS]
-    return memory_rate, weights / one_s, PROMPT_TOKENS * weights / many_s
+def product_rates(kernels: Kernels, ladder: Sequence[int]) -> Rates:
+    """Return the rates of products and experts at the tiers `ladder`; layers and the disk take no time in them."""
+    large, small = (WIDTH, HIDDEN), (SMALL, SMALL)
+    most, times = (_times(kernels, tiers, *large) for tiers in ((MOST_BITS,), ladder))
+    threads, weights = kernels.threads(), 3 * WIDTH * HIDDEN
+    rates = Rates(
+        threads=threads,
+        memory_bytes_per_s=_layout((MOST_BITS,), *large).prefix_bytes(MOST_BITS) / most[MOST_BITS][0],
+        decode_weights_per_s={bits: weights / one_s / threads for bits, (one_s, _) in times.items()},
+        prompt_weights_per_s={
+            bits: PROMPT_TOKENS * weights / many_s / threads for bits, (_, many_s) in {**most, **times}.items()
+        },
+        layer_s=0.0,
+        disk_bytes_per_s=math.inf,
+        disk_latency_s=0.0,
+    )
+    layout, beside = _layout(ladder, *small), []
+    for bits, (one_s, many_s) in _times(kernels, ladder, *small).items():
+        prompt_s = rates.prompt_s(0, {bits: PROMPT_TOKENS * layout.weights})
+        one_s -= rates.products_s(layout.prefix_bytes(bits), layout.weights, bits)
+        beside.append((one_s, (many_s - prompt_s) / PROMPT_TOKENS))
+    expert_s, prompt_expert_s = (max(0.0, median(each)) for each in zip(*beside, strict=True))
+    return replace(rates, expert_s=expert_s, prompt_expert_s=prompt_expert_s)
+
+
+def _layout(ladder: Sequence[int], width: int, hidden: int) -> RecordLayout:
+    return make_layout({"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}, tuple(ladder))
+
+
+def _times(kernels: Kernels, ladder: Sequence[int], width: int, hidden: int) -> dict[int, tuple[float, float]]:
+    """Return the seconds of an expert at each tier with one token and with PROMPT_TOKENS.
+
+    Other programs only ever slow a machine down, so the least of a few attempts is what it can do.
+    """
+    memory, layout = np.frombuffer(map_memory(SWEEP_BYTES), np.uint8), _layout(ladder, width, hidden)
+    shape = ExpertShape(layout, TOP_K, SWEEP_BYTES // layout.record_bytes)
+    found = [measure(kernels, shape, memory, (1, PROMPT_TOKENS), SWEEP_BYTES).expert_s for _ in range(ATTEMPTS)]
+    return {bits: (min(each[bits][0] for each in found), min(each[bits][1] for each in found)) for bits in ladder}
+
+
+def prompt_layer_seconds(model: Model, rates: Rates) -> float:
+    """Return the seconds of each token of a prompt in a layer beside products, from a pass without routed experts."""
+    tokens, decoder = min(PASS_TOKENS, model.max_context), model.decoder_without_experts()
+    ids, times = np.arange(tokens) % model.spec.vocab_size, []
+    for _ in range(ATTEMPTS):
+        state = SequenceState(model.spec, tokens)
+        started = time.perf_counter()
+        decoder.prefill(ids, state, tokens)
+        times.append(time.perf_counter() - started)
+    nbytes, weights = Work.of(model.bundle).prompt
+    expected_s = rates.prompt_s(nbytes, {8 * nbytes / weights: tokens * weights})
+    return max(0.0, min(times) - expected_s) / tokens / model.spec.num_layers
 
 
 def layer_seconds(model: Model, rates: Rates) -> float:
@@ -129,17 +175,24 @@ def layer_seconds(model: Model, rates: Rates) -> float:
     work = Work.of(model.bundle)
     expected_s, times = rates.products_s(*work.token), resident_token_seconds(model)
     if times:
-        bits = model.bundle.policy.point(model.bundle.policy.default_point).bits_mean
-        token_s, expected_s = median(times), work.predict(rates, bits, sys.maxsize, 1).token_s
+        bits = model.statistics()["bits_mean"]
+        token_s, expected_s = _steady(times), work.predict(rates, bits, sys.maxsize, 1).token_s
     else:
         token_s = dense_seconds(model)
     return max(0.0, token_s - expected_s) / model.spec.num_layers
+
+
+def _steady(times: Sequence[float]) -> float:
+    """Return the least median of ATTEMPTS parts of `times`, in their order."""
+    length = -(-len(times) // ATTEMPTS)
+    return min(median(times[start : start + length]) for start in range(0, len(times), length))
 
 
 def resident_token_seconds(model: Model) -> list[float]:
     """Return the seconds of decoded tokens that read nothing: the same token again and again, at the default point."""
     times = []
     model.prefill([0])
+    model.reset_stats()
     for _ in range(min(TOKENS, model.max_context - 2)):
         read, started = model.store.stats.read_bytes, time.perf_counter()
         model.decode(0)

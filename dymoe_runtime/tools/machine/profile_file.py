@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dymoe_runtime.errors import DymoeError
@@ -43,12 +43,19 @@ dense_bits = "auto"
 memory = "{memory_bytes >> 20}MiB"  # what was available
 threads = {rates.threads}
 memory_bandwidth = "{_rate(rates.memory_bytes_per_s)}B/s"  # of weights in products
-decode_rate = "{_rate(rates.decode_weights_per_s)}/s"  # weights that a thread multiplies with one token
-prompt_rate = "{_rate(rates.prompt_weights_per_s)}/s"  # likewise, with each of many tokens
-layer_us = {1e6 * rates.layer_s:.1f}  # of a decoded token in a layer, beside products
+decode_rate = {_table(rates.decode_weights_per_s)}  # weights that a thread multiplies with one token, by their bits
+prompt_rate = {_table(rates.prompt_weights_per_s)}  # likewise, with each of many tokens
+layer_us = {1e6 * rates.layer_s:.2f}  # of a decoded token in a layer, beside products
+expert_us = {1e6 * rates.expert_s:.2f}  # likewise, in an expert
+prompt_layer_us = {1e6 * rates.prompt_layer_s:.2f}  # of each token of a prompt in a layer, beside products
+prompt_expert_us = {1e6 * rates.prompt_expert_s:.2f}  # likewise, in an expert
 disk_bandwidth = "{_rate(rates.disk_bytes_per_s)}B/s"  # past the page cache
 disk_latency_us = {1e6 * rates.disk_latency_s:.1f}
 """
+
+
+def _table(rates: Mapping[int, float]) -> str:
+    return "{ " + ", ".join(f'{bits} = "{_rate(rate)}/s"' for bits, rate in sorted(rates.items())) + " }"
 
 
 def _rate(value: float) -> str:

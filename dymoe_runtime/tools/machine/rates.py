@@ -1,15 +1,16 @@
 """The rates of a machine, and how fast a model of a certain shape runs with them.
 
 Every product of a token streams its weights from memory once. So a token takes the bytes of its weights at the
-bandwidth of memory or, where arithmetic is slower than that, their number at the rate of the threads; a fixed time for
-each layer; and the time to wait for experts that are not in memory. A prompt multiplies each weight with many tokens,
-at a rate of its own, and reads each expert that one of its tokens uses.
+bandwidth of memory or, where arithmetic is slower than that, their number at the rate of the threads, which depends on
+the bits of the weights; a fixed time for each layer and each expert; and the time to wait for experts that are not in
+memory. A prompt multiplies each weight with many tokens, at a rate of its own, and reads each expert that one of its
+tokens uses; each of its tokens takes a fixed time for each layer and each expert, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,23 +34,39 @@ class Rates:
 
     threads: int
     memory_bytes_per_s: float  # of weights that products stream, all threads together
-    decode_weights_per_s: float  # of one thread, each weight with one token
-    prompt_weights_per_s: float  # of one thread, each weight with each of many tokens
+    decode_weights_per_s: Mapping[int, float]  # of one thread, each weight with one token; by the bits of the weights
+    prompt_weights_per_s: Mapping[int, float]  # of one thread, likewise with each of many tokens
     layer_s: float  # of a decoded token in a layer, beside the products
     disk_bytes_per_s: float
     disk_latency_s: float  # of a read, beside its bytes; with as many in flight as a run has
+    expert_s: float = 0.0  # of a decoded token in an expert, beside the products
+    prompt_layer_s: float = 0.0  # of each token of a prompt in a layer, beside the products
+    prompt_expert_s: float = 0.0  # of each token of a prompt in an expert, beside the products
 
-    def products_s(self, nbytes: float, weights: float) -> float:
-        """Return the seconds in which one token is multiplied with `weights` that take `nbytes`."""
-        return max(nbytes / self.memory_bytes_per_s, weights / (self.threads * self.decode_weights_per_s))
+    def products_s(self, nbytes: float, weights: float, bits: float | None = None) -> float:
+        """Return the seconds in which one token is multiplied with `weights` that take `nbytes`.
 
-    def prompt_s(self, nbytes: float, products: float) -> float:
-        """Return the seconds of so many products of a weight and a token, with weights that take `nbytes`."""
-        return max(nbytes / self.memory_bytes_per_s, products / (self.threads * self.prompt_weights_per_s))
+        `bits` is the mean tier of an expert's weights. None is for dense weights, which are not built up of tiers: they
+        take the time of the lowest one.
+        """
+        by_bits = self.decode_weights_per_s
+        weight_s = _weight_s(by_bits, min(by_bits) if bits is None else bits)
+        return max(nbytes / self.memory_bytes_per_s, weights * weight_s / self.threads)
+
+    def prompt_s(self, nbytes: float, products: Mapping[float, float]) -> float:
+        """Return the seconds of products of a weight and a token, given by bits, with weights that take `nbytes`."""
+        compute_s = sum(count * _weight_s(self.prompt_weights_per_s, bits) for bits, count in products.items())
+        return max(nbytes / self.memory_bytes_per_s, compute_s / self.threads)
 
     def read_s(self, nbytes: float, reads: float) -> float:
         """Return the seconds in which so many reads bring `nbytes` from the disk."""
         return nbytes / self.disk_bytes_per_s + reads * self.disk_latency_s
+
+
+def _weight_s(rates: Mapping[int, float], bits: float) -> float:
+    """Return the seconds of a thread for a weight of `bits`; between known rates, seconds are interpolated."""
+    known = sorted(rates)
+    return float(np.interp(bits, known, [1 / rates[each] for each in known]))
 
 
 @dataclass(frozen=True)
@@ -92,22 +109,27 @@ class Work:
         size = mean_bytes(self.layout, bits)
         resident = resident_share(self.popular, arena_bytes / size / len(self.spec.moe_layers))
         rest_s = rates.products_s(*self.token) + self.spec.num_layers * rates.layer_s
-        token_s = rest_s + self._experts_s(rates, size, resident)
-        return Prediction(token_s, rest_s + self._prompt_s(rates, size, prompt_tokens), resident)
+        token_s = rest_s + self._experts_s(rates, bits, resident)
+        return Prediction(token_s, rest_s + self._prompt_s(rates, bits, prompt_tokens), resident)
 
-    def _experts_s(self, rates: Rates, size: float, resident: float) -> float:
-        """Return the seconds of a decoded token in its experts, of `size` bytes each."""
-        compute_s = rates.products_s(size, self.layout.weights)
+    def _experts_s(self, rates: Rates, bits: float, resident: float) -> float:
+        """Return the seconds of a decoded token in its experts, of `bits` each."""
+        size = mean_bytes(self.layout, bits)
+        compute_s = rates.products_s(size, self.layout.weights, bits) + rates.expert_s
         wait_s = waiting_seconds(self.spec.top_k, 1 - resident, rates.read_s(size, 1), compute_s)
         return len(self.spec.moe_layers) * (self.spec.top_k * compute_s + wait_s)
 
-    def _prompt_s(self, rates: Rates, size: float, tokens: int) -> float:
+    def _prompt_s(self, rates: Rates, bits: float, tokens: int) -> float:
         """Return the seconds of a prompt in its layers; reading the experts that it uses overlaps with computing."""
-        moe = len(self.spec.moe_layers)
+        moe, size = len(self.spec.moe_layers), mean_bytes(self.layout, bits)
+        beside_s = tokens * (
+            self.spec.num_layers * rates.prompt_layer_s + moe * self.spec.top_k * rates.prompt_expert_s
+        )
         used = moe * sum(1 - (1 - share) ** tokens for share in self.popular)
-        products = tokens * (self.prompt[1] + moe * self.spec.top_k * self.layout.weights)
+        products = {8 * self.prompt[0] / self.prompt[1]: float(tokens * self.prompt[1])}
+        products[bits] = products.get(bits, 0.0) + tokens * moe * self.spec.top_k * self.layout.weights
         compute_s = rates.prompt_s(-(-tokens // CHUNK) * (self.prompt[0] + used * size), products)
-        return max(compute_s, rates.read_s(used * size, used))
+        return max(beside_s + compute_s, rates.read_s(used * size, used))
 
 
 def mean_bytes(layout: RecordLayout, bits: float) -> float:
