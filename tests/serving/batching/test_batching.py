@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine import load as load_module
 from dymoe_runtime.engine.batch.load import load_batch
 from dymoe_runtime.engine.batch.model import BatchModel
@@ -29,6 +30,7 @@ from dymoe_runtime.serving.service.batching.prompt_cache import PromptCache
 from dymoe_runtime.serving.service.batching.service import BatchingService, Identity
 from dymoe_runtime.serving.service.errors import Closing, Full
 from dymoe_runtime.serving.service.request import GenerationRequest
+from dymoe_runtime.store.arena import min_arena_bytes
 from dymoe_runtime.text.ending import Ending
 from dymoe_runtime.text.generate import Token, generate
 from dymoe_runtime.text.sampling import SamplingParams
@@ -74,10 +76,12 @@ class Bench:
 
 
 @contextmanager
-def serving(path: Path, slots: int, cache: Path | None = None, **options: Any) -> Iterator[Bench]:
+def serving(
+    path: Path, slots: int, cache: Path | None = None, run: RunOptions = OPTIONS, **options: Any
+) -> Iterator[Bench]:
     """A service on a bundle, which ends well."""
     tokenizer = Tokenizer.load(path, (0,))
-    with load_batch(path, slots, OPTIONS) as model:
+    with load_batch(path, slots, run) as model:
         if cache is not None:
             options["cache"] = PromptCache(cache, 1 << 30, model)
         bench = Bench(path, model, tokenizer, **options)
@@ -192,6 +196,45 @@ def test_an_answer_that_nobody_wants_frees_its_slot(tiny_path: Path) -> None:
         ask = Ask(ids_of(20))
         assert together(bench, [ask]) == alone(tiny_path, [ask])
         assert bench.service.state().busy == 0
+
+
+def test_a_slot_whose_pass_runs_is_not_given_to_others(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt runs in a pause of two long ones, of which one is left; another one waits for its slot."""
+    bundle = Bundle.open(tiny_path)
+    few = replace(OPTIONS, arena_bytes=min_arena_bytes(bundle.layout) + bundle.expert_bytes() // 3)
+    asks = {name: Ask(ids_of(count)) for name, count in zip("ablsc", (20, 100, 90, 12, 14), strict=True)}
+    expected = dict(zip("absc", alone(tiny_path, [asks[name] for name in "absc"]), strict=True))
+    prefill, answers, order = BatchModel.prefill, dict[str, QueuedAnswer](), list[list[int]]()
+    with serving(tiny_path, 3, run=few) as bench:
+
+        def submit(*names: str) -> None:
+            for name in names:
+                if name not in answers:
+                    answers[name] = bench.submit(asks[name])
+
+        def prefill_and_more(model: BatchModel, prompts: Sequence[Any], tokens: int, pause: Callable[[], None]) -> None:
+            left = [len(prompt.left) for prompt in prompts]
+
+            def paused() -> None:
+                if left == [20]:
+                    submit("b", "l")
+                elif left == [100, 90]:
+                    submit("s")
+                elif left == [12]:
+                    submit("c")
+                    answers["l"].cancel()
+                pause()
+
+            order.append(left)
+            prefill(model, prompts, tokens, paused)
+
+        monkeypatch.setattr(BatchModel, "prefill", prefill_and_more)
+        submit("a")
+        asyncio.run(all_ends([answers["a"]]))
+        asyncio.run(all_ends([answers["b"]]))
+        ends = {name: asyncio.run(all_ends([answers[name]]))[0] for name in "sc"}
+    assert ends == {name: expected[name] for name in "sc"}
+    assert order == [[20], [100, 90], [12], [14]]
 
 
 def test_only_those_answers_fail_that_must(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -56,6 +58,8 @@ class PromptCache:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             paths = sorted(directory.glob(f"*{SUFFIX}"))
+            if not os.access(directory, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
         except OSError as error:
             raise DymoeError(
                 f"--prompt-cache {directory}: {error.strerror}; {remedy_of(error, 'name another directory')}"

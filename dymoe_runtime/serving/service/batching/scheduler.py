@@ -56,6 +56,7 @@ class Scheduler:
         self._passes = 0
         self._stepped = self._step_s = 0.0  # when the last step ended, and how long it took
         self._aside_end = self._aside_s = 0.0  # the same of the last pass in a pause
+        self._in_pass: list[Job] = []  # whose prompts run now; their states must not change
         self._one_by_one = False  # whether prompts run alone, to find the one that fails
 
     def run(self) -> None:
@@ -150,10 +151,10 @@ class Scheduler:
         self._inbox.end(job.answer, time.monotonic() - job.begun)
         self._inbox.released(job)
 
-    def _drop_cancelled(self, running: Sequence[Job] = ()) -> None:
-        """Free the slots of answers that nobody wants, but those whose prompts are `running`."""
+    def _drop_cancelled(self) -> None:
+        """Free the slots of answers that nobody wants, unless a pass runs there."""
         for job in self.slots.jobs:
-            if job.answer.cancelled.is_set() and job not in running:
+            if job.answer.cancelled.is_set() and job not in self._in_pass:
                 self._end(job)
 
     # Tokens
@@ -210,16 +211,18 @@ class Scheduler:
         left = [len(prompt.left) for prompt in prompts]
         tokens = self._model.pass_tokens(sum(left))
         self._passes += 1
+        self._in_pass += jobs
         try:
             self._model.prefill(prompts, tokens, lambda: self._pause(jobs, tokens, aside))
         except Abandoned:
-            self._drop_cancelled()
             self._begin_again(jobs)
         except DymoeError as error:
             if len(jobs) == 1:
                 self._end(jobs[0], error)
             self._one_by_one = True
             self._begin_again(jobs)
+        finally:
+            del self._in_pass[-len(jobs) :]
         for job, prompt, before in zip(jobs, prompts, left, strict=True):
             if len(prompt.left) < before:
                 job.served = self._passes
@@ -229,7 +232,7 @@ class Scheduler:
 
     def _pause(self, running: Sequence[Job], tokens: int, aside: bool) -> None:
         """Let the others go on, in a pause of a pass of so many tokens of the `running` prompts."""
-        self._drop_cancelled(running)
+        self._drop_cancelled()
         wanted = sum(not job.answer.cancelled.is_set() for job in running)
         if 2 * wanted < len(running) or not wanted:
             raise Abandoned
@@ -238,7 +241,7 @@ class Scheduler:
             self._step()
         if aside or tokens <= self._model.chunk_tokens or time.perf_counter() - self._aside_end < self._aside_s:
             return
-        short = [job for job in self._prompts() if job not in running and self._is_short(job)]
+        short = [job for job in self._prompts() if job not in self._in_pass and self._is_short(job)]
         if short:
             begun = time.perf_counter()
             self._pass(short, aside=True)
