@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
 from dymoe_runtime.text.reasoning import SWITCHES
+
+if TYPE_CHECKING:  # a long chain of imports, for annotations alone
+    from dymoe_runtime.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 # Variables that a request may not set: those of the conversation itself, and Python's own argument.
@@ -53,10 +57,31 @@ async def chat_prompt(
     }
 
     def render() -> Prompt:
-        text = tokenizer.chat(asked, tools=tools or None, **values) + begun
+        text = chat_text(tokenizer, asked, tools or None, values) + begun
         return Prompt(text, tuple(tokenizer.encode(text, add_special_tokens=False)))
 
     return await backend.in_thread(render)
+
+
+def chat_text(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any] | None, values: Mapping[str, Any]
+) -> str:
+    """Return a conversation as the chat template writes it.
+
+    Agents send several system messages. Those at the begin become one, which every template takes, and where the
+    template refuses a later one, it is the user's. Raises DymoeError if the template refuses that, too.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if first > 1:
+        text = "\n\n".join(message["content"] for message in messages[:first])
+        messages = [{"role": "system", "content": text}, *messages[first:]]
+    try:
+        return tokenizer.chat(messages, tools=tools, **values)
+    except DymoeError:
+        users = [{**m, "role": "user"} if i and m["role"] == "system" else m for i, m in enumerate(messages)]
+        if users == list(messages):
+            raise
+        return tokenizer.chat(users, tools=tools, **values)
 
 
 async def text_prompt(backend: Backend, text: str) -> Prompt:

@@ -30,7 +30,7 @@ class Block(msgspec.Struct):
 class InputMessage(msgspec.Struct):
     """A message of the conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
@@ -106,6 +106,8 @@ def template_messages(request: CountRequest, reasoning_key: str) -> list[Message
         where = f"messages[{i}].content"
         if isinstance(message.content, str):
             made.append({"role": message.role, "content": message.content})
+        elif message.role == "system":
+            made.append({"role": "system", "content": _text(message.content, where)})
         elif message.role == "assistant":
             made.append(_assistant(message.content, where, reasoning_key, names))
         else:
@@ -114,11 +116,16 @@ def template_messages(request: CountRequest, reasoning_key: str) -> list[Message
 
 
 def definitions(tools: Iterable[AnthropicTool]) -> list[dict[str, Any]]:
-    """Return the definitions of tools in OpenAI's form, as chat templates take them; raise ApiError for others."""
+    """Return the definitions of tools in OpenAI's form, as chat templates take them; raise ApiError for malformed ones.
+
+    Tools that a provider would run, which have a type of their own and no schema, are left out.
+    """
     made = []
     for i, tool in enumerate(tools):
         if tool.input_schema is None:
-            raise bad_field(f"tools[{i}].input_schema", "this field is required; tools that the server has are none")
+            if tool.type not in (None, "custom"):
+                continue
+            raise bad_field(f"tools[{i}].input_schema", "this field is required")
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
         made.append({"type": "function", "function": function})
     return made

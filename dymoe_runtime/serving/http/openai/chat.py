@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
@@ -10,8 +9,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.types import ASGIApp
 
-from dymoe_runtime.serving.http.answers.backend import Backend, new_id
-from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
+from dymoe_runtime.serving.http.answers.backend import Backend
+from dymoe_runtime.serving.http.answers.generation import Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import chat_prompt, reasoning_key, reasoning_variables
 from dymoe_runtime.serving.http.answers.structure import answer_constraint, constraint_of, tools_of
 from dymoe_runtime.serving.http.endpoint import Call
@@ -23,9 +22,10 @@ from dymoe_runtime.serving.http.openai.messages import ChatMessage, template_mes
 from dymoe_runtime.serving.http.openai.shared import (
     DONE,
     ChosenToken,
+    ask_of,
     chosen_token,
-    sampling_values,
-    stops,
+    head_of,
+    streams_usage,
     usage_of,
 )
 
@@ -83,7 +83,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Likely | None = None
     response_format: ResponseFormat | None = None
-    grammar: str | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -191,21 +190,12 @@ async def chat_completions(backend: Backend, call: Call) -> ASGIApp:
     constraint = await backend.in_thread(
         lambda: answer_constraint(backend, tools, lambda: _constraint(backend, body), field)
     )
-    ask = Ask(
-        sampling_values(backend, body),
-        body.seed,
-        stops(body.stop),
-        body.max_completion_tokens or body.max_tokens,
-        body.top_logprobs or 0 if body.logprobs else None,
-        body.n or 1,
-        constraint,
-        tools.calls,
-    )
+    logprobs = body.top_logprobs or 0 if body.logprobs else None
+    ask = ask_of(backend, body, body.max_completion_tokens or body.max_tokens, logprobs, constraint, tools.calls)
     generation = Generation(backend, [prompt], ask)
-    head = (new_id("chatcmpl-"), int(time.time()), backend.service.name)
+    head = head_of(backend, "chatcmpl-")
     if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Stream(_chunks(backend, generation, head, with_usage), OPENAI)
+        return Stream(_chunks(backend, generation, head, streams_usage(body)), OPENAI)
     return json_response(await _whole(backend, generation, head, ask.count))
 
 

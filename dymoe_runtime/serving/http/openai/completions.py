@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -10,8 +9,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.types import ASGIApp
 
-from dymoe_runtime.serving.http.answers.backend import Backend, new_id
-from dymoe_runtime.serving.http.answers.generation import Ask, Generation, Piece
+from dymoe_runtime.serving.http.answers.backend import Backend
+from dymoe_runtime.serving.http.answers.generation import Generation, Piece
 from dymoe_runtime.serving.http.answers.prompts import Prompt, text_prompt
 from dymoe_runtime.serving.http.answers.structure import constraint_of
 from dymoe_runtime.serving.http.endpoint import Call
@@ -19,7 +18,7 @@ from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.exchange.forms import OPENAI
 from dymoe_runtime.serving.http.exchange.responses import Stream, event, json_response
 from dymoe_runtime.serving.http.openai.fields import Likely, SamplingFields, UsageBody
-from dymoe_runtime.serving.http.openai.shared import DONE, sampling_values, spelling, stops, usage_of
+from dymoe_runtime.serving.http.openai.shared import DONE, ask_of, head_of, spelling, streams_usage, usage_of
 
 MAX_PROMPTS = 64
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -31,7 +30,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     echo: bool | None = None
     logprobs: Likely | None = None
-    grammar: str | None = None
     json_schema: dict[str, Any] | None = None
 
 
@@ -74,22 +72,13 @@ async def completions(backend: Backend, call: Call) -> ASGIApp:
     constraint = await backend.in_thread(
         lambda: constraint_of(backend, body.json_schema, body.grammar, "grammar" if body.grammar else "json_schema")
     )
-    ask = Ask(
-        sampling_values(backend, body),
-        body.seed,
-        stops(body.stop),
-        body.max_tokens,
-        body.logprobs,
-        body.n or 1,
-        constraint,
-    )
+    ask = ask_of(backend, body, body.max_tokens, body.logprobs, constraint)
     echoed = [backend.tokenizer.decode(prompt.ids) if body.echo else "" for prompt in prompts]
     texts = [text for text in echoed for _ in range(ask.count)]
     generation = Generation(backend, prompts, ask)
-    head = (new_id("cmpl-"), int(time.time()), backend.service.name)
+    head = head_of(backend, "cmpl-")
     if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Stream(_chunks(backend, generation, head, texts, with_usage), OPENAI)
+        return Stream(_chunks(backend, generation, head, texts, streams_usage(body)), OPENAI)
     return json_response(await _whole(backend, generation, head, texts))
 
 

@@ -32,7 +32,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class SamplingFields(msgspec.Struct):
-    """How tokens are chosen; what is missing or null is as the server was started."""
+    """What chats and completions ask alike; what is missing or null is as the server was started."""
 
     model: str | None = None
     stream: bool | None = None
@@ -50,6 +50,7 @@ class SamplingFields(msgspec.Struct):
     repeat_penalty: Repetition | None = None  # llama-server's name
     logit_bias: dict[str, Bias] | None = None
     max_tokens: Tokens | None = None
+    grammar: str | None = None  # GBNF or Lark
 
 
 class TokensDetails(msgspec.Struct):

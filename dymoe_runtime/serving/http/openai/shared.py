@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dymoe_runtime.serving.http.answers.backend import Backend
+from dymoe_runtime.serving.http.answers.backend import Backend, new_id
+from dymoe_runtime.serving.http.answers.generation import Ask
 from dymoe_runtime.serving.http.exchange.errors import bad_field
 from dymoe_runtime.serving.http.openai.fields import AnswerDetails, SamplingFields, TokensDetails, UsageBody
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
     from dymoe_runtime.serving.http.answers.generation import Generation
+    from dymoe_runtime.text.constraints.constraint import Constraint
     from dymoe_runtime.text.generate import Token
+    from dymoe_runtime.text.tool_calls.parser import ToolCallParser
 
 DONE = b"data: [DONE]\n\n"
 # What stands for a part of a character.
@@ -46,6 +51,29 @@ def logit_bias(backend: Backend, bias: dict[str, float] | None) -> tuple[tuple[i
 def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     """Return the stop strings of a request."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def ask_of(
+    backend: Backend,
+    body: SamplingFields,
+    max_tokens: int | None,
+    logprobs: int | None,
+    constraint: Callable[[], Constraint] | None,
+    calls: Callable[[], ToolCallParser] | None = None,
+) -> Ask:
+    """Return what a chat or a completion asks for; raise ApiError for a token that is none of the model."""
+    values = sampling_values(backend, body)
+    return Ask(values, body.seed, stops(body.stop), max_tokens, logprobs, body.n or 1, constraint, calls)
+
+
+def head_of(backend: Backend, prefix: str) -> tuple[str, int, str]:
+    """Return a new id, the time in seconds since 1970, and the name of the model: the begin of each body."""
+    return new_id(prefix), int(time.time()), backend.service.name
+
+
+def streams_usage(body: SamplingFields) -> bool:
+    """Return whether a stream ends with its usage."""
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def usage_of(generation: Generation) -> UsageBody:

@@ -26,7 +26,7 @@ class InputItem(msgspec.Struct):
 
 
 class FunctionTool(msgspec.Struct):
-    """A tool that the model may call; only functions are supported."""
+    """A tool that the model may call; others than functions are left out."""
 
     type: str
     name: str | None = None
@@ -133,11 +133,14 @@ def template_messages(body: ResponseRequest, reasoning_key: str) -> list[Message
 
 
 def definitions(tools: list[FunctionTool]) -> list[dict[str, Any]]:
-    """Return the definitions of tools in the form of chat completions; raise ApiError for others than functions."""
+    """Return the definitions of functions in the form of chat completions; raise ApiError for one without a name.
+
+    Other tools, which a provider would run, are left out: agents offer them to every server.
+    """
     made = []
     for i, tool in enumerate(tools):
         if tool.type != "function":
-            raise bad_field(f"tools[{i}].type", f"tools of type '{tool.type[:40]}' are not supported; send functions")
+            continue
         if not tool.name:
             raise bad_field(f"tools[{i}].name", "this field is required")
         function = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters or {}}
