@@ -20,7 +20,10 @@ def prompt_of(service: Scripted, path: str, body: Any) -> str:
 
 
 def test_tools_that_a_provider_runs_are_left_out() -> None:
-    others = [{"type": "namespace", "name": "agents", "tools": []}, {"type": "web_search", "external_web_access": False}]
+    others = [
+        {"type": "namespace", "name": "agents", "tools": []},
+        {"type": "web_search", "external_web_access": False},
+    ]
     body: Any = {"input": "Hi", "tools": [{"type": "function", **FUNCTION}, *others], "include": ["x"], "store": False}
     prompt = prompt_of(scripted(), "/v1/responses", body)
     assert '"weather"' in prompt and "agents" not in prompt and "web_search" not in prompt
