@@ -118,13 +118,15 @@ class StreamedLease(Lease[P]):
         requests: Sequence[ExpertRequest],
         window: int,
         overlap: bool,
+        spares_used: bool = True,
     ) -> None:
         """Start the first reads, and hold at most `window` experts at once.
 
-        Without `overlap`, experts are delivered only once all that are held have arrived.
+        Without `overlap`, experts are delivered only once all that are held have arrived. With `spares_used`, those
+        that have been delivered are evicted last like those that are still to come, whatever the order of the reads.
         """
         self._residency, self._admission = residency, admission
-        self._overlap, self._window = overlap, window
+        self._overlap, self._window, self._spares_used = overlap, window, spares_used
         self._wanted = {request.key for request in requests}
         self._coming = self._in_turn(requests)
         self._held: dict[ExpertRequest, Entry[P]] = {}
@@ -149,7 +151,8 @@ class StreamedLease(Lease[P]):
             yield [(r, partial(self._residency.prepared, self._held[r])) for r in ready]
             for request in ready:
                 self._residency.unpin(self._held.pop(request))
-                self._wanted.discard(request.key)
+                if not self._spares_used:
+                    self._wanted.discard(request.key)
 
     def release(self, failed: bool = False) -> None:
         while self._held:

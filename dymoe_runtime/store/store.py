@@ -150,7 +150,8 @@ class ExpertStore(Generic[P]):
         if not missing:
             return self._lend_resident(requests)
         if few and len(missing) > FEW:
-            return StreamedLease(residency, self._admission, requests, min(FEW, self._window()), self._overlap)
+            window = min(FEW, self._window())
+            return StreamedLease(residency, self._admission, requests, window, self._overlap, spares_used=False)
         if not self._fit_together(requests):
             return StreamedLease(residency, self._admission, requests, self._window(), self._overlap)
         return self._lend_together(requests, missing)
