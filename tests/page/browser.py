@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from page.kit import BROWSER, DRIVER, PICTURES, WIDTHS, until
-from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -44,6 +44,10 @@ class Page:
         self.said: list[str] = []  # by the console
         self.note()
         self.forget()
+
+    def key(self, key: str) -> None:
+        """Press a key, wherever the focus is."""
+        ActionChains(self.driver).send_keys(key).perform()
 
     def open(self, width: str = "wide", dark: bool = False, empty: bool = True, known: bool = True) -> Page:
         """Load the page; `empty` forgets what the browser has kept of it, `known` waits for the name of the model."""

@@ -151,15 +151,16 @@ def test_the_keyboard_reaches_everything_in_order(page: Any, service: Playback) 
     )
     seen = []
     for _ in range(7):
-        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        page.key(Keys.TAB)
         seen.append(page.run(name))
     assert seen[:4] == ["New conversation", "Hi", "Rename “Hi”", "Delete “Hi”"]
     assert seen[4:] == ["Live figures of the engine", "Settings", "Message"]
     page.run("document.querySelector('.skip').focus()")
-    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.key(Keys.ENTER)
     assert page.run("return document.activeElement.id") == "message"
     page.one("#open-settings").send_keys(Keys.ENTER)
-    page.one("dialog[open]").send_keys(Keys.ESCAPE)
+    page.one("dialog[open]")
+    page.key(Keys.ESCAPE)
     until(lambda: not page.find("dialog"))
     assert page.run("return document.activeElement.id") == "open-settings"
 
@@ -171,7 +172,7 @@ def test_drawers_of_a_phone_hold_the_focus_and_give_it_back(page: Any) -> None:
     for button, label in (("Conversations", "open-sidebar"), ("Live figures of the engine", "open-live")):
         page.press(button)
         assert page.run(hidden)[1] is True and page.one("#shade").is_displayed()
-        page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+        page.key(Keys.ESCAPE)
         assert page.run(hidden) == [True, False] and page.run("return document.activeElement.id") == label
         assert page.one(f"#{label}").get_attribute("aria-expanded") == "false"
 
