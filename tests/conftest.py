@@ -16,7 +16,7 @@ from pathlib import Path
 import background
 import pytest
 import torch
-from helpers import EXAMPLES, compile_cli, save_tiny
+from helpers import EXAMPLES, compiled, save_tiny
 
 from dymoe_runtime.bundle.bundle import Bundle
 
@@ -93,10 +93,7 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_path(tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint, compiled. Read only."""
-    path = tmp_path_factory.mktemp("tiny-bundle") / "tiny.dymoe"
-    outcome = compile_cli(tiny_checkpoint, "-o", path, "--calibration", calibration_text)
-    assert outcome.code == 0, outcome.err
-    return path
+    return compiled(tiny_checkpoint, tmp_path_factory.mktemp("tiny-bundle") / "tiny.dymoe", calibration_text)
 
 
 @pytest.fixture

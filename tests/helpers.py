@@ -123,6 +123,13 @@ def compile_cli(*args: object) -> Outcome:
     return invoke(compile_command, args)
 
 
+def compiled(checkpoint: Path, bundle: Path, calibration: Path) -> Path:
+    """The path of a new bundle, compiled from a checkpoint with the defaults."""
+    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", calibration)
+    assert outcome.code == 0, outcome.err
+    return bundle
+
+
 def run_cli(*args: object, stdin: str | bytes | None = None) -> Outcome:
     return invoke(run_command, args, stdin)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from compile_kit import same_files, without_stages
-from helpers import assert_one_sentence, bundle_cli, compile_cli, save_tiny
+from helpers import assert_one_sentence, bundle_cli, compile_cli, compiled, save_tiny
 
 from dymoe_compile.job import writer
 from dymoe_compile.job.writer import BundleWriter
@@ -33,10 +33,7 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small_path(small_checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint, compiled. Read only."""
-    path = tmp_path_factory.mktemp("small-bundle") / "small.dymoe"
-    outcome = compile_cli(small_checkpoint, "-o", path, "--calibration", calibration_text)
-    assert outcome.code == 0, outcome.err
-    return path
+    return compiled(small_checkpoint, tmp_path_factory.mktemp("small-bundle") / "small.dymoe", calibration_text)
 
 
 @pytest.fixture

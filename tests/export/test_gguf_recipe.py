@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from export.gguf_kit import File
-from helpers import Outcome, assert_one_sentence, bundle_cli, compile_cli, save_tiny
+from helpers import Outcome, assert_one_sentence, bundle_cli, compiled, save_tiny
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
 from dymoe_compile.checkpoint.original import open_original
@@ -63,10 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That checkpoint, compiled. Read only."""
-    path = tmp_path_factory.mktemp("bundle") / "blocks.dymoe"
-    outcome = compile_cli(checkpoint, "-o", path, "--calibration", calibration_text)
-    assert outcome.code == 0, outcome.err
-    return path
+    return compiled(checkpoint, tmp_path_factory.mktemp("bundle") / "blocks.dymoe", calibration_text)
 
 
 def export(bundle: Path, output: Path, *args: object) -> Outcome:

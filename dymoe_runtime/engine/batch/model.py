@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dymoe_runtime.engine.batch.sequence import BatchSequence
+from dymoe_runtime.engine.batch.sequence import BatchSequence, Known
 from dymoe_runtime.engine.model import LoadedModel, ModelParts
 from dymoe_runtime.engine.saved import state_file
 from dymoe_runtime.errors import DymoeError
@@ -158,7 +158,8 @@ class BatchModel(LoadedModel):
 
         Any thread may do so while nobody changes the sequence.
         """
-        state_file.save(path, self._origin(), sequence.tokens, str(sequence.whole), sequence.state)
+        known = sequence.known
+        state_file.save(path, self._origin(), known.ids, f"{known.whole} {known.prompt_end}", sequence.state)
 
     def load_state(self, sequence: BatchSequence, path: Path) -> None:
         """Continue a sequence that `save_state` has written, as `Model.load_state` does.
@@ -170,15 +171,14 @@ class BatchModel(LoadedModel):
         except BaseException:
             sequence.recovered()
             raise
-        sequence.restored(ids, _whole(note, len(ids)))
+        sequence.restored(_known(ids, note))
 
-    def saved_tokens(self, path: Path) -> tuple[list[int], int]:
-        """Return the ids of a state that `save_state` has written, and how many were computed as whole chunks.
+    def saved_tokens(self, path: Path) -> Known:
+        """Return the tokens of a state that `save_state` has written.
 
         Raises DymoeError if this model cannot continue it.
         """
-        ids, note = state_file.read_tokens(path, self._origin(), self.spec)
-        return ids, _whole(note, len(ids))
+        return _known(*state_file.read_tokens(path, self._origin(), self.spec))
 
     def _decoded(self, ids: np.ndarray) -> np.ndarray:
         parts, states = self._parts, self._states
@@ -210,6 +210,9 @@ class BatchModel(LoadedModel):
         return taken
 
 
-def _whole(note: str, tokens: int) -> int:
-    """Return how many tokens were computed as whole chunks, as the note of a saved state says; 0 if it does not."""
-    return int(note) if note.isascii() and note.isdecimal() and int(note) <= tokens else 0
+def _known(ids: list[int], note: str) -> Known:
+    """Return the tokens of a saved state, whose note says how they were computed; otherwise nothing of it is whole."""
+    numbers = [int(word) for word in note.split() if word.isascii() and word.isdecimal()]
+    if len(numbers) != 2 or not max(numbers) <= len(ids):
+        return Known(ids, 0, len(ids))
+    return Known(ids, *numbers)

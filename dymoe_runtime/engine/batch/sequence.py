@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dymoe_runtime.model.state import SequenceState, Snapshot
 from dymoe_runtime.prefix import shared_prefix
+
+
+@dataclass(frozen=True)
+class Known:
+    """The tokens of a state, and how they were computed."""
+
+    ids: list[int]
+    whole: int  # tokens at the beginning that were computed as whole chunks of a prompt
+    prompt_end: int  # tokens up to the end of the last prompt; those after it are of an answer
+
+    def shared(self, ids: Sequence[int], chunk_tokens: int) -> int:
+        """Return how many tokens of a prompt `ids` may begin with the state, if it can be cut there.
+
+        These are all of it, if an answer ends it and the prompt goes on, or else whole chunks that both begin with.
+        """
+        shared = shared_prefix(self.ids, ids[: len(ids) - 1])
+        if shared == len(self.ids) > self.prompt_end:
+            return shared
+        return min(shared, self.whole) // chunk_tokens * chunk_tokens
 
 
 class BatchSequence:
@@ -42,17 +62,18 @@ class BatchSequence:
         """Return the number of tokens in the sequence."""
         return self.state.length
 
+    @property
+    def known(self) -> Known:
+        """Return the tokens in the sequence, and how they were computed."""
+        return Known(self.tokens, self._whole, self._prompt_end)
+
     def reusable(self, ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt need not be computed if it begins with this state."""
-        length = self.state.length
         end = self._prompt_end
         if self._logits is not None and list(ids) == self._ids[:end] and self._can_cut(end):
             return end
-        shared = shared_prefix(self._ids[:length], ids[: len(ids) - 1])
-        if shared == length > self._prompt_end:
-            return shared
-        exact = min(shared, self._whole) // self._chunk * self._chunk
-        return exact if self._can_cut(exact) else 0
+        shared = self.known.shared(ids, self._chunk)
+        return shared if self._can_cut(shared) else 0
 
     def next_tokens(self, left: int) -> int:
         """Return how many of the `left` tokens of a prompt may run in one pass.
@@ -109,16 +130,11 @@ class BatchSequence:
         ends = self._whole == position or (not self._whole and self._prompt_end == position)
         self._snapshot = self.state.snapshot() if self.is_recurrent and ends else None
 
-    def restored(self, ids: list[int], whole: int) -> None:
-        """Take the ids of a state that was read from a file, of which `whole` were computed as whole chunks."""
-        self._ids = ids
-        self._whole, self._prompt_end, self._logits = whole, len(ids) - 1, None
-        self._snapshot = self.state.snapshot() if self.is_recurrent and whole == len(ids) else None
-
-    @property
-    def whole(self) -> int:
-        """Return how many tokens at the beginning were computed as whole chunks of a prompt."""
-        return self._whole
+    def restored(self, known: Known) -> None:
+        """Take the tokens of a state that was read from a file."""
+        self._ids = known.ids
+        self._whole, self._prompt_end, self._logits = known.whole, known.prompt_end, None
+        self._snapshot = self.state.snapshot() if self.is_recurrent and known.whole == len(known.ids) else None
 
     def recovered(self) -> None:
         """Note that a pass has failed, which may have emptied the state."""

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from families.cases_recurrent import CASES
 from families.harness import random_model
-from helpers import compile_cli, save_byte_tokenizer
+from helpers import compiled, save_byte_tokenizer
 from kernel_kit import ALL, kernels_of
 
 from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.engine import load as load_module
 from dymoe_runtime.engine.batch.load import load_batch
 from dymoe_runtime.engine.batch.model import BatchModel, BatchPrompt
+from dymoe_runtime.engine.batch.sequence import Known
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.load import load_model
 from dymoe_runtime.engine.memory_plan import plan_budget, sequence_bytes, sequences_that_fit
@@ -48,9 +49,7 @@ def recurrent_path(calibration_text: Path, tmp_path_factory: pytest.TempPathFact
     case = next(case for case in CASES if case.name == "hybrid")
     random_model(case, vocab_size=256).save_pretrained(directory / "model")
     save_byte_tokenizer(directory / "model")
-    outcome = compile_cli(directory / "model", "-o", directory / "it.dymoe", "--calibration", calibration_text)
-    assert outcome.code == 0, outcome.err
-    return directory / "it.dymoe"
+    return compiled(directory / "model", directory / "it.dymoe", calibration_text)
 
 
 @pytest.fixture(params=["attention", "recurrent"])
@@ -191,7 +190,7 @@ def test_a_sequence_is_saved_and_restored(path: Path, tmp_path: Path) -> None:
         first = answered(model, ids)
         model.save_state(model.sequences[0], tmp_path / "one")
         on = answered(model, more[0])
-        assert model.saved_tokens(tmp_path / "one") == ([*ids, *ANSWER], 32)
+        assert model.saved_tokens(tmp_path / "one") == Known([*ids, *ANSWER], 32, 40)
         model.load_state(model.sequences[1], tmp_path / "one")
         assert model.sequences[1].reusable(more[0]) == 43
         assert_same(answered(model, more[0], 1), on)

@@ -347,6 +347,18 @@ def test_states_outlive_the_server(tiny_path: Path, tmp_path: Path) -> None:
         assert together(bench, others[1:]) == alone(tiny_path, others[1:])
 
 
+def test_a_saved_prompt_without_an_answer_is_no_conversation(tiny_path: Path, tmp_path: Path) -> None:
+    """Another prompt that goes on from its end begins with its whole chunks only, as it would without a restart."""
+    ids = ids_of(70)
+    on = Ask((*ids, 9, 8))
+    with serving(tiny_path, 1, cache=tmp_path) as bench:
+        together(bench, [Ask(ids, tokens=1)])
+    with serving(tiny_path, 1, cache=tmp_path) as bench:
+        answer = bench.submit(on)
+        (tokens,) = asyncio.run(all_read([answer]))
+    assert answer.reused_tokens == 64 and [[token.id for token in tokens]] == alone(tiny_path, [on])
+
+
 def test_a_cache_keeps_to_its_size(tiny_path: Path, tmp_path: Path) -> None:
     with serving(tiny_path, 2, cache=tmp_path) as bench:
         together(bench, [Ask(ids_of(100)), Ask(ids_of(100))])

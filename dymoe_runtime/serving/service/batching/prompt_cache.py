@@ -10,18 +10,16 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dymoe_runtime.errors import DymoeError, remedy_of
-from dymoe_runtime.prefix import shared_prefix
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
     from dymoe_runtime.engine.batch.model import BatchModel
-    from dymoe_runtime.engine.batch.sequence import BatchSequence
+    from dymoe_runtime.engine.batch.sequence import BatchSequence, Known
     from dymoe_runtime.serving.service.batching.slots import Slot
 
 # Shorter sequences are computed again about as quickly as they are read.
@@ -31,15 +29,6 @@ IDLE_S = 20.0
 SUFFIX = ".state"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A file, the tokens of its state, and how many were computed as whole chunks of a prompt."""
-
-    path: Path
-    ids: list[int]
-    whole: int
 
 
 class PromptCache:
@@ -52,7 +41,7 @@ class PromptCache:
         """Look at the files there; raise DymoeError if the directory cannot be used."""
         self._directory, self._limit, self._model = directory, limit_bytes, model
         self._lock = threading.Lock()
-        self._saved: dict[Path, Saved] = {}
+        self._saved: dict[Path, Known] = {}
         self._saver: threading.Thread | None = None
         self._free_since: dict[int, float] = {}  # `used` of a slot -> when it was first seen free
         try:
@@ -66,7 +55,7 @@ class PromptCache:
             ) from error
         for path in paths:
             with suppress(DymoeError):  # of another bundle or another point, or damaged
-                self._saved[path] = Saved(path, *model.saved_tokens(path))
+                self._saved[path] = model.saved_tokens(path)
         log.info("%d states in %s", len(self._saved), directory)
 
     def restore(self, sequence: BatchSequence, ids: Sequence[int], reused: int) -> bool:
@@ -76,19 +65,19 @@ class PromptCache:
         """
         best, most = None, reused
         with self._lock:
-            saved = list(self._saved.values())
-        for one in saved:
-            if (count := self._reusable(one, ids)) > most:
-                best, most = one, count
+            saved = list(self._saved.items())
+        for path, known in saved:
+            if (count := self._reusable(known, ids)) > most:
+                best, most = path, count
         if best is None:
             return False
         try:
-            self._model.load_state(sequence, best.path)
-            best.path.touch()
+            self._model.load_state(sequence, best)
+            best.touch()
         except (DymoeError, OSError) as error:
             log.warning("a saved state cannot be used, so its prompt is computed again: %s", error)
             with self._lock:
-                self._saved.pop(best.path, None)
+                self._saved.pop(best, None)
             return False
         return True
 
@@ -119,20 +108,21 @@ class PromptCache:
         if len(ids) < MIN_TOKENS:
             return False
         with self._lock:
-            return all(shared_prefix(one.ids, ids) < len(ids) for one in self._saved.values())
+            return not any(known.ids[: len(ids)] == list(ids) for known in self._saved.values())
 
     def _save(self, slot: Slot) -> None:
         sequence = slot.sequence
         try:
-            ids, whole = sequence.tokens, sequence.whole
+            known = sequence.known
+            ids = known.ids
             path = self._directory / (hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest()[:32] + SUFFIX)
             self._model.save_state(sequence, path)
             with self._lock:
-                others = [one for one in self._saved.values() if len(one.ids) < len(ids)]
-                older = [one for one in others if ids[: len(one.ids)] == one.ids]
-                self._saved[path] = Saved(path, ids, whole)
-                for one in older:  # the same conversation some turns ago
-                    self._remove(one.path)
+                shorter = [(path, one.ids) for path, one in self._saved.items() if len(one.ids) < len(ids)]
+                for older, its_ids in shorter:
+                    if ids[: len(its_ids)] == its_ids:  # the same conversation some turns ago
+                        self._remove(older)
+                self._saved[path] = known
             self._keep_limit(path)
         except (DymoeError, OSError) as error:
             log.warning("a state was not saved: %s", error)
@@ -156,10 +146,7 @@ class PromptCache:
         with suppress(OSError):
             path.unlink()
 
-    def _reusable(self, saved: Saved, ids: Sequence[int]) -> int:
+    def _reusable(self, known: Known, ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt need not be computed if it begins with a saved state."""
-        shared = shared_prefix(saved.ids, ids[: len(ids) - 1])
-        if shared == len(saved.ids) > saved.whole:
-            return shared
-        exact = min(shared, saved.whole) // self._model.chunk_tokens * self._model.chunk_tokens
-        return exact if exact == len(saved.ids) or not self._model.is_recurrent else 0
+        shared = known.shared(ids, self._model.chunk_tokens)
+        return shared if shared == len(known.ids) or not self._model.is_recurrent else 0
