@@ -20,6 +20,9 @@ from dymoe_runtime.text.tool_calls.formats import format_of
 from dymoe_runtime.text.tool_calls.messages import uses_tools, variants
 from dymoe_runtime.text.tool_calls.parser import Format
 
+# Characters of a text that is encoded while other threads run, which takes a pool of threads.
+LONG = 4096
+
 
 class BundleOf(Protocol):
     """The part of a bundle that says where its tokenizer is."""
@@ -153,15 +156,18 @@ class Tokenizer:
 
         Raises DymoeError as `encode` does.
         """
-        encoding = self._encoding(text, add_special_tokens=False)
+        encoding = self._encoding(text, add_special_tokens=False, offsets=True)
         return encoding.ids, encoding.offsets
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+    def _encoding(self, text: str, add_special_tokens: bool, offsets: bool = False) -> Any:
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {type(text).__name__}")
         try:
             with refusing("tokenizer.json: cannot encode the text", RESTORE):
-                return self._backend.encode(text, add_special_tokens=add_special_tokens)
+                if offsets or len(text) <= LONG:
+                    return self._backend.encode(text, add_special_tokens=add_special_tokens)
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return encoding
         except TypeError as error:  # a lone surrogate, which is how Python passes on undecodable bytes
             raise DymoeError("the text is not valid Unicode; save or pass it as UTF-8") from error
 

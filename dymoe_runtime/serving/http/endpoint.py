@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,9 @@ from dymoe_runtime.serving.http.exchange.responses import JSON, json_response
 
 log = logging.getLogger(__name__)
 
-# Longest time between two parts of a body.
+# Time for a body beside that of its bytes, and the fewest bytes a second: who sends slower holds a connection for long.
 BODY_TIMEOUT_S = 30.0
+SLOWEST_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,11 @@ async def read_body(receive: Receive, scope: Scope, taken: Taken) -> bytes:
     length = dict(scope["headers"]).get(b"content-length", b"")
     if length.isdigit():
         taken.check(int(length[:20]))
-    parts = list[bytes]()
+    parts, begun = list[bytes](), time.monotonic()
     while True:
+        left = begun + BODY_TIMEOUT_S + taken.nbytes / SLOWEST_BYTES - time.monotonic()
         try:
-            message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+            message = await asyncio.wait_for(receive(), max(0.0, left))
         except asyncio.TimeoutError as error:
             raise ApiError(408, "the body did not come; send it again", headers={"Connection": "close"}) from error
         if message["type"] == "http.disconnect":

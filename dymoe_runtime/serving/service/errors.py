@@ -19,3 +19,16 @@ class Closing(DymoeError):
 
     def __init__(self) -> None:
         super().__init__("the server is ending and takes no more requests; try again later")
+
+
+class TooLong(DymoeError):
+    """The prompt has more tokens than the context."""
+
+    def __init__(self, tokens: int, context: int, longest: int, more: bool = False) -> None:
+        """Say how many tokens there are, or at least, with `more`, and what helps.
+
+        `longest` is the longest context of the model.
+        """
+        count = f"more than {tokens}" if more else f"{tokens}"
+        longer = f", or start the server with a larger --context, up to {longest}" if longest > context else ""
+        super().__init__(f"the prompt has {count} tokens, but the context holds {context}; shorten the prompt{longer}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
+from dymoe_runtime.serving.service.errors import TooLong
 from dymoe_runtime.text.reasoning import SWITCHES
 
 if TYPE_CHECKING:  # a long chain of imports, for annotations alone
@@ -18,6 +19,9 @@ Message = dict[str, Any]
 # Variables that a request may not set: those of the conversation itself, and Python's own argument.
 RESERVED = frozenset(("self", "messages", "tools", "add_generation_prompt"))
 EFFORT = "reasoning_effort"
+# Texts with more characters for each token of the context are counted first, in pieces of so many characters. A cut may
+# part what is less than so many tokens as a whole.
+FITTING, PIECE, CUT = 8, 1 << 16, 64
 # Efforts by which requests ask for no reasoning at all.
 NO_EFFORT = ("none", "minimal")
 
@@ -43,8 +47,7 @@ async def chat_prompt(
     Raises ApiError if there is no chat template or no message, and DymoeError if the template refuses them.
     """
     tokenizer = backend.tokenizer
-    if not tokenizer.has_chat_template:
-        raise ApiError(400, "the model has no chat template; send plain text to /v1/completions or /api/generate")
+    need_template(backend)
     if not messages:
         raise bad_field("messages", "it is empty; send at least one message")
     last = messages[-1]
@@ -58,7 +61,7 @@ async def chat_prompt(
 
     def render() -> Prompt:
         text = chat_text(tokenizer, asked, tools or None, values) + begun
-        return Prompt(text, tuple(tokenizer.encode(text, add_special_tokens=False)))
+        return Prompt(text, encoded(backend, text, add_special_tokens=False))
 
     return await backend.in_thread(render)
 
@@ -84,9 +87,29 @@ def chat_text(
         return tokenizer.chat(users, tools=tools, **values)
 
 
+def need_template(backend: Backend) -> None:
+    """Raise ApiError if there is no chat template."""
+    if not backend.tokenizer.has_chat_template:
+        raise ApiError(400, "the model has no chat template; send plain text to /v1/completions or /api/generate")
+
+
 async def text_prompt(backend: Backend, text: str) -> Prompt:
     """Return the prompt of plain text."""
-    return await backend.in_thread(lambda: Prompt(None, tuple(backend.tokenizer.encode(text))))
+    return await backend.in_thread(lambda: Prompt(None, encoded(backend, text)))
+
+
+def encoded(backend: Backend, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """Return the token ids of a prompt; raise TooLong for one that surely does not fit, before all of it is encoded.
+
+    Encoding takes far more time and memory than reading the request did.
+    """
+    tokenizer, room, surely = backend.tokenizer, backend.service.max_context, 0
+    pieces = range(0, len(text), PIECE) if len(text) > FITTING * room else ()
+    for at in pieces:
+        surely += len(tokenizer.encode(text[at : at + PIECE], add_special_tokens=False)) - CUT
+        if surely > room:
+            raise TooLong(surely, room, backend.about.facts.get("max_context", room), more=True)
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def reasoning_variables(backend: Backend, thinks: bool | None = None, effort: str | None = None) -> dict[str, Any]:
@@ -104,5 +127,9 @@ def reasoning_effort(backend: Backend, effort: str | None) -> dict[str, Any]:
 
 
 def reasoning_key(backend: Backend) -> str:
-    """Return the key by which the chat template reads the reasoning of earlier answers."""
+    """Return the key by which the chat template reads the reasoning of earlier answers.
+
+    Raises ApiError if there is no chat template.
+    """
+    need_template(backend)
     return backend.tokenizer.splitter("").key

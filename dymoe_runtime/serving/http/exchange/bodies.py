@@ -36,17 +36,16 @@ class Taken:
     def check(self, nbytes: int) -> None:
         """Raise ApiError if a body of so many bytes is too long, or there is no room for it now."""
         bodies = self._bodies
-        close = {"Connection": "close"}  # nobody reads the rest of the body
+        # The connection stays open, and uvicorn drops the rest of the body: a client that still sends would lose the
+        # answer if the connection closed.
         if nbytes > bodies.most:
-            raise ApiError(
-                413, f"the body has more than {bodies.most:,} bytes; send less", code="body_too_large", headers=close
-            )
+            raise ApiError(413, f"the body has more than {bodies.most:,} bytes; send less", code="body_too_large")
         if bodies.held - self.nbytes + nbytes > TOGETHER * bodies.most:
             raise ApiError(
                 429,
                 "other long requests are in work; try again in a second",
                 code="rate_limit_exceeded",
-                headers={"Retry-After": "1", **close},
+                headers={"Retry-After": "1"},
             )
 
     def add(self, nbytes: int) -> None:

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import msgspec
 
 from dymoe_runtime.errors import DymoeError
-from dymoe_runtime.serving.service.errors import Closing, Full
+from dymoe_runtime.serving.service.errors import Closing, Full, TooLong
 
 # Seconds after which to ask a server again that ends; another one may then run.
 RETRY_CLOSING_S = 5
+# Most characters that an error has of what msgspec says, which quotes the request.
+MOST_SAID = 200
 
 
 class ApiError(Exception):
@@ -54,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": retry})
     if isinstance(error, Closing):
         return ApiError(503, str(error), code="closing", headers={"Retry-After": str(RETRY_CLOSING_S)})
+    if isinstance(error, TooLong):  # agents shorten a conversation at this code
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, DymoeError):
         return ApiError(400, str(error))
     return ApiError(500, "the server failed; its log has the reason", code="internal_error")
@@ -62,6 +66,11 @@ def as_api_error(error: Exception) -> ApiError:
 def bad_field(field: str, message: str) -> ApiError:
     """Return the refusal of a request whose field is wrong."""
     return ApiError(400, f"{field}: {message}", field)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text without its middle, where it has more than so many characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
 def as_field_error(error: Exception) -> ApiError:
@@ -79,5 +88,5 @@ def as_field_error(error: Exception) -> ApiError:
         missing = message.removeprefix("Object missing required field ").strip("'")
         field = f"{field}.{missing}" if field else missing
         return ApiError(400, f"{field}: this field is required", field)
-    message = message[0].lower() + message[1:]
+    message = shortened(message[0].lower() + message[1:], MOST_SAID)
     return ApiError(400, f"{field}: {message}" if field else f"the body: {message}", field or None)

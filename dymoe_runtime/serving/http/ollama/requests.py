@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from dymoe_runtime.serving.http.answers.prompts import Message
 from dymoe_runtime.serving.http.exchange.errors import bad_field
-from dymoe_runtime.serving.http.openai.fields import Likely, Penalty, Repetition, Seed, Share, Temperature, TopK
+from dymoe_runtime.serving.http.openai.fields import Likely, Penalty, Repetition, Seed, Share, Stops, Temperature, TopK
 
 MAX_TOKENS = (1 << 31) - 1
 Predict = Annotated[int, Meta(ge=-2, le=MAX_TOKENS)]
@@ -24,7 +24,7 @@ class Options(msgspec.Struct):
     top_p: Share | None = None
     min_p: Share | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     repeat_penalty: Repetition | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

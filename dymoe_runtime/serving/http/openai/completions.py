@@ -70,7 +70,9 @@ async def completions(backend: Backend, call: Call) -> ASGIApp:
     if not all(prompt.ids for prompt in prompts):
         raise bad_field("prompt", "it is empty; send at least one token of text")
     constraint = await backend.in_thread(
-        lambda: constraint_of(backend, body.json_schema, body.grammar, "grammar" if body.grammar else "json_schema")
+        lambda: constraint_of(
+            backend, body.json_schema, body.grammar, "json_schema" if body.grammar is None else "grammar"
+        )
     )
     ask = ask_of(backend, body, body.max_tokens, body.logprobs, constraint)
     echoed = [backend.tokenizer.decode(prompt.ids) if body.echo else "" for prompt in prompts]

@@ -48,7 +48,7 @@ export function faultInStream(error) {
 }
 
 function faultOfRequest(message) {
-  const [, tokens, context] = message.match(/prompt has ([\d,]+) tokens, but the context holds ([\d,]+)/) ?? [];
+  const [, tokens, context] = message.match(/prompt has (?:more than )?([\d,]+) tokens, but the context holds ([\d,]+)/) ?? [];
   if (!context) return new Fault("The server cannot answer this.", sentence(message), { retry: false });
   return new Fault(
     "The context is full.",

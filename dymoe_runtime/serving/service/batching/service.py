@@ -14,6 +14,7 @@ from dymoe_runtime.process import resident_bytes
 from dymoe_runtime.serving.service.batching.answer import QueuedAnswer
 from dymoe_runtime.serving.service.batching.inbox import Inbox
 from dymoe_runtime.serving.service.batching.scheduler import Scheduler
+from dymoe_runtime.serving.service.errors import TooLong
 from dymoe_runtime.serving.service.request import GenerationRequest, ServiceState
 
 if TYPE_CHECKING:  # long chains of imports, for annotations alone
@@ -86,6 +87,4 @@ class BatchingService:
         if not ids:
             raise DymoeError("the prompt is empty; give it at least one token of text")
         if len(ids) > self.max_context:
-            raise DymoeError(
-                f"the prompt has {len(ids)} tokens, but the context holds {self.max_context}; shorten the prompt"
-            )
+            raise TooLong(len(ids), self.max_context, self._model.spec.max_context)

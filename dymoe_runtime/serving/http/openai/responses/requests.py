@@ -126,9 +126,14 @@ def template_messages(body: ResponseRequest, reasoning_key: str) -> list[Message
             made.append({"role": "tool", "content": output, "tool_call_id": call_id, "name": names.get(call_id, "")})
         elif kind == "reasoning":
             parts = item.content or item.summary
-            _append(made, {"role": "assistant", "content": "", reasoning_key: text_of(parts, f"{where}.content")})
+            _append(made, {"role": "assistant", "content": "", reasoning_key: [text_of(parts, f"{where}.content")]})
         else:
             raise bad_field(f"{where}.type", f"items of type '{kind[:40]}' are not supported; send messages and calls")
+    if not made:
+        raise bad_field("input", "it is empty; send at least one message")
+    for message in made:  # a join each time would copy what came before
+        if reasoning_key in message:
+            message[reasoning_key] = "".join(message[reasoning_key])
     return made
 
 
@@ -156,6 +161,6 @@ def _append(messages: list[Message], part: Message) -> None:
         return
     last["content"] += part["content"]
     if "tool_calls" in part:
-        last["tool_calls"] = [*last.get("tool_calls", []), *part["tool_calls"]]
+        last.setdefault("tool_calls", []).extend(part["tool_calls"])
     for key in part.keys() - {"role", "content", "tool_calls"}:
-        last[key] = last.get(key, "") + part[key]
+        last.setdefault(key, []).extend(part[key])
