@@ -109,12 +109,14 @@ struct MatrixView {
   Levels levels;
 };
 
+constexpr int64_t kCopies = 4;  // of each scale of a token: all vectors hold the sums of a block in four lanes
+
 /// Tokens quantized to int8 by blocks. The order of codes (see `place`) depends on the kernels that quantized them.
 /// `pitch` is `blocks` rounded up to a multiple of kGroup; scales and sums past the last block are 0.
 struct Activations {
   int64_t tokens, blocks, pitch;
   int8_t* codes;     // [tokens, codes_pitch(blocks)], in -127..127
-  float* scales;     // [tokens, pitch], NaN for a block that is not finite
+  float* scales;     // [tokens, pitch, kCopies], each as often as kernels want it; NaN if a block is not finite
   float* sums;       // [tokens, pitch], scale times the sum of the codes of a block
   float* half_sums;  // [tokens, pitch, 2], the same for each half of a block
 };

@@ -20,8 +20,10 @@ struct Avx2 {
 
   static constexpr int64_t at_once = 2, scales = 1;
   static constexpr int lanes = 8;
-  static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 2, tile_tokens = 4;
-  static constexpr int direct_tokens = 2, direct_most = 4;
+  static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 1, tile_tokens = 4;
+  static constexpr int direct_tokens = 2;
+  template <bool Wide>
+  static constexpr int direct_most = Wide ? 4 : 3;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
   // Not for exactly one plane of one bit: spreading its bits takes no longer than merging it.

@@ -18,7 +18,9 @@ struct Avx512 {
   static constexpr int64_t at_once = 4, scales = 1;
   static constexpr int lanes = 16;
   static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 4, tile_tokens = 2;
-  static constexpr int direct_tokens = 1, direct_most = 1;
+  static constexpr int direct_tokens = 1;
+  template <bool Wide>
+  static constexpr int direct_most = 1;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 16;
   template <int... Widths>

@@ -19,7 +19,9 @@ struct Neon {
   static constexpr int64_t at_once = 1, scales = 1;
   static constexpr int lanes = 4;
   static constexpr int direct_rows = 4, direct_step = 4, tile_rows = 2, tile_tokens = 2;
-  static constexpr int direct_tokens = 1, direct_most = 1;
+  static constexpr int direct_tokens = 1;
+  template <bool Wide>
+  static constexpr int direct_most = 1;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
   template <int... Widths>

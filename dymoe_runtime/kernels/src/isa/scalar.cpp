@@ -14,7 +14,9 @@ struct Scalar {
   static constexpr int64_t at_once = 1, scales = 1;
   static constexpr int lanes = 1;
   static constexpr int direct_rows = 1, direct_step = 1, tile_rows = 1, tile_tokens = 1;
-  static constexpr int direct_tokens = 1, direct_most = 1;
+  static constexpr int direct_tokens = 1;
+  template <bool Wide>
+  static constexpr int direct_most = 1;
   static constexpr bool pairs = false;
   static constexpr int64_t unpacked_rows = 8;
   template <int... Widths>

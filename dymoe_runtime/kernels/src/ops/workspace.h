@@ -75,7 +75,7 @@ class QuantizedTokens {
                         blocks,
                         pitch,
                         codes_.reserve(tokens * codes_pitch(blocks)),
-                        scales_.reserve(tokens * pitch),
+                        scales_.reserve(kCopies * tokens * pitch),
                         sums_.reserve(tokens * pitch),
                         half_sums_.reserve(2 * tokens * pitch)};
     parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
@@ -95,7 +95,7 @@ inline Activations some_tokens(const Activations& a, int64_t first, int64_t coun
           a.blocks,
           a.pitch,
           a.codes + first * codes_pitch(a.blocks),
-          a.scales + first * a.pitch,
+          a.scales + kCopies * first * a.pitch,
           a.sums + first * a.pitch,
           a.half_sums + 2 * first * a.pitch};
 }

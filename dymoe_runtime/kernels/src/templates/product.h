@@ -22,8 +22,8 @@
 //                                  different lanes, and a policy also has:
 //   load_half_scales(p)            p[2 i] and p[2 i + 1] in the lanes of the first and the second half of block i
 //   direct_rows, direct_step       rows of a tile for few tokens, read from the planes; how many are read together
-//   direct_tokens, direct_most     tokens of such a tile, 1 or 2; up to how many tokens planes are read for each tile,
-//                                  because unpacking takes longer
+//   direct_tokens, direct_most<Wide>  tokens of such a tile, 1 or 2; up to how many tokens planes are read for each
+//                                  tile, because unpacking takes longer
 //   merges<First, Rest...>         whether such a tile reads planes of these widths as Merged; then Rest are all 1:
 //     merge(planes, words, out)      merges all planes of width 1 for `words` blocks, a multiple of 4; 16 bytes a block
 //     load_merged<N>(p, merged, count, table)  the numbers by a plane of width First and N merged planes of width 1
@@ -118,7 +118,7 @@ DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t co
   DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
     typename V::Lanes scale[V::scales];
     DYMOE_UNROLL for (int h = 0; h < V::scales; ++h) scale[h] =
-        V::pair_scales(sizes + r * V::scales * pitch + h, V::scales * pitch, scales, pitch);
+        V::pair_scales(sizes + r * V::scales * pitch + h, V::scales * pitch, scales, kCopies * pitch);
     typename V::Lanes dots[4];
     const uint8_t* pair = rows + r * V::at_once * kBlock;
     V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
@@ -146,8 +146,8 @@ DYMOE_INLINE typename V::Lanes load_row_scales(const float* sizes) {
 /// Computes y for Rows rows from `row` on and Tokens tokens from `token` on. The codes are those of rows `source_row`
 /// on of `source`; sizes [Rows, pitch, V::scales] are the scale sizes.
 template <class V, int Rows, int Tokens, class Source>
-void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
-                   const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
+DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
+                                const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
   using Lanes = typename V::Lanes;
   Lanes sums[Rows][Tokens], corrections[Rows][Tokens];
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
@@ -156,7 +156,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
     if constexpr (in_pairs<V, Rows, Tokens>) {
       const int64_t pitch = codes_pitch(a.blocks);
       add_pairs<V, Rows>(source.paired(source_row, block), a.codes + token * pitch + block * kBlock, pitch,
-                         sizes + V::scales * block, a.scales + token * a.pitch + block, a.pitch, sums);
+                         sizes + V::scales * block, a.scales + kCopies * (token * a.pitch + block), a.pitch, sums);
       return;
     }
     // From the planes, as many rows at a time as the registers hold.
@@ -173,7 +173,7 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
           V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
       V::template dots<Source::wide>(codes, tokens, dots);
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const Lanes scale = V::load_scales(a.scales + (token + t) * a.pitch + block);
+        const Lanes scale = V::load_floats(a.scales + kCopies * ((token + t) * a.pitch + block));
         DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[first + r][t] =
             V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
       }
@@ -202,16 +202,23 @@ void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row
           V::multiply_add(own[r], of_token, corrections[r][t]);
     }
   }
-  float row_scales[Rows];
-  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) row_scales[r] = row_scale(m, row + r);
-  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-    Lanes of_rows[Rows];
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) of_rows[r] = V::multiply_add(off_centre, corrections[r][t], sums[r][t]);
-    float totals[Rows];
-    V::sum(of_rows, totals);
-    float* out = y + (token + t) * stride + row;
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) out[r] = totals[r] * row_scales[r];
+  Lanes all[Tokens * Rows];
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) DYMOE_UNROLL for (int r = 0; r < Rows; ++r) all[t * Rows + r] =
+      V::multiply_add(off_centre, corrections[r][t], sums[r][t]);
+  float totals[Tokens * Rows];
+  V::sum(all, totals);
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+    const float scale = row_scale(m, row + r);
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) y[(token + t) * stride + row + r] = totals[t * Rows + r] * scale;
   }
+}
+
+/// `multiply_tile` as a function of its own. A tile that is read from planes needs all registers; inlined, it would
+/// share them with what surrounds it.
+template <class V, int Rows, int Tokens, class Source>
+DYMOE_APART void multiply_planes(const MatrixView& m, const Source& source, const float* sizes, const Activations& a,
+                                 int64_t row, int64_t token, float* y, int64_t stride) {
+  multiply_tile<V, Rows, Tokens>(m, source, row, sizes, a, row, token, y, stride);
 }
 
 /// Multiplies few tokens by rows [begin, end), read from the planes.
@@ -226,16 +233,15 @@ void multiply_directly(const MatrixView& m, const Source& source, const Activati
       int64_t token = 0;
       if constexpr (V::direct_tokens == 2) {
         for (; token + 2 <= a.tokens; token += 2)
-          multiply_tile<V, V::direct_rows, 2>(m, rows, row, sizes, a, row, token, y, stride);
+          multiply_planes<V, V::direct_rows, 2>(m, rows, sizes, a, row, token, y, stride);
       }
-      for (; token < a.tokens; ++token)
-        multiply_tile<V, V::direct_rows, 1>(m, rows, row, sizes, a, row, token, y, stride);
+      for (; token < a.tokens; ++token) multiply_planes<V, V::direct_rows, 1>(m, rows, sizes, a, row, token, y, stride);
     });
   }
   for (; row < end; ++row) {
     load_sizes<V>(m, row, 1, a.pitch, sizes);
     for (int64_t token = 0; token < a.tokens; ++token)
-      multiply_tile<V, 1, 1>(m, source, row, sizes, a, row, token, y, stride);
+      multiply_planes<V, 1, 1>(m, source, sizes, a, row, token, y, stride);
   }
 }
 
@@ -248,6 +254,20 @@ void multiply_rows(const MatrixView& m, const Source& source, int64_t count, con
     multiply_tile<V, V::tile_rows, Tokens>(m, source, r, sizes + r * V::scales * a.pitch, a, row + r, token, y, stride);
   for (; r < count; ++r)
     multiply_tile<V, 1, Tokens>(m, source, r, sizes + r * V::scales * a.pitch, a, row + r, token, y, stride);
+}
+
+/// Multiplies the tokens from `token` on likewise: `Tokens` at a time, then half as many.
+template <class V, int Tokens, class Source>
+void multiply_tokens(const MatrixView& m, const Source& source, int64_t count, const float* sizes, const Activations& a,
+                     int64_t row, int64_t token, float* y, int64_t stride) {
+  for (; token + Tokens <= a.tokens; token += Tokens)
+    multiply_rows<V, Tokens>(m, source, count, sizes, a, row, token, y, stride);
+  if (token == a.tokens) return;
+  if constexpr (V::pairs) {
+    // Paired rows need paired tokens: the token before the last is computed again, with the same values.
+    if (token > 0) return multiply_rows<V, Tokens>(m, source, count, sizes, a, row, a.tokens - Tokens, y, stride);
+  }
+  if constexpr (Tokens > 1) multiply_tokens<V, Tokens / 2>(m, source, count, sizes, a, row, token, y, stride);
 }
 
 /// Multiplies all tokens by rows [begin, end), a few unpacked rows at a time.
@@ -265,16 +285,7 @@ void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin,
       if (pairs) pair_rows<V, Wide>(count, m.blocks, codes);
     }
     // The outer loop is over tokens: unpacked rows stay in the L1 cache, and each token is loaded once for all of them.
-    int64_t token = 0;
-    for (; token + V::tile_tokens <= a.tokens; token += V::tile_tokens)
-      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
-    if (pairs && token < a.tokens) {
-      // Paired rows need paired tokens: the token before the last is computed again, with the same values.
-      token = a.tokens - V::tile_tokens;
-      multiply_rows<V, V::tile_tokens>(m, source, count, sizes, a, row, token, y, stride);
-      continue;
-    }
-    for (; token < a.tokens; ++token) multiply_rows<V, 1>(m, source, count, sizes, a, row, token, y, stride);
+    multiply_tokens<V, V::tile_tokens>(m, source, count, sizes, a, row, 0, y, stride);
   }
 }
 
@@ -286,9 +297,11 @@ void product_on_grid(const MatrixView& m, const Activations& a, int64_t begin, i
   const auto directly = [&](const auto& source) {
     multiply_directly<V>(m, source, a, begin, end, y, stride, scratch, sizes);
   };
-  if (a.tokens <= V::direct_most && KnownSplits<V>::visit(m, directly)) return;
+  const bool wide = m.bits > kNarrowBits;
+  const int64_t most = wide ? V::template direct_most<true> : V::template direct_most<false>;
+  if (a.tokens <= most && KnownSplits<V>::visit(m, directly)) return;
   if constexpr (grid_of<V> == Grid::usual) {
-    if (m.bits > kNarrowBits) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
+    if (wide) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
   }
   multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
 }

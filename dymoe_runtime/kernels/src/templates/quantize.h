@@ -72,22 +72,21 @@ void scale_sums(const float* __restrict scales, const int32_t (&packed)[kGroup],
 template <class V>
 void quantize(const float* x, int64_t cols, int64_t token, const Activations& out) {
   int8_t* codes = out.codes + token * codes_pitch(out.blocks);
-  float* scales = out.scales + token * out.pitch;
   for (int64_t group = 0; group < out.pitch; group += kGroup) {
     int32_t packed[kGroup] = {};
-    for (int64_t block = group; block < group + kGroup; ++block) {
-      scales[block] = 0.0f;
-      if (block >= out.blocks) continue;
+    float scales[kGroup] = {};
+    for (int64_t block = group; block < smaller(group + kGroup, out.blocks); ++block) {
       const float* from = x + block * kBlock;
       float padded[kBlock] = {};
       const int64_t count = smaller(kBlock, cols - block * kBlock);
       if (count < kBlock) from = static_cast<const float*>(std::memcpy(padded, from, count * sizeof(float)));
       int8_t quantized[kBlock];
-      packed[block - group] = quantize_block(from, quantized, scales + block);
+      packed[block - group] = quantize_block(from, quantized, scales + block - group);
       for (int64_t i = 0; i < kBlock; i += 16) std::memcpy(codes + place(V::at_once, block, i), quantized + i, 16);
     }
     const int64_t at = token * out.pitch + group;
-    scale_sums(scales + group, packed, out.sums + at, out.half_sums + 2 * at);
+    for (int64_t i = 0; i < kCopies * kGroup; ++i) out.scales[kCopies * at + i] = scales[i / kCopies];
+    scale_sums(scales, packed, out.sums + at, out.half_sums + 2 * at);
   }
 }
 

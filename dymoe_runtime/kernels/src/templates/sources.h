@@ -11,9 +11,11 @@
 // Otherwise GCC leaves a call in the innermost loop, and no vector stays in its register.
 #define DYMOE_INLINE __attribute__((always_inline)) inline
 #define DYMOE_INLINE_LAMBDA __attribute__((always_inline))
+#define DYMOE_APART __attribute__((noinline))
 #else
 #define DYMOE_INLINE inline
 #define DYMOE_INLINE_LAMBDA
+#define DYMOE_APART
 #endif
 #if defined(__clang__)
 #define DYMOE_UNROLL _Pragma("unroll")
