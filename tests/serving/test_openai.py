@@ -151,9 +151,8 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], field: str, client: ope
 
 
 def test_a_prompt_that_does_not_fit_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(
-        openai.BadRequestError, match=r"has \d+ tokens, but the context holds 512; .* prompt'"
-    ) as caught:
+    refusal = r"the prompt has \d+ tokens, but the context holds 512; shorten the prompt$"
+    with pytest.raises(openai.BadRequestError, match=refusal) as caught:
         client.completions.create(model="demo", prompt="And again " * 300)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="prompt: it is empty"):
