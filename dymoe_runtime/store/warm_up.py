@@ -121,11 +121,21 @@ def preload_order(bundle: Bundle, uses: np.ndarray, bits_mean: float, arena_byte
 
 
 def shares_of_segments(ladder: Sequence[int], bits_mean: float) -> list[float]:
-    """Return about which share of an expert's uses needs each segment, if their mean tier is `bits_mean`."""
-    shares = [1.0]
-    for below, tier in itertools.pairwise(ladder):
-        shares.append(min(max((bits_mean - below) / (tier - below), 0.0), 1.0))
-    return shares
+    """Return about which share of an expert's uses needs each segment, if their mean tier is `bits_mean`.
+
+    If it is a tier of the ladder, all uses have that tier. Else they are taken to be halfway between uses of the two
+    tiers around it and uses of the lowest and the highest tier.
+    """
+    if bits_mean in ladder:
+        return [float(tier <= bits_mean) for tier in ladder]
+    lowest, highest = ladder[0], ladder[-1]
+    of_ends = _between(lowest, highest, bits_mean)
+    return [1.0, *((of_ends + _between(below, tier, bits_mean)) / 2 for below, tier in itertools.pairwise(ladder))]
+
+
+def _between(lower: float, upper: float, value: float) -> float:
+    """Return how far a value is from `lower` to `upper`, within 0 and 1."""
+    return min(max((value - lower) / (upper - lower), 0.0), 1.0)
 
 
 def read_warm_set(path: Path, bundle: Bundle) -> np.ndarray | None:

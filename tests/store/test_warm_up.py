@@ -46,12 +46,15 @@ def test_refinement_planes_are_read_as_far_as_the_point_uses_them(shipped: Bundl
     assert {request.tier for request in preload_order(shipped, uses, low, 1 << 40)} == {low}
     assert {request.tier for request in preload_order(shipped, uses, high, 1 << 40)} == {high}
     some = preload_order(shipped, uses, low + 0.5, shipped.expert_bytes() // 2)
-    by_tier = {tier: [uses[request.key] for request in some if request.tier == tier] for tier in (low, low + 1)}
-    assert min(by_tier[low + 1]) > max(by_tier[low])
+    refined = [uses[request.key] for request in some if request.tier > low]
+    assert min(refined) > max(uses[request.key] for request in some if request.tier == low)
+    everything = preload_order(shipped, uses, low + 0.5, 1 << 40)  # some of its uses have the highest tier
+    assert {request.tier for request in everything} == {high}
 
 
 @pytest.mark.parametrize(
-    ("bits", "shares"), [(2, [1, 0, 0]), (2.25, [1, 0.25, 0]), (3, [1, 1, 0]), (3.5, [1, 1, 0.5]), (4, [1, 1, 1])]
+    ("bits", "shares"),
+    [(2, [1, 0, 0]), (2.5, [1, 0.375, 0.125]), (3, [1, 1, 0]), (3.5, [1, 0.875, 0.625]), (4, [1, 1, 1])],
 )
 def test_shares_of_segments(bits: float, shares: list[float]) -> None:
     assert shares_of_segments((2, 3, 4), bits) == shares
