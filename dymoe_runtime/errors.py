@@ -25,6 +25,14 @@ class DymoeError(Exception):
     exit_code = 1
 
 
+class TemplateFailed(DymoeError):
+    """The chat template refused the messages, or asked for more than a template may use; `why` says which."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where}the chat template failed: {why}; change the messages or use --prompt")
+        self.why = why
+
+
 class QualityError(DymoeError):
     """No operating point of the bundle reaches the quality that was asked for."""
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, TemplateFailed
 from dymoe_runtime.text.added_tokens import add_tokens
 from dymoe_runtime.text.reasoning import Splitter, make_splitter
 from dymoe_runtime.text.sampling import SamplingParams
@@ -223,8 +223,8 @@ class Tokenizer:
         objects or JSON, and the role "tool". Where the template takes no tools, a system message, or the first one of
         the user, has the definitions. `kwargs` are passed to the template, such as `enable_thinking`.
 
-        Raises DymoeError if there is no template, if a definition or a call is malformed, or if the template refuses
-        the messages or asks for more time or memory than a template may use.
+        Raises DymoeError if there is no template, or if a definition or a call is malformed, and TemplateFailed if the
+        template refuses the messages or asks for more time or memory than a template may use.
         """
         from dymoe_runtime.text.chat_template import reason, render  # imports jinja2, which plain prompts do not need
 
@@ -242,7 +242,7 @@ class Tokenizer:
                 refusal = refusal or error
         where = "" if self._template_file is None else f"{self._template_file}: "
         why = "it takes no messages" if refusal is None else reason(refusal)
-        raise DymoeError(f"{where}the chat template failed: {why}; change the messages or use --prompt") from refusal
+        raise TemplateFailed(where, why) from refusal
 
     @property
     def template_variables(self) -> frozenset[str]:

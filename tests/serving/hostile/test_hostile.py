@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,18 @@ def test_the_field_that_is_wrong_is_named(path: str, body: Any, field: str) -> N
     answer = ask(app_of(service()), "POST", path, json=body)
     message = answer.json()["error"] if path.startswith("/api") else answer.json()["error"]["message"]
     assert answer.status_code == 400 and message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_a_refusal_of_the_template_names_no_file_and_no_flag(path: str, tmp_path: Path) -> None:
+    template = "{{ raise_exception('no more than one turn') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG | {"chat_template": template}))
+    byte_level_backend().save(str(tmp_path / "tokenizer.json"))
+    said: Any = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "max_tokens": 16}
+    answer = ask(app_of(Scripted(Tokenizer.load(tmp_path))), "POST", path, json=said)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert message == "messages: the chat template failed: no more than one turn; change the messages"
 
 
 def test_many_items_of_one_answer_are_joined_in_one_pass() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dymoe_runtime.errors import DymoeError
+from dymoe_runtime.errors import DymoeError, TemplateFailed
 from dymoe_runtime.serving.http.answers.backend import Backend
 from dymoe_runtime.serving.http.exchange.errors import ApiError, bad_field
 from dymoe_runtime.serving.service.errors import TooLong
@@ -44,7 +44,7 @@ async def chat_prompt(
 
     `tools` are definitions in OpenAI's form.
 
-    Raises ApiError if there is no chat template or no message, and DymoeError if the template refuses them.
+    Raises ApiError if there is no chat template or no message, or if the template refuses them.
     """
     tokenizer = backend.tokenizer
     need_template(backend)
@@ -60,7 +60,10 @@ async def chat_prompt(
     }
 
     def render() -> Prompt:
-        text = chat_text(tokenizer, asked, tools or None, values) + begun
+        try:
+            text = chat_text(tokenizer, asked, tools or None, values) + begun
+        except TemplateFailed as error:  # whose own message is for who runs the server: it names files and flags
+            raise bad_field("messages", f"the chat template failed: {error.why}; change the messages") from error
         return Prompt(text, encoded(backend, text, add_special_tokens=False))
 
     return await backend.in_thread(render)
