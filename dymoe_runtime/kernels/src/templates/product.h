@@ -152,11 +152,13 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
   Lanes sums[Rows][Tokens], corrections[Rows][Tokens];
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
       corrections[r][t] = V::zero();
+  const int64_t blocks = m.blocks, pitch = codes_pitch(a.blocks), sizes_pitch = a.pitch;
+  const int8_t* codes_of_tokens = a.codes + token * pitch;
+  const float* scales_of_tokens = a.scales + kCopies * token * sizes_pitch;
   const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
     if constexpr (in_pairs<V, Rows, Tokens>) {
-      const int64_t pitch = codes_pitch(a.blocks);
-      add_pairs<V, Rows>(source.paired(source_row, block), a.codes + token * pitch + block * kBlock, pitch,
-                         sizes + V::scales * block, a.scales + kCopies * (token * a.pitch + block), a.pitch, sums);
+      add_pairs<V, Rows>(source.paired(source_row, block), codes_of_tokens + block * kBlock, pitch,
+                         sizes + V::scales * block, scales_of_tokens + kCopies * block, sizes_pitch, sums);
       return;
     }
     // From the planes, as many rows at a time as the registers hold.
@@ -167,26 +169,26 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
       Lanes dots[Step][Tokens], scales[Step];
       DYMOE_UNROLL for (int r = 0; r < Step; ++r) {
         codes[r] = source.load(source_row + first + r, block, count);
-        scales[r] = load_row_scales<V>(sizes + ((first + r) * a.pitch + block) * V::scales);
+        scales[r] = load_row_scales<V>(sizes + ((first + r) * sizes_pitch + block) * V::scales);
       }
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] =
-          V::load_tokens(a.codes + (token + t) * codes_pitch(a.blocks) + block * kBlock);
+          V::load_tokens(codes_of_tokens + t * pitch + block * kBlock);
       V::template dots<Source::wide>(codes, tokens, dots);
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const Lanes scale = V::load_floats(a.scales + kCopies * ((token + t) * a.pitch + block));
+        const Lanes scale = V::load_floats(scales_of_tokens + kCopies * (t * sizes_pitch + block));
         DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[first + r][t] =
             V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
       }
     }
   };
-  const int64_t ahead = (kAheadBlocks + m.blocks - 1) / m.blocks;
+  const int64_t ahead = (source_row + (kAheadBlocks + blocks - 1) / blocks) * blocks;
   int64_t block = 0;
-  for (; block + V::at_once <= m.blocks; block += V::at_once) {
+  for (; block + V::at_once <= blocks; block += V::at_once) {
     // Each step prefetches as much of the rows ahead as it uses, so that memory is always busy.
-    source.template prefetch<Rows * V::at_once>((source_row + ahead) * m.blocks + Rows * block);
+    source.template prefetch<Rows * V::at_once>(ahead + Rows * block);
     add(block, V::at_once);
   }
-  if (block < m.blocks) add(block, m.blocks - block);
+  if (block < blocks) add(block, blocks - block);
   if constexpr (in_pairs<V, Rows, Tokens>) {
     DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
   }
