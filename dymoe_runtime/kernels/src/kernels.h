@@ -109,7 +109,7 @@ struct MatrixView {
   Levels levels;
 };
 
-constexpr int64_t kCopies = 4;  // of each scale of a token: all vectors hold the sums of a block in four lanes
+constexpr int64_t kCopies = 4;  // of each scale of a token: vectors hold the sums of a block in four lanes
 
 /// Tokens quantized to int8 by blocks. The order of codes (see `place`) depends on the kernels that quantized them.
 /// `pitch` is `blocks` rounded up to a multiple of kGroup; scales and sums past the last block are 0.

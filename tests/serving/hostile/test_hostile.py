@@ -69,14 +69,13 @@ def test_other_threads_run_while_a_long_text_is_encoded() -> None:
 
     thread = threading.Thread(target=tick)
     thread.start()
-    begun = time.monotonic()
+    before = len(ticks)
     ids = tokenizer.encode("hello " * 200_000)
-    ended = time.monotonic()
+    meanwhile = len(ticks) - before
     done.set()
     thread.join()
     assert ids[:200] == tokenizer.encode("hello " * 200)[:200] == tokenizer.encode_with_offsets("hello " * 200)[0][:200]
-    pauses = [after - before for before, after in zip([begun, *ticks], [*ticks, ended], strict=True)]
-    assert max(pauses) < 0.75 * (ended - begun)
+    assert meanwhile >= 5
 
 
 def test_a_context_that_can_be_larger_is_said_to_be_so() -> None:
@@ -114,16 +113,16 @@ def test_the_field_that_is_wrong_is_named(path: str, body: Any, field: str) -> N
     assert answer.status_code == 400 and message.startswith(f"{field}: ")
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat"])
 def test_a_refusal_of_the_template_names_no_file_and_no_flag(path: str, tmp_path: Path) -> None:
     template = "{{ raise_exception('no more than one turn') }}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG | {"chat_template": template}))
     byte_level_backend().save(str(tmp_path / "tokenizer.json"))
-    said: Any = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "max_tokens": 16}
+    said: Any = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "input": "hi", "max_tokens": 16}
     answer = ask(app_of(Scripted(Tokenizer.load(tmp_path))), "POST", path, json=said)
-    message = answer.json()["error"]["message"]
+    said = answer.json()["error"] if path.startswith("/api") else answer.json()["error"]["message"]
     assert answer.status_code == 400
-    assert message == "messages: the chat template failed: no more than one turn; change the messages"
+    assert said == "the chat template failed: no more than one turn; change the messages"
 
 
 def test_many_items_of_one_answer_are_joined_in_one_pass() -> None:

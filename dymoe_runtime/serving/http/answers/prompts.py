@@ -63,7 +63,7 @@ async def chat_prompt(
         try:
             text = chat_text(tokenizer, asked, tools or None, values) + begun
         except TemplateFailed as error:  # whose own message is for who runs the server: it names files and flags
-            raise bad_field("messages", f"the chat template failed: {error.why}; change the messages") from error
+            raise ApiError(400, f"the chat template failed: {error.why}; change the messages") from error
         return Prompt(text, encoded(backend, text, add_special_tokens=False))
 
     return await backend.in_thread(render)
