@@ -23,8 +23,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 CLAMPED = "clamped_swiglu"
 # Norms of the residual stream and of what layers add to it: RMSNorm, or LayerNorm without or with biases.
 NORMS = ("rms", "layer", "layer_bias")
-# Grids of the experts' codes: that of the bundle format, and that of weights that were trained in MXFP4.
-GRIDS = ("", "mxfp4")
+# Grids of the experts' codes: scalar, that of weights that were trained in MXFP4, and trellis-coded.
+GRIDS = ("", "mxfp4", "trellis")
 
 # Kinds of rotary embeddings.
 ROPES = ("default", "linear", "llama3", "yarn", "proportional", "longrope")

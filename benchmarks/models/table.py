@@ -24,7 +24,7 @@ from dymoe_compile.families.parts.config import Config
 from dymoe_compile.job.profile import DEVICE_PROCESS_BYTES
 from dymoe_compile.plan.sizes import alike, planned_bundle, total_bytes
 from dymoe_runtime.bundle.bundle import Bundle, dense_kind, expert_layout
-from dymoe_runtime.bundle.tiers import MXFP4
+from dymoe_runtime.bundle.tiers import grid_for
 from dymoe_runtime.engine.load import DEFAULT_CONTEXT
 from dymoe_runtime.engine.memory_plan import plan_budget
 from dymoe_runtime.kernels import REFERENCE, load_kernels
@@ -59,8 +59,7 @@ class Model:
 
     def compiled(self, ladder: tuple[int, ...]) -> ModelSpec:
         """Return the specification in a bundle with this ladder; experts stored in MXFP4 keep their codes in 4 bits."""
-        kept = self.stored == "mxfp4" and ladder[-1] == 4
-        return replace(self.spec, expert_grid=MXFP4) if kept else self.spec
+        return replace(self.spec, expert_grid=grid_for(ladder, 4 if self.stored == "mxfp4" else None))
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

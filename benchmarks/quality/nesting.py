@@ -41,7 +41,7 @@ from dymoe_compile.quantize.descent import DescentKernels
 from dymoe_compile.quantize.moments import Moments
 from dymoe_compile.quantize.quantize import quantize_matrix
 from dymoe_runtime.bundle.bundle import Bundle
-from dymoe_runtime.bundle.tiers import BLOCK, levels_of, make_layout, tier_scales
+from dymoe_runtime.bundle.tiers import BLOCK, levels_at, make_layout, tier_scales
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.routing import Routing
@@ -72,13 +72,13 @@ def quality(
     bundle: Bundle, model: Path, found: list[dict[str, list[Moments]]], judged: HeldOut, kernels: Kernels
 ) -> str:
     """Return a table of the KL of nested and of separate tiers."""
-    ladder, descent = bundle.manifest.ladder, load_descent(kernels)
+    ladder, grid, descent = bundle.manifest.ladder, bundle.spec.expert_grid, load_descent(kernels)
 
     def alone(weight: torch.Tensor, m: Moments, tier: int) -> torch.Tensor:
-        return values(weight, m, (tier,), tier, descent)
+        return values(weight, m, (tier,), tier, descent, grid)
 
     def together(weight: torch.Tensor, m: Moments, tier: int) -> torch.Tensor:
-        return values(weight, m, ladder, tier, descent)
+        return values(weight, m, ladder, tier, descent, grid)
 
     models = []
     for method in (together, alone):
@@ -101,12 +101,13 @@ def quality(
 
 
 def values(
-    weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int, descent: DescentKernels
+    weight: torch.Tensor, found: Moments, ladder: tuple[int, ...], tier: int, descent: DescentKernels, grid: str
 ) -> torch.Tensor:
-    """Return a matrix at `tier`, quantized for `ladder`."""
-    matrix = quantize_matrix(weight, ladder, descent, found)
-    levels = levels_of(tier, ladder[-1])[matrix.codes >> (ladder[-1] - tier)]
-    scales = tier_scales(matrix.scale_indices[tier], matrix.multiplier, tier, ladder[-1])
+    """Return a matrix at `tier`, quantized for `ladder` on `grid`."""
+    top = ladder[-1]
+    matrix = quantize_matrix(weight, ladder, descent, found, grid)
+    levels = levels_at(matrix.codes >> (top - tier), tier, top, grid)
+    scales = tier_scales(matrix.scale_indices[tier], matrix.multiplier, tier, top, grid)
     return torch.from_numpy(scales.repeat(BLOCK, axis=1)[:, : weight.shape[1]] * levels)
 
 

@@ -255,7 +255,7 @@ class LayerRun:
         if self.spec.expert_grid == MXFP4:
             codes = mxfp4_expert(matrices, self._ladder)
         else:
-            codes = quantize_expert(matrices, self._ladder, self._descent, by_name)
+            codes = quantize_expert(matrices, self._ladder, self._descent, by_name, self.spec.expert_grid)
         record = pack_record(self._layout, codes, vectors)
         self._judge(key, record, x[-ERROR_SAMPLE:], out[-ERROR_SAMPLE:], weights[-ERROR_SAMPLE:], judged)
         if not (into.enough and inside.enough):

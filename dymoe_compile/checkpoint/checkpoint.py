@@ -15,7 +15,7 @@ from dymoe_compile.checkpoint.directory import CONFIG, INDEX, REMEDY
 from dymoe_compile.checkpoint.formats.read import DTYPES, read
 from dymoe_compile.checkpoint.quantization import MODELOPT
 from dymoe_compile.checkpoint.tensors import CheckpointTensors, Stack
-from dymoe_runtime.bundle.tiers import MXFP4
+from dymoe_runtime.bundle.tiers import grid_for
 from dymoe_runtime.files import naming, open_regular
 from dymoe_runtime.spec import ExpertKey
 
@@ -41,8 +41,7 @@ class Checkpoint:
         what is missing or contradictory.
         """
         tensors = CheckpointTensors.open(path)
-        kept = bool(ladder) and tensors.trained_bits() == ladder[-1]
-        return Checkpoint(tensors, MXFP4 if kept else "")
+        return Checkpoint(tensors, grid_for(ladder, tensors.trained_bits()) if ladder else "")
 
     @property
     def left_out(self) -> dict[str, int]:

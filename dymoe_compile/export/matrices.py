@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dymoe_runtime.bundle.tiers import MatrixLayout, levels_of, tier_scales_of, unpack_codes
+from dymoe_runtime.bundle.tiers import TRELLIS, MatrixLayout, levels_at, levels_of, tier_scales_of, unpack_codes
 from dymoe_runtime.errors import DymoeError
 
 # The largest magnitude of a whole number in codes of 8 bits whose zero is 128.
@@ -62,13 +62,17 @@ def of_tier(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -> W
 
     Raises DymoeError if the levels of the tier do not fit 8 bits.
     """
+    codes, scales = unpack_codes(segments, where, tier), tier_scales_of(segments, where, tier)
+    if where.grid == TRELLIS:
+        return WholeNumbers((levels_at(codes, tier, where.ladder[-1], TRELLIS) + 128).astype(np.uint8), scales)
     table, factor = carrier(tier, where.ladder[-1], where.grid)
-    scales = tier_scales_of(segments, where, tier) / np.float32(factor)
-    return WholeNumbers(table[unpack_codes(segments, where, tier)], scales)
+    return WholeNumbers(table[codes], scales / np.float32(factor))
 
 
 def carrier(tier: int, top: int, grid: str = "") -> tuple[np.ndarray, int]:
     """Return the code of 8 bits of each code of a tier, uint8 [2^tier], and the divisor of its scales, 1 or 2.
+
+    Not for the trellis grid, whose codes have no levels of their own.
 
     Raises DymoeError if its levels do not fit.
 
@@ -91,6 +95,8 @@ def fits(tier: int, top: int, grid: str = "") -> bool:
     >>> fits(4, 4), fits(8, 8)
     (True, False)
     """
+    if grid == TRELLIS:
+        return True
     levels, factor = _whole(tier, top, grid)
     return bool(np.abs(np.rint(levels * factor)).max() <= MOST)
 

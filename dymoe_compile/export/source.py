@@ -65,7 +65,7 @@ class BundleSource:
         self.spec = bundle.spec
         self._bundle, self._tier, self._kernels = bundle, tier, kernels
         self.is_exact = fits(tier, bundle.layout.ladder[-1], self.spec.expert_grid)
-        if not rounds:
+        if not rounds and not self.is_exact:
             carrier(tier, bundle.layout.ladder[-1], self.spec.expert_grid)
         span = next(iter(bundle.layout.matrices.values())).span
         self.expert_form = Format(8, span) if self.is_exact else DENSE_FORM

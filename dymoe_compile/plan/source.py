@@ -12,7 +12,7 @@ from dymoe_compile.checkpoint.tensors import CheckpointTensors
 from dymoe_compile.families import family_of, text_config
 from dymoe_compile.families.parts.config import Config
 from dymoe_runtime.bundle.bundle import TOKENIZER
-from dymoe_runtime.bundle.tiers import MXFP4
+from dymoe_runtime.bundle.tiers import grid_for
 from dymoe_runtime.errors import DymoeError
 from dymoe_runtime.spec import ModelSpec
 
@@ -33,8 +33,8 @@ class Source:
     tokenizer_bytes: int | None
 
     def spec_for(self, ladder: tuple[int, ...]) -> ModelSpec:
-        """Return the specification in a bundle with this ladder: experts trained in MXFP4 may keep their codes."""
-        return replace(self.spec, expert_grid=MXFP4 if self.trained_bits == ladder[-1] else "")
+        """Return the specification in a bundle with this ladder."""
+        return replace(self.spec, expert_grid=grid_for(ladder, self.trained_bits))
 
 
 class HeadersOnly(TensorFiles):

@@ -50,6 +50,9 @@ class Descent:
     error: torch.Tensor  # float32 [tiers, rows, cols]
     codes: torch.Tensor  # uint8 [rows, cols]
     last: bool = True  # whether scales are fitted again to the chosen codes
+    grid: str = ""  # of the codes, as in tiers.py
+    # float32 [rows, cols], on the trellis grid in the first visit: there are no codes yet, and `error` is 0.
+    weight: torch.Tensor | None = None
     whole: bool = False  # whether the levels of the only tier are the whole numbers code - 2^(bits - 1)
 
     def levels(self, codes: torch.Tensor, t: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from dymoe_compile.quantize.descent import Descent, Grid
 from dymoe_compile.quantize.descent_reference import ReferenceDescent
+from dymoe_runtime.bundle.tiers import TRELLIS
 from dymoe_runtime.kernels import _native
 
 # Most bits of the highest tier that the compiled `fit` supports: kMaxFittedBits in kernels.h.
@@ -73,6 +74,8 @@ class NativeDescent:
             pitch,
             block.last,
             block.whole,
+            block.grid == TRELLIS,
+            0 if block.weight is None else block.weight.data_ptr() + 4 * first,
         )
 
 

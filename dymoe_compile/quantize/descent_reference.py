@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from dymoe_compile.quantize import trellis_reference
 from dymoe_compile.quantize.descent import Descent, Grid
 from dymoe_runtime.bundle import tiers
+from dymoe_runtime.bundle.tiers import TRELLIS
 
 # Curvatures below this count as zero.
 TINY = 1e-30
@@ -32,6 +34,8 @@ class ReferenceDescent:
         return codes, scales
 
     def descend(self, block: Descent) -> None:
+        if block.grid == TRELLIS:
+            return trellis_reference.descend(block)
         for tier in range(len(block.ladder)):
             _fit_scale(block, tier)
         for column in range(block.columns.start, block.columns.stop):

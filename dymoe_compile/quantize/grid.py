@@ -9,13 +9,23 @@ import torch.nn.functional as F
 
 from dymoe_compile.quantize.descent import DescentKernels, Grid
 from dymoe_compile.quantize.descent_reference import nearest_codes
-from dymoe_runtime.bundle.tiers import BLOCK, FINE_SCALES, MAX_CURVED, SCALE_SIZES, blocks_of, levels_of, unit_of
+from dymoe_runtime.bundle.tiers import (
+    BLOCK,
+    FINE_SCALES,
+    MAX_CURVED,
+    SCALE_SIZES,
+    TRELLIS,
+    blocks_of,
+    levels_of,
+    unit_of,
+)
 
 # The squared error of a tier t below the highest tier T weighs 4^(t - T) times this share. On the reference
 # model, shares of 1.6 and 0.8 lower KL at 2 bits by 5% and raise it at 4 bits by 10%. With the shares below,
 # mixed points between 2 and 4 bits are best, and no tier is far behind one that is stored alone.
 LOWEST_SHARE = 0.8
 BETWEEN_SHARE = 0.5
+TRELLIS_SHARE = 0.8  # of tiers between, on the trellis grid
 # Scales tried for each block. Even levels: the scale that maps the largest level to the largest magnitude,
 # times CLIPS. Curved levels: that scale itself, and the scale that matches the root mean square of the
 # levels to that of the block, times SPREADS. On the reference model this is better than seven clips.
@@ -27,11 +37,24 @@ LEVELS_RMS = {2: 16.2, 3: 9.5, 4: 11.5}
 FINE = 6
 
 
-def tier_weights(ladder: Sequence[int]) -> tuple[float, ...]:
+def tier_weights(ladder: Sequence[int], grid: str = "") -> tuple[float, ...]:
     """Return the weight of each tier's squared error in the joint loss, 1 for the highest tier."""
     top = ladder[-1]
-    lower = [BETWEEN_SHARE * 4.0 ** (tier - top) for tier in ladder[:-1]]
-    return (*([lower[0] * LOWEST_SHARE / BETWEEN_SHARE, *lower[1:]] if lower else []), 1.0)
+    between = TRELLIS_SHARE if grid == TRELLIS else BETWEEN_SHARE
+    shares = [LOWEST_SHARE, *[between] * (len(ladder) - 2)][: len(ladder) - 1]
+    return (*(share * 4.0 ** (tier - top) for share, tier in zip(shares, ladder, strict=False)), 1.0)
+
+
+def usual_scales(weight: torch.Tensor, ladder: tuple[int, ...]) -> torch.Tensor:
+    """Return the scales with which the trellis grid suits normal weights, [tiers, rows, blocks].
+
+    weight is float32 [rows, cols]. Levels times the unit of their tier have a root mean square of about 1.
+    """
+    rows, cols = weight.shape
+    blocks = F.pad(weight, (0, blocks_of(cols) * BLOCK - cols)).view(rows, -1, BLOCK)
+    counts = torch.full((blocks.shape[1],), BLOCK)
+    counts[-1] = cols - (len(counts) - 1) * BLOCK
+    return (blocks.square().sum(-1) / counts).sqrt() * units_of(ladder, TRELLIS)[:, None, None]
 
 
 def start_grids(
@@ -71,12 +94,12 @@ def rounded(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
     return nearest_codes(weight[..., None], stored, bits)[..., 0]
 
 
-def multiplier_of(scales: torch.Tensor, ladder: tuple[int, ...]) -> torch.Tensor:
+def multiplier_of(scales: torch.Tensor, ladder: tuple[int, ...], grid: str = "") -> torch.Tensor:
     """Return the multipliers bf16 [rows] with which stored scales come closest to scales [tiers, rows, blocks].
 
     The largest scale of a row maps to the largest fine size or, if it is an outlier, to a coarse size.
     """
-    in_top = scales / units_of(ladder)[:, None, None]
+    in_top = scales / units_of(ladder, grid)[:, None, None]
     largest = in_top.amax(dim=(0, 2))
     best, least = torch.empty(0), torch.empty(0)
     for step in SCALE_SIZES[FINE_SCALES:].tolist():
@@ -93,9 +116,9 @@ def multiplier_of(scales: torch.Tensor, ladder: tuple[int, ...]) -> torch.Tensor
     return best
 
 
-def units_of(ladder: Sequence[int]) -> torch.Tensor:
+def units_of(ladder: Sequence[int], grid: str = "") -> torch.Tensor:
     """Return `unit_of` for every tier, float32 [tiers]."""
-    return torch.tensor([unit_of(tier, ladder[-1]) for tier in ladder])
+    return torch.tensor([unit_of(tier, ladder[-1], grid) for tier in ladder])
 
 
 def nearest_scale_indices(scales: torch.Tensor, units: torch.Tensor, up: bool = False) -> torch.Tensor:

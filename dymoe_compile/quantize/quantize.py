@@ -1,7 +1,8 @@
 """Nested tiers of one matrix: one code per weight whose top bits serve every lower tier.
 
 First, each block of 64 columns gets one grid for all tiers: of a few scales, the one with the least weighted error
-summed over the tiers. The scale of each lower tier is fitted by least squares to the codes that it inherits.
+summed over the tiers. The scale of each lower tier is fitted by least squares to the codes that it inherits. On the
+trellis grid scales begin with the size of the block, and codes with the first pass of what follows.
 
 Then coordinate descent improves codes and scales for the inputs of the matrix. Let H be the mean outer product of the
 inputs, and E the error of a tier. The descent lowers the sum over tiers of weight * trace(E H E^T). This is the
@@ -25,9 +26,10 @@ from dymoe_compile.quantize.grid import (
     start_grids,
     tier_weights,
     units_of,
+    usual_scales,
 )
 from dymoe_compile.quantize.moments import Moments
-from dymoe_runtime.bundle.tiers import BLOCK, SCALE_SIZES, QuantizedMatrix, levels_of, tier_scales
+from dymoe_runtime.bundle.tiers import BLOCK, SCALE_SIZES, TRELLIS, QuantizedMatrix, levels_at, tier_scales
 
 
 def _has_bf16() -> bool:
@@ -47,21 +49,25 @@ WEIGHTS_AT_ONCE = 1 << 22
 
 
 def quantize_matrix(
-    weight: torch.Tensor, ladder: Sequence[int], descent: DescentKernels, moments: Moments | None = None
+    weight: torch.Tensor,
+    ladder: Sequence[int],
+    descent: DescentKernels,
+    moments: Moments | None = None,
+    grid: str = "",
 ) -> QuantizedMatrix:
-    """Quantize weight [rows, cols] to all tiers of `ladder`, for inputs with these `moments`.
+    """Quantize weight [rows, cols] to all tiers of `ladder`, for inputs with these `moments`; `grid` is as in tiers.py.
 
     Without moments, or with too few samples, all columns count alike. A single tier of at least FINE bits is only
     rounded.
     """
     ladder = tuple(ladder)
     if moments is not None and moments.enough and not _only_rounded(ladder):
-        return _Descending(weight, ladder, descent, moments.ridged()).run()
+        return _Descending(weight, ladder, descent, moments.ridged(), grid).run()
     # Rows are independent, and a whole embedding in float32 would take too much memory.
     parts = torch.split(weight, max(1, WEIGHTS_AT_ONCE // weight.shape[1]))
     if _only_rounded(ladder):
         return _joined([_round_only(part, ladder[0]) for part in parts])
-    return _joined([_Descending(part, ladder, descent, None).run() for part in parts])
+    return _joined([_Descending(part, ladder, descent, None, grid).run() for part in parts])
 
 
 def _only_rounded(ladder: tuple[int, ...]) -> bool:
@@ -81,26 +87,32 @@ def quantize_expert(
     ladder: Sequence[int],
     descent: DescentKernels,
     moments: Mapping[str, Moments] | None = None,
+    grid: str = "",
 ) -> dict[str, QuantizedMatrix]:
     """Quantize each matrix of an expert; `moments` maps matrix names to the moments of their inputs."""
     moments = moments or {}
-    return {name: quantize_matrix(weight, ladder, descent, moments.get(name)) for name, weight in weights.items()}
+    return {name: quantize_matrix(weight, ladder, descent, moments.get(name), grid) for name, weight in weights.items()}
 
 
 class _Descending:
     """Coordinate descent on one matrix; its last block of columns may be narrower than the others."""
 
     def __init__(
-        self, weight: torch.Tensor, ladder: tuple[int, ...], descent: DescentKernels, hessian: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        ladder: tuple[int, ...],
+        descent: DescentKernels,
+        hessian: torch.Tensor | None,
+        grid: str,
     ) -> None:
         self._descent = descent
+        self._grid = grid
         self._ladder = ladder
         self._cols = weight.shape[1]
         self._hessian = torch.eye(self._cols) if hessian is None else hessian
         self._diagonal = hessian is None
         self._weight = weight.float().contiguous()
-        codes, scales = start_grids(self._weight, ladder, self._hessian.diagonal().contiguous(), descent)
-        self._codes, self._scales = codes, scales  # uint8 [rows, cols], [tiers, rows, blocks]
+        self._codes, self._scales = self._start()  # uint8 [rows, cols], [tiers, rows, blocks]
         self._rough_hessian = self._hessian.to(PULL_DTYPE)
         self._error = self._rough_error = torch.empty(0)
         self._backward = False
@@ -108,13 +120,19 @@ class _Descending:
         # The next pass goes the other way and visits those columns after the group, so it reuses that part
         # (Conrad and Wallach, Alternating methods for sets of linear equations, 1979).
         self._visited: dict[int, torch.Tensor] = {}
-        self._take_error()
+        self._take_error(first=True)
+
+    def _start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes and scales to start from; on the trellis grid codes come with the first visit."""
+        if self._grid != TRELLIS:
+            return start_grids(self._weight, self._ladder, self._hessian.diagonal().contiguous(), self._descent)
+        return torch.zeros(self._weight.shape, dtype=torch.uint8), usual_scales(self._weight, self._ladder)
 
     def run(self) -> QuantizedMatrix:
         """Run all sweeps and return the quantized matrix."""
         self._sweep(None)
-        multiplier = multiplier_of(self._scales, self._ladder).float()
-        units = (multiplier[None] * units_of(self._ladder)[:, None]).contiguous()
+        multiplier = multiplier_of(self._scales, self._ladder, self._grid).float()
+        units = (multiplier[None] * units_of(self._ladder, self._grid)[:, None]).contiguous()
         self._snap(units)
         for sweep in range(1, SWEEPS):
             self._sweep(units, last=sweep == SWEEPS - 1)
@@ -174,9 +192,22 @@ class _Descending:
     def _visit(self, columns: slice, slope: torch.Tensor, units: torch.Tensor | None, last: bool) -> None:
         index = columns.start // BLOCK
         scales = self._scales[:, :, index].contiguous()
-        weights = tier_weights(self._ladder)
+        weights = tier_weights(self._ladder, self._grid)
         self._descent.descend(
-            Descent(self._ladder, weights, columns, self._hessian, slope, units, scales, self._error, self._codes, last)
+            Descent(
+                self._ladder,
+                weights,
+                columns,
+                self._hessian,
+                slope,
+                units,
+                scales,
+                self._error,
+                self._codes,
+                last,
+                self._grid,
+                self._weight if self._grid == TRELLIS and units is None else None,
+            )
         )
         self._scales[:, :, index] = scales
 
@@ -192,16 +223,19 @@ class _Descending:
             self._codes = rounded(self._weight, self._scales[-1], self._ladder[-1])
         self._take_error()
 
-    def _take_error(self) -> None:
-        """Compute the error of each tier, [tiers, rows, cols], from codes and scales."""
-        self._error = torch.stack([self._values(t) - self._weight for t in range(len(self._ladder))])
+    def _take_error(self, first: bool = False) -> None:
+        """Compute the error of each tier, [tiers, rows, cols], from codes and scales; 0 if there are no codes yet."""
+        if first and self._grid == TRELLIS:
+            self._error = torch.zeros(len(self._ladder), *self._weight.shape)
+        else:
+            self._error = torch.stack([self._values(t) - self._weight for t in range(len(self._ladder))])
         self._visited.clear()
         self._rough_error = self._error.to(PULL_DTYPE)
 
     def _values(self, t: int) -> torch.Tensor:
         """Return the matrix at the tier with index `t`, float32 [rows, cols]."""
         tier, top = self._ladder[t], self._ladder[-1]
-        levels = torch.from_numpy(levels_of(tier, top))[(self._codes >> (top - tier)).int()]
+        levels = torch.from_numpy(levels_at((self._codes >> (top - tier)).numpy(), tier, top, self._grid))
         return levels * self._scales[t].repeat_interleave(BLOCK, dim=1)[:, : self._cols]
 
 

@@ -13,7 +13,7 @@ from dymoe_compile.quantize import quantize
 from dymoe_compile.quantize.grid import tier_weights
 from dymoe_runtime.bundle.bundle import DENSE, FINDINGS, POLICY, REPORT, Bundle, Manifest, dense_bytes, expert_layout
 from dymoe_runtime.bundle.policy import LayerPolicy
-from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED, MX_BLOCK, MXFP4
+from dymoe_runtime.bundle.tiers import BLOCK, MAX_CURVED, MX_BLOCK, MXFP4, TRELLIS
 from dymoe_runtime.engine.budget import Budget
 from dymoe_runtime.engine.memory_plan import PROCESS_BYTES, plan_budget
 from dymoe_runtime.kernels.interface import Kernels
@@ -131,12 +131,18 @@ def _quantizer(spec: ModelSpec, ladder: tuple[int, ...]) -> dict[str, Any]:
         }
     return {
         "method": "coordinate descent on all tiers at once, Hessian weighted by the gates",
-        "levels": "curved: least squared error for normal weights" if ladder[-1] <= MAX_CURVED else "even",
+        "levels": _levels(spec, ladder),
         "block": BLOCK,
         "steps": "4 bits a block and tier, one bf16 multiplier a row",
         "sweeps": quantize.SWEEPS,
-        "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder)),
+        "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder, spec.expert_grid)),
     }
+
+
+def _levels(spec: ModelSpec, ladder: tuple[int, ...]) -> str:
+    if spec.expert_grid == TRELLIS:
+        return "trellis codes: levels depend on the codes above"
+    return "curved: least squared error for normal weights" if ladder[-1] <= MAX_CURVED else "even"
 
 
 def _setting(rule: Rule) -> dict[str, Any]:

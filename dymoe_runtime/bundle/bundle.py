@@ -51,8 +51,8 @@ from dymoe_runtime.spec import (
 from dymoe_runtime.storage import MANIFEST, Directory, Member, Storage, open_storage, read_bounded
 
 # Versions of the format. Since version 5 each file has a digest. `spec` has one of the forms of versions 3 and 4, the
-# older if that can hold the model.
-VERSION, OLDEST, WHOLE = 5, 3, 5
+# older if that can hold the model; since version 6 that may name the grid of the experts.
+VERSION, OLDEST, WHOLE = 6, 3, 5
 OLD_FORM, NEW_FORM = 3, 4
 # Kinds of rotary embeddings that version 3 knows.
 OLD_ROPES = ("default", "linear", "llama3", "yarn")
@@ -323,7 +323,8 @@ class Bundle:
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """Return the JSON form of a specification: that of version 3 if it can hold the model, else of version 4."""
-    if spec != _as_kept(spec):
+    plain = replace(spec, expert_grid="")
+    if plain != _as_kept(plain):
         others = _kept((field.name, getattr(spec, field.name)) for field in fields(ModelSpec) if field.name != "layers")
         return {**others, "eos_ids": list(spec.eos_ids), **_layers_to_json(spec.layers)}
     attention = spec.layers[0].mixer
@@ -352,6 +353,7 @@ def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
         "dense_width": spec.dense_width,
         "tie_embeddings": spec.tie_embeddings,
         "eos_ids": list(spec.eos_ids),
+        **({"expert_grid": spec.expert_grid} if spec.expert_grid else {}),
     }
 
 
@@ -409,6 +411,7 @@ def _from_kept(kept: _KeptSpec) -> ModelSpec:
         tie_embeddings=kept.tie_embeddings,
         eos_ids=kept.eos_ids,
         dense_width=kept.dense_width,
+        expert_grid=kept.expert_grid,
     )
 
 
@@ -494,6 +497,7 @@ class _KeptSpec:
     dense_width: Number = 0
     tie_embeddings: bool = False
     eos_ids: tuple[Number, ...] = ()
+    expert_grid: str = ""
 
 
 def expert_layout(spec: ModelSpec, ladder: tuple[int, ...]) -> RecordLayout:

@@ -31,6 +31,26 @@ ladder ends at 4 bits at most. A scale is for 32 columns, and the same for all t
 Codes are the 4-bit floats in rising order, -0 before 0, so that a lower tier joins neighbours; MX_NUMBERS and MX_UNITS
 give their levels. The planes are those of blocks of 64 columns, as above.
 
+The grid TRELLIS has codes of the same bits, but the level of a code depends on the codes above it. Every ladder has a
+plane of two bits and then planes of one bit; scales are for 64 columns, and units do not depend on the highest tier.
+Rows form groups of TRELLIS_ROWS, each of which is a ring: above its first row are its last ones, of an even number of
+rows. A group of less than TRELLIS_RING has no ring; there is 0 above it. With x_r the two bits of row r of a column,
+the first plane adds
+
+    TRELLIS_NUMBERS[t][x_r + 4 * (x_(r-1) ^ x_(r-3))]
+
+to the number of a weight at tier t. A further plane takes two rows, of one pair, at once: with a_q the bit of row 2 q
+plus twice that of row 2 q + 1, it adds to the number in row 2 q + i
+
+    TRELLIS_STEPS[t][plane][i][a_q + 4 * (a_(q-1) ^ a_(q-3))]
+
+The level is the number less the centre of the tier. This is trellis-coded quantization (Marcellin and Fischer 1990)
+with a path down each column: each weight has four numbers to choose from, and its choice decides which four the weights
+below it have. All planes are stored as symbols of two bits, of each row or of each pair of rows. In every second row of
+symbols, neighbouring pieces of 16 columns change places. So a byte of one row and a byte of the row above have between
+them, in the same places, the symbols of both rows for two columns: the entries of tables come from a few logical
+operations on whole bytes. That is why lags are odd.
+
 The functions of this module define the format. They are plain and slow; the kernels are tested against them.
 """
 
@@ -76,6 +96,73 @@ MX_SIZES = np.array([2.0**-index for index in range(16)], np.float32)
 # Factor of the scales of each tier, so that one multiplier per row suits all tiers.
 CURVED_UNITS = {2: 0.0433, 3: 0.1539, 4: 0.2590}
 MAX_CURVED = 4
+# Trellis codes. Tables were trained on normal weights, one plane after another, and rounded together for each tier.
+TRELLIS = "trellis"
+TRELLIS_ROWS = 128
+MAX_TRELLIS = 6  # most bits of a ladder
+TRELLIS_PIECE = 16  # columns that are exchanged together
+TRELLIS_LAGS = (1, 3)
+TRELLIS_RING = 16  # fewest symbols of a column that form a ring
+
+TRELLIS_NUMBERS = {
+    2: (22, 35, 14, 41, 0, 18, 35, 61, 34, 45, 52, 27, 44, 27, 27, 11),
+    3: (24, 35, 18, 40, 6, 21, 34, 57, 34, 43, 49, 28, 42, 28, 28, 15),
+    4: (25, 35, 19, 40, 8, 22, 35, 55, 34, 43, 48, 29, 42, 29, 29, 17),
+    5: (97, 128, 79, 142, 45, 88, 126, 190, 125, 151, 168, 108, 149, 108, 108, 70),
+    6: (97, 125, 81, 137, 51, 89, 123, 180, 122, 146, 161, 107, 144, 107, 107, 73),
+}
+TRELLIS_STEPS = {
+    3: (
+        (
+            (1, 5, -2, -6, -4, 0, 1, 0, -3, -1, 2, 4, 2, -3, -4, -2),
+            (4, -2, -1, -1, 2, -6, 2, -2, -3, 0, -4, 2, -1, 5, -4, 1),
+        ),
+    ),
+    4: (
+        (
+            (2, 5, -1, -5, -3, 1, 1, 1, -2, 0, 2, 4, 2, -2, -3, -2),
+            (5, -1, -1, -1, 2, -5, 2, -1, -2, 1, -4, 2, -1, 5, -4, 1),
+        ),
+        (
+            (2, -1, -2, 0, -2, 1, 0, 1, 0, 2, 0, -1, 0, -1, -3, 3),
+            (0, -3, 2, 1, 1, 2, -1, -1, 3, -2, 1, -1, -1, 1, -1, 1),
+        ),
+    ),
+    5: (
+        (
+            (6, 16, -3, -17, -10, 2, 4, 3, -7, -1, 7, 13, 7, -5, -9, -5),
+            (14, -4, -2, -2, 6, -16, 7, -4, -7, 2, -11, 6, -3, 15, -12, 4),
+        ),
+        (
+            (7, -3, -7, 0, -5, 4, 0, 3, 1, 5, 2, -4, 0, -2, -9, 10),
+            (-1, -9, 5, 3, 1, 4, -4, -3, 9, -8, 2, -3, -3, 1, -3, 2),
+        ),
+        (
+            (0, 3, -2, 4, 0, 2, -3, -3, -5, -2, 4, 1, 0, -2, 0, 0),
+            (-1, -19, 3, 3, 3, 1, -3, 0, 3, 0, -2, 0, -4, 3, 0, 6),
+        ),
+    ),
+    6: (
+        (
+            (5, 14, -3, -15, -9, 1, 3, 2, -7, -1, 6, 11, 6, -5, -9, -5),
+            (13, -3, -2, -1, 6, -14, 6, -3, -6, 2, -9, 6, -2, 13, -10, 4),
+        ),
+        (
+            (6, -2, -6, 0, -4, 4, 0, 3, 1, 5, 2, -3, 1, -1, -7, 9),
+            (-1, -8, 5, 3, 1, 4, -4, -3, 8, -7, 2, -2, -3, 1, -3, 2),
+        ),
+        (
+            (1, 3, -1, 4, 1, 3, -2, -2, -4, -1, 4, 1, 1, -1, 1, 1),
+            (-1, -19, 3, 3, 3, 1, -2, 1, 3, 0, -1, 0, -3, 3, 1, 6),
+        ),
+        (
+            (-1, 1, -2, 15, -9, 1, -2, -1, 0, -3, -1, 0, 0, -1, 0, -1),
+            (0, -1, -2, 0, -2, 1, 0, -2, -1, -1, 11, 0, -3, -1, -1, 1),
+        ),
+    ),
+}
+TRELLIS_CENTRES = {2: 31, 3: 31, 4: 32, 5: 118, 6: 116}
+TRELLIS_UNITS = {2: 0.06970, 3: 0.08470, 4: 0.09103, 5: 0.02946, 6: 0.03289}
 
 
 @dataclass(frozen=True)
@@ -106,7 +193,7 @@ class MatrixLayout:
     planes: tuple[Plane, ...]  # most significant first
     scale_indices: tuple[Part, ...]  # u8 [rows, ceil(scales / 2)], one per tier of the ladder
     multiplier: Part  # bf16 [rows]
-    grid: str = ""  # or MXFP4
+    grid: str = ""  # or MXFP4 or TRELLIS
 
     @property
     def span(self) -> int:
@@ -221,6 +308,8 @@ def make_layout(
     ladder = check_ladder(ladder)
     if grid == MXFP4 and ladder[-1] > max(MX_NUMBERS):
         raise ValueError(f"tiers {list(ladder)}: weights in MXFP4 have {max(MX_NUMBERS)} bits at most")
+    if grid == TRELLIS and ladder[-1] > MAX_TRELLIS:
+        raise ValueError(f"tiers {list(ladder)}: the trellis grid has {MAX_TRELLIS} bits at most")
     span = MX_BLOCK if grid == MXFP4 else BLOCK
     planes: dict[str, list[Plane]] = {name: [] for name in shapes}
     indices: dict[str, list[Part]] = {name: [] for name in shapes}
@@ -238,8 +327,8 @@ def make_layout(
             return part
 
         for name, (rows, cols) in shapes.items():
-            for width in plane_widths(tier - below):
-                planes[name].append(Plane(width, tier, take(rows * blocks_of(cols) * 8 * width)))
+            for width in _widths(below, tier, grid):
+                planes[name].append(Plane(width, tier, take(_plane_bytes(rows, cols, width, grid))))
         for name, (rows, cols) in shapes.items():
             shared = grid == MXFP4 and segment > 0
             indices[name].append(indices[name][0] if shared else take(rows * scale_index_bytes(-(-cols // span))))
@@ -270,6 +359,10 @@ def pack_record(
         shift = where.ladder[-1]
         for plane in where.planes:
             shift -= plane.width
+            if where.grid == TRELLIS:
+                symbols = _in_blocks(trellis_symbols(matrix.codes, shift, plane.width))
+                _put(segments, plane.part, pack_plane(_swapped(symbols), 2))
+                continue
             bits = (matrix.codes >> shift) & ((1 << plane.width) - 1)
             _put(segments, plane.part, pack_plane(bits.astype(np.uint8), plane.width))
         for tier, part in zip(where.ladder, where.scale_indices, strict=True):
@@ -296,8 +389,13 @@ def unpack_codes(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int)
     """Return the codes of `tier`, uint8 [rows, cols], from the segments of a record."""
     codes = np.zeros((where.rows, where.blocks * BLOCK), np.uint8)
     for plane in where.planes_of(tier):
-        packed = _get(segments, plane.part).reshape(where.rows, where.blocks, 8 * plane.width)
-        codes = (codes << plane.width) | unpack_plane(packed, plane.width)
+        if where.grid == TRELLIS:
+            packed = _get(segments, plane.part).reshape(-1, where.blocks, 16)
+            bits = trellis_bits(_swapped(unpack_plane(packed, 2)), where.rows, plane.width)
+        else:
+            packed = _get(segments, plane.part).reshape(where.rows, where.blocks, 8 * plane.width)
+            bits = unpack_plane(packed, plane.width)
+        codes = (codes << plane.width) | bits
     return np.ascontiguousarray(codes[:, : where.cols])
 
 
@@ -338,18 +436,104 @@ def dequantize(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int) -
     """Return the matrix at `tier`, float32 [rows, cols], from the segments of a record."""
     codes = unpack_codes(segments, where, tier)
     scales = tier_scales_of(segments, where, tier).repeat(where.span, axis=1)[:, : where.cols]
-    values: np.ndarray = scales * levels_of(tier, where.ladder[-1], where.grid)[codes]
+    values: np.ndarray = scales * levels_at(codes, tier, where.ladder[-1], where.grid)
     return values
 
 
+def grid_for(ladder: Sequence[int], trained_bits: int | None = None) -> str:
+    """Return the grid of experts that are compiled to `ladder`.
+
+    Those that were trained in MXFP4, which has `trained_bits`, keep their codes if that is the highest tier.
+
+    >>> grid_for((2, 3, 4)), grid_for((2, 3, 4), trained_bits=4), grid_for((4, 8))
+    ('trellis', 'mxfp4', '')
+    """
+    if trained_bits == ladder[-1]:
+        return MXFP4
+    return TRELLIS if ladder[0] < 4 and ladder[-1] <= MAX_TRELLIS else ""
+
+
+def levels_at(codes: np.ndarray, tier: int, top: int, grid: str = "") -> np.ndarray:
+    """Return the level of each weight at `tier` in a ladder up to `top`, from all codes of that tier.
+
+    codes is uint8 [rows, cols], the result float32 [rows, cols].
+    """
+    if grid == TRELLIS:
+        return trellis_levels(codes, tier)
+    levels: np.ndarray = levels_of(tier, top, grid)[codes]
+    return levels
+
+
 def levels_of(tier: int, top: int, grid: str = "") -> np.ndarray:
-    """Return the level of each code of `tier` in a ladder up to `top`, float32 [2^tier], rising."""
+    """Return the level of each code of `tier` in a ladder up to `top`, float32 [2^tier], rising; not for TRELLIS."""
     if grid == MXFP4:
         numbers = np.array(MX_NUMBERS[tier], np.float32)
         return numbers - np.float32(MX_NUMBERS[tier][-1] / 2)
     if top <= MAX_CURVED:
         return np.array(CURVED[tier], np.float32) - np.float32(CURVED_CENTRE)
     return np.arange(2**tier, dtype=np.float32) - np.float32((2**tier - 1) / 2)
+
+
+def trellis_numbers(codes: np.ndarray, tier: int) -> np.ndarray:
+    """Return the number of each weight at `tier`, uint8 [rows, cols], from all codes of that tier."""
+    numbers: np.ndarray = np.array(TRELLIS_NUMBERS[tier], np.uint8)[trellis_entries(codes >> (tier - 2), TRELLIS_ROWS)]
+    odd = np.arange(len(codes))[:, None] % 2
+    for plane in range(1, tier - 1):
+        symbols = trellis_symbols(codes, tier - 2 - plane, width=1)
+        entries = trellis_entries(symbols, TRELLIS_ROWS // 2).repeat(2, axis=0)[: len(codes)]
+        numbers += np.array(TRELLIS_STEPS[tier][plane - 1], np.int8).view(np.uint8)[odd, entries]  # bytes wrap around
+    return numbers
+
+
+def trellis_levels(codes: np.ndarray, tier: int) -> np.ndarray:
+    """Return the level of each weight at `tier`, float32 [rows, cols], from all codes of that tier."""
+    levels: np.ndarray = trellis_numbers(codes, tier).astype(np.float32) - np.float32(TRELLIS_CENTRES[tier])
+    return levels
+
+
+def _pairs_of(bits: np.ndarray) -> np.ndarray:
+    """Return the bits of two rows as one number of two bits, uint8 [ceil(rows / 2), cols]."""
+    padded = np.concatenate([bits, np.zeros((len(bits) % 2, bits.shape[1]), np.uint8)])
+    pairs: np.ndarray = padded[::2] | padded[1::2] << 1
+    return pairs
+
+
+def trellis_entries(symbols: np.ndarray, group: int) -> np.ndarray:
+    """Return the entries of tables that two-bit symbols [count, cols] ask for, where `group` rows form a group."""
+    above = np.zeros_like(symbols)
+    for first in range(0, len(symbols), group):
+        count = min(group, len(symbols) - first)
+        for lag in TRELLIS_LAGS:
+            rows = np.arange(count) - lag
+            ring = symbols[first + np.where(rows < 0, rows + count // 2 * 2, rows) % count]
+            above[first : first + count] ^= ring if count >= TRELLIS_RING else np.where(rows[:, None] < 0, 0, ring)
+    entries: np.ndarray = symbols + 4 * above
+    return entries
+
+
+def _symbol_rows(rows: int, width: int) -> int:
+    """Return how many rows of symbols a plane of `width` bits has for `rows` rows of a matrix."""
+    return rows if width == 2 else -(-rows // 2)
+
+
+def trellis_symbols(codes: np.ndarray, shift: int, width: int) -> np.ndarray:
+    """Return the symbols of a plane whose bits start at bit `shift` of the codes, uint8 [_symbol_rows, cols]."""
+    return (codes >> shift) & 3 if width == 2 else _pairs_of((codes >> shift) & 1)
+
+
+def trellis_bits(symbols: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """Return the bits of each weight, uint8 [rows, cols], from the symbols of a plane."""
+    if width == 2:
+        return symbols
+    bits: np.ndarray = np.stack([symbols & 1, symbols >> 1], axis=1).reshape(-1, symbols.shape[1])[:rows]
+    return bits
+
+
+def _swapped(symbols: np.ndarray) -> np.ndarray:
+    """Return symbols [count, cols] with neighbouring pieces of columns exchanged in odd rows; cols in whole blocks."""
+    pieces = symbols.reshape(len(symbols), -1, 2, TRELLIS_PIECE).copy()
+    pieces[1::2] = pieces[1::2, :, ::-1]
+    return pieces.reshape(symbols.shape)
 
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
@@ -361,6 +545,8 @@ def unit_of(tier: int, top: int, grid: str = "") -> float:
     """Return unit_t, a factor of all scales of `tier` in a ladder up to `top`; it is exact in float32."""
     if grid == MXFP4:
         return float(np.float32(MX_UNITS[tier]))
+    if grid == TRELLIS:
+        return float(np.float32(TRELLIS_UNITS[tier]))
     curved = float(np.float32(CURVED_UNITS[tier])) if top <= MAX_CURVED else 1.0
     return curved * 2.0 ** (top - tier)
 
@@ -374,12 +560,31 @@ def pack_scale_indices(indices: np.ndarray) -> np.ndarray:
     return padded[:, ::2] | padded[:, 1::2] << 4
 
 
+def _widths(below: int, tier: int, grid: str) -> tuple[int, ...]:
+    """Return the widths of the planes that lead from `below` bits to `tier`."""
+    if grid == TRELLIS:
+        return (1,) * (tier - below) if below else (2,) + (1,) * (tier - 2)
+    return plane_widths(tier - below)
+
+
+def _plane_bytes(rows: int, cols: int, width: int, grid: str) -> int:
+    if grid == TRELLIS:
+        return _symbol_rows(rows, width) * blocks_of(cols) * 16
+    return rows * blocks_of(cols) * 8 * width
+
+
+def _in_blocks(values: np.ndarray) -> np.ndarray:
+    """Return values [rows, cols] with columns of zeros up to whole blocks."""
+    rows, cols = values.shape
+    padded = np.zeros((rows, blocks_of(cols) * BLOCK), np.uint8)
+    padded[:, :cols] = values
+    return padded
+
+
 def pack_plane(bits: np.ndarray, width: int) -> np.ndarray:
     """Pack `width`-bit values, uint8 [rows, cols], into a plane, uint8 [rows, blocks, 8 * width]."""
-    rows, cols = bits.shape
-    padded = np.zeros((rows, blocks_of(cols) * BLOCK), np.uint8)
-    padded[:, :cols] = bits
-    blocks = padded.reshape(rows, -1, BLOCK)
+    rows = len(bits)
+    blocks = _in_blocks(bits).reshape(rows, -1, BLOCK)
     if width == 1:
         return np.packbits(blocks, axis=-1, bitorder="little")
     lanes = blocks.reshape(rows, blocks.shape[1], 8 // width, 8 * width)

@@ -144,6 +144,8 @@ def descend(
     pitch: int,
     last: bool,
     whole: bool,
+    trellis: bool,
+    weight: int,
 ) -> None: ...
 def fit(
     isa: str,

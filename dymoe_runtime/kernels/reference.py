@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dymoe_runtime.bundle import tiers
-from dymoe_runtime.bundle.tiers import MatrixLayout, Part, RecordLayout
+from dymoe_runtime.bundle.tiers import TRELLIS, MatrixLayout, Part, RecordLayout
 from dymoe_runtime.kernels.attention_reference import Sight, attention, received
 from dymoe_runtime.kernels.delta_reference import gated_delta
 from dymoe_runtime.kernels.kv_cache import KVCache
@@ -283,6 +283,9 @@ def _check_input(x: np.ndarray, cols: int) -> None:
 
 def _product(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, x: np.ndarray) -> np.ndarray:
     """Return x @ W.T; only a few rows of W are float32 at a time, so that a large matrix takes little memory."""
+    if where.grid == TRELLIS:
+        y: np.ndarray = x @ tiers.dequantize(segments, where, tier).T  # a row needs those above it
+        return y
     step = max(1, WEIGHTS_AT_ONCE // where.cols)
     rows = np.arange(where.rows)
     parts = (_rows(segments, where, tier, rows[i : i + step]) for i in rows[::step])
@@ -291,6 +294,9 @@ def _product(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, x: 
 
 def _rows(segments: Sequence[np.ndarray], where: MatrixLayout, tier: int, ids: np.ndarray) -> np.ndarray:
     """Return the rows `ids` of a matrix, float32 [len(ids), cols]."""
+    if where.grid == TRELLIS:
+        rows: np.ndarray = tiers.dequantize(segments, where, tier)[ids]  # a row needs those above it
+        return rows
     few = tiers.make_layout({"weight": (len(ids), where.cols)}, where.ladder, grid=where.grid).matrices["weight"]
     return tiers.dequantize(_take_rows(segments, where, few, ids), few, tier)
 

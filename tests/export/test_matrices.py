@@ -8,6 +8,7 @@ import pytest
 from dymoe_compile.export.matrices import Format, WholeNumbers, grown, of_tier, packed, rounded, values_of
 from dymoe_runtime.bundle.tiers import (
     MXFP4,
+    TRELLIS,
     QuantizedMatrix,
     dequantize,
     make_layout,
@@ -26,7 +27,9 @@ def record(ladder: tuple[int, ...], grid: str = "", cols: int = 130) -> tuple[li
     where = layout.matrices["weight"]
     codes = random.integers(0, 2 ** ladder[-1], (5, cols)).astype(np.uint8)
     shared = random.integers(0, 16, (5, where.scales)).astype(np.uint8)
-    indices = {t: shared if grid else random.integers(0, 16, (5, where.scales)).astype(np.uint8) for t in ladder}
+    indices = {
+        t: shared if grid == MXFP4 else random.integers(0, 16, (5, where.scales)).astype(np.uint8) for t in ladder
+    }
     multiplier = (random.uniform(0.001, 0.1, 5).astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     matrix = QuantizedMatrix(codes, indices, multiplier)
     return split_record(layout, pack_record(layout, {"weight": matrix})), where
@@ -37,6 +40,7 @@ def record(ladder: tuple[int, ...], grid: str = "", cols: int = 130) -> tuple[li
     [
         *((ladder, tier, "") for ladder in LADDERS for tier in ladder if tier < 8),
         *(((2, 3, 4), tier, MXFP4) for tier in (2, 3, 4)),
+        *(((2, 3, 4, 5, 6), tier, TRELLIS) for tier in (2, 3, 4, 5, 6)),
     ],
 )
 def test_every_value_is_kept(ladder: tuple[int, ...], tier: int, grid: str) -> None:

@@ -88,7 +88,8 @@ struct Matrix {
          Grid grid = Grid::usual) {
     view.rows = rows, view.cols = cols, view.blocks = (cols + kBlock - 1) / kBlock, view.grid = grid;
     for (int width : widths) {
-      add_part(rows * view.blocks * 8 * width);
+      const bool paired = grid == Grid::trellis && width == 1;
+      add_part(paired ? (rows + 1) / 2 * symbol_bytes(view.blocks) : rows * view.blocks * 8 * width);
       view.plane[view.planes++].width = width;
       view.bits += width;
     }

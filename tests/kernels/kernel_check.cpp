@@ -85,20 +85,28 @@ struct ProductCase {
         x(random_floats(tokens * cols)),
         product(product_of(kScalar, matrix, Quantized(kScalar, x, tokens, cols))),
         rows(tokens == 1 ? rows_of(kScalar, matrix) : std::vector<float>()) {
-    what = (grid == Grid::mxfp4 ? "MXFP4, " : "") + std::to_string(bits) + " bits, " + std::to_string(row_count) +
-           " x " + std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
+    what = (grid == Grid::mxfp4     ? "MXFP4, "
+            : grid == Grid::trellis ? "trellis, "
+                                    : "") +
+           std::to_string(bits) + " bits, " + std::to_string(row_count) + " x " + std::to_string(cols) + ", " +
+           std::to_string(tokens) + " tokens";
   }
 };
 
 std::vector<ProductCase> make_product_cases() {
-  const std::vector<std::vector<int>> splits = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {4},
-                                                {4, 2}, {4, 2, 1}, {8},       {1, 1, 1},    {4, 1}};
-  const int64_t shapes[][2] = {{1, 1}, {7, 64}, {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100}, {11, 33}};
+  const std::vector<std::vector<int>> splits = {{2},    {2, 1},       {2, 1, 1},      {2, 1, 1, 4}, {2, 2},
+                                                {4},    {4, 2},       {4, 2, 1},      {8},          {1, 1, 1},
+                                                {4, 1}, {2, 1, 1, 1}, {2, 1, 1, 1, 1}};
+  const int64_t shapes[][2] = {{1, 1},    {7, 64},  {19, 150}, {16, 1024}, {9, 1085},
+                               {37, 200}, {5, 100}, {11, 33},  {263, 70}};
   std::vector<ProductCase> cases;
-  for (const Grid grid : {Grid::usual, Grid::mxfp4})
+  for (const Grid grid : {Grid::usual, Grid::mxfp4, Grid::trellis})
     for (const auto& split : splits) {
       const int bits = std::accumulate(split.begin(), split.end(), 0);
       if (grid == Grid::mxfp4 && bits > kMaxCurved) continue;
+      // Its planes are one of two bits and then those of one.
+      const bool is_coded = split[0] == 2 && std::count(split.begin(), split.end(), 1) + 1 == int64_t(split.size());
+      if (grid == Grid::trellis && !is_coded) continue;
       for (const auto& [rows, cols] : shapes) {
         if (grid == Grid::mxfp4 && cols == 1) continue;  // its only weight may be 0, and then no product is close
         for (const int64_t tokens : {0, 1, 2, 5, 7, 33}) cases.emplace_back(grid, split, bits, rows, cols, tokens);
@@ -368,7 +376,17 @@ std::vector<float> quantized_by(const Kernels& isa, unsigned seed) {
   for (int64_t i = 0; i < cols; ++i) hessian[i * (cols + 1)] = 1.0f;
   d.hessian = hessian.data(), d.slope = slope.data(), d.scales = scales.data();
   d.error = error.data(), d.codes = codes.data();
-  isa.descend(d, 0, 16), isa.descend(d, 16, rows - 16);
+  const auto scratch = buffer<uint8_t>(isa.descent_bytes + 64);
+  uint8_t* aligned = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) % 64;
+  isa.descend(d, 0, 16, aligned), isa.descend(d, 16, rows - 16, aligned);
+  // On the trellis grid from the weights on.
+  d.trellis = true, d.last = false;
+  for (float& e : error) e = 0.0f;
+  for (const float* from : {weight.data(), static_cast<const float*>(nullptr), static_cast<const float*>(nullptr)}) {
+    d.weight = from;
+    isa.descend(d, 0, rows, aligned);
+    d.last = !from;
+  }
   std::vector<float> all(codes.begin(), codes.end());
   all.insert(all.end(), scales.begin(), scales.end());
   all.insert(all.end(), error.begin(), error.end());

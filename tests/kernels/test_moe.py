@@ -29,7 +29,7 @@ from kernel_kit import (
 )
 
 from dymoe_runtime.bundle import tiers
-from dymoe_runtime.bundle.tiers import MXFP4, Part
+from dymoe_runtime.bundle.tiers import MXFP4, TRELLIS, Part
 from dymoe_runtime.kernels.interface import ffn
 from dymoe_runtime.kernels.prepared import ExpertRows, PreparedExpert
 from dymoe_runtime.kernels.reads import PendingReads, ReadThreads
@@ -57,7 +57,8 @@ def test_activations_of_any_size_equal_the_reference(isa: str, activation: str, 
 @pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, CLAMPED])
 @pytest.mark.parametrize(
-    ("grid", "ladder", "tier"), [(grid, (2, 3, 4), t) for grid in ("", MXFP4) for t in (2, 3, 4)] + [("", (5, 8), 8)]
+    ("grid", "ladder", "tier"),
+    [(grid, (2, 3, 4), t) for grid in ("", MXFP4, TRELLIS) for t in (2, 3, 4)] + [("", (5, 8), 8)],
 )
 def test_ffn_equals_the_reference(isa: str, grid: str, ladder: tuple[int, ...], tier: int, activation: str) -> None:
     """Gate and up are exact for x on the grid, which leaves the rounding of the hidden vector."""
@@ -73,7 +74,7 @@ def test_ffn_equals_the_reference(isa: str, grid: str, ladder: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("isa", ALL)
-@pytest.mark.parametrize("grid", ["", MXFP4])
+@pytest.mark.parametrize("grid", ["", MXFP4, TRELLIS])
 def test_a_call_of_many_experts_equals_calls_of_one(isa: str, grid: str) -> None:
     """At mixed tiers, for rows in any order, bit for bit; rows of no part stay as they are."""
     for x, parts, tokens in (
@@ -209,7 +210,7 @@ def test_combining_equals_the_reference_bit_for_bit(isa: str, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("isa", ALL)
-@pytest.mark.parametrize("grid", ["", MXFP4])
+@pytest.mark.parametrize("grid", ["", MXFP4, TRELLIS])
 def test_one_token_equals_moe_and_combine(isa: str, grid: str) -> None:
     kernels = kernels_of(isa)
     experts = [kernels.prepare(*expert_at(tier, grid)) for tier in (4, 2, 3)]

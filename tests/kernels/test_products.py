@@ -23,11 +23,11 @@ from kernel_kit import (
 )
 
 from dymoe_runtime.bundle import tiers
-from dymoe_runtime.bundle.tiers import MX_BLOCK, MXFP4
+from dymoe_runtime.bundle.tiers import MX_BLOCK, MXFP4, TRELLIS
 
 LADDERS = [(2, 3, 4), (2, 3, 4, 8), (8,), (4,), (6,), (3, 4), (2, 4), (3,), (5, 8), (7,), (4, 6)]
-MX_LADDERS = [(2, 3, 4), (4,), (3, 4), (2, 4), (3,)]
-GRIDS = {"": LADDERS, MXFP4: MX_LADDERS}
+SMALL_LADDERS = [(2, 3, 4), (4,), (3, 4), (2, 4), (3,), (2,)]
+GRIDS = {"": LADDERS, MXFP4: SMALL_LADDERS, TRELLIS: [*SMALL_LADDERS, (2, 3, 4, 5, 6), (3, 6), (5,)]}
 CASES = [(grid, ladder, tier) for grid, ladders in GRIDS.items() for ladder in ladders for tier in ladder]
 TOKENS = (0, 1, 2, 5, 33, 200)
 
@@ -131,7 +131,7 @@ def test_tiny_and_huge_activations(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", COMPILED)
-@pytest.mark.parametrize("grid", ["", MXFP4])
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("tokens", [1, 33, 200])
 def test_threads_and_company_do_not_change_a_token(isa: str, tokens: int, grid: str) -> None:
     layout, segments = weight(531, 1100, (2, 3, 4), grid)
@@ -160,7 +160,7 @@ def test_callers_at_once_do_not_disturb_each_other(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ALL)
-@pytest.mark.parametrize("grid", ["", MXFP4])
+@pytest.mark.parametrize("grid", GRIDS)
 def test_unaligned_segments_are_read(isa: str, grid: str) -> None:
     layout, segments = weight(37, 200, (2, 3, 4), grid)
     moved = [np.concatenate([np.zeros(1, np.uint8), segment])[1:] for segment in segments]

@@ -14,6 +14,7 @@ from dymoe_runtime.bundle.bundle import Bundle
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import (
     MXFP4,
+    TRELLIS,
     QuantizedMatrix,
     dequantize,
     make_layout,
@@ -34,7 +35,7 @@ def random_record(ladder: tuple[int, ...], grid: str) -> np.ndarray:
     for name, where in layout.matrices.items():
         shape = where.rows, where.scales
         shared = rng.integers(0, 15, shape, np.uint8)
-        indices = {tier: shared if grid else rng.integers(0, 15, shape, np.uint8) for tier in ladder}
+        indices = {tier: shared if grid == MXFP4 else rng.integers(0, 15, shape, np.uint8) for tier in ladder}
         multiplier = widen_bf16(rng.integers(0x3C00, 0x4000, where.rows, np.uint16))
         codes = rng.integers(0, 2 ** ladder[-1], (where.rows, where.cols), np.uint8)
         matrices[name] = QuantizedMatrix(codes, indices, multiplier)
@@ -42,14 +43,16 @@ def random_record(ladder: tuple[int, ...], grid: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("ladder", "grid"), [((2, 3, 4), ""), ((2, 3, 4), MXFP4), ((3, 5, 6, 8), ""), ((2, 4), "")], ids=str
+    ("ladder", "grid"),
+    [((2, 3, 4), ""), ((2, 3, 4), MXFP4), ((3, 5, 6, 8), ""), ((2, 4), ""), ((2, 3, 4, 6), TRELLIS)],
+    ids=str,
 )
 def test_records_keep_the_weights_of_the_tiers_that_stay(ladder: tuple[int, ...], grid: str) -> None:
     old, record = make_layout(SHAPES, ladder, vectors={"bias": 5}, grid=grid), random_record(ladder, grid)
     segments = split_record(old, record)
     for count in range(1, len(ladder)):
         for tiers in itertools.combinations(ladder, count):
-            if ladder[-1] > 4 >= tiers[-1]:
+            if not grid and ladder[-1] > 4 >= tiers[-1]:
                 continue
             new = make_layout(SHAPES, tiers, vectors={"bias": 5}, grid=grid)
             kept = split_record(new, narrowed(old, segments, new))

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "trellis_tables.h"
+
 namespace dymoe {
 
 constexpr int64_t kBlock = 64;                // columns of a block
@@ -12,8 +14,8 @@ constexpr int64_t kMaxAtOnce = 4;             // most blocks that a kernel multi
 constexpr int kMaxPlanes = 8, kMaxTiers = 7;  // of one matrix
 
 /// The grids of tiers.py, which decide the levels of codes, the sizes of scales, and how many columns share a scale: a
-/// block on the usual grid, half a block on that of MXFP4.
-enum class Grid { usual, mxfp4 };
+/// block, but half a block on the grid of MXFP4.
+enum class Grid { usual, mxfp4, trellis };
 
 /// Returns the scales of a block.
 static constexpr int64_t scales_of_block(Grid grid) { return grid == Grid::mxfp4 ? 2 : 1; }
@@ -60,8 +62,10 @@ alignas(16) constexpr uint8_t kMxNumbers[3][16] = {
 };
 constexpr float kMxUnits[3] = {0.125f, float(1.0 / 6.0), 0.5f};
 
-/// Returns the levels of the tier `bits` in a ladder whose highest tier is `top`, at most kMaxCurved for MXFP4.
+/// Returns the levels of the tier `bits` in a ladder whose highest tier is `top`, at most kMaxCurved for MXFP4 and
+/// kMaxTrellis for trellis codes, where numbers are those of the first plane by its entries.
 static constexpr Levels levels_of(int bits, int top, Grid grid = Grid::usual) {
+  if (grid == Grid::trellis) return {kTrellisNumbers[bits - 2], kTrellisCentres[bits - 2], kTrellisUnits[bits - 2]};
   if (grid == Grid::mxfp4) {
     const uint8_t* numbers = kMxNumbers[bits - 2];
     return {numbers, 0.5f * float(numbers[(1 << bits) - 1]), kMxUnits[bits - 2]};
@@ -81,9 +85,18 @@ static constexpr int64_t place(int64_t at_once, int64_t block, int64_t column) {
   return ((block / at_once * (kBlock / 16) + column / 16) * at_once + block % at_once) * 16 + column % 16;
 }
 
-/// Returns the bytes of scratch memory that `product` needs: codes and scale sizes of kScratchRows rows, on any grid.
+/// Returns the bytes of scratch memory for one unpacked row: codes and scale sizes on any grid.
+static constexpr int64_t scratch_row_bytes(int64_t blocks) {
+  return codes_pitch(blocks) + (blocks + kGroup - 1) / kGroup * kGroup * 2 * int64_t(sizeof(float));
+}
+
+/// Returns the bytes of a row of symbols of the trellis grid.
+static constexpr int64_t symbol_bytes(int64_t blocks) { return 16 * blocks; }
+
+/// Returns the bytes of scratch memory that `product` needs: codes and scale sizes of kScratchRows rows, on any grid,
+/// and a row of symbols.
 static constexpr int64_t scratch_bytes(int64_t blocks) {
-  return kScratchRows * (codes_pitch(blocks) + (blocks + kGroup - 1) / kGroup * kGroup * 2 * int64_t(sizeof(float)));
+  return kScratchRows * scratch_row_bytes(blocks) + symbol_bytes(blocks);
 }
 
 /// Returns the bytes of one row's scale indices.
@@ -139,6 +152,8 @@ struct Descent {
   float* scales;             // [tiers, rows]
   float* error;              // [tiers, rows, pitch]; points to the first column of the block
   uint8_t* codes;            // [rows, pitch]; points to the first column of the block
+  bool trellis;              // whether codes are those of the trellis grid; see descent/trellis.h
+  const float* weight;       // [rows, pitch], likewise: in the first visit, when there are no codes; else null
 };
 
 constexpr int64_t kCacheGroup = 32;  // columns of an 8-bit row of the KV cache that share a scale
@@ -284,8 +299,11 @@ struct Kernels {
   /// depend on how the tokens are divided into calls. `scratch` holds key_dim * kDeltaColumns floats.
   void (*delta)(const DeltaHead& head, float* scratch);
 
-  /// Improves the scales and codes of rows [row, row + rows) and updates the error.
-  void (*descend)(const Descent& block, int64_t row, int64_t rows);
+  int64_t descent_bytes;  // of the scratch memory of `descend`
+
+  /// Improves the scales and codes of rows [row, row + rows) and updates the error. On the trellis grid `row` begins a
+  /// group, and `rows` end one. `scratch` is aligned to 64 bytes.
+  void (*descend)(const Descent& block, int64_t row, int64_t rows, uint8_t* scratch);
 
   /// Chooses the codes and scales of rows [row, row + rows).
   void (*fit)(const Fit& fit, int64_t row, int64_t rows);

@@ -26,7 +26,6 @@ from dymoe_runtime.bundle.policy import LayerPolicy, OperatingPoint, Policy, Thr
 from dymoe_runtime.bundle.records import read_record
 from dymoe_runtime.bundle.tiers import (
     MAX_CURVED,
-    MXFP4,
     MatrixLayout,
     QuantizedMatrix,
     RecordLayout,
@@ -84,7 +83,7 @@ def _checked(bundle: Bundle, tiers: Sequence[int]) -> tuple[int, ...]:
     ladder = check_ladder(sorted(set(tiers)))
     if ladder == own:
         _refuse(bundle, "has these tiers and no others, so there is nothing to leave out")
-    if bundle.spec.expert_grid != MXFP4 and own[-1] > MAX_CURVED >= ladder[-1]:
+    if not bundle.spec.expert_grid and own[-1] > MAX_CURVED >= ladder[-1]:
         _refuse(bundle, f"has tiers above {MAX_CURVED} bits, whose levels those below are not made for; keep one")
     return ladder
 
@@ -118,7 +117,7 @@ def narrowed(old: RecordLayout, segments: Sequence[np.ndarray], new: RecordLayou
 def _with_tiers(matrix: QuantizedMatrix, where: MatrixLayout, ladder: Sequence[int]) -> QuantizedMatrix:
     """Return a matrix with the tiers `ladder`; its multipliers make up for units that depend on the highest tier."""
     fewer = where.ladder[-1] - ladder[-1]
-    factor = np.float32(1 if where.grid == MXFP4 else 2**fewer)
+    factor = np.float32(1 if where.grid else 2**fewer)
     indices = {tier: matrix.scale_indices[tier] for tier in ladder}
     return QuantizedMatrix(matrix.codes >> fewer, indices, matrix.multiplier * factor)
 

@@ -57,14 +57,18 @@ bool accepted(Call call) {
 
 /// A layout like those of compiled bundles, some numbers of which the input may change.
 MatrixLayout layout_from(Input& input, const std::string& name, int64_t rows, int64_t cols, int64_t& offset) {
-  MatrixLayout m{name, rows, cols, {2, 4}, {}, {}, {}, input.byte() % 8 ? Grid::usual : Grid::mxfp4};
+  constexpr Grid grids[] = {Grid::mxfp4, Grid::trellis, Grid::usual, Grid::usual};
+  MatrixLayout m{name, rows, cols, {2, 4}, {}, {}, {}, grids[input.byte() % 4]};
   const int64_t blocks = (cols + kBlock - 1) / kBlock;
   const auto part = [&](int64_t segment, int64_t nbytes) {
     const Part found{segment, offset, nbytes};
     offset += nbytes;
     return found;
   };
-  for (int width : {2, 1, 1}) m.planes.push_back({width, width == 2 ? 2 : 4, part(0, rows * blocks * 8 * width)});
+  for (int width : {2, 1, 1}) {
+    const int64_t of_pairs = (rows + 1) / 2 * symbol_bytes(blocks), all = rows * blocks * 8 * width;
+    m.planes.push_back({width, width == 2 ? 2 : 4, part(0, width == 1 && m.grid == Grid::trellis ? of_pairs : all)});
+  }
   for (int rung = 0; rung < 2; ++rung) m.scale_indices.push_back(part(0, rows * scale_index_bytes(blocks, m.grid)));
   m.multiplier = part(0, 2 * rows);
   for (int changes = std::max(0, input.byte() % 6 - 3); changes > 0; --changes) {

@@ -159,6 +159,20 @@ struct Avx2 {
              _mm256_shuffle_epi8(low, high_nibbles(even)), _mm256_shuffle_epi8(high, high_nibbles(odd))}};
   }
 
+  using Bytes = __m256i;
+  static Bytes load_bytes(const uint8_t* p, int64_t count) {
+    return count > 1 ? load256(p) : _mm256_zextsi128_si256(load128(p));
+  }
+  static Bytes load_table16(const uint8_t* p) { return _mm256_broadcastsi128_si256(load128(p)); }
+  static Bytes exclusive_or(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+  template <int Mask>
+  static Bytes choose_bits(Bytes a, Bytes b) {
+    return _mm256_xor_si256(b, _mm256_and_si256(_mm256_xor_si256(a, b), _mm256_set1_epi8(Mask)));
+  }
+  static Bytes shuffle(Bytes table, Bytes indices) { return _mm256_shuffle_epi8(table, indices); }
+  static Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+  static Bytes& part(Codes& codes, int k) { return codes.part[k]; }
+
   static void store(uint8_t* out, const Codes& codes) {
     for (int k = 0; k < 4; ++k) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * k), codes.part[k]);
   }

@@ -61,14 +61,20 @@ bool has_matrix_products() {
 }
 #endif
 
-const Row kRows[] = {
 #ifdef DYMOE_AVX512
-    {&kAvx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512vnni");
-     }},
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Row kRows[] = {
+#ifdef DYMOE_AVX512VBMI
+    {&kAvx512Vbmi, [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); }},
+#endif
+#ifdef DYMOE_AVX512
+    {&kAvx512, has_avx512},
 #endif
 #ifdef DYMOE_AVXVNNI
     {&kAvxVnni,

@@ -77,6 +77,20 @@ struct Neon {
     return codes;
   }
 
+  using Bytes = uint8x16_t;
+  static Bytes load_bytes(const uint8_t* p, int64_t) { return vld1q_u8(p); }
+  static Bytes load_table16(const uint8_t* p) { return vld1q_u8(p); }
+  static Bytes exclusive_or(Bytes a, Bytes b) { return veorq_u8(a, b); }
+  template <int Mask>
+  static Bytes choose_bits(Bytes a, Bytes b) {
+    return vbslq_u8(vdupq_n_u8(Mask), a, b);
+  }
+  static Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
+  static Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
+  static Bytes shuffle(Bytes table, Bytes indices) { return vqtbl1q_u8(table, indices); }
+  static Bytes add_bytes(Bytes a, Bytes b) { return vaddq_u8(a, b); }
+  static Bytes& part(Codes& codes, int k) { return codes.part[k]; }
+
   static void store(uint8_t* out, const Codes& codes) {
     for (int i = 0; i < 4; ++i) vst1q_u8(out + 16 * i, codes.part[i]);
   }

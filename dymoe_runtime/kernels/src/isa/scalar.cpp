@@ -51,6 +51,40 @@ struct Scalar {
     return codes;
   }
 
+  struct Bytes {
+    uint8_t byte[16];
+  };
+  template <class F>
+  static Bytes each(F make) {
+    Bytes out;
+    for (int i = 0; i < 16; ++i) out.byte[i] = uint8_t(make(i));
+    return out;
+  }
+  static Bytes load_bytes(const uint8_t* p, int64_t) {
+    return each([&](int i) { return p[i]; });
+  }
+  static Bytes load_table16(const uint8_t* p) { return load_bytes(p, 1); }
+  static Bytes exclusive_or(const Bytes& a, const Bytes& b) {
+    return each([&](int i) { return a.byte[i] ^ b.byte[i]; });
+  }
+  template <int Mask>
+  static Bytes choose_bits(const Bytes& a, const Bytes& b) {
+    return each([&](int i) { return (a.byte[i] & Mask) | (b.byte[i] & ~Mask); });
+  }
+  static Bytes low_nibbles(const Bytes& v) {
+    return each([&](int i) { return v.byte[i] & 15; });
+  }
+  static Bytes high_nibbles(const Bytes& v) {
+    return each([&](int i) { return v.byte[i] >> 4; });
+  }
+  static Bytes shuffle(const Bytes& table, const Bytes& indices) {
+    return each([&](int i) { return table.byte[indices.byte[i]]; });
+  }
+  static Bytes add_bytes(const Bytes& a, const Bytes& b) {
+    return each([&](int i) { return a.byte[i] + b.byte[i]; });
+  }
+  static Bytes& part(Codes& codes, int k) { return *reinterpret_cast<Bytes*>(codes.code + 16 * k); }
+
   static void store(uint8_t* out, const Codes& codes) { std::memcpy(out, codes.code, kBlock); }
 
   static Codes load_stored(const uint8_t* p) { return load<8>(p); }

@@ -1,4 +1,5 @@
 #include "ops/ops.h"
+#include "trellis_tables.h"
 
 #include <atomic>
 #include <cstring>
@@ -100,8 +101,11 @@ uint64_t read_memory(const uint8_t* data, int64_t nbytes) {
 
 void descend(const Kernels& isa, const Descent& block) {
   constexpr int64_t kRows = 16;
-  parallel_ranges(block.rows, kRows, block.rows * kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += kRows) isa.descend(block, row, std::min(kRows, end - row));
+  const int64_t count = block.trellis ? kTrellisRows : kRows;
+  parallel_ranges(block.rows, count, block.rows * kBlock, [&](int64_t begin, int64_t end) {
+    thread_local Buffer<uint8_t> buffer;
+    uint8_t* scratch = block.trellis ? buffer.reserve(isa.descent_bytes) : nullptr;
+    for (int64_t row = begin; row < end; row += count) isa.descend(block, row, std::min(count, end - row), scratch);
   });
 }
 

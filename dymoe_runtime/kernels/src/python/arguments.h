@@ -137,7 +137,8 @@ inline Part part_from(const PartTuple& t) { return {std::get<0>(t), std::get<1>(
 inline Grid grid_from(const std::string& name) {
   if (name.empty()) return Grid::usual;
   if (name == "mxfp4") return Grid::mxfp4;
-  reject("grid '" + name + "': expected '' or mxfp4");
+  if (name == "trellis") return Grid::trellis;
+  reject("grid '" + name + "': expected '', mxfp4 or trellis");
 }
 
 inline MatrixLayout layout_from(const LayoutTuple& t) {

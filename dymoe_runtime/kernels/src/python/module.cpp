@@ -214,7 +214,8 @@ void run_fit(const std::string& isa, const std::vector<int>& bits, const std::ve
 
 void run_descend(const std::string& isa, const std::vector<int>& bits, const std::vector<float>& weights,
                  const MatrixTuple& hessian, int64_t hessian_pitch, const MatrixTuple& slope, uintptr_t units,
-                 uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last, bool whole) {
+                 uintptr_t scales, uintptr_t error, uintptr_t codes, int64_t pitch, bool last, bool whole, bool trellis,
+                 uintptr_t weight) {
   Descent d{};
   take_tiers(d, bits, weights, 8);
   const auto [address, rows, cols] = slope;
@@ -228,6 +229,7 @@ void run_descend(const std::string& isa, const std::vector<int>& bits, const std
   d.slope = reinterpret_cast<const float*>(address), d.units = reinterpret_cast<const float*>(units);
   d.scales = reinterpret_cast<float*>(scales), d.error = reinterpret_cast<float*>(error);
   d.codes = reinterpret_cast<uint8_t*>(codes);
+  d.trellis = trellis, d.weight = reinterpret_cast<const float*>(weight);
   const Kernels& kernels = find_isa(isa);
   nb::gil_scoped_release unlocked;
   descend(kernels, d);
@@ -302,7 +304,7 @@ NB_MODULE(_native, m) {
         "received"_a);
   m.def("gated_delta", &run_gated_delta, "isa"_a, "spec"_a, "mixed"_a, "rates"_a, "vectors"_a, "y"_a);
   m.def("descend", &run_descend, "isa"_a, "bits"_a, "weights"_a, "hessian"_a, "hessian_pitch"_a, "slope"_a, "units"_a,
-        "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a, "whole"_a);
+        "scales"_a, "error"_a, "codes"_a, "pitch"_a, "last"_a, "whole"_a, "trellis"_a, "weight"_a);
   m.def("fit", &run_fit, "isa"_a, "bits"_a, "weights"_a, "weight"_a, "importance"_a, "starts"_a, "start"_a, "scales"_a,
         "codes"_a);
   m.def("matrix_at", &matrix_at, "array"_a);

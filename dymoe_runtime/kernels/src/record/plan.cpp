@@ -19,13 +19,19 @@ void check_part(const MatrixLayout& m, const Part& part, int64_t nbytes) {
           "matrix '" + m.name + "': a part of its layout does not fit its shape");
 }
 
+/// Returns the bytes of a plane of `width` bits; on the trellis grid a plane of one bit has a symbol for two rows.
+int64_t plane_bytes(const MatrixLayout& m, int width) {
+  if (m.grid != Grid::trellis) return m.rows * blocks_of(m) * 8 * width;
+  return (width == 2 ? m.rows : (m.rows + 1) / 2) * symbol_bytes(blocks_of(m));
+}
+
 void check_planes(const MatrixLayout& m) {
   int bits = 0;
   size_t rung = 0;
   for (const Plane& plane : m.planes) {
     const int w = plane.width;
     require(w == 1 || w == 2 || w == 4 || w == 8, "matrix '" + m.name + "': planes are 1, 2, 4 or 8 bits wide");
-    check_part(m, plane.part, m.rows * blocks_of(m) * 8 * w);
+    check_part(m, plane.part, plane_bytes(m, w));
     bits += w;
     require(rung < m.ladder.size() && plane.tier == m.ladder[rung] && bits <= plane.tier,
             "matrix '" + m.name + "': its planes do not follow its tiers");
@@ -40,8 +46,15 @@ void check_matrix(const MatrixLayout& m) {
           "matrix '" + m.name + "': its shape is out of range");
   require(!m.ladder.empty() && m.ladder.front() >= 2, "matrix '" + m.name + "': its tiers are below 2 bits");
   check_planes(m);
-  require(m.grid == Grid::usual || m.ladder.back() <= kMaxCurved,
+  require(m.grid != Grid::mxfp4 || m.ladder.back() <= kMaxCurved,
           "matrix '" + m.name + "': weights in MXFP4 have " + std::to_string(kMaxCurved) + " bits at most");
+  if (m.grid == Grid::trellis) {
+    require(m.ladder.back() <= kMaxTrellis,
+            "matrix '" + m.name + "': trellis codes have " + std::to_string(kMaxTrellis) + " bits at most");
+    for (size_t i = 0; i < m.planes.size(); ++i)
+      require(m.planes[i].width == (i == 0 ? 2 : 1),
+              "matrix '" + m.name + "': trellis codes have planes of 2, 1, 1 bits");
+  }
   require(m.scale_indices.size() == m.ladder.size(),
           "matrix '" + m.name + "': it needs one part of scale indices for each tier");
   for (const Part& part : m.scale_indices) check_part(m, part, m.rows * scale_index_bytes(blocks_of(m), m.grid));

@@ -41,13 +41,15 @@
 
 #include <cstring>
 
+#include "descent/fit.h"
+#include "descent/trellis.h"
 #include "kernels.h"
 #include "templates/activate.h"
 #include "templates/attend.h"
 #include "templates/delta.h"
-#include "templates/fit.h"
 #include "templates/quantize.h"
 #include "templates/sources.h"
+#include "templates/symbols.h"
 #include "templates/vectors.h"
 
 namespace dymoe {
@@ -129,6 +131,34 @@ DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t co
   }
 }
 
+template <class Source>
+constexpr bool is_coded = false;
+template <class V, int Further>
+constexpr bool is_coded<Coded<V, Further>> = true;
+template <class V, int Further, int Rows>
+constexpr bool is_coded<CodedRows<V, Further, Rows>> = true;
+
+/// Reads the codes of `Step` rows of a tile, from its row number `from` on; `row` is the number of its first row.
+template <class V, int Step, class Source>
+DYMOE_INLINE void load_codes(const Source& source, int64_t row, int from, int64_t block, int64_t count,
+                             typename V::Codes (&codes)[Step]) {
+  if constexpr (is_coded<Source>) {
+    source.template load_rows<Step>(from, block, count, codes);
+  } else {
+    DYMOE_UNROLL for (int r = 0; r < Step; ++r) codes[r] = source.load(row + from + r, block, count);
+  }
+}
+
+/// The rows of a tile from planes that are read together, as many as the registers hold.
+template <class V, class Source>
+constexpr int step_of = V::direct_step;
+/// Further planes hold two rows each; with two of them, tables leave registers for no more rows.
+template <class V, int Further, int Rows>
+constexpr int step_of<V, CodedRows<V, Further, Rows>> = Rows == 1                           ? 1
+                                                        : V::direct_step > 1 && Further < 2 ? V::direct_step
+                                                        : Further > 0                       ? 2
+                                                                                            : 1;
+
 /// Whether a tile of this shape is multiplied in pairs.
 template <class V, int Rows, int Tokens>
 constexpr bool in_pairs = V::pairs && Rows == V::tile_rows && Tokens == V::tile_tokens;
@@ -161,16 +191,14 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
                          sizes + V::scales * block, scales_of_tokens + kCopies * block, sizes_pitch, sums);
       return;
     }
-    // From the planes, as many rows at a time as the registers hold.
-    constexpr int Step = Tokens <= V::direct_tokens && Rows == V::direct_rows ? V::direct_step : Rows;
+    constexpr int Step = Tokens <= V::direct_tokens && Rows == V::direct_rows ? step_of<V, Source> : Rows;
     DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
       typename V::Codes codes[Step];
       typename V::Tokens tokens[Tokens];
       Lanes dots[Step][Tokens], scales[Step];
-      DYMOE_UNROLL for (int r = 0; r < Step; ++r) {
-        codes[r] = source.load(source_row + first + r, block, count);
-        scales[r] = load_row_scales<V>(sizes + ((first + r) * sizes_pitch + block) * V::scales);
-      }
+      load_codes<V>(source, source_row, first, block, count, codes);
+      DYMOE_UNROLL for (int r = 0; r < Step; ++r) scales[r] =
+          load_row_scales<V>(sizes + ((first + r) * sizes_pitch + block) * V::scales);
       DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] =
           V::load_tokens(codes_of_tokens + t * pitch + block * kBlock);
       V::template dots<Source::wide>(codes, tokens, dots);
@@ -223,11 +251,36 @@ DYMOE_APART void multiply_planes(const MatrixView& m, const Source& source, cons
   multiply_tile<V, Rows, Tokens>(m, source, row, sizes, a, row, token, y, stride);
 }
 
+/// The source of a single row.
+template <class Source>
+const Source& single_row(const Source& source, int64_t) {
+  return source;
+}
+template <class V, int Further>
+CodedRows<V, Further, 1> single_row(const Coded<V, Further>& source, int64_t row) {
+  return {source, row};
+}
+
+/// Calls `use` with a source for the V::direct_rows rows from `row` on.
+template <class V, int Further, class Use>
+DYMOE_INLINE void read_tile(const Coded<V, Further>& source, int64_t row, uint8_t*, Use use) {
+  use(CodedRows<V, Further, V::direct_rows>(source, row));
+}
+
 /// Multiplies few tokens by rows [begin, end), read from the planes.
 template <class V, class Source>
 void multiply_directly(const MatrixView& m, const Source& source, const Activations& a, int64_t begin, int64_t end,
                        float* y, int64_t stride, uint8_t* scratch, float* sizes) {
+  const auto multiply_one = [&](int64_t row) {
+    load_sizes<V>(m, row, 1, a.pitch, sizes);
+    const auto& one = single_row(source, row);
+    for (int64_t token = 0; token < a.tokens; ++token)
+      multiply_planes<V, 1, 1>(m, one, sizes, a, row, token, y, stride);
+  };
   int64_t row = begin;
+  if constexpr (is_coded<Source>) {
+    for (; row < end && row % V::direct_rows; ++row) multiply_one(row);
+  }
   for (; row + V::direct_rows <= end; row += V::direct_rows) {
     prefetch_bytes<1>(m.scale_indices + (row + V::direct_rows) * scale_index_bytes(m.blocks, grid_of<V>));
     load_sizes<V>(m, row, V::direct_rows, a.pitch, sizes);
@@ -240,11 +293,7 @@ void multiply_directly(const MatrixView& m, const Source& source, const Activati
       for (; token < a.tokens; ++token) multiply_planes<V, V::direct_rows, 1>(m, rows, sizes, a, row, token, y, stride);
     });
   }
-  for (; row < end; ++row) {
-    load_sizes<V>(m, row, 1, a.pitch, sizes);
-    for (int64_t token = 0; token < a.tokens; ++token)
-      multiply_planes<V, 1, 1>(m, source, sizes, a, row, token, y, stride);
-  }
+  for (; row < end; ++row) multiply_one(row);
 }
 
 /// Multiplies `Tokens` tokens from `token` on by all `count` rows of a source, which are the rows of m from `row` on.
@@ -272,15 +321,31 @@ void multiply_tokens(const MatrixView& m, const Source& source, int64_t count, c
   if constexpr (Tokens > 1) multiply_tokens<V, Tokens / 2>(m, source, count, sizes, a, row, token, y, stride);
 }
 
+/// Writes the numbers of `count` rows from `row` on, one byte each.
+template <class V>
+void read_numbers(const MatrixView& m, int64_t row, int64_t count, const uint8_t* zeros, uint8_t* codes) {
+  if constexpr (grid_of<V> == Grid::usual) {
+    if (m.grid == Grid::trellis) return unpack_coded_rows<V>(m, row, count, zeros, codes);
+  }
+  unpack_rows<V>(m, row, count, codes);
+}
+
+/// Returns a row of symbols that are 0, in the scratch memory of a product.
+inline const uint8_t* zeros_in(const MatrixView& m, uint8_t* scratch) {
+  uint8_t* zeros = scratch + kScratchRows * scratch_row_bytes(m.blocks);
+  if (m.grid == Grid::trellis) std::memset(zeros, 0, symbol_bytes(m.blocks));
+  return zeros;
+}
+
 /// Multiplies all tokens by rows [begin, end), a few unpacked rows at a time.
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
-                       uint8_t* codes, float* sizes) {
+                       uint8_t* codes, float* sizes, const uint8_t* zeros) {
   static_assert(V::unpacked_rows % V::tile_rows == 0 && V::unpacked_rows <= kScratchRows, "whole tiles");
   const Unpacked<V, Wide> source{codes, m.blocks};
   for (int64_t row = begin; row < end; row += V::unpacked_rows) {
     const int64_t count = smaller(V::unpacked_rows, end - row);
-    unpack_rows<V>(m, row, count, codes);
+    read_numbers<V>(m, row, count, zeros, codes);
     load_sizes<V>(m, row, count, a.pitch, sizes);
     const bool pairs = V::pairs && a.tokens >= V::tile_tokens;
     if constexpr (V::pairs) {
@@ -299,13 +364,23 @@ void product_on_grid(const MatrixView& m, const Activations& a, int64_t begin, i
   const auto directly = [&](const auto& source) {
     multiply_directly<V>(m, source, a, begin, end, y, stride, scratch, sizes);
   };
+  const uint8_t* zeros = zeros_in(m, scratch);
+  if constexpr (grid_of<V> == Grid::usual) {
+    if (m.grid == Grid::trellis) {
+      const bool wide = coded_are_wide(m.bits);
+      const int64_t most = wide ? V::template direct_most<true> : V::template direct_most<false>;
+      if (a.tokens <= most) return visit_coded<V>(m, zeros, directly);
+      if (wide) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes, zeros);
+      return multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes, zeros);
+    }
+  }
   const bool wide = m.bits > kNarrowBits;
   const int64_t most = wide ? V::template direct_most<true> : V::template direct_most<false>;
   if (a.tokens <= most && KnownSplits<V>::visit(m, directly)) return;
   if constexpr (grid_of<V> == Grid::usual) {
-    if (wide) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes);
+    if (wide) return multiply_unpacked<V, true>(m, a, begin, end, y, stride, scratch, sizes, zeros);
   }
-  multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes);
+  multiply_unpacked<V, false>(m, a, begin, end, y, stride, scratch, sizes, zeros);
 }
 
 /// See Kernels::product.
@@ -319,7 +394,7 @@ void product(const MatrixView& m, const Activations& a, int64_t begin, int64_t e
 /// See Kernels::dequantize.
 template <class V>
 void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) {
-  unpack_rows<V>(m, row, 1, scratch);
+  read_numbers<V>(m, row, 1, zeros_in(m, scratch), scratch);
   const float middle = m.levels.centre, *sizes = m.grid == Grid::mxfp4 ? kMxSizes : kScaleSizes;
   const uint8_t* indices = m.scale_indices + row * scale_index_bytes(m.blocks, m.grid);
   const int64_t span = kBlock / scales_of_block(m.grid);
@@ -333,8 +408,10 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 /// Returns the kernels of an instruction set by its policies; `Halved` is the one with two scales of a block.
 template <class V, class Halved>
 constexpr Kernels make_kernels(const char* name) {
-  return {name, V::at_once,   kTileRows, quantize<V>, product<V, Halved>, activate, dequantize<V>, norm,    layer_norm,
-          dots, exponentials, pack_row,  attend,      attend_tile,        convolve, delta,         descend, fit_rows};
+  return {name,          V::at_once,  kTileRows,  quantize<V>, product<V, Halved>,   activate,
+          dequantize<V>, norm,        layer_norm, dots,        exponentials,         pack_row,
+          attend,        attend_tile, convolve,   delta,       sizeof(TrellisGroup), descend,
+          fit_rows};
 }
 
 }  // namespace

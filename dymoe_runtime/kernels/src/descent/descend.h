@@ -190,8 +190,8 @@ void visit(const Descent& d, int64_t row, int64_t rows) {
   store_tile(d, row, rows, tile);
 }
 
-/// See Kernels::descend.
-void descend(const Descent& d, int64_t row, int64_t rows) {
+/// Visits rows [row, row + rows).
+void visit_rows(const Descent& d, int64_t row, int64_t rows) {
   for (int64_t r = 0; r < rows; r += kLanes) visit(d, row + r, rows - r < kLanes ? rows - r : kLanes);
 }
 

@@ -4,7 +4,7 @@
 // Everything is in an unnamed namespace; product.h says why.
 #pragma once
 
-#include "templates/descend.h"
+#include "descent/descend.h"
 
 namespace dymoe {
 namespace {
