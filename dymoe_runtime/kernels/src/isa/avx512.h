@@ -20,7 +20,7 @@ struct Avx512 {
 
   static constexpr int64_t at_once = 4, scales = 1;
   static constexpr int lanes = 16;
-  static constexpr int direct_rows = 8, direct_step = 4, tile_rows = 4, tile_tokens = 2;
+  static constexpr int direct_rows = 8, direct_step = 2, tile_rows = 4, tile_tokens = 2;
   static constexpr int direct_tokens = 1;
   template <bool Wide>
   static constexpr int direct_most = 1;

@@ -29,6 +29,11 @@ struct AvxVnni : Avx2 {
     }
   }
 
+  // The matrix moves bit i + 4 of each byte to bit i.
+  static Bytes high_nibbles(Bytes v) {
+    return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(int64_t(0x1020408000000000)), 0);
+  }
+
   template <bool Wide>
   static constexpr float offset = 0.0f;
 

@@ -55,7 +55,7 @@
 namespace dymoe {
 namespace {
 
-constexpr int64_t kAheadBlocks = 256;  // multiplying as many takes about as long as memory to answer
+constexpr int64_t kAheadBlocks = 512;  // multiplying as many takes longer than memory to answer
 
 /// Returns the multiplier of a row times the unit of the tier.
 float row_scale(const MatrixView& m, int64_t row) {
@@ -185,6 +185,7 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
   const int64_t blocks = m.blocks, pitch = codes_pitch(a.blocks), sizes_pitch = a.pitch;
   const int8_t* codes_of_tokens = a.codes + token * pitch;
   const float* scales_of_tokens = a.scales + kCopies * token * sizes_pitch;
+  const int64_t ahead = (source_row + (kAheadBlocks + blocks - 1) / blocks) * blocks;
   const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
     if constexpr (in_pairs<V, Rows, Tokens>) {
       add_pairs<V, Rows>(source.paired(source_row, block), codes_of_tokens + block * kBlock, pitch,
@@ -196,6 +197,10 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
       typename V::Codes codes[Step];
       typename V::Tokens tokens[Tokens];
       Lanes dots[Step][Tokens], scales[Step];
+      // Each step prefetches as much of the rows ahead as it uses, but whole cache lines, so that memory is always
+      // busy.
+      constexpr int Asked = Step * V::at_once >= kAsked ? Step : Rows;
+      if (first % Asked == 0) source.template prefetch<Asked * V::at_once>(ahead + Rows * block + first * V::at_once);
       load_codes<V>(source, source_row, first, block, count, codes);
       DYMOE_UNROLL for (int r = 0; r < Step; ++r) scales[r] =
           load_row_scales<V>(sizes + ((first + r) * sizes_pitch + block) * V::scales);
@@ -209,13 +214,8 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
       }
     }
   };
-  const int64_t ahead = (source_row + (kAheadBlocks + blocks - 1) / blocks) * blocks;
   int64_t block = 0;
-  for (; block + V::at_once <= blocks; block += V::at_once) {
-    // Each step prefetches as much of the rows ahead as it uses, so that memory is always busy.
-    source.template prefetch<Rows * V::at_once>(ahead + Rows * block);
-    add(block, V::at_once);
-  }
+  for (; block + V::at_once <= blocks; block += V::at_once) add(block, V::at_once);
   if (block < blocks) add(block, blocks - block);
   if constexpr (in_pairs<V, Rows, Tokens>) {
     DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);

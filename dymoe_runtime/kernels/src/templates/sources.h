@@ -32,11 +32,12 @@ constexpr int kNarrowBits = 6;  // most bits of codes that `dots` takes without 
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// Prefetches `Bytes` bytes.
+/// Prefetches `Bytes` bytes into the second level of the cache. The first has too few buffers for lines that memory has
+/// not sent yet, and what is multiplied now needs them.
 template <int64_t Bytes>
 DYMOE_INLINE void prefetch_bytes(const uint8_t* begin) {
 #if defined(__GNUC__)
-  DYMOE_UNROLL for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(begin + i);
+  DYMOE_UNROLL for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
 #endif
 }
 
