@@ -10,11 +10,25 @@ import numpy as np
 import pytest
 import torch
 from kernel_kit import ALL, COMPILED, kernels_of
+from quantize_kit import gaussian
 
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.descent import Descent
+from dymoe_compile.quantize.grid import TRELLIS_GAINS
+from dymoe_compile.quantize.moments import moments
+from dymoe_compile.quantize.quantize import quantize_matrix
 from dymoe_compile.quantize.trellis_reference import cheapest_path
-from dymoe_runtime.bundle.tiers import SCALE_SIZES, TRELLIS, TRELLIS_RING, TRELLIS_ROWS, trellis_levels
+from dymoe_runtime.bundle.tiers import (
+    SCALE_SIZES,
+    TRELLIS,
+    TRELLIS_RING,
+    TRELLIS_ROWS,
+    dequantize,
+    make_layout,
+    pack_record,
+    split_record,
+    trellis_levels,
+)
 from dymoe_runtime.kernels import REFERENCE
 
 LADDERS = [(2, 3, 4), (2, 4), (3, 4), (2,), (3,), (4,)]
@@ -199,3 +213,15 @@ def test_the_codes_of_a_column_are_the_best(isa: str, rows: int) -> None:
     others = (torch.from_numpy(every)[closing, :, None] != found[closing, None, :]).any(0)
     best = costs.masked_fill(others, torch.inf).amin(0)
     assert (cost <= best * (1 + 1e-5)).all()
+
+
+def test_tiers_yield_more_than_the_nearest_codes_by_their_gain() -> None:
+    """The values of the nearest codes are as large as the weights' projection on them."""
+    weight, ladder = gaussian(128, 256), (2, 3, 4)
+    inputs = moments(gaussian(1000, 256, seed=1), torch.ones(1000, 1))
+    matrix = quantize_matrix(weight, ladder, load_descent(kernels_of(ALL[-1])), inputs, grid=TRELLIS)
+    layout = make_layout({"m": (128, 256)}, ladder, grid=TRELLIS)
+    segments = split_record(layout, pack_record(layout, {"m": matrix}))
+    for tier in ladder:
+        values = torch.from_numpy(dequantize(segments, layout.matrices["m"], tier))
+        assert float((values * values).sum() / (weight * values).sum()) == pytest.approx(TRELLIS_GAINS[tier], abs=0.005)

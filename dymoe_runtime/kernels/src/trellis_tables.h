@@ -38,7 +38,7 @@ alignas(16) constexpr int8_t kTrellisSteps[5][4][2][16] = {
       {0, -1, -2, 0, -2, 1, 0, -2, -1, -1, 11, 0, -3, -1, -1, 1}}},
 };
 constexpr float kTrellisCentres[5] = {31.0f, 31.0f, 32.0f, 118.0f, 116.0f};
-constexpr float kTrellisUnits[5] = {0.06970f, 0.08470f, 0.09103f, 0.02946f, 0.03289f};
+constexpr float kTrellisUnits[5] = {0.07144f, 0.08563f, 0.09121f, 0.02946f, 0.03289f};
 
 /// Returns what an entry of a plane's table adds to the level of tier `bits`; `row` is that of a pair.
 static constexpr float trellis_level(int bits, int plane, int row, int entry) {
