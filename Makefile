@@ -55,7 +55,6 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.runtime $(BUNDLE)
 	$(BIN)/python benchmarks/quality/table.py $(BUNDLE) examples/model \
-	    $(addprefix --calibration ,$(wildcard dymoe_compile/data/*.txt)) \
 	    $(addprefix --held-out ,$(wildcard examples/heldout/*.txt))
 
 # Wheels for x86-64 and aarch64, built, checked and tried; see docs/installing.md. HOST_ONLY=1 makes that of this machine.

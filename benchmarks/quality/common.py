@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint, CheckpointDense
 from dymoe_compile.checkpoint.original import CheckpointExperts, open_original
@@ -19,6 +20,7 @@ from dymoe_compile.checkpoint.window_decoder import bundle_decoder, window_decod
 from dymoe_compile.policy.sensitivity import Decoding, Original, Rule, Static
 from dymoe_compile.quantize.moments import Moments, moments
 from dymoe_runtime.bundle.bundle import FINDINGS, Bundle
+from dymoe_runtime.bundle.tiers import BLOCK
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.decoder import Decoder
 from dymoe_runtime.model.routing import PromptRouting, Routing, in_groups
@@ -148,7 +150,10 @@ def calibration_moments(model: Path, windows: np.ndarray, kernels: Kernels) -> l
 
 
 class Simulated:
-    """The model with the dense weights of a bundle and experts from float matrices, one set per tier."""
+    """The model with the dense weights of a bundle and experts from float matrices, one set per tier.
+
+    What enters a matrix of an expert is rounded to 8 bits, as our kernels and those of llama.cpp round it.
+    """
 
     def __init__(self, bundle: Bundle, tiers: Mapping[int, Sequence[Stack]], kernels: Kernels) -> None:
         self._tiers = tiers
@@ -171,10 +176,19 @@ class Simulated:
             stack = layers[self._spec.moe_layers.index(layer)]
             for expert in np.unique(routing.experts[chosen == tier]).tolist():
                 tokens, ranks = np.nonzero((routing.experts == expert) & (chosen == tier))
-                x = torch.from_numpy(h[tokens])
+                x = in_8_bits(torch.from_numpy(h[tokens]))
                 middle = self._activation(x @ stack["gate"][expert].T) * (x @ stack["up"][expert].T)
-                y[tokens] += (middle @ stack["down"][expert].T).numpy() * routing.weights[tokens, ranks, None]
+                y[tokens] += (in_8_bits(middle) @ stack["down"][expert].T).numpy() * routing.weights[
+                    tokens, ranks, None
+                ]
         return y
+
+
+def in_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 [T, n] rounded to whole numbers up to 127 times a scale for each BLOCK of columns."""
+    blocks = F.pad(x, (0, -x.shape[1] % BLOCK)).view(len(x), -1, BLOCK)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((blocks / scale).round() * scale).view(len(x), -1)[:, : x.shape[1]]
 
 
 def uniform(bundle: Bundle, tier: int) -> Rule:
@@ -216,28 +230,6 @@ def rtn(weight: torch.Tensor, bits: int, group: int = 64) -> torch.Tensor:
     return best.view_as(weight)
 
 
-def gptq(weight: torch.Tensor, found: Moments, bits: int, group: int = 64) -> torch.Tensor:
-    """Quantize by GPTQ (arXiv 2210.17323) with groups; scales of each group come from its compensated weights."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(found.ridged().double()))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w, out = weight.clone(), torch.empty_like(weight)
-    for start in range(0, w.shape[1], group):
-        columns = w[:, start : start + group]
-        largest = columns.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-        grids = [largest * (1 - 0.03 * step) for step in range(20)]
-        errors = torch.stack([(_nearest(columns, scale, bits) - columns).square().sum(-1) for scale in grids])
-        scale = torch.stack(grids)[errors.argmin(0), torch.arange(len(w))]
-        for j in range(start, min(start + group, w.shape[1])):
-            out[:, j] = _nearest(w[:, j, None], scale, bits)[:, 0]
-            error = (w[:, j] - out[:, j]) / upper[j, j]
-            w[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
-    return out
-
-
-def _nearest(w: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    return ((w / scale.clamp_min(1e-12) + 2 ** (bits - 1)).floor().clamp(0, 2**bits - 1) - (2**bits - 1) / 2) * scale
-
-
 def kl(scores: Sequence[Score]) -> float:
     """Return the mean KL of all windows, in nats per token."""
     return sum(s.kl_sum for s in scores) / sum(s.compared for s in scores)
@@ -267,6 +259,24 @@ def score_original(texts: HeldOut) -> list[Score]:
         score_window(ids, hidden, texts.original.head)
         for ids, hidden in zip(texts.ids, texts.original.hidden, strict=True)
     ]
+
+
+def row_header(judged: HeldOut) -> list[str]:
+    """Return the columns of `row_of`."""
+    domains = sorted(set(judged.domains))
+    return ["", "bits", "KL", "PPL ratio", *(f"{d} {what}" for d in domains for what in ("KL", "PPL ratio"))]
+
+
+def row_of(
+    label: str, bits: float, scores: Sequence[Score], judged: HeldOut, reference: Sequence[Score]
+) -> list[object]:
+    """Return a row of a table: label, bits, KL and perplexity ratio, in all and by text."""
+    row: list[object] = [label, f"{bits:.2f}", f"{kl(scores):.4f}", f"{perplexity_ratio(scores, reference):.4f}"]
+    for domain in sorted(set(judged.domains)):
+        mine = [i for i, d in enumerate(judged.domains) if d == domain]
+        few, original = [scores[i] for i in mine], [reference[i] for i in mine]
+        row += [f"{kl(few):.4f}", f"{perplexity_ratio(few, original):.4f}"]
+    return row
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

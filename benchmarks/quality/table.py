@@ -1,20 +1,17 @@
-"""KL to the original and perplexity ratio at every size, for our points, baselines and llama.cpp.
+"""KL to the original and perplexity ratio at every size, for our points, baselines and peers.
 
-    python benchmarks/quality/table.py BUNDLE MODEL --calibration TEXT... --held-out TEXT... [--llama LOG]
+    python benchmarks/quality/table.py BUNDLE MODEL --held-out TEXT... [--peers FILE]
 
-BUNDLE was compiled from MODEL with these calibration texts; held-out texts are others. LOG has a line for each of
-llama.cpp's types, TYPE imatrix no|yes bytes N PPL(Q)/PPL(base) : X … Mean KLD: Y, as llama-perplexity --kl-divergence
-prints for the same held-out bytes. Points run on the kernels; RTN and GPTQ are simulated in float32 with the bundle's
-own dense weights, and 0.25 bits of metadata are added. --report writes a page: the bundle's report with baselines and
-llama.cpp in its plot. A second table compares fitted thresholds with uniform, static, flat and cosine ones at equal
-bytes.
+BUNDLE was compiled from MODEL with other texts. FILE is what peers.py wrote of the same held-out texts. Points run on
+the kernels; rounding to nearest (RTN) is simulated with the bundle's own dense weights, and 0.25 bits of metadata are
+added. --report writes a page: the bundle's report with baselines and peers in its plot. A second table compares fitted
+thresholds with uniform, static, flat and cosine ones at equal bytes.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,18 +21,15 @@ import torch
 from common import (
     HeldOut,
     Simulated,
-    calibration_moments,
-    calibration_windows,
     compared_rules,
     emitted_rules,
-    gptq,
     held_out,
     interval_of_ratio,
-    kl,
     markdown,
+    originals,
     per_window,
-    perplexity_ratio,
-    quantized,
+    row_header,
+    row_of,
     rtn,
     score_original,
     uniform,
@@ -43,15 +37,12 @@ from common import (
 
 from dymoe_compile.checkpoint.window_decoder import bundle_decoder
 from dymoe_compile.policy.sensitivity import Measurement, Measurer, Rule
-from dymoe_compile.quantize.moments import Moments
 from dymoe_compile.report.page import render
 from dymoe_runtime.bundle.bundle import FINDINGS, Bundle
 from dymoe_runtime.kernels import load_kernels
 from dymoe_runtime.kernels.interface import Kernels
 from dymoe_runtime.model.score import Score
 
-# Bits per expert weight of llama.cpp's types, scales included.
-LLAMA_BITS = {"IQ2_XS": 2.31, "Q2_K": 2.9, "IQ3_XXS": 3.06, "Q3_K_M": 3.6, "Q4_0": 4.5, "Q4_K_M": 4.5}
 BASELINE_METADATA = 0.25
 
 Key = tuple[str, str]
@@ -61,21 +52,19 @@ K = TypeVar("K")
 @click.command()
 @click.argument("bundle_path", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--calibration", multiple=True, required=True)
 @click.option("--held-out", "texts", multiple=True, required=True)
 @click.option("--bytes", "nbytes", default=60000, show_default=True, help="Of each held-out text.")
 @click.option("--compare-bytes", default=15000, show_default=True, help="Of each, for the second table.")
-@click.option("--llama", type=click.Path(path_type=Path))
+@click.option("--peers", "peers_path", type=click.Path(path_type=Path))
 @click.option("--report", type=click.Path(path_type=Path))
 @click.option("--baselines/--no-baselines", default=True)
 def main(
     bundle_path: Path,
     model: Path,
-    calibration: tuple[str, ...],
     texts: tuple[str, ...],
     nbytes: int,
     compare_bytes: int,
-    llama: Path | None,
+    peers_path: Path | None,
     report: Path | None,
     baselines: bool,
 ) -> None:
@@ -88,14 +77,12 @@ def main(
         rows.append(row_of(f"point {name}", effective_bits(bundle, result), result.windows, judged, reference))
     peers = []
     if baselines:
-        found = calibration_moments(model, calibration_windows(bundle, model, calibration), kernels)
-        peers += baseline_rows(bundle, model, found, judged, reference, kernels)
-    peers += llama_rows(llama) if llama else []
+        peers += baseline_rows(bundle, model, judged, reference, kernels)
+    header = row_header(judged)
+    peers += peer_rows(peers_path, header, texts, nbytes) if peers_path else []
     rows += peers
     if report:
         report.write_text(render(with_peers(bundle, peers)), encoding="utf-8")
-    domains = sorted(set(judged.domains))
-    header = ["", "bits", "KL", "PPL ratio", *(f"{d} {what}" for d in domains for what in ("KL", "PPL ratio"))]
     print(markdown(header, sorted(rows, key=lambda row: (float(str(row[1])), str(row[0])))))
     print()
     few = held_out(model, texts, compare_bytes, kernels)
@@ -109,49 +96,26 @@ def measure(bundle: Bundle, judged: HeldOut, rules: dict[K, Rule], kernels: Kern
     return dict(zip(rules, results, strict=True))
 
 
-def row_of(
-    label: str, bits: float, scores: Sequence[Score], judged: HeldOut, reference: Sequence[Score]
-) -> list[object]:
-    """Return a row of the first table: bits, KL and perplexity ratio, in all and by text."""
-    row: list[object] = [label, f"{bits:.2f}", f"{kl(scores):.4f}", f"{perplexity_ratio(scores, reference):.4f}"]
-    for domain in sorted(set(judged.domains)):
-        mine = [i for i, d in enumerate(judged.domains) if d == domain]
-        few, original = [scores[i] for i in mine], [reference[i] for i in mine]
-        row += [f"{kl(few):.4f}", f"{perplexity_ratio(few, original):.4f}"]
-    return row
-
-
 def baseline_rows(
-    bundle: Bundle,
-    model: Path,
-    found: Sequence[Mapping[str, list[Moments]]],
-    judged: HeldOut,
-    reference: Sequence[Score],
-    kernels: Kernels,
+    bundle: Bundle, model: Path, judged: HeldOut, reference: Sequence[Score], kernels: Kernels
 ) -> list[list[object]]:
-    """Return the rows of RTN and GPTQ at each number of bits."""
-    methods: dict[str, Callable[[torch.Tensor, Moments, int], torch.Tensor]] = {
-        "RTN": lambda w, m, bits: rtn(w, bits),
-        "GPTQ": gptq,
-    }
+    """Return the rows of rounding to nearest at each number of bits."""
     rows = []
-    for name, method in methods.items():
-        for bits in (2, 3, 4):
-            experts = quantized(model, lambda w, m, method=method, bits=bits: method(w, m, bits), found)
-            scores = Simulated(bundle, {bits: experts}, kernels).measure(uniform(bundle, bits), judged)
-            rows.append(row_of(f"{name} {bits}", bits + BASELINE_METADATA, scores, judged, reference))
+    for bits in (2, 3, 4):
+        experts = [{n: torch.stack([rtn(w, bits) for w in stack[n]]) for n in stack} for _, stack in originals(model)]
+        scores = Simulated(bundle, {bits: experts}, kernels).measure(uniform(bundle, bits), judged)
+        rows.append(row_of(f"RTN {bits}", bits + BASELINE_METADATA, scores, judged, reference))
     return rows
 
 
-def llama_rows(log: Path) -> list[list[object]]:
-    """Return rows from the lines of LOG, whose texts are scored together."""
+def peer_rows(path: Path, header: Sequence[str], texts: Sequence[str], nbytes: int) -> list[list[object]]:
+    """Return the rows that peers.py wrote, which must be of the same texts."""
     rows: list[list[object]] = []
-    for line in log.read_text().splitlines():
-        found = re.match(r"(\S+) imatrix (no|yes) bytes .*PPL\(Q\)/PPL\(base\) : ([\d.]+).*Mean KLD: ([\d.]+)", line)
-        if found:
-            with_matrix = " imatrix" if found[2] == "yes" else ""
-            label = f"llama.cpp {found[1]}{with_matrix}"
-            rows.append([label, f"{LLAMA_BITS[found[1]]:.2f}", f"{float(found[4]):.4f}", f"{float(found[3]):.4f}"])
+    for line in path.read_text().splitlines():
+        peer = json.loads(line)
+        if peer["texts"] != [Path(text).stem for text in texts] or peer["bytes"] != nbytes:
+            raise SystemExit(f"{path} is of {peer['bytes']} bytes of {', '.join(peer['texts'])}; give the same here")
+        rows.append([peer["row"][column] for column in header])
     return rows
 
 
