@@ -63,46 +63,90 @@ DYMOE_INLINE Entries transposed(const Entries& e) {
 #endif
 }
 
-/// The cost of the cheapest path to each state of a trellis: [last but one][last but two][last symbol].
+/// Returns floats 4 * K to 4 * K + 3 of `e`, over and over.
+template <int K>
+DYMOE_INLINE Floats repeated(const Entries& e) {
+#if defined(__AVX512F__)
+  constexpr int k = 4 * K;
+  return DYMOE_CHOOSE(e.part[0], e.part[0], k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3, k,
+                      k + 1, k + 2, k + 3);
+#elif defined(__AVX2__)
+  constexpr int k = 4 * (K % 2);
+  return DYMOE_CHOOSE(e.part[K / 2], e.part[K / 2], k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3);
+#else
+  return e.part[K];
+#endif
+}
+
+/// Returns floats 4 * K to 4 * K + 3 of each of four, one after the other.
+template <int K>
+DYMOE_INLINE Entries joined(const Entries (&e)[4]) {
+#if defined(__AVX512F__)
+  constexpr int k = 4 * K;
+  const Floats a = DYMOE_CHOOSE(e[0].part[0], e[1].part[0], k, k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19, k,
+                                k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19);
+  const Floats b = DYMOE_CHOOSE(e[2].part[0], e[3].part[0], k, k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19, k,
+                                k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19);
+  return {{DYMOE_CHOOSE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)}};
+#elif defined(__AVX2__)
+  constexpr int k = 4 * (K % 2);
+  return {{DYMOE_CHOOSE(e[0].part[K / 2], e[1].part[K / 2], k, k + 1, k + 2, k + 3, k + 8, k + 9, k + 10, k + 11),
+           DYMOE_CHOOSE(e[2].part[K / 2], e[3].part[K / 2], k, k + 1, k + 2, k + 3, k + 8, k + 9, k + 10, k + 11)}};
+#else
+  return {{e[0].part[K], e[1].part[K], e[2].part[K], e[3].part[K]}};
+#endif
+}
+
+/// The cost of the cheapest path to each state of a trellis: [last but one][last but two][last symbol]. It stays in
+/// registers: what was written in pieces is slow to read as a whole.
 struct Paths {
-  alignas(64) float cost[4][4][4];
+  Entries cost[4];
 };
 
 /// One step of all paths, [last but one][new symbol][last]: the symbol that falls out of the state.
 struct Step {
-  alignas(64) int32_t fallen[4][4][4];
+  alignas(64) int8_t fallen[4][4][4];
 };
 
+using SmallInts = int8_t __attribute__((vector_size(kLanes)));
+
+/// Compares paths whose third symbol is K with the cheapest so far.
+template <int K>
+DYMOE_INLINE void compare(const Entries& old, const Floats (&by_fallen)[4][kEntryParts], Entries& least,
+                          Ints (&fallen)[kEntryParts]) {
+  const Floats last = repeated<K>(old);
+  DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
+    const Floats cost = last + by_fallen[K][p];
+    if (K == 0) {
+      least.part[p] = cost, fallen[p] = Ints{};
+    } else {
+      const Ints better = cost < least.part[p];
+      fallen[p] = better ? Ints{} + K : fallen[p];
+      least.part[p] = better ? cost : least.part[p];
+    }
+  }
+}
+
 /// Takes the paths one symbol further. The entry that a symbol asks for depends on the last symbol and on the third.
-DYMOE_INLINE void extend(const Entries& errors, const Paths& paths, Paths& next, Step& step) {
+DYMOE_INLINE void extend(const Entries& errors, Paths& paths, Step& step) {
   Floats by_fallen[4][kEntryParts];
   DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
     by_fallen[0][p] = errors.part[p], by_fallen[1][p] = exchanged<1>(errors.part[p]);
     by_fallen[2][p] = exchanged<2>(errors.part[p]), by_fallen[3][p] = exchanged<3>(errors.part[p]);
   }
+  Entries by_last[4];
   DYMOE_UNROLL for (int m = 0; m < 4; ++m) {
     Entries least;
     Ints fallen[kEntryParts];
+    compare<0>(paths.cost[m], by_fallen, least, fallen), compare<1>(paths.cost[m], by_fallen, least, fallen);
+    compare<2>(paths.cost[m], by_fallen, least, fallen), compare<3>(paths.cost[m], by_fallen, least, fallen);
     DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
-      DYMOE_UNROLL for (int k = 0; k < 4; ++k) {
-        const float* last = paths.cost[m][k];
-        Floats old;
-        DYMOE_UNROLL for (int i = 0; i < kLanes; ++i) old[i] = last[i % 4];
-        const Floats cost = old + by_fallen[k][p];
-        if (k == 0) {
-          least.part[p] = cost, fallen[p] = Ints{};
-        } else {
-          const Ints better = cost < least.part[p];
-          fallen[p] = better ? Ints{} + k : fallen[p];
-          least.part[p] = better ? cost : least.part[p];
-        }
-      }
+      const SmallInts small = __builtin_convertvector(fallen[p], SmallInts);
+      std::memcpy(&step.fallen[m][0][0] + p * kLanes, &small, sizeof small);
     }
-    std::memcpy(step.fallen[m], fallen, sizeof fallen);
-    const Entries by_last = transposed(least);
-    DYMOE_UNROLL for (int last = 0; last < 4; ++last)
-        std::memcpy(next.cost[last][m], reinterpret_cast<const float*>(by_last.part) + 4 * last, 4 * sizeof(float));
+    by_last[m] = transposed(least);
   }
+  paths = {{joined<0>(by_last), joined<1>(by_last), joined<2>(by_last), joined<3>(by_last)}};
 }
 
 constexpr float kNever = 1e30f;  // cost of what may not be chosen
@@ -115,13 +159,14 @@ struct Before {
 /// Returns in symbols [count] those of the path of least cost; errors [count]. A null `before` leaves open how it
 /// begins.
 void find_path(const Entries* errors, int count, const Before* before, Step* steps, uint8_t* symbols) {
-  Paths paths[2] = {};
-  float* start = &paths[0].cost[0][0][0];
-  for (int i = 0; i < 4 * kEntries; ++i) start[i] = before ? kNever : 0.0f;
-  if (before) paths[0].cost[before->symbol[1]][before->symbol[0]][before->symbol[2]] = 0.0f;
-  for (int i = 0; i < count; ++i) extend(errors[i], paths[i % 2], paths[1 - i % 2], steps[i]);
+  float cost[4][4][4];
+  for (int i = 0; i < 4 * kEntries; ++i) cost[i / 16][i / 4 % 4][i % 4] = before ? kNever : 0.0f;
+  if (before) cost[before->symbol[1]][before->symbol[0]][before->symbol[2]] = 0.0f;
+  Paths paths;
+  std::memcpy(static_cast<void*>(&paths), cost, sizeof cost);
+  for (int i = 0; i < count; ++i) extend(errors[i], paths, steps[i]);
+  std::memcpy(cost, &paths, sizeof cost);
   int m = 0, k = 0, last = 0;
-  const auto& cost = paths[count % 2].cost;
   for (int a = 0; a < 4; ++a)
     for (int b = 0; b < 4; ++b)
       for (int c = 0; c < 4; ++c)
