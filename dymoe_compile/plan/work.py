@@ -23,7 +23,7 @@ HELD_OUT_SHARE = 0.2
 FITTED_RULES, OTHER_RULES = 2, 3
 # What one thread with AVX-512 does in a second: weights that it quantizes, and products of weights and tokens. They
 # tell the order of magnitude.
-QUANTIZED_PER_S, PRODUCTS_PER_S = 2.7e6, 4.5e10
+QUANTIZED_PER_S, PRODUCTS_PER_S = 1.2e6, 4.5e10
 START_S = 10
 
 

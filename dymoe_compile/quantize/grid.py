@@ -25,7 +25,7 @@ from dymoe_runtime.bundle.tiers import (
 # raise it at 4 bits by 10%. With the shares below, points that mix 2 to 4 bits are best, and no tier is far behind one
 # that is stored alone.
 SHARES = (0.8, 0.5)
-TRELLIS_SHARES = (0.4, 1.2)
+TRELLIS_SHARES = (0.4, 1.4)
 # What the nearest codes yield is smaller than the weight, because their errors do not correlate with them. So all
 # experts add too little to the residual stream, and these errors add up from layer to layer. KL of the reference model
 # is least if a tier yields more by 0.3 to 0.4 times the share of its squared error: 11% less at 2 bits, 4% at 3.

@@ -134,7 +134,7 @@ def _quantizer(spec: ModelSpec, ladder: tuple[int, ...]) -> dict[str, Any]:
         "levels": _levels(spec, ladder),
         "block": BLOCK,
         "steps": "4 bits a block and tier, one bf16 multiplier a row",
-        "sweeps": quantize.sweeps_of(spec.expert_grid),
+        "sweeps": quantize.SWEEPS,
         "tier_weights": ", ".join(f"{weight:g}" for weight in tier_weights(ladder, spec.expert_grid)),
     }
 
