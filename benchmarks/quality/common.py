@@ -178,9 +178,8 @@ class Simulated:
                 tokens, ranks = np.nonzero((routing.experts == expert) & (chosen == tier))
                 x = in_8_bits(torch.from_numpy(h[tokens]))
                 middle = self._activation(x @ stack["gate"][expert].T) * (x @ stack["up"][expert].T)
-                y[tokens] += (in_8_bits(middle) @ stack["down"][expert].T).numpy() * routing.weights[
-                    tokens, ranks, None
-                ]
+                out = (in_8_bits(middle) @ stack["down"][expert].T).numpy()
+                y[tokens] += out * routing.weights[tokens, ranks, None]
         return y
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/quality/gptq.py MODEL OUT --bits 3 --calibration TEXT...
 
-It needs an environment of its own with gptqmodel and transformers. Groups have 64 weights, as our blocks; all else is
+It needs an environment of its own with gptqmodel, which asks for other versions of torch, and on two cores
+GPTQMODEL_CPU_WORKERS=2, without which that package refuses to start. Groups have 64 weights, as our blocks; all else is
 as the package has it. Calibration is `--tokens` tokens of the texts, taken at random in windows of 512.
 """
 

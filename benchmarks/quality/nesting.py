@@ -2,8 +2,8 @@
 
     python benchmarks/quality/nesting.py BUNDLE MODEL --calibration TEXT... --held-out TEXT...
 
-KL is simulated in float32 for both, with the bundle's own dense weights. Bytes read are those of an LRU cache of three
-sizes that replays the routing of the held-out text token by token, at each point.
+KL is simulated for both, with the bundle's own dense weights and 8 bits for the inputs of experts. Bytes read are those
+of an LRU cache of three sizes that replays the routing of the held-out text token by token, at each point.
 """
 
 from __future__ import annotations

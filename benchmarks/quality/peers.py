@@ -5,9 +5,9 @@
 
 F32.gguf is MODEL in the GGUF format, by the peer's own converter, and the importance matrix is by its own tool. Only
 the experts take the type: the peer quantizes them and turns them back into floats. These run here with the dense
-weights of BUNDLE, with 8 bits for the inputs of experts, and all else as for our points. DIR is a checkpoint whose
-experts another quantizer has rounded, stored as floats. FILE gets a line for each, for table.py; those that it already
-has of the same texts are left alone.
+weights of BUNDLE, with 8 bits for the inputs of experts, and all else as for our points. DIR is a checkpoint that
+another quantizer has made of MODEL, in any format that dymoe-compile reads. FILE gets a line for each, for table.py;
+those that it already has of the same texts are left alone.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dymoe_runtime.bundle.bundle import dense_kind
+from dymoe_runtime.bundle.tiers import MXFP4, TRELLIS
 from dymoe_runtime.spec import ModelSpec
 
 # Step between the mean bits that mixed operating points aim at.
@@ -21,9 +22,10 @@ MAX_WORK = 8e11
 HELD_OUT_SHARE = 0.2
 # Rules that are measured for each of `wanted_bits`: two that are fitted, and three that these must beat.
 FITTED_RULES, OTHER_RULES = 2, 3
-# What one thread with AVX-512 does in a second: weights that it quantizes, and products of weights and tokens. They
-# tell the order of magnitude.
-QUANTIZED_PER_S, PRODUCTS_PER_S = 1.2e6, 4.5e10
+# What one thread with AVX-512 does in a second: expert weights that it quantizes, by the grid of their codes, and
+# products of weights and tokens. They tell the order of magnitude.
+QUANTIZED_PER_S = {TRELLIS: 1.1e6, "": 2.7e6, MXFP4: 2.7e6}
+PRODUCTS_PER_S = 4.5e10
 START_S = 10
 
 
@@ -59,4 +61,5 @@ def compile_seconds(spec: ModelSpec, ladder: tuple[int, ...], tokens: int, threa
     passes += (candidates + len(ladder) + bits) * measured_tokens(spec, held_out, CANDIDATE_TOKENS)
     dense = sum(math.prod(shape) for name, shape in spec.each_tensor() if dense_kind(name, shape))
     products = (tokens + passes) * (active_weights(spec) + dense)
-    return START_S + spec.expert_weights / QUANTIZED_PER_S / threads + products / PRODUCTS_PER_S / threads
+    quantizing = spec.expert_weights / QUANTIZED_PER_S[spec.expert_grid]
+    return START_S + (quantizing + products / PRODUCTS_PER_S) / threads

@@ -117,7 +117,7 @@ DYMOE_INLINE void compare(const Entries& old, const Floats (&by_fallen)[4][kEntr
   const Floats last = repeated<K>(old);
   DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
     const Floats cost = last + by_fallen[K][p];
-    if (K == 0) {
+    if constexpr (K == 0) {
       least.part[p] = cost, fallen[p] = Ints{};
     } else {
       const Ints better = cost < least.part[p];

@@ -197,8 +197,7 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
       typename V::Codes codes[Step];
       typename V::Tokens tokens[Tokens];
       Lanes dots[Step][Tokens], scales[Step];
-      // Each step prefetches as much of the rows ahead as it uses, but whole cache lines, so that memory is always
-      // busy.
+      // Each step prefetches as much of the rows ahead as it uses, in whole cache lines. So memory is always busy.
       constexpr int Asked = Step * V::at_once >= kAsked ? Step : Rows;
       if (first % Asked == 0) source.template prefetch<Asked * V::at_once>(ahead + Rows * block + first * V::at_once);
       load_codes<V>(source, source_row, first, block, count, codes);
