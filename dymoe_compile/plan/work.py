@@ -24,7 +24,7 @@ HELD_OUT_SHARE = 0.2
 FITTED_RULES, OTHER_RULES = 2, 3
 # What one thread with AVX-512 does in a second: expert weights that it quantizes, by the grid of their codes, and
 # products of weights and tokens. They tell the order of magnitude.
-QUANTIZED_PER_S = {TRELLIS: 1.1e6, "": 2.7e6, MXFP4: 2.7e6}
+QUANTIZED_PER_S = {TRELLIS: 2.1e6, "": 2.7e6, MXFP4: 2.7e6}
 PRODUCTS_PER_S = 4.5e10
 START_S = 10
 

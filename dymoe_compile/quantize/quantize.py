@@ -44,6 +44,8 @@ SWEEPS = 3
 PULL = 4 * BLOCK
 # A slope is a sum over all columns; eight bits of each term are enough to choose codes.
 PULL_DTYPE = torch.bfloat16 if _has_bf16() else torch.float32
+# A larger rise of a scale would multiply the rounding of the error too much.
+MOST_RESCALED = 16.0
 # Weights that are in float32 at a time when a matrix is quantized in parts.
 WEIGHTS_AT_ONCE = 1 << 22
 
@@ -218,10 +220,25 @@ class _Descending:
         if fine:
             # The nearest size may be too small; clipping costs more than a slightly coarser grid.
             indices[-1] = nearest_scale_indices(self._scales[-1:], units[-1:], up=True)[0]
-        self._scales = torch.from_numpy(SCALE_SIZES)[indices.long()] * units[:, :, None]
+        before, self._scales = self._scales, torch.from_numpy(SCALE_SIZES)[indices.long()] * units[:, :, None]
         if fine:
             self._codes = rounded(self._weight, self._scales[-1], self._ladder[-1])
-        self._take_error()
+            self._take_error()
+        else:
+            self._rescale_error(torch.where(before > 0, self._scales / before, 0.0))
+
+    def _rescale_error(self, factors: torch.Tensor) -> None:
+        """Update the error to scales that are `factors` [tiers, rows, blocks] times as large, with the same codes."""
+        if bool((factors > MOST_RESCALED).any()):
+            return self._take_error()
+        whole = self._cols // BLOCK
+        self._error += self._weight
+        blocks = self._error[:, :, : whole * BLOCK].view(*self._error.shape[:2], whole, BLOCK)
+        blocks.mul_(factors[:, :, :whole, None])
+        self._error[:, :, whole * BLOCK :] *= factors[:, :, -1:]
+        self._error -= self._weight
+        self._visited.clear()
+        self._rough_error = self._error.to(PULL_DTYPE)
 
     def _take_error(self, first: bool = False) -> None:
         """Compute the error of each tier, [tiers, rows, cols], from codes and scales; 0 if there are no codes yet."""

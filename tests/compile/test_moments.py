@@ -243,7 +243,7 @@ def test_only_the_first_sweep_takes_columns_to_come_for_exact(first: bool, monke
             if (sweep, nth) == (0 if first else 1, 0):
                 self.kept = block.codes[:, :BLOCK].clone()
             if self.spoilt and not first and (sweep, nth) == (0, 3):
-                block.codes[:, last] = 0
+                block.error[:, :, last] += 1
 
     def codes_of_the_first_columns(spoilt: bool) -> torch.Tensor:
         descent = Spoiling(spoilt)

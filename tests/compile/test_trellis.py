@@ -17,12 +17,13 @@ from dymoe_compile.quantize.descent import Descent
 from dymoe_compile.quantize.grid import TRELLIS_GAINS
 from dymoe_compile.quantize.moments import moments
 from dymoe_compile.quantize.quantize import quantize_matrix
-from dymoe_compile.quantize.trellis_reference import cheapest_path
+from dymoe_compile.quantize.trellis_reference import USUAL_COST, USUAL_ERRORS, cheapest_path
 from dymoe_runtime.bundle.tiers import (
     SCALE_SIZES,
     TRELLIS,
     TRELLIS_RING,
     TRELLIS_ROWS,
+    TRELLIS_UNITS,
     dequantize,
     make_layout,
     pack_record,
@@ -137,8 +138,8 @@ def test_a_visit_equals_the_reference(ladder: tuple[int, ...], shape: tuple[int,
             assert_error_kept(actual, state)
             # Instruction sets agree to the last bit.
             assert torch.equal(actual.scales, results[0].scales) and torch.equal(actual.error, results[0].error)
-        # In a small matrix there may be nothing left to improve.
-        assert state.weight.numel() < 1000 or not torch.equal(expected.codes, state.codes)
+        # In the last visit, or in a small matrix, there may be nothing left to improve.
+        assert visit == "last" or state.weight.numel() < 1000 or not torch.equal(expected.codes, state.codes)
         state = expected
 
 
@@ -180,22 +181,22 @@ def test_visits_never_raise_the_joint_loss_of_a_group(ladder: tuple[int, ...], i
 @pytest.mark.parametrize("before", [None, (0, 0, 0), (3, 1, 2)], ids=str)
 def test_no_path_is_cheaper_than_the_cheapest(before: tuple[int, ...] | None) -> None:
     """Of five symbols, after any three or after these."""
-    errors = np.random.default_rng(0).random((5, 16), np.float32)
+    numbers = np.random.default_rng(0).integers(0, 1000, (5, 16))
     starts = [before] if before else itertools.product(range(4), repeat=3)
     costs = {}
     for start, path in itertools.product(starts, itertools.product(range(4), repeat=5)):
         all_ = (*start, *path)
         entries = [all_[i] + 4 * (all_[i - 1] ^ all_[i - 3]) for i in range(3, 8)]
-        costs[all_] = sum(float(errors[i, entry]) for i, entry in enumerate(entries))
+        costs[all_] = sum(int(numbers[i, entry]) for i, entry in enumerate(entries))
     best = min(costs, key=lambda key: costs[key])
-    found = cheapest_path(errors, None if before is None else np.array(before, np.uint8))
+    found = cheapest_path(numbers, None if before is None else np.array(before, np.uint8))
     assert tuple(found) == best[3:]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5], ids="{} rows".format)
 @pytest.mark.parametrize("isa", ALL)
 def test_the_codes_of_a_column_are_the_best(isa: str, rows: int) -> None:
-    """Of all codes that agree with them in the rows where the ring closes."""
+    """Of all codes that agree with them in the rows where the ring closes, but for the rounding of costs."""
     g = torch.Generator().manual_seed(rows)
     cols = 64 + 2 * BESIDE
     weight, scales = torch.randn(rows, cols, generator=g), torch.full((1, rows), 0.07)
@@ -212,7 +213,10 @@ def test_the_codes_of_a_column_are_the_best(isa: str, rows: int) -> None:
     closing = slice(1, 4) if rows >= TRELLIS_RING else slice(0)
     others = (torch.from_numpy(every)[closing, :, None] != found[closing, None, :]).any(0)
     best = costs.masked_fill(others, torch.inf).amin(0)
-    assert (cost <= best * (1 + 1e-5)).all()
+    # What a row usually costs is USUAL_COST steps of rounding.
+    usual = USUAL_ERRORS[2] * (0.07 / TRELLIS_UNITS[2]) ** 2
+    assert (cost <= best + rows * usual / float(USUAL_COST)).all()
+    assert (cost <= best * (1 + 1e-5)).float().mean() > 0.9
 
 
 def test_tiers_yield_more_than_the_nearest_codes_by_their_gain() -> None:

@@ -7,9 +7,12 @@
 // Everything is in an unnamed namespace; product.h says why.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "descent/descend.h"
+#include "descent/paths.h"
 #include "kernels.h"
 #include "templates/sources.h"
 #include "trellis_tables.h"
@@ -17,263 +20,147 @@
 namespace dymoe {
 namespace {
 
-constexpr int kEntries = 16;                    // of a table: own two bits and two bits of the rows above
 constexpr int kEntryParts = kEntries / kLanes;  // vectors of a value for each entry
 constexpr int kSlices = kTrellisRows / kLanes;  // vectors of a value for each row of a group
 // How much the error that a plane leaves at a higher tier counts, for each plane that is still to come. On the
 // reference model 0.15 had 7% less KL at 2 bits and 9% more at 4; 1 had 15% more at 2 bits and 9% more at 3.
 constexpr float kAhead = 0.35f;
+// What a row of a path costs, if its errors are as large as usual: enough that rounding matters little.
+constexpr float kUsualCost = 12.0f;
+// Costs above kFarCost rise by kFarRise only, so that of the entries far from an outlier the nearest is still the best.
+constexpr float kFarCost = 896.0f, kFarRise = 1.0f / 32.0f;
+// Usual squared error of a tier, relative to a row's mean square, of 2 to 6 bits.
+constexpr float kUsualErrors[kMaxTrellis - 1] = {0.08f, 0.024f, 0.0075f, 0.0022f, 0.0006f};
 
 /// A value for each entry, at place 4 * own + above: so the four values of `above` are neighbours.
 struct Entries {
   Floats part[kEntryParts];
 };
 
-#if defined(__clang__)
-#define DYMOE_CHOOSE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DYMOE_CHOOSE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
-#endif
+/// Returns the float at row `row` of a value in slices.
+float at_row(const Floats* slices, int row) { return reinterpret_cast<const float*>(slices)[row]; }
 
-/// Returns a vector whose lane i is lane i ^ K of `v`, K < 4.
-template <int K>
-DYMOE_INLINE Floats exchanged(const Floats& v) {
-#if defined(__AVX512F__)
-  return DYMOE_CHOOSE(v, v, 0 ^ K, 1 ^ K, 2 ^ K, 3 ^ K, 4 ^ K, 5 ^ K, 6 ^ K, 7 ^ K, 8 ^ K, 9 ^ K, 10 ^ K, 11 ^ K,
-                      12 ^ K, 13 ^ K, 14 ^ K, 15 ^ K);
-#elif defined(__AVX2__)
-  return DYMOE_CHOOSE(v, v, 0 ^ K, 1 ^ K, 2 ^ K, 3 ^ K, 4 ^ K, 5 ^ K, 6 ^ K, 7 ^ K);
-#else
-  return DYMOE_CHOOSE(v, v, 0 ^ K, 1 ^ K, 2 ^ K, 3 ^ K);
-#endif
-}
-
-/// Returns entry 4 * i + k as entry 4 * k + i.
-DYMOE_INLINE Entries transposed(const Entries& e) {
-  const Floats(&v)[kEntryParts] = e.part;
-#if defined(__AVX512F__)
-  return {{DYMOE_CHOOSE(v[0], v[0], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)}};
-#elif defined(__AVX2__)
-  return {{DYMOE_CHOOSE(v[0], v[1], 0, 4, 8, 12, 1, 5, 9, 13), DYMOE_CHOOSE(v[0], v[1], 2, 6, 10, 14, 3, 7, 11, 15)}};
-#else
-  const Floats a = DYMOE_CHOOSE(v[0], v[1], 0, 4, 1, 5), b = DYMOE_CHOOSE(v[2], v[3], 0, 4, 1, 5);
-  const Floats c = DYMOE_CHOOSE(v[0], v[1], 2, 6, 3, 7), d = DYMOE_CHOOSE(v[2], v[3], 2, 6, 3, 7);
-  return {{DYMOE_CHOOSE(a, b, 0, 1, 4, 5), DYMOE_CHOOSE(a, b, 2, 3, 6, 7), DYMOE_CHOOSE(c, d, 0, 1, 4, 5),
-           DYMOE_CHOOSE(c, d, 2, 3, 6, 7)}};
-#endif
-}
-
-/// Returns floats 4 * K to 4 * K + 3 of `e`, over and over.
-template <int K>
-DYMOE_INLINE Floats repeated(const Entries& e) {
-#if defined(__AVX512F__)
-  constexpr int k = 4 * K;
-  return DYMOE_CHOOSE(e.part[0], e.part[0], k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3, k,
-                      k + 1, k + 2, k + 3);
-#elif defined(__AVX2__)
-  constexpr int k = 4 * (K % 2);
-  return DYMOE_CHOOSE(e.part[K / 2], e.part[K / 2], k, k + 1, k + 2, k + 3, k, k + 1, k + 2, k + 3);
-#else
-  return e.part[K];
-#endif
-}
-
-/// Returns floats 4 * K to 4 * K + 3 of each of four, one after the other.
-template <int K>
-DYMOE_INLINE Entries joined(const Entries (&e)[4]) {
-#if defined(__AVX512F__)
-  constexpr int k = 4 * K;
-  const Floats a = DYMOE_CHOOSE(e[0].part[0], e[1].part[0], k, k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19, k,
-                                k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19);
-  const Floats b = DYMOE_CHOOSE(e[2].part[0], e[3].part[0], k, k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19, k,
-                                k + 1, k + 2, k + 3, k + 16, k + 17, k + 18, k + 19);
-  return {{DYMOE_CHOOSE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)}};
-#elif defined(__AVX2__)
-  constexpr int k = 4 * (K % 2);
-  return {{DYMOE_CHOOSE(e[0].part[K / 2], e[1].part[K / 2], k, k + 1, k + 2, k + 3, k + 8, k + 9, k + 10, k + 11),
-           DYMOE_CHOOSE(e[2].part[K / 2], e[3].part[K / 2], k, k + 1, k + 2, k + 3, k + 8, k + 9, k + 10, k + 11)}};
-#else
-  return {{e[0].part[K], e[1].part[K], e[2].part[K], e[3].part[K]}};
-#endif
-}
-
-/// The cost of the cheapest path to each state of a trellis: [last but one][last but two][last symbol]. It stays in
-/// registers: what was written in pieces is slow to read as a whole.
-struct Paths {
-  Entries cost[4];
+/// What the entries of a plane cost in each row, as far as it does not depend on the column: an entry whose number at
+/// tier t is n costs plain + the sum over t of slope[t] * n, where slope[t] = lean[t] * rest[t].
+struct Weighing {
+  Floats square[kMaxTiers][kSlices];  // weight * scale^2
+  Floats lean[kMaxTiers][kSlices];    // -2 * weight * scale
+  Entries plain[kTrellisRows];        // of each row, or of each pair of rows
 };
 
-/// One step of all paths, [last but one][new symbol][last]: the symbol that falls out of the state.
-struct Step {
-  alignas(64) int8_t fallen[4][4][4];
-};
-
-using SmallInts = int8_t __attribute__((vector_size(kLanes)));
-
-/// Compares paths whose third symbol is K with the cheapest so far.
-template <int K>
-DYMOE_INLINE void compare(const Entries& old, const Floats (&by_fallen)[4][kEntryParts], Entries& least,
-                          Ints (&fallen)[kEntryParts]) {
-  const Floats last = repeated<K>(old);
-  DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
-    const Floats cost = last + by_fallen[K][p];
-    if constexpr (K == 0) {
-      least.part[p] = cost, fallen[p] = Ints{};
-    } else {
-      const Ints better = cost < least.part[p];
-      fallen[p] = better ? Ints{} + K : fallen[p];
-      least.part[p] = better ? cost : least.part[p];
-    }
-  }
-}
-
-/// Takes the paths one symbol further. The entry that a symbol asks for depends on the last symbol and on the third.
-DYMOE_INLINE void extend(const Entries& errors, Paths& paths, Step& step) {
-  Floats by_fallen[4][kEntryParts];
-  DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
-    by_fallen[0][p] = errors.part[p], by_fallen[1][p] = exchanged<1>(errors.part[p]);
-    by_fallen[2][p] = exchanged<2>(errors.part[p]), by_fallen[3][p] = exchanged<3>(errors.part[p]);
-  }
-  Entries by_last[4];
-  DYMOE_UNROLL for (int m = 0; m < 4; ++m) {
-    Entries least;
-    Ints fallen[kEntryParts];
-    compare<0>(paths.cost[m], by_fallen, least, fallen), compare<1>(paths.cost[m], by_fallen, least, fallen);
-    compare<2>(paths.cost[m], by_fallen, least, fallen), compare<3>(paths.cost[m], by_fallen, least, fallen);
-    DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
-      const SmallInts small = __builtin_convertvector(fallen[p], SmallInts);
-      std::memcpy(&step.fallen[m][0][0] + p * kLanes, &small, sizeof small);
-    }
-    by_last[m] = transposed(least);
-  }
-  paths = {{joined<0>(by_last), joined<1>(by_last), joined<2>(by_last), joined<3>(by_last)}};
-}
-
-constexpr float kNever = 1e30f;  // cost of what may not be chosen
-
-/// The three symbols that a path begins with: the last but two, the last but one, the last.
-struct Before {
-  uint8_t symbol[3];
-};
-
-/// Returns in symbols [count] those of the path of least cost; errors [count]. A null `before` leaves open how it
-/// begins.
-void find_path(const Entries* errors, int count, const Before* before, Step* steps, uint8_t* symbols) {
-  float cost[4][4][4];
-  for (int i = 0; i < 4 * kEntries; ++i) cost[i / 16][i / 4 % 4][i % 4] = before ? kNever : 0.0f;
-  if (before) cost[before->symbol[1]][before->symbol[0]][before->symbol[2]] = 0.0f;
-  Paths paths;
-  std::memcpy(static_cast<void*>(&paths), cost, sizeof cost);
-  for (int i = 0; i < count; ++i) extend(errors[i], paths, steps[i]);
-  std::memcpy(cost, &paths, sizeof cost);
-  int m = 0, k = 0, last = 0;
-  for (int a = 0; a < 4; ++a)
-    for (int b = 0; b < 4; ++b)
-      for (int c = 0; c < 4; ++c)
-        if (cost[a][b][c] < cost[m][k][last]) m = a, k = b, last = c;
-  for (int i = count - 1; i >= 0; --i) {
-    symbols[i] = uint8_t(last);
-    const int fallen = steps[i].fallen[k][last][m];
-    last = m, m = k, k = fallen;
-  }
-}
-
-/// Returns the length of the ring that `count` symbols of a column form, or 0 if they are too few: the symbols above
-/// the first are the last of the ring. It is even, because every second row of symbols is swapped.
-int ring_of(int count) { return count < kTrellisRing ? 0 : count / 2 * 2; }
-
-constexpr int kAround = 12;  // symbols after which it matters little how a path begins, or ends
-
-/// Returns in symbols [count] a cheap path that closes its ring: it begins with its last symbols. They are those of
-/// `known`, or, if that is null, of the best path around the place where the ring closes. Changes errors.
-void find_ring(Entries* errors, int count, const uint8_t* known, Step* steps, uint8_t* symbols) {
-  const int ring = ring_of(count);
-  Before before{};
-  if (ring) {
-    if (known) {
-      std::memcpy(before.symbol, known + ring - 3, sizeof before.symbol);
-    } else {
-      const int each = ring < kAround ? ring : kAround;
-      Entries around[2 * kAround];
-      uint8_t found[2 * kAround];
-      std::memcpy(static_cast<void*>(around), errors + ring - each, each * sizeof *around);
-      std::memcpy(static_cast<void*>(around + each), errors, each * sizeof *around);
-      find_path(around, 2 * each, nullptr, steps, found);
-      std::memcpy(before.symbol, found + each - 3, sizeof before.symbol);
-    }
-    for (int i = 0; i < 3; ++i) {
-      float* costs = reinterpret_cast<float*>(errors[ring - 3 + i].part);
-      for (int entry = 0; entry < kEntries; ++entry)
-        if (entry / 4 != before.symbol[i]) costs[entry] = kNever;
-    }
-  }
-  find_path(errors, count, &before, steps, symbols);
-}
-
-/// The rows of a group, or the last rows of a matrix, kLanes in each slice.
+/// The rows of a group, or the last rows of a matrix, kLanes in each slice. Rows that are missing are zero.
 struct TrellisGroup {
   DescentTile slices[kSlices];
   int rows;
-  int planes;                              // of the highest tier
-  Floats targets[kMaxTiers][kSlices];      // of the column whose codes are chosen: what the value should be
-  float numbers[kMaxTiers][kTrellisRows];  // of that column, by the planes that are chosen so far
-  float kept[kMaxTiers][kTrellisRows];     // numbers of other codes
-  uint8_t symbols[kTrellisRows];           // of one plane: of each row, or of each pair of rows
-  uint8_t codes[kTrellisRows];             // by the planes that are chosen so far
+  int planes;                                   // of the highest tier
+  uint8_t codes[kBlock][kTrellisRows];          // [column][row], of the highest tier
+  Floats inverse[kMaxTiers][kSlices];           // 1 / scale
+  Floats targets[kMaxTiers][kSlices];           // of the column whose codes are chosen: what the value should be
+  Floats slopes[kMaxTiers][kSlices];            // of that column and one plane
+  Floats spared[kSlices];                       // what no entry of the plane can save
+  Floats numbers[kMaxTiers][kSlices];           // of that column, by the planes that are chosen so far
+  Floats kept[kMaxTiers][kSlices];              // those of the best codes so far
+  Floats moved[kMaxTiers][kSlices][kTogether];  // changes of values, of columns that are applied together
   // [tier][plane][row of a pair]: what an entry adds to the level, in the order of Entries
   alignas(64) float added[kMaxTiers][kMaxTrellisPlanes][2][kEntries];
-  Entries errors[kTrellisRows];
+  float widest[kMaxTiers][kMaxTrellisPlanes];  // the largest magnitude of those
+  Weighing weighing[2][kMaxTrellisPlanes];     // with planes to come, and with all others known
+  Costs costs[kTrellisRows];
   Step steps[kTrellisRows];
 };
 
-/// Returns in entries [count] those that symbols ask for, in the order of Entries.
-void entries_of(const uint8_t* symbols, int count, uint8_t* entries) {
-  const int ring = ring_of(count);
-  for (int i = 0; i < count && i < 3; ++i) {
+/// The symbols of each plane of a column: of each row, or from the second plane on of each pair of rows. There is room
+/// for three above the first.
+struct Chosen {
+  uint8_t symbols[kMaxTrellisPlanes][kTrellisRows];
+};
+
+/// Returns in places [kTrellisRows] where in added[tier][plane] the numbers of the rows stand that these symbols ask
+/// for. Places of rows that are missing mean nothing.
+void places_of(const uint8_t* symbols, int plane, int rows, int32_t* places) {
+  const int count = plane ? (rows + 1) / 2 : rows, ring = ring_of(count);
+  uint8_t entries[kTrellisRows];
+  for (int i = 0; i < 3; ++i) {
     const int above =
         ring ? (i > 0 ? symbols[i - 1] : symbols[ring - 1]) ^ symbols[ring + i - 3] : (i > 0 ? symbols[i - 1] : 0);
     entries[i] = uint8_t(4 * symbols[i] + above);
   }
-  for (int i = 3; i < count; ++i) entries[i] = uint8_t(4 * symbols[i] + (symbols[i - 1] ^ symbols[i - 3]));
-}
-
-/// Returns the float at row `row` of a value in slices.
-float at_row(const Floats* slices, int row) { return reinterpret_cast<const float*>(slices)[row]; }
-
-/// Adds to `numbers` [rows] of a tier what the entries of a plane stand for.
-void add_numbers(const float (&added)[2][kEntries], int plane, int rows, const uint8_t* entries, float* numbers) {
-  if (plane == 0)
-    for (int r = 0; r < rows; ++r) numbers[r] += added[0][entries[r]];
+  for (int i = 3; i < kTrellisRows; ++i) entries[i] = uint8_t(4 * symbols[i] + (symbols[i - 1] ^ symbols[i - 3]));
+  if (plane)
+    for (int i = 0; i < kTrellisRows / 2; ++i) places[2 * i] = entries[i], places[2 * i + 1] = entries[i] + kEntries;
   else
-    for (int r = 0; r < rows; ++r) numbers[r] += added[r % 2][entries[r / 2]];
+    for (int i = 0; i < kTrellisRows; ++i) places[i] = entries[i];
 }
 
-/// Returns in entries [rows, or pairs of rows] those of a plane of column j, by its codes.
-void stored_entries(const Descent& d, int64_t row, int64_t j, int plane, int rows, uint8_t* entries) {
-  const int shift = d.bits[d.tiers - 1] - 2 - plane;
-  uint8_t symbols[kTrellisRows] = {};
-  for (int r = 0; r < rows; ++r) {
-    const int code = d.codes[(row + r) * d.pitch + j] >> shift;
+/// Returns the numbers at `places` of a table.
+DYMOE_INLINE Floats looked_up(const float (&table)[2][kEntries], const int32_t* places) {
+#if defined(__AVX2__) && !defined(__clang__)
+  Ints wide;
+  std::memcpy(&wide, places, sizeof wide);
+  const Floats* parts = reinterpret_cast<const Floats*>(table);
+  if constexpr (kLanes == 16) return __builtin_shuffle(parts[0], parts[1], wide);
+  const Floats even = __builtin_shuffle(parts[0], parts[1], wide), odd = __builtin_shuffle(parts[2], parts[3], wide);
+  return wide < kEntries ? even : odd;
+#else
+  Floats numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = table[places[i] / kEntries][places[i] % kEntries];
+  return numbers;
+#endif
+}
+
+/// Adds to numbers what the symbols of a plane stand for, `sign` times.
+void add_numbers(const Descent& d, int plane, float sign, const uint8_t* symbols, TrellisGroup& group) {
+  alignas(64) int32_t places[kTrellisRows];
+  places_of(symbols, plane, group.rows, places);
+  for (int t = 0; t < d.tiers; ++t)
+    if (d.bits[t] >= plane + 2)
+      for (int s = 0; s < kSlices; ++s)
+        group.numbers[t][s] += sign * looked_up(group.added[t][plane], places + s * kLanes);
+}
+
+/// Returns the symbols of column j by its codes.
+void recall(int64_t j, const TrellisGroup& group, Chosen& chosen) {
+  const uint8_t* codes = group.codes[j];
+  chosen = Chosen{};
+  for (int plane = 0, shift = group.planes - 1; plane < group.planes; ++plane, --shift) {
+    uint8_t* symbols = chosen.symbols[plane];
     if (plane == 0)
-      symbols[r] = uint8_t(code & 3);
+      for (int r = 0; r < kTrellisRows; ++r) symbols[r] = uint8_t((codes[r] >> shift) & 3);
     else
-      symbols[r / 2] |= uint8_t((code & 1) << (r % 2));
+      for (int i = 0; i < kTrellisRows / 2; ++i)
+        symbols[i] = uint8_t(((codes[2 * i] >> shift) & 1) | ((codes[2 * i + 1] >> shift) & 1) << 1);
   }
-  entries_of(symbols, plane ? (rows + 1) / 2 : rows, entries);
 }
 
-/// Reads the levels of all tiers from the codes of `cols` columns.
-void read_levels(const Descent& d, int64_t row, TrellisGroup& group) {
-  for (int64_t j = 0; j < d.cols; ++j) {
-    for (int t = 0; t < d.tiers; ++t) {
-      float numbers[kTrellisRows] = {};
-      for (int plane = 0; plane + 2 <= d.bits[t]; ++plane) {
-        uint8_t entries[kTrellisRows];
-        stored_entries(d, row, j, plane, group.rows, entries);
-        add_numbers(group.added[t][plane], plane, group.rows, entries, numbers);
-      }
-      for (int r = 0; r < group.rows; ++r) lanes_of(&group.slices[r / kLanes].level[t][j])[r % kLanes] = numbers[r];
+/// Sets the codes of column j by the symbols of all planes.
+void set_codes(const Chosen& chosen, int64_t j, TrellisGroup& group) {
+  uint8_t* codes = group.codes[j];
+  for (int r = 0; r < kTrellisRows; ++r) codes[r] = chosen.symbols[0][r];
+  for (int plane = 1; plane < group.planes; ++plane) {
+    const uint8_t* symbols = chosen.symbols[plane];
+    for (int i = 0; i < kTrellisRows / 2; ++i) {
+      codes[2 * i] = uint8_t(2 * codes[2 * i] | (symbols[i] & 1));
+      codes[2 * i + 1] = uint8_t(2 * codes[2 * i + 1] | symbols[i] >> 1);
     }
+  }
+}
+
+/// Sets the numbers of the column whose codes are chosen to what all its symbols stand for.
+void set_numbers(const Descent& d, const Chosen& chosen, TrellisGroup& group) {
+  std::memset(static_cast<void*>(group.numbers), 0, d.tiers * sizeof *group.numbers);
+  for (int plane = 0; plane < group.planes; ++plane) add_numbers(d, plane, 1.0f, chosen.symbols[plane], group);
+}
+
+/// Reads the codes of all columns, and the levels of all tiers from them.
+void read_codes(const Descent& d, int64_t row, TrellisGroup& group) {
+  for (int r = 0; r < group.rows; ++r)
+    for (int64_t j = 0; j < d.cols; ++j) group.codes[j][r] = d.codes[(row + r) * d.pitch + j];
+  for (int64_t j = 0; j < d.cols; ++j) {
+    Chosen chosen;
+    recall(j, group, chosen);
+    set_numbers(d, chosen, group);
+    for (int t = 0; t < d.tiers; ++t)
+      for (int s = 0; s < kSlices; ++s) group.slices[s].level[t][j] = group.numbers[t][s];
   }
 }
 
@@ -282,20 +169,25 @@ void load_group(const Descent& d, int64_t row, int rows, TrellisGroup& group) {
   group.rows = rows;
   group.planes = d.bits[d.tiers - 1] - 1;
   for (int t = 0; t < d.tiers; ++t)
-    for (int plane = 0; plane + 2 <= d.bits[t]; ++plane)
+    for (int plane = 0; plane + 2 <= d.bits[t]; ++plane) {
+      float widest = 0.0f;
       for (int i = 0; i < 2; ++i)
         for (int own = 0; own < 4; ++own)
-          for (int above = 0; above < 4; ++above)
-            group.added[t][plane][i][4 * own + above] = trellis_level(d.bits[t], plane, i, own + 4 * above);
-  for (int s = 0; s < kSlices; ++s) {
-    DescentTile& tile = group.slices[s];
+          for (int above = 0; above < 4; ++above) {
+            const float number = trellis_level(d.bits[t], plane, i, own + 4 * above);
+            group.added[t][plane][i][4 * own + above] = number;
+            widest = std::max(widest, std::fabs(number));
+          }
+      group.widest[t][plane] = widest;
+    }
+  for (DescentTile& tile : group.slices)
     for (int t = 0; t < d.tiers; ++t) {
       std::memset(static_cast<void*>(tile.slope[t]), 0, sizeof tile.slope[t]);
       std::memset(static_cast<void*>(tile.level[t]), 0, sizeof tile.level[t]);
       tile.scale[t] = tile.unit[t] = Floats{};
     }
-  }
-  if (!d.weight) read_levels(d, row, group);
+  std::memset(group.codes, 0, sizeof group.codes);
+  if (!d.weight) read_codes(d, row, group);
   for (int t = 0; t < d.tiers; ++t) {
     for (int r = 0; r < rows; ++r) {
       DescentTile& tile = group.slices[r / kLanes];
@@ -305,50 +197,146 @@ void load_group(const Descent& d, int64_t row, int rows, TrellisGroup& group) {
       if (d.units) tile.unit[t][lane] = d.units[t * d.rows + row + r];
       const float* slope = d.slope + (t * d.rows + row + r) * d.cols;
       float *slopes = lanes_of(tile.slope[t]), *levels = lanes_of(tile.level[t]);
-      for (int64_t j = 0; j < d.cols; ++j) {
-        slopes[j * kLanes + lane] = slope[j];
-        if (d.weight) levels[j * kLanes + lane] = scale > 0.0f ? d.weight[(row + r) * d.pitch + j] / scale : 0.0f;
-      }
+      for (int64_t j = 0; j < d.cols; ++j) slopes[j * kLanes + lane] = slope[j];
+      if (d.weight && scale > 0.0f)
+        for (int64_t j = 0; j < d.cols; ++j) levels[j * kLanes + lane] = d.weight[(row + r) * d.pitch + j] / scale;
     }
     for (DescentTile& tile : group.slices)
       for (int64_t j = 0; j < d.cols; ++j) tile.start[t][j] = tile.scale[t] * tile.level[t][j];
   }
 }
 
-/// Computes the errors of all entries of a plane in row r, or in rows r and r + 1 from the second plane on. Tiers whose
-/// further planes are not chosen yet count less.
-void weigh_entries(const Descent& d, const TrellisGroup& group, int plane, int r, bool all, Entries& errors) {
-  errors = Entries{};
-  float ahead = 1.0f;
-  for (int t = 0, reached = plane + 2; t < d.tiers; ++t) {
-    if (d.bits[t] < plane + 2) continue;
-    for (; reached < d.bits[t]; ++reached) ahead *= all ? 1.0f : kAhead;
-    const float weight = d.weights[t] * ahead;
-    for (int i = r; i < r + (plane ? 2 : 1) && i < group.rows; ++i) {
-      const float scale = at_row(&group.slices[i / kLanes].scale[t], i % kLanes);
-      const float rest = at_row(group.targets[t], i) - scale * group.numbers[t][i];
-      const Floats* numbers = reinterpret_cast<const Floats*>(group.added[t][plane][i % 2]);
-      for (int p = 0; p < kEntryParts; ++p) {
-        const Floats error = scale * numbers[p] - rest;
-        errors.part[p] += weight * error * error;
+/// Returns how much the error of a tier counts when the codes of a plane are chosen, and further planes are `all`
+/// known.
+float weight_of(const Descent& d, int t, int plane, bool all) {
+  float weight = d.weights[t];
+  if (!all)
+    for (int bits = plane + 2; bits < d.bits[t]; ++bits) weight *= kAhead;
+  return weight;
+}
+
+/// Prepares to weigh the entries of all planes with the present scales.
+void prepare_weighing(const Descent& d, TrellisGroup& group) {
+  const Floats zero = {};
+  for (int t = 0; t < d.tiers; ++t)
+    for (int s = 0; s < kSlices; ++s) {
+      const Floats scale = group.slices[s].scale[t];
+      group.inverse[t][s] = scale > zero ? 1.0f / scale : zero;
+    }
+  for (int all = d.weight ? 0 : d.last; all < (d.weight ? 1 : 2); ++all)
+    for (int plane = 0; plane < group.planes; ++plane) {
+      Weighing& w = group.weighing[all][plane];
+      Floats usual[kSlices] = {};
+      for (int s = 0; s < kSlices; ++s)
+        for (int t = 0; t < d.tiers; ++t) {
+          if (d.bits[t] < plane + 2) continue;
+          const Floats size = group.slices[s].scale[t] * (1.0f / kTrellisUnits[d.bits[t] - 2]);
+          usual[s] += weight_of(d, t, plane, all) * kUsualErrors[(all ? d.bits[t] : plane + 2) - 2] * size * size;
+        }
+      float sum = 0.0f;
+      for (int r = 0; r < group.rows; ++r) sum += at_row(usual, r);
+      const float per_row = (plane ? 0.5f : 1.0f) * kUsualCost, mean = sum / float(group.rows);
+      const Floats least = zero + 0.125f * per_row, most = zero + 4.0f * per_row;
+      for (int s = 0; s < kSlices; ++s) {
+        Floats cost = usual[s] * (mean > 0.0f ? per_row / mean : 0.0f);
+        cost = cost < least ? least : cost > most ? most : cost;
+        const Floats unit = usual[s] > zero ? cost / usual[s] : zero;
+        for (int t = 0; t < d.tiers; ++t) {
+          if (d.bits[t] < plane + 2) continue;
+          const Floats scale = group.slices[s].scale[t], weight = weight_of(d, t, plane, all) * unit;
+          w.square[t][s] = weight * scale * scale, w.lean[t][s] = -2.0f * weight * scale;
+        }
+      }
+      for (int r = 0; r < kTrellisRows; ++r) {
+        Entries& plain = w.plain[plane ? r / 2 : r];
+        if (!plane || r % 2 == 0) plain = Entries{};
+        for (int t = 0; t < d.tiers; ++t) {
+          if (d.bits[t] < plane + 2) continue;
+          const float square = at_row(w.square[t], r);
+          const Floats* numbers = reinterpret_cast<const Floats*>(group.added[t][plane][r % 2]);
+          for (int p = 0; p < kEntryParts; ++p) plain.part[p] += square * (numbers[p] * numbers[p]);
+        }
       }
     }
-  }
-  // The bit of a row that the last pair lacks is 0.
-  if (plane && r + 1 == group.rows) {
-    float* costs = reinterpret_cast<float*>(errors.part);
-    for (int entry = kEntries / 2; entry < kEntries; ++entry) costs[entry] = kNever;
+}
+
+using SmallWords = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+/// Computes the costs of all entries of a plane, whose symbols stand for `span` rows each, over `count` tiers.
+template <int span, int count>
+void weigh_rows(const Weighing& w, const int* tiers, int plane, TrellisGroup& group) {
+  for (int r = 0; r < group.rows; r += span) {
+    Entries cost = w.plain[r / span];
+    DYMOE_UNROLL for (int i = 0; i < span; ++i) {
+      const float spared = at_row(group.spared, r + i);
+      for (int p = 0; p < kEntryParts; ++p) cost.part[p] += spared;
+      DYMOE_UNROLL for (int k = 0; k < count; ++k) {
+        const float slope = at_row(group.slopes[tiers[k]], r + i);
+        const Floats* numbers = reinterpret_cast<const Floats*>(group.added[tiers[k]][plane][i]);
+        DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) cost.part[p] += slope * numbers[p];
+      }
+    }
+    DYMOE_UNROLL for (int p = 0; p < kEntryParts; ++p) {
+      const Floats far = kFarCost * (1.0f - kFarRise) + kFarRise * cost.part[p], most = Floats{} + float(kMaxCost);
+      const Floats risen = cost.part[p] < far ? cost.part[p] : far;
+      const Ints whole = __builtin_convertvector(risen < most ? risen : most, Ints);
+      const SmallWords words = __builtin_convertvector((whole > 0 ? whole : Ints{}) * 4, SmallWords);
+      std::memcpy(group.costs[r / span].of[0] + p * kLanes, &words, sizeof words);
+    }
   }
 }
 
-/// Finds the path of a plane, and adds what it stands for to numbers. `known` is as for find_ring.
-void choose_plane(const Descent& d, int plane, bool all, const uint8_t* known, TrellisGroup& group, uint8_t* entries) {
-  const int span = plane ? 2 : 1, count = (group.rows + span - 1) / span;
-  for (int i = 0; i < count; ++i) weigh_entries(d, group, plane, i * span, all, group.errors[i]);
-  find_ring(group.errors, count, known, group.steps, group.symbols);
-  entries_of(group.symbols, count, entries);
+template <int span>
+void weigh_rows(const Weighing& w, const int* tiers, int count, int plane, TrellisGroup& group) {
+  switch (count) {
+    case 1:
+      return weigh_rows<span, 1>(w, tiers, plane, group);
+    case 2:
+      return weigh_rows<span, 2>(w, tiers, plane, group);
+    case 3:
+      return weigh_rows<span, 3>(w, tiers, plane, group);
+    case 4:
+      return weigh_rows<span, 4>(w, tiers, plane, group);
+    default:
+      return weigh_rows<span, 5>(w, tiers, plane, group);
+  }
+}
+static_assert(kMaxTrellis - 1 == 5);
+
+/// Computes the costs of all entries of a plane, whole numbers up to kMaxCost.
+void weigh_entries(const Descent& d, int plane, bool all, TrellisGroup& group) {
+  const Weighing& w = group.weighing[all][plane];
+  int tiers[kMaxTiers], count = 0;
   for (int t = 0; t < d.tiers; ++t)
-    if (d.bits[t] >= plane + 2) add_numbers(group.added[t][plane], plane, group.rows, entries, group.numbers[t]);
+    if (d.bits[t] >= plane + 2) tiers[count++] = t;
+  for (int s = 0; s < kSlices; ++s) {
+    Floats spared = {};
+    for (int i = 0; i < count; ++i) {
+      const int t = tiers[i];
+      const Floats rest = group.targets[t][s] - group.slices[s].scale[t] * group.numbers[t][s];
+      const Floats wanted = rest * group.inverse[t][s], widest = Floats{} + group.widest[t][plane];
+      Floats reached = wanted < widest ? wanted : widest;
+      reached = reached > -widest ? reached : -widest;
+      spared += w.square[t][s] * reached * (2.0f * wanted - reached);
+      group.slopes[t][s] = w.lean[t][s] * rest;
+    }
+    group.spared[s] = spared;
+  }
+  if (plane)
+    weigh_rows<2>(w, tiers, count, plane, group);
+  else
+    weigh_rows<1>(w, tiers, count, plane, group);
+  // The bit of a row that the last pair lacks is 0.
+  if (plane && group.rows % 2)
+    for (int own = 2; own < 4; ++own)
+      for (int above = 0; above < 4; ++above) group.costs[group.rows / 2].of[own][above] = 4 * kForbidden;
+}
+
+/// Finds the path of a plane, and adds what it stands for to numbers. `known` is as for find_ring.
+void choose_plane(const Descent& d, int plane, bool all, const uint8_t* known, TrellisGroup& group, uint8_t* symbols) {
+  weigh_entries(d, plane, all, group);
+  find_ring(group.costs, plane ? (group.rows + 1) / 2 : group.rows, known, group.steps, symbols);
+  add_numbers(d, plane, 1.0f, symbols, group);
 }
 
 /// Returns the error of the column whose codes are chosen, summed over rows and tiers in the same order on all
@@ -357,9 +345,7 @@ float cost_of(const Descent& d, const TrellisGroup& group) {
   Entries costs{};
   for (int t = 0; t < d.tiers; ++t)
     for (int s = 0; s * kLanes < group.rows; ++s) {
-      Floats number;
-      std::memcpy(&number, group.numbers[t] + s * kLanes, sizeof number);
-      const Floats error = group.slices[s].scale[t] * number - group.targets[t][s];
+      const Floats error = group.slices[s].scale[t] * group.numbers[t][s] - group.targets[t][s];
       costs.part[s % kEntryParts] += d.weights[t] * error * error;
     }
   float total = 0.0f;
@@ -367,100 +353,87 @@ float cost_of(const Descent& d, const TrellisGroup& group) {
   return total;
 }
 
-/// The entries of each plane.
-struct Chosen {
-  uint8_t entries[kMaxTrellisPlanes][kTrellisRows];
-};
-
 /// Chooses one plane after another anew, with the others as they are.
 void improve(const Descent& d, TrellisGroup& group, Chosen& chosen) {
-  for (int plane = 0; plane < group.planes; ++plane) {
-    uint8_t* entries = chosen.entries[plane];
+  for (int plane = group.planes > 1; plane < group.planes; ++plane) {
     uint8_t known[kTrellisRows];
-    for (int i = 0; i < (plane ? (group.rows + 1) / 2 : group.rows); ++i) known[i] = entries[i] / 4;
-    for (int t = 0; t < d.tiers; ++t)
-      if (d.bits[t] >= plane + 2)
-        for (int r = 0; r < group.rows; ++r)
-          group.numbers[t][r] -= group.added[t][plane][r % 2][entries[plane ? r / 2 : r]];
-    choose_plane(d, plane, true, known, group, entries);
+    std::memcpy(known, chosen.symbols[plane], sizeof known);
+    add_numbers(d, plane, -1.0f, known, group);
+    choose_plane(d, plane, true, known, group, chosen.symbols[plane]);
   }
-}
-
-/// Returns the entries of column j by its codes, and its numbers in group.numbers.
-void recall(const Descent& d, int64_t row, int64_t j, TrellisGroup& group, Chosen& chosen) {
-  for (int plane = 0; plane < group.planes; ++plane)
-    stored_entries(d, row, j, plane, group.rows, chosen.entries[plane]);
-  for (int t = 0; t < d.tiers; ++t)
-    for (int s = 0; s < kSlices; ++s)
-      std::memcpy(group.numbers[t] + s * kLanes, &group.slices[s].level[t][j], sizeof(Floats));
 }
 
 /// Chooses one plane after the other, from the first on.
 void choose_planes(const Descent& d, TrellisGroup& group, Chosen& chosen) {
-  std::memset(group.numbers, 0, sizeof group.numbers);
+  std::memset(static_cast<void*>(group.numbers), 0, d.tiers * sizeof *group.numbers);
   for (int plane = 0; plane < group.planes; ++plane)
-    choose_plane(d, plane, false, nullptr, group, chosen.entries[plane]);
-}
-
-/// Sets group.codes by the entries of all planes.
-void set_codes(const Chosen& chosen, TrellisGroup& group) {
-  for (int r = 0; r < group.rows; ++r) {
-    int code = chosen.entries[0][r] / 4;
-    for (int plane = 1; plane < group.planes; ++plane)
-      code = 2 * code | ((chosen.entries[plane][r / 2] >> (2 + r % 2)) & 1);
-    group.codes[r] = uint8_t(code);
-  }
+    choose_plane(d, plane, false, nullptr, group, chosen.symbols[plane]);
 }
 
 /// Chooses the codes of column j for all rows, and returns the new levels of each tier in group.numbers. Codes that
-/// there are already are improved. But the last visit, new ones are chosen beside them, and the better ones stay.
-void choose_column(const Descent& d, int64_t row, int64_t j, TrellisGroup& group) {
+/// there are already are improved. But the last visit, new ones are chosen beside them. The best ones stay.
+void choose_column(const Descent& d, int64_t j, TrellisGroup& group) {
   const float h = d.hessian[j * d.hessian_pitch + j];
   const float inverse = h > kTiny ? 1.0f / h : 0.0f;
   for (int t = 0; t < d.tiers; ++t)
     for (int s = 0; s < kSlices; ++s) {
       const DescentTile& tile = group.slices[s];
       group.targets[t][s] = tile.scale[t] * tile.level[t][j] - tile.slope[t][j] * inverse;
+      group.numbers[t][s] = tile.level[t][j];
     }
-  Chosen chosen;
+  Chosen chosen{}, other{};
   if (d.weight) {
     choose_planes(d, group, chosen);
-  } else {
-    recall(d, row, j, group, chosen);
-    improve(d, group, chosen);
-    if (!d.last) {
-      const float cost = cost_of(d, group);
-      Chosen other;
-      std::memcpy(group.kept, group.numbers, sizeof group.kept);
+    return set_codes(chosen, j, group);
+  }
+  float cost = cost_of(d, group);
+  recall(j, group, chosen);
+  const size_t bytes = d.tiers * sizeof *group.numbers;
+  std::memcpy(static_cast<void*>(group.kept), group.numbers, bytes);
+  for (int i = d.last ? 1 : 0; i < 2; ++i) {
+    if (i)
+      improve(d, group, other = chosen);
+    else
       choose_planes(d, group, other);
-      if (cost_of(d, group) < cost)
-        chosen = other;
-      else
-        std::memcpy(group.numbers, group.kept, sizeof group.kept);
+    const float found = cost_of(d, group);
+    if (found < cost) {
+      cost = found, chosen = other;
+      std::memcpy(static_cast<void*>(group.kept), group.numbers, bytes);
+    } else if (!i) {
+      std::memcpy(static_cast<void*>(group.numbers), group.kept, bytes);
     }
   }
-  set_codes(chosen, group);
+  std::memcpy(static_cast<void*>(group.numbers), group.kept, bytes);
+  set_codes(chosen, j, group);
 }
 
-/// Gives all columns their best codes, one after another.
-void choose_columns(const Descent& d, int64_t row, TrellisGroup& group) {
-  for (int64_t j = 0; j < d.cols; ++j) {
-    choose_column(d, row, j, group);
-    for (int r = 0; r < group.rows; ++r) d.codes[(row + r) * d.pitch + j] = group.codes[r];
-    for (int s = 0; s < kSlices && s * kLanes < group.rows; ++s) {
+/// Gives columns [first, stop), at most kTogether, their best codes, one after another.
+void choose_codes(const Descent& d, int64_t first, int64_t stop, TrellisGroup& group) {
+  for (int64_t j = first; j < stop; ++j) {
+    choose_column(d, j, group);
+    for (int s = 0; s < kSlices; ++s) {
       DescentTile& tile = group.slices[s];
       for (int t = 0; t < d.tiers; ++t) {
-        Floats level;
-        std::memcpy(&level, group.numbers[t] + s * kLanes, sizeof level);
-        const Floats moved = tile.scale[t] * (level - tile.level[t][j]);
+        Floats* moved = group.moved[t][s];
+        const Floats level = group.numbers[t][s];
+        moved[j - first] = tile.scale[t] * (level - tile.level[t][j]);
         tile.level[t][j] = level;
-        move_slopes(d, j, j + 1, &moved, 0, d.cols, tile.slope[t]);
+        move_slopes(d, j, j + 1, moved + (j - first), first, stop, tile.slope[t]);
       }
     }
   }
+  for (int s = 0; s < kSlices; ++s)
+    for (int t = 0; t < d.tiers; ++t) {
+      Floats* slopes = group.slices[s].slope[t];
+      // Slopes of earlier columns matter only to the scales that are fitted afterwards.
+      if (d.weight || d.last) move_slopes(d, first, stop, group.moved[t][s], 0, first, slopes);
+      move_slopes(d, first, stop, group.moved[t][s], stop, d.cols, slopes);
+    }
 }
 
 void store_group(const Descent& d, int64_t row, TrellisGroup& group) {
+  for (int r = 0; r < group.rows; ++r)
+    for (int64_t j = 0; j < d.cols; ++j) d.codes[(row + r) * d.pitch + j] = group.codes[j][r];
   for (int s = 0; s * kLanes < group.rows; ++s) {
     DescentTile& tile = group.slices[s];
     const int64_t first = row + s * kLanes, rows = group.rows - s * kLanes < kLanes ? group.rows - s * kLanes : kLanes;
@@ -481,16 +454,22 @@ void fit_scales(const Descent& d, TrellisGroup& group) {
     for (int t = 0; t < d.tiers; ++t) fit_scale(d, t, group.slices[s]);
 }
 
+void choose_columns(const Descent& d, TrellisGroup& group) {
+  prepare_weighing(d, group);
+  for (int64_t j = 0; j < d.cols; j += kTogether)
+    choose_codes(d, j, j + kTogether < d.cols ? j + kTogether : d.cols, group);
+}
+
 /// Visits a group: fits scales, chooses codes, and in the last visit fits scales again. In the first visit, which has
 /// the weights themselves instead of codes, scales are fitted to the first choice.
 void visit_group(const Descent& d, int64_t row, int rows, TrellisGroup& group) {
   load_group(d, row, rows, group);
   if (d.weight) {
-    choose_columns(d, row, group);
+    choose_columns(d, group);
     fit_scales(d, group);
   } else {
     fit_scales(d, group);
-    choose_columns(d, row, group);
+    choose_columns(d, group);
     if (d.last) fit_scales(d, group);
   }
   store_group(d, row, group);
