@@ -216,7 +216,7 @@ class _Descending:
     def _snap(self, units: torch.Tensor) -> None:
         """Move every scale to one that can be stored, and update the error."""
         indices = nearest_scale_indices(self._scales, units)
-        fine = self._ladder[-1] >= FINE
+        fine = self._ladder[-1] >= FINE and self._grid != TRELLIS
         if fine:
             # The nearest size may be too small; clipping costs more than a slightly coarser grid.
             indices[-1] = nearest_scale_indices(self._scales[-1:], units[-1:], up=True)[0]

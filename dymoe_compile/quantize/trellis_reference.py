@@ -21,13 +21,15 @@ from dymoe_runtime.bundle.tiers import SCALE_SIZES
 TINY = np.float32(1e-30)
 # Weight of the error that a plane leaves at a higher tier, for each plane that is still to come: kAhead in trellis.h.
 AHEAD = np.float32(0.35)
-# What a row of a path usually costs; how costs above FAR_COST rise; and the most that a symbol may cost.
-USUAL_COST, FAR_COST, FAR_RISE, MAX_COST = np.float32(12), np.float32(896), np.float32(1 / 32), 1023
-# Least and most that rows cost, relative to the mean of their group.
-LEAST_SHARE, MOST_SHARE = np.float32(0.125), np.float32(4)
+# What a symbol usually costs; how costs above FAR_COST rise; and the most that a symbol may cost.
+USUAL_COST, FAR_COST, FAR_RISE, MAX_COST = np.float32(16), np.float32(896), np.float32(1 / 32), 1023
+# Least and most that rows cost, relative to the median row of their group.
+LEAST_SHARE, MOST_SHARE = np.float32(0.25), np.float32(4)
+# Rows whose usual squared error is no larger are not weighed: they would divide by almost nothing.
+TOO_SMALL = np.float32(1e-36)
 # Usual squared error of a tier, relative to a row's mean square.
 USUAL_ERRORS = {2: 0.08, 3: 0.024, 4: 0.0075, 5: 0.0022, 6: 0.0006}
-# Cost of a symbol that must not be chosen. It decides over the costs of three symbols.
+# Cost of a symbol that must not be chosen. It is more than any three others cost together.
 FORBIDDEN = 3 * MAX_COST + 1
 # Symbols after which it matters little how a path begins, or ends.
 AROUND = 12
@@ -184,7 +186,7 @@ class _Weighing:
 
     @classmethod
     def of(cls, group: _Group, plane: int, ahead: np.float32) -> _Weighing:
-        """Weigh errors so that a row of a path usually costs USUAL_COST; `ahead` is as AHEAD, or 1."""
+        """Weigh errors so that a symbol usually costs USUAL_COST; `ahead` is as AHEAD, or 1."""
         rows, span = len(group.codes), _span(plane)
         with_plane = [t for t, tier in enumerate(group.ladder) if tier >= plane + 2]
         weights, usual = {}, np.zeros(rows, np.float32)
@@ -195,14 +197,11 @@ class _Weighing:
                 weights[t] *= ahead
             size = group.scales[t] * (1 / np.float32(tiers.TRELLIS_UNITS[tier]))
             usual += weights[t] * np.float32(USUAL_ERRORS[tier if ahead == 1 else plane + 2]) * size * size
-        mean = np.float32(0)
-        for each in usual:
-            mean += each
-        mean /= np.float32(rows)
-        per_row = USUAL_COST / span
-        share = usual * (per_row / mean if mean > 0 else np.float32(0))
-        share = np.clip(share, LEAST_SHARE * per_row, MOST_SHARE * per_row)
-        unit = np.divide(share, usual, out=np.zeros_like(usual), where=usual > 0)
+        large = np.sort(usual[usual > TOO_SMALL])
+        median = large[len(large) // 2] if len(large) else np.float32(1)
+        per_symbol = USUAL_COST / span
+        cost = np.clip(usual * (per_symbol / median), LEAST_SHARE * per_symbol, MOST_SHARE * per_symbol)
+        unit = np.divide(cost, usual, out=np.zeros_like(usual), where=usual > TOO_SMALL)
         square, lean = np.zeros_like(group.scales), np.zeros_like(group.scales)
         plain = np.zeros((-(-rows // span), 16), np.float32)
         for t in with_plane:
@@ -217,7 +216,8 @@ class _Weighing:
     def costs(self, group: _Group, rest: np.ndarray) -> np.ndarray:
         """Return what each entry costs at each symbol, int64 [symbols, entries].
 
-        rest [tiers, rows] is what the other planes leave of the targets. What no entry can save is left out.
+        rest [tiers, rows] is what the other planes leave of the targets. The cost that even the best number in range
+        would have is left out.
         """
         spared = np.zeros(len(group.codes), np.float32)
         for t in self.tiers:

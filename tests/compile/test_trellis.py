@@ -15,7 +15,7 @@ from quantize_kit import gaussian
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.descent import Descent
 from dymoe_compile.quantize.grid import TRELLIS_GAINS
-from dymoe_compile.quantize.moments import moments
+from dymoe_compile.quantize.moments import Moments, moments
 from dymoe_compile.quantize.quantize import quantize_matrix
 from dymoe_compile.quantize.trellis_reference import USUAL_COST, USUAL_ERRORS, cheapest_path
 from dymoe_runtime.bundle.tiers import (
@@ -219,14 +219,41 @@ def test_the_codes_of_a_column_are_the_best(isa: str, rows: int) -> None:
     assert (cost <= best * (1 + 1e-5)).float().mean() > 0.9
 
 
+def values_of(weight: torch.Tensor, ladder: tuple[int, ...], inputs: Moments | None = None) -> dict[int, torch.Tensor]:
+    """What a matrix becomes at each tier."""
+    matrix = quantize_matrix(weight, ladder, load_descent(kernels_of(ALL[-1])), inputs, grid=TRELLIS)
+    layout = make_layout({"m": tuple(weight.shape)}, ladder, grid=TRELLIS)
+    segments = split_record(layout, pack_record(layout, {"m": matrix}))
+    return {tier: torch.from_numpy(dequantize(segments, layout.matrices["m"], tier)) for tier in ladder}
+
+
+@pytest.mark.parametrize("size", [0, 1e-20, 1e-3, 0.1, 30, 1e6])
+def test_a_row_of_another_size_harms_no_others(size: float) -> None:
+    """Whether it is almost zero or an outlier, and whatever its pair is."""
+    weight, row = gaussian(128, 128), 5
+    other = weight.clone()
+    other[row] *= size
+    plain, changed = (values_of(w, (2, 3, 4)) for w in (weight, other))
+    for tier, values in plain.items():
+        found = changed[tier]
+        before, after = ((w - v).square().sum(-1) for w, v in ((weight, values), (other, found)))
+        others = torch.arange(128) != row
+        assert after[others].sum() < 1.15 * before[others].sum()
+        # Small rows count less, but not so little that rounding decides their codes.
+        assert size == 1e-20 or after[row] <= 8 * size**2 * before[row]
+
+
+def test_six_bits_are_finer_than_four() -> None:
+    weight = gaussian(128, 128)
+    errors = {tier: float((v - weight).square().mean()) for tier, v in values_of(weight, (2, 4, 6)).items()}
+    assert errors[6] < errors[4] / 6 < errors[2] / 36
+
+
 def test_tiers_yield_more_than_the_nearest_codes_by_their_gain() -> None:
     """The values of the nearest codes are as large as the weights' projection on them."""
     weight, ladder = gaussian(128, 256), (2, 3, 4)
     inputs = moments(gaussian(1000, 256, seed=1), torch.ones(1000, 1))
-    matrix = quantize_matrix(weight, ladder, load_descent(kernels_of(ALL[-1])), inputs, grid=TRELLIS)
-    layout = make_layout({"m": (128, 256)}, ladder, grid=TRELLIS)
-    segments = split_record(layout, pack_record(layout, {"m": matrix}))
-    for tier in ladder:
-        values, gain = torch.from_numpy(dequantize(segments, layout.matrices["m"], tier)), TRELLIS_GAINS[tier]
+    for tier, values in values_of(weight, ladder, inputs).items():
+        gain = TRELLIS_GAINS[tier]
         found = float((values * values).sum() / (weight * values).sum())
         assert found == pytest.approx(gain, abs=0.4 * (gain - 1) + 0.001)  # the tiers are fitted together

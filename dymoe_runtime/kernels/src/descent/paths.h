@@ -34,11 +34,11 @@ struct Quads {
   Words part[kWordParts];
 };
 
-// The most that one symbol may cost, and steps after which the cheapest path begins to cost nothing again: so no sum
-// passes 14 bits, at the top of the 16. The other two say which symbol left.
+// The most that one symbol may cost, and after how many steps the least cost is subtracted from all: so no sum passes
+// 14 bits, at the top of the 16. The other two say which symbol left.
 constexpr int kMaxCost = 1023;
 constexpr int kAfresh = 6;
-// What a symbol costs that must not be chosen. It decides over costs of three steps.
+// What a symbol costs that must not be chosen. It is more than any three others cost together.
 constexpr int kForbidden = 3 * kMaxCost + 1;
 static_assert(kAfresh % 3 == 0 && 4 * ((kAfresh + 4) * kMaxCost + 2 * kForbidden) < 1 << 16);
 

@@ -25,9 +25,13 @@ constexpr int kSlices = kTrellisRows / kLanes;  // vectors of a value for each r
 // How much the error that a plane leaves at a higher tier counts, for each plane that is still to come. On the
 // reference model 0.15 had 7% less KL at 2 bits and 9% more at 4; 1 had 15% more at 2 bits and 9% more at 3.
 constexpr float kAhead = 0.35f;
-// What a row of a path costs, if its errors are as large as usual: enough that rounding matters little.
-constexpr float kUsualCost = 12.0f;
-// Costs above kFarCost rise by kFarRise only, so that of the entries far from an outlier the nearest is still the best.
+// What a symbol costs if its errors are as large as usual: enough that rounding matters little. Rows with smaller and
+// larger weights than the median row of their group have less and more of it, but within these shares.
+constexpr float kUsualCost = 16.0f, kLeastShare = 0.25f, kMostShare = 4.0f;
+// Rows whose usual squared error is no larger are not weighed: they would divide by almost nothing.
+constexpr float kTooSmall = 1e-36f;
+// Costs above kFarCost rise by kFarRise only, up to kMaxCost, so that of the entries far from an outlier the nearest is
+// still the best.
 constexpr float kFarCost = 896.0f, kFarRise = 1.0f / 32.0f;
 // Usual squared error of a tier, relative to a row's mean square, of 2 to 6 bits.
 constexpr float kUsualErrors[kMaxTrellis - 1] = {0.08f, 0.024f, 0.0075f, 0.0022f, 0.0006f};
@@ -40,15 +44,16 @@ struct Entries {
 /// Returns the float at row `row` of a value in slices.
 float at_row(const Floats* slices, int row) { return reinterpret_cast<const float*>(slices)[row]; }
 
-/// What the entries of a plane cost in each row, as far as it does not depend on the column: an entry whose number at
-/// tier t is n costs plain + the sum over t of slope[t] * n, where slope[t] = lean[t] * rest[t].
+/// What the entries of a plane cost in each row, as far as it does not depend on the column. Beside what is spared, an
+/// entry whose number at tier t is n costs plain + the sum over t of slope[t] * n, where slope[t] = lean[t] * rest[t].
 struct Weighing {
   Floats square[kMaxTiers][kSlices];  // weight * scale^2
   Floats lean[kMaxTiers][kSlices];    // -2 * weight * scale
   Entries plain[kTrellisRows];        // of each row, or of each pair of rows
 };
 
-/// The rows of a group, or the last rows of a matrix, kLanes in each slice. Rows that are missing are zero.
+/// The rows of a group, or the last rows of a matrix, kLanes in each slice. Scales and slopes of rows that are missing
+/// are zero, so that their levels do not matter.
 struct TrellisGroup {
   DescentTile slices[kSlices];
   int rows;
@@ -69,14 +74,13 @@ struct TrellisGroup {
   Step steps[kTrellisRows];
 };
 
-/// The symbols of each plane of a column: of each row, or from the second plane on of each pair of rows. There is room
-/// for three above the first.
+/// The symbols of each plane of a column: of each row, or from the second plane on of each pair of rows.
 struct Chosen {
   uint8_t symbols[kMaxTrellisPlanes][kTrellisRows];
 };
 
-/// Returns in places [kTrellisRows] where in added[tier][plane] the numbers of the rows stand that these symbols ask
-/// for. Places of rows that are missing mean nothing.
+/// Returns in places [kTrellisRows], for each row, the index in added[tier][plane] of the number that these symbols
+/// give it. Places of rows that are missing mean nothing.
 void places_of(const uint8_t* symbols, int plane, int rows, int32_t* places) {
   const int count = plane ? (rows + 1) / 2 : rows, ring = ring_of(count);
   uint8_t entries[kTrellisRows];
@@ -215,6 +219,17 @@ float weight_of(const Descent& d, int t, int plane, bool all) {
   return weight;
 }
 
+/// Returns the median over the rows of a group whose errors are not too small, or 1 if there are none.
+float median_of(const Floats* errors, int rows) {
+  float sorted[kTrellisRows];
+  int count = 0;
+  for (int r = 0; r < rows; ++r)
+    if (at_row(errors, r) > kTooSmall) sorted[count++] = at_row(errors, r);
+  if (!count) return 1.0f;
+  std::sort(sorted, sorted + count);
+  return sorted[count / 2];
+}
+
 /// Prepares to weigh the entries of all planes with the present scales.
 void prepare_weighing(const Descent& d, TrellisGroup& group) {
   const Floats zero = {};
@@ -233,14 +248,12 @@ void prepare_weighing(const Descent& d, TrellisGroup& group) {
           const Floats size = group.slices[s].scale[t] * (1.0f / kTrellisUnits[d.bits[t] - 2]);
           usual[s] += weight_of(d, t, plane, all) * kUsualErrors[(all ? d.bits[t] : plane + 2) - 2] * size * size;
         }
-      float sum = 0.0f;
-      for (int r = 0; r < group.rows; ++r) sum += at_row(usual, r);
-      const float per_row = (plane ? 0.5f : 1.0f) * kUsualCost, mean = sum / float(group.rows);
-      const Floats least = zero + 0.125f * per_row, most = zero + 4.0f * per_row;
+      const float median = median_of(usual, group.rows), per_symbol = (plane ? 0.5f : 1.0f) * kUsualCost;
+      const Floats least = zero + kLeastShare * per_symbol, most = zero + kMostShare * per_symbol;
       for (int s = 0; s < kSlices; ++s) {
-        Floats cost = usual[s] * (mean > 0.0f ? per_row / mean : 0.0f);
+        Floats cost = usual[s] * (per_symbol / median);
         cost = cost < least ? least : cost > most ? most : cost;
-        const Floats unit = usual[s] > zero ? cost / usual[s] : zero;
+        const Floats unit = usual[s] > kTooSmall ? cost / usual[s] : zero;
         for (int t = 0; t < d.tiers; ++t) {
           if (d.bits[t] < plane + 2) continue;
           const Floats scale = group.slices[s].scale[t], weight = weight_of(d, t, plane, all) * unit;
@@ -370,8 +383,9 @@ void choose_planes(const Descent& d, TrellisGroup& group, Chosen& chosen) {
     choose_plane(d, plane, false, nullptr, group, chosen.symbols[plane]);
 }
 
-/// Chooses the codes of column j for all rows, and returns the new levels of each tier in group.numbers. Codes that
-/// there are already are improved. But the last visit, new ones are chosen beside them. The best ones stay.
+/// Chooses the codes of column j for all rows, and returns the new levels of each tier in group.numbers. Except in
+/// the last visit, new codes are chosen. The better of those and the present ones are then improved, if that lowers the
+/// error.
 void choose_column(const Descent& d, int64_t j, TrellisGroup& group) {
   const float h = d.hessian[j * d.hessian_pitch + j];
   const float inverse = h > kTiny ? 1.0f / h : 0.0f;
