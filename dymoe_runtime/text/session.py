@@ -151,7 +151,8 @@ class Session:
         Both become messages once the answer has ended, was interrupted or the generator is closed; then the answer is
         what was said until then, or "". The arguments are those of
         `generate`; `params` hold for the following turns, too. Each answer draws random numbers from the seed anew, so
-        that it depends on nothing but the conversation.
+        that it depends on nothing but the conversation and, at a mixed point, on how much of the prompt the model still
+        keeps: tiers are chosen for the tokens that are read together.
 
         Raises DymoeError if the question does not fit the context, or with the policy "stop" the conversation.
         """
