@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "templates/lanes.h"
@@ -42,67 +43,71 @@ constexpr int kAfresh = 6;
 constexpr int kForbidden = 3 * kMaxCost + 1;
 static_assert(kAfresh % 3 == 0 && 4 * ((kAfresh + 4) * kMaxCost + 2 * kForbidden) < 1 << 16);
 
-// DYMOE_PICKED(v, f) is a vector whose number i is number f(i) of v. f is a macro, because places are constants.
 #if defined(__clang__)
 #define DYMOE_JOIN(a, b, type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define DYMOE_JOIN(a, b, type, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
 #endif
-#define DYMOE_PICK(v, ...) DYMOE_JOIN(v, v, WordPlaces, __VA_ARGS__)
-#if defined(__AVX2__)
-#define DYMOE_PICKED(v, f) \
-  DYMOE_PICK(v, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15))
-#else
-#define DYMOE_PICKED(v, f) DYMOE_PICK(v, f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
-#endif
+
+template <class From, int... i>
+DYMOE_INLINE Words rearranged(const Words& v, std::integer_sequence<int, i...>) {
+  return DYMOE_JOIN(v, v, WordPlaces, From::place(i) % kWords...);
+}
+
+/// Returns numbers From::place(i) of 16 as number i. Those of a part come from one part.
+template <class From>
+DYMOE_INLINE Quads rearranged(const Quads& q) {
+  Quads out;
+  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) {
+    constexpr auto all = std::make_integer_sequence<int, kWords>();
+    out.part[p] = rearranged<From>(q.part[From::place(p * kWords) / kWords], all);
+  }
+  return out;
+}
+
+template <int K>
+struct InOtherPlace {
+  static constexpr int place(int i) { return i ^ K; }
+};
+template <int K>
+struct OfSamePlace {
+  static constexpr int place(int i) { return i / 4 * 4 + K; }
+};
+template <int K>
+struct OfSameQuad {
+  static constexpr int place(int i) { return 4 * K + i % 4; }
+};
 
 /// Swaps numbers i and i ^ K of each quad.
 template <int K>
 DYMOE_INLINE Quads swapped(const Quads& q) {
-  Quads out;
-#define DYMOE_PLACE(i) ((i) ^ K)
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = DYMOE_PICKED(q.part[p], DYMOE_PLACE);
-#undef DYMOE_PLACE
-  return out;
-}
-
-/// Gives all numbers of each quad the value of its number K.
-template <int K>
-DYMOE_INLINE Quads spread(const Quads& q) {
-  Quads out;
-#define DYMOE_PLACE(i) ((i) / 4 * 4 + K)
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = DYMOE_PICKED(q.part[p], DYMOE_PLACE);
-#undef DYMOE_PLACE
-  return out;
-}
-
-/// Gives all quads the numbers of quad K.
-template <int K>
-DYMOE_INLINE Quads repeated(const Quads& q) {
-  Quads out;
-#define DYMOE_PLACE(i) ((i) % 4 + 4 * K % kWords)
-  const Words one = DYMOE_PICKED(q.part[4 * K / kWords], DYMOE_PLACE);
-#undef DYMOE_PLACE
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = one;
-  return out;
+  return rearranged<InOtherPlace<K>>(q);
 }
 
 /// Swaps quads i and i ^ K.
 template <int K>
 DYMOE_INLINE Quads exchanged(const Quads& q) {
-  Quads out;
-#define DYMOE_PLACE(i) ((i) ^ (4 * K % kWords))
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] =
-      DYMOE_PICKED(q.part[p ^ (4 * K / kWords)], DYMOE_PLACE);
-#undef DYMOE_PLACE
-  return out;
+  return rearranged<InOtherPlace<4 * K>>(q);
+}
+
+/// Gives all numbers of each quad the value of its number K.
+template <int K>
+DYMOE_INLINE Quads spread(const Quads& q) {
+  return rearranged<OfSamePlace<K>>(q);
+}
+
+/// Gives all quads the numbers of quad K.
+template <int K>
+DYMOE_INLINE Quads repeated(const Quads& q) {
+  return rearranged<OfSameQuad<K>>(q);
 }
 
 /// Makes number K of quad I number I of quad K.
 DYMOE_INLINE Quads transposed(const Quads& q) {
 #if defined(__AVX2__)
   typedef int32_t Ints8 __attribute__((vector_size(32)));
-  const Ints8 pairs = Ints8(DYMOE_PICK(q.part[0], 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+  const Words& v = q.part[0];
+  const Ints8 pairs = Ints8(DYMOE_JOIN(v, v, WordPlaces, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
   return {{Words(DYMOE_JOIN(pairs, pairs, Ints8, 0, 4, 1, 5, 2, 6, 3, 7))}};
 #else
   return {{DYMOE_JOIN(q.part[0], q.part[1], WordPlaces, 0, 4, 8, 12, 1, 5, 9, 13),
@@ -337,8 +342,6 @@ void find_ring(const Costs* costs, int count, const uint8_t* known, Step* steps,
     if (costs[ring].of[own][above] < costs[ring].of[symbols[ring]][above]) symbols[ring] = own;
 }
 
-#undef DYMOE_PICK
-#undef DYMOE_PICKED
 #undef DYMOE_JOIN
 
 }  // namespace
