@@ -120,8 +120,8 @@ DYMOE_INLINE Quads all_quads(const uint16_t* quad) {
   typedef uint64_t Longs __attribute__((vector_size(2 * kWords)));
   uint64_t four;
   std::memcpy(&four, quad, sizeof four);
-  Quads out;
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = Words(Longs{} + four);
+  Quads out = {};
+  DYMOE_UNROLL for (Words& part : out.part) part = Words(Longs{} + four);
   return out;
 }
 
@@ -131,16 +131,14 @@ DYMOE_INLINE Quads load(const uint16_t* numbers) {
   return out;
 }
 
-DYMOE_INLINE Quads operator+(const Quads& a, const Quads& b) {
-  Quads out;
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = a.part[p] + b.part[p];
-  return out;
+DYMOE_INLINE Quads operator+(Quads a, const Quads& b) {
+  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) a.part[p] += b.part[p];
+  return a;
 }
 
-DYMOE_INLINE Quads least(const Quads& a, const Quads& b) {
-  Quads out;
-  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) out.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
-  return out;
+DYMOE_INLINE Quads least(Quads a, const Quads& b) {
+  DYMOE_UNROLL for (int p = 0; p < kWordParts; ++p) a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
+  return a;
 }
 
 DYMOE_INLINE Quads least(const Quads& a, const Quads& b, const Quads& c, const Quads& d) {

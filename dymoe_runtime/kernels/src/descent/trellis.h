@@ -246,7 +246,8 @@ void prepare_weighing(const Descent& d, TrellisGroup& group) {
         for (int t = 0; t < d.tiers; ++t) {
           if (d.bits[t] < plane + 2) continue;
           const Floats size = group.slices[s].scale[t] * (1.0f / kTrellisUnits[d.bits[t] - 2]);
-          usual[s] += weight_of(d, t, plane, all) * kUsualErrors[(all ? d.bits[t] : plane + 2) - 2] * size * size;
+          const float error = kUsualErrors[all ? d.bits[t] - 2 : plane];
+          usual[s] += weight_of(d, t, plane, all) * error * size * size;
         }
       const float median = median_of(usual, group.rows), per_symbol = (plane ? 0.5f : 1.0f) * kUsualCost;
       const Floats least = zero + kLeastShare * per_symbol, most = zero + kMostShare * per_symbol;
