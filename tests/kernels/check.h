@@ -66,13 +66,13 @@ std::vector<uint8_t> random_bytes(int64_t count) {
 }
 
 /// Whether they are equal but for the order of float sums.
-bool is_close(const std::vector<float>& a, const std::vector<float>& b) {
+bool is_close(const std::vector<float>& a, const std::vector<float>& b, float share = 1e-5f) {
   float most = 0.0f, off = 0.0f;
   for (size_t i = 0; i < a.size(); ++i) {
     most = std::max(most, std::fabs(b[i]));
     off = std::max(off, std::fabs(a[i] - b[i]));
   }
-  return off <= 1e-5f * most;
+  return off <= share * most;
 }
 
 constexpr uint16_t kOne = 0x3f80;  // bf16

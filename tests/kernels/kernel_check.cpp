@@ -234,6 +234,7 @@ void check_attention(const Kernels& isa) {
       const int64_t end = c.start + c.tokens, pitch = cache_row_bytes(c.n, bits), group = c.heads / c.kv_heads;
       const auto keys = buffer<uint8_t>(c.kv_heads * end * pitch), values = buffer<uint8_t>(c.kv_heads * end * pitch);
       const LayerCache cache{keys.get(), values.get(), end, bits};
+      const float share = bits == 8 ? 2e-4f : 1e-5f;  // attend_codes rounds queries and weights to 16 bits
       for (int64_t row = 0; row < c.kv_heads * end; ++row) {
         isa.pack_row(random_floats(c.n).data(), c.n, bits, keys.get() + row * pitch);
         isa.pack_row(random_floats(c.n).data(), c.n, bits, values.get() + row * pitch);
@@ -262,7 +263,8 @@ void check_attention(const Kernels& isa) {
         const int64_t before = (c.tokens - 1) * c.heads * c.n;
         tokens[at].resize(c.heads * c.n);
         attend_token(*kernels, last, queries.data() + before, cache, tokens[at].data());
-        expect(is_close(tokens[at], {out.begin() + before, out.end()}), kernels->name, "a token, as of a prompt");
+        expect(is_close(tokens[at], {out.begin() + before, out.end()}, share), kernels->name,
+               "a token, as of a prompt");
         const auto scores = buffer<float>(group * (end + 1)), row = buffer<float>(kCacheRows * c.n);
         std::vector<float> alone(group * c.n);
         kernels->attend(queries.data(), group, rows_from(cache, c.kv_heads - 1, 0, c.n), end, c.n, prompt.sinks,
@@ -272,7 +274,7 @@ void check_attention(const Kernels& isa) {
       }
       const std::string what = std::to_string(c.tokens) + " tokens, " + std::to_string(bits) + " bits";
       expect(is_close(prompts[0], prompts[1]) && is_close(masses[0], masses[1]), isa.name, "prompt of " + what);
-      expect(tokens[0] == tokens[1], isa.name, "token after " + what);
+      expect(is_close(tokens[0], tokens[1], share), isa.name, "token after " + what);
     }
 }
 

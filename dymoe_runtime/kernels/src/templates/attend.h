@@ -8,24 +8,72 @@
 #include <cstring>
 #include <limits>
 
+#include "templates/attend_codes.h"
 #include "templates/rows.h"
+#include "templates/sources.h"
 
 namespace dymoe {
 namespace {
 
+static_assert(kCacheRows == 4, "fold_rows adds up four sums");
+
+/// Writes the sum of the lanes of each row's vector.
+DYMOE_INLINE void fold_rows(const Floats (&rows)[kCacheRows], float* out) {
+#if defined(__AVX2__)
+  __m256 half[kCacheRows];
+  DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) {
+#if defined(__AVX512F__)
+    const __m512 all = __m512(rows[r]);
+    half[r] = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+    half[r] = __m256(rows[r]);
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#else
+  DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) out[r] = fold_vector<kLanes>(rows[r]);
+#endif
+}
+
+/// Computes out[r] = x . rows[r] for kCacheRows rows of n floats.
+void multiply_rows(const float* x, const float* rows, int64_t n, float* out) {
+  Floats even[kCacheRows] = {}, odd[kCacheRows] = {};  // twice as many sums, so that additions wait less
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Floats first = load_lanes(x + i), second = load_lanes(x + i + kLanes);
+    DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) {
+      even[r] = multiply_add(first, load_lanes(rows + r * n + i), even[r]);
+      odd[r] = multiply_add(second, load_lanes(rows + r * n + i + kLanes), odd[r]);
+    }
+  }
+  for (; i + kLanes <= n; i += kLanes)
+    DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) even[r] =
+        multiply_add(load_lanes(x + i), load_lanes(rows + r * n + i), even[r]);
+  DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) even[r] += odd[r];
+  fold_rows(even, out);
+  for (; i < n; ++i)
+    for (int r = 0; r < kCacheRows; ++r) out[r] += x[i] * rows[r * n + i];
+}
+
 /// Computes out += sum over r of weights[r] * rows[r], for kCacheRows rows of n floats.
 void add_rows(const float* weights, const float* rows, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    float sum = out[i];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCacheRows; ++r) sum += weights[r] * rows[r * n + i];
-    out[i] = sum;
+  Floats weight[kCacheRows];
+  DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) weight[r] = weights[r] - Floats{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats sum = load_lanes(out + i);
+    DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) sum = multiply_add(weight[r], load_lanes(rows + r * n + i), sum);
+    store_lanes(out + i, sum);
   }
+  for (; i < n; ++i)
+    for (int r = 0; r < kCacheRows; ++r) out[i] += weights[r] * rows[r * n + i];
 }
 
 /// See Kernels::attend.
 void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t count, int64_t n, const float* sinks,
             float* scores, float* rows, float* out) {
+  if (attends_to_codes(n, cache.bits)) return attend_codes(queries, heads, cache, count, n, sinks, scores, out);
   const float size = 1.0f / std::sqrt(float(n));
   const int64_t pitch = count + 1;  // with room for a sink
   const auto unpack = [&](const uint8_t* from, int64_t p) {
@@ -38,7 +86,7 @@ void attend(const float* queries, int64_t heads, const CacheRows& cache, int64_t
     for (int64_t h = 0; h < heads; ++h) {
       float* to = scores + h * pitch + p;
       if (there == kCacheRows) {
-        dots_of_rows(queries + h * n, rows, n, to);
+        multiply_rows(queries + h * n, rows, n, to);
       } else {
         for (int64_t r = 0; r < there; ++r) to[r] = dot_floats(queries + h * n, rows + r * n, n);
       }

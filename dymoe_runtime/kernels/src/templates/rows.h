@@ -88,10 +88,11 @@ inline void store_half(uint8_t* p, float value) {
   std::memcpy(p, &half, sizeof half);
 }
 
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+
 /// Packs at most kCacheGroup floats into int8 codes and a scale, which is a half; NaN if a float is not finite.
 inline void pack_group(const float* x, int64_t count, int8_t* codes, uint8_t* scale) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  float most = 0.0f, invalid = 0.0f;     // invalid: NaN if a float is not finite
+  float most = 0.0f, invalid = 0.0f;  // invalid: NaN if a float is not finite
   for (int64_t i = 0; i < count; ++i) {
     const float size = std::fabs(x[i]);
     most = size > most ? size : most;
