@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE := build/demo.dymoe
-PROMPT ?= def __init__(self, name):
+PROMPT ?= def __init__(self, path):
 CPP_FOLDERS := dymoe_runtime/kernels/src $(wildcard dymoe_runtime/kernels/src/*) tests/kernels $(wildcard tests/kernels/*) tests/faults
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard dymoe_runtime/kernels/src/* dymoe_runtime/kernels/src/*/*)
 

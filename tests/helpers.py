@@ -123,9 +123,13 @@ def compile_cli(*args: object) -> Outcome:
     return invoke(compile_command, args)
 
 
+# All dense weights at 8 bits, which random models do not get by themselves.
+EIGHT_BITS = ("--dense-bits", 8)
+
+
 def compiled(checkpoint: Path, bundle: Path, calibration: Path) -> Path:
-    """The path of a new bundle, compiled from a checkpoint with the defaults."""
-    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", calibration)
+    """The path of a new bundle, compiled from a checkpoint with the defaults, but all dense weights at 8 bits."""
+    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", calibration, *EIGHT_BITS)
     assert outcome.code == 0, outcome.err
     return bundle
 

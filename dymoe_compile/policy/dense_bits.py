@@ -1,14 +1,16 @@
 """Dense weights, that is, the weights outside the routed experts: choosing their bits, and writing them.
 
-If all experts fit the device next to dense weights of 8 bits, dense weights get 8 bits. If not, each kind of dense
-weights competes with the experts for memory. Fewer bits for a kind cost the KL that was measured. Each byte that they
-save is worth the KL that one more byte saves the experts, at the mean bits that fit the device.
+Each kind of dense weights competes with the experts for speed, because every token reads both. If the experts do not
+all fit the device next to dense weights of 8 bits, it also competes for memory. Fewer bits for a kind cost the KL that
+was measured. Each byte that a token need not read is worth the KL that one more byte a token saves the experts near
+the highest tier. Each byte of memory is worth the KL that one more byte saves the experts, at the mean bits that fit
+the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -22,6 +24,7 @@ from dymoe_compile.job.profile import AUTO
 from dymoe_compile.job.progress import Progress
 from dymoe_compile.job.writer import BundleWriter
 from dymoe_compile.plan.sizes import FEWER_BITS, MAX_BITS, alike
+from dymoe_compile.plan.work import active_weights
 from dymoe_compile.policy.sensitivity import Decoding, Measurement, Measurer, Original
 from dymoe_compile.quantize import load_descent
 from dymoe_compile.quantize.descent import DescentKernels
@@ -39,6 +42,9 @@ from dymoe_runtime.spec import ModelSpec
 PRICE_STEP = 4.0
 PRICES = 32
 MIN_PRICE = 1e-18
+# Near the highest tier, KL by mean bits when tiers are chosen for each token, over that when all experts have one tier.
+# On the reference model of benchmarks/quality/RESULTS.md: 0.0014 nats a bit from 3.2 to 4 bits, and 0.0032 at 4.25.
+CHOSEN_TIERS = 0.45
 STATE = "dense_bits"
 
 
@@ -81,9 +87,10 @@ def choose_dense_bits(
 
     `bundle` has its experts, and dense weights at MAX_BITS. held_out is windows [n, W].
     """
-    if budget.arena_bytes >= budget.full_arena_bytes:
-        return DenseChoice.alike(bundle.spec, MAX_BITS)
     spec, ladder = bundle.spec, bundle.manifest.ladder
+    all_fit = budget.arena_bytes >= budget.full_arena_bytes
+    if all_fit and len(ladder) == 1:  # nothing tells what a byte is worth
+        return DenseChoice.alike(spec, MAX_BITS)
     kinds, descent = dense_kinds(spec), load_descent(kernels)
     dense = BundleDense(bundle, kernels)
     uniform = [Decoding(TierRule.uniform(tier, ladder, spec.num_layers)) for tier in ladder]
@@ -104,45 +111,52 @@ def choose_dense_bits(
                 coarser = ReplacedDense(dense, records_of(checkpoint, kind, bits, descent), kernels)
                 (result,) = measure(coarser, uniform[-1:])
                 added[kind][bits] = max(result.kl - measured[-1].kl, 0.0) if math.isfinite(result.kl) else math.inf
-    price = worth_of_a_byte(bundle, [result.kl for result in measured], budget)
+    kls = [result.kl for result in measured]
+    sizes = [bundle.layout.bits_per_weight(tier) for tier in ladder]
+    fitting = min(max(8 * budget.arena_bytes / spec.expert_weights, sizes[0]), sizes[-1])
+    held = 0.0 if all_fit else kl_per_bit(sizes, kls, fitting) * 8 / spec.expert_weights
+    read = CHOSEN_TIERS * kl_per_bit(sizes, kls, sizes[-1]) * 8 / active_weights(spec)
+    nbytes = kind_bytes(spec)
+    costs = {
+        kind: {b: kl + (read * nbytes[kind][b] if is_read(spec, kind) else 0.0) for b, kl in row.items()}
+        for kind, row in added.items()
+    }
     # The floor is in whole MiB, so round the memory down to whole MiB too.
-    chosen = cheapest(added, kind_bytes(spec), price, budget.floor_bytes - (budget.memory_bytes >> 20 << 20))
+    chosen = cheapest(costs, nbytes, held, budget.floor_bytes - (budget.memory_bytes >> 20 << 20))
     return DenseChoice(chosen, {kind: _shown(row) for kind, row in added.items()})
 
 
-def worth_of_a_byte(bundle: Bundle, kls: list[float], budget: Budget) -> float:
-    """Return the KL that one more byte for experts saves, at the uniform bits that fit the device.
+def kl_per_bit(bits: Sequence[float], kls: Sequence[float], at: float) -> float:
+    """Return the KL that one more bit for each expert weight saves, at mean bits `at`.
 
-    `kls` has one KL for each tier, with all experts at that tier. Between tiers the logarithm of KL is taken as linear
-    in bits. Returns 0 if KL does not fall at those bits.
+    `kls` has the KL for each of `bits`, with all experts at that tier. Between tiers the logarithm of KL is taken as
+    linear in bits. Returns 0 if KL does not fall at `at`.
     """
-    bits = [bundle.layout.bits_per_weight(tier) for tier in bundle.manifest.ladder]
-    fitting = min(max(8 * budget.arena_bytes / bundle.spec.expert_weights, bits[0]), bits[-1])
     for (b0, k0), (b1, k1) in pairwise(zip(bits, kls, strict=True)):
-        if fitting <= b1 and 0 < k1 < k0:
+        if at <= b1 and 0 < k1 < k0:
             rate = math.log(k0 / k1) / (b1 - b0)
-            return k0 * math.exp(-rate * (fitting - b0)) * rate * 8 / bundle.spec.expert_weights
+            return k0 * math.exp(-rate * (at - b0)) * rate
     return 0.0
 
 
 def cheapest(
-    added: Mapping[str, Mapping[int, float]], nbytes: Mapping[str, Mapping[int, int]], price: float, excess: int
+    costs: Mapping[str, Mapping[int, float]], nbytes: Mapping[str, Mapping[int, int]], price: float, excess: int
 ) -> dict[str, int]:
-    """Return the bits of each kind with the least KL + price * bytes.
+    """Return the bits of each kind with the least cost + price * bytes; a cost is KL, as is the price of a byte.
 
     The price rises until `excess` bytes are saved. If no price saves that much, the last one decides.
     """
     chosen: dict[str, int] = {}
     for step in range(PRICES):
         at = max(price, MIN_PRICE if step else 0.0) * PRICE_STEP**step
-        chosen = {kind: _cheapest(row, nbytes[kind], at) for kind, row in added.items()}
+        chosen = {kind: _cheapest(row, nbytes[kind], at) for kind, row in costs.items()}
         if sum(nbytes[kind][MAX_BITS] - nbytes[kind][bits] for kind, bits in chosen.items()) >= excess:
             break
     return chosen
 
 
-def _cheapest(added: Mapping[int, float], nbytes: Mapping[int, int], price: float) -> int:
-    return min(added, key=lambda bits: (added[bits] + price * nbytes[bits], -bits))
+def _cheapest(cost: Mapping[int, float], nbytes: Mapping[int, int], price: float) -> int:
+    return min(cost, key=lambda bits: (cost[bits] + price * nbytes[bits], -bits))
 
 
 def _shown(added: Mapping[int, float]) -> dict[str, float]:
@@ -158,6 +172,11 @@ def kind_bytes(spec: ModelSpec) -> dict[str, dict[int, int]]:
             for bits in total[kind]:
                 total[kind][bits] += dense_layout(shape, bits).record_bytes
     return total
+
+
+def is_read(spec: ModelSpec, kind: str) -> bool:
+    """Return whether a token reads all matrices of a kind: not a table of embeddings, unless the head has it too."""
+    return kind != "embed" or spec.tie_embeddings
 
 
 def records_of(

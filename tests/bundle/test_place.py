@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from compile_kit import same_files, without_stages
-from helpers import assert_one_sentence, bundle_cli, compile_cli, compiled, save_tiny
+from helpers import EIGHT_BITS, assert_one_sentence, bundle_cli, compile_cli, compiled, save_tiny
 
 from dymoe_compile.job import writer
 from dymoe_compile.job.writer import BundleWriter
@@ -111,7 +111,7 @@ def test_what_comes_to_the_output_meanwhile_stays_and_the_next_run_goes_on(
         else:
             output.symlink_to("elsewhere")
 
-    args = (small_checkpoint, "-o", output, "--calibration", calibration_text)
+    args = (small_checkpoint, "-o", output, "--calibration", calibration_text, *EIGHT_BITS)
     with monkeypatch.context() as patch:
         meanwhile(come, patch)
         assert_one_sentence(without_stages(compile_cli(*args)), "out.dymoe", "move it away")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compile_kit import assert_codes_nest, assert_findings_fit, same_files, without_stages
-from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from helpers import EIGHT_BITS, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.torch import load_file, save_file
 
 from dymoe_runtime.bundle.bundle import Bundle
@@ -100,12 +100,12 @@ def test_the_same_input_gives_the_same_bytes(
     tiny_checkpoint: Path, tiny_path: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again.dymoe"
-    assert compile_cli(tiny_checkpoint, "-o", again, "--calibration", calibration_text).code == 0
+    assert compile_cli(tiny_checkpoint, "-o", again, "--calibration", calibration_text, *EIGHT_BITS).code == 0
     assert same_files(tiny_path, again)
 
 
 def test_what_is_up_to_date_is_left_alone(tiny_checkpoint: Path, damaged: Path, calibration_text: Path) -> None:
-    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text)
+    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, *EIGHT_BITS)
     before = (damaged / "manifest.json").stat().st_ino
     assert "up to date" in compile_cli(*args).out
     assert (damaged / "manifest.json").stat().st_ino == before
@@ -117,7 +117,8 @@ def test_what_is_up_to_date_is_left_alone(tiny_checkpoint: Path, damaged: Path, 
 def test_a_change_of_options_recompiles(
     change: tuple, tiny_checkpoint: Path, damaged: Path, calibration_text: Path
 ) -> None:
-    outcome = compile_cli(tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, *change, "--json")
+    args = ("-o", damaged, "--calibration", calibration_text, *EIGHT_BITS)
+    outcome = compile_cli(tiny_checkpoint, *args, *change, "--json")
     assert outcome.code == 0 and outcome.json["changed"]
     assert bundle_cli("verify", damaged).code == 0
 
@@ -127,7 +128,7 @@ def test_a_damaged_bundle_is_compiled_again(
     name: str, tiny_checkpoint: Path, damaged: Path, calibration_text: Path
 ) -> None:
     (damaged / name).write_text("{}")
-    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, "--json")
+    args = (tiny_checkpoint, "-o", damaged, "--calibration", calibration_text, *EIGHT_BITS, "--json")
     assert compile_cli(*args).json["changed"]
     assert bundle_cli("verify", damaged).code == 0
 

@@ -27,6 +27,7 @@ from dymoe_compile.policy.dense_bits import (
     cheapest,
     choose_dense_bits,
     kind_bytes,
+    kl_per_bit,
     records_of,
     write_dense,
 )
@@ -60,11 +61,23 @@ def chosen(bundle: Bundle, model: Path, budget: Budget) -> dict[str, int]:
     return dict(choice.bits)
 
 
-def test_a_device_that_holds_everything_has_most_bits(tiny_path: Path, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize(("active", "bits"), [(1, min(FEWER_BITS)), (1 << 60, MAX_BITS)], ids=["few", "many"])
+def test_where_all_fits_dense_weights_that_are_much_of_a_token_have_fewer_bits(
+    active: int, bits: int, tiny_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of embeddings costs no time, so it keeps its bits."""
     bundle = Bundle.open(tiny_path)
-    assert chosen(bundle, tiny_checkpoint, budget_between(bundle, 1.0)) == dict.fromkeys(
-        dense_kinds(bundle.spec), MAX_BITS
-    )
+    assert not bundle.spec.tie_embeddings
+    monkeypatch.setattr("dymoe_compile.policy.dense_bits.active_weights", lambda spec: active)
+    others = {kind: bits for kind in dense_kinds(bundle.spec) if kind != "embed"}
+    assert chosen(bundle, tiny_checkpoint, budget_between(bundle, 1.0)) == {"embed": MAX_BITS, **others}
+
+
+def test_the_worth_of_a_bit_follows_the_measured_kl() -> None:
+    bits, kls = [2.0, 3.0, 4.0], [4.0, 1.0, 0.5]
+    assert kl_per_bit(bits, kls, 2.0) == pytest.approx(4.0 * np.log(4.0))
+    assert kl_per_bit(bits, kls, 4.0) == pytest.approx(0.5 * np.log(2.0))
+    assert kl_per_bit(bits, [1.0, 1.0, 2.0], 4.0) == 0.0
 
 
 def test_the_less_memory_the_fewer_bytes_for_dense_weights(tiny_path: Path, tiny_checkpoint: Path) -> None:
@@ -133,8 +146,7 @@ def test_a_bundle_for_a_small_device_has_measured_bits_and_resumes_to_the_same_b
     model = save_tiny(tmp_path / "model", "olmoe")
     args = (model, "--calibration", calibration_text)
     large = tmp_path / "large.dymoe"
-    assert compile_cli(*args, "-o", large).code == 0
-    assert set(Bundle.open(large).manifest.dense_bits.values()) == {MAX_BITS}
+    assert compile_cli(*args, "-o", large, "--dense-bits", MAX_BITS).code == 0
     args = (*args, "--profile", small_profile(tmp_path / "small.toml", Bundle.open(large)))
     monkeypatch.setattr(
         "dymoe_compile.compile.profile_budget", lambda *args: replace(profile_budget(*args), spare_bytes=0)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compile_kit import interrupt, same_files, without_stages
-from helpers import assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from helpers import EIGHT_BITS, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 
 from dymoe_compile.compile import progress_key
 from dymoe_compile.job import writer
@@ -68,7 +68,7 @@ def test_hidden_states_on_the_disk_change_nothing(
 
     monkeypatch.setattr("dymoe_compile.plan.sizes.SPILL_BYTES", 0)
     monkeypatch.setattr(BundleWriter, "scratch", counted)
-    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, *EIGHT_BITS)
     with monkeypatch.context() as patch:
         patch.setattr("dymoe_compile.compile.look_ahead_bytes", interrupt)
         assert compile_cli(*args).code == 130
@@ -98,7 +98,7 @@ def test_only_the_same_version_and_kernels_go_on(
         return write_layer(writer, index, *rest)
 
     monkeypatch.setattr(BundleWriter, "write_layer", counted)
-    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, *EIGHT_BITS)
     with monkeypatch.context() as patch:
         patch.setattr("dymoe_compile.compile.look_ahead_bytes", interrupt)
         assert compile_cli(*args).code == 130
@@ -127,7 +127,7 @@ def test_a_damaged_rest_of_an_interrupted_run_is_done_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text)
+    args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, *EIGHT_BITS)
     with monkeypatch.context() as patch:
         patch.setattr("dymoe_compile.policy.operating_points.measure_sensitivity", interrupt)
         assert compile_cli(*args).code == 130
