@@ -95,8 +95,8 @@ class CompileFlags:
         "--dense-bits",
         group=PRECISION,
         metavar="BITS",
-        help="Bits of everything else: 4 to 8, 16, or auto: 8 if the bundle fits the profile's memory, else what costs "
-        "least quality. Default: the profile's.",
+        help="Bits of everything else: 4 to 8, 16, or auto: what fewer bits cost is measured, and weighed against "
+        "speed and memory. Default: the profile's.",
     )
     max_kl: float | None = flag(
         "--max-kl",

@@ -127,7 +127,7 @@ def for_profile(drafts: Drafts, profile: Profile, wanted: Wanted, kernels: Kerne
         },
         "other_bytes": total - dense - bundle.expert_bytes(),
         "dense_bits": next(iter(bundle.manifest.dense_bits.values())),
-        "dense_bits_may_change": asked == AUTO and budget.arena_bytes < budget.full_arena_bytes,
+        "dense_bits_may_change": asked == AUTO and (len(ladder) > 1 or budget.arena_bytes < budget.full_arena_bytes),
         "disk_bytes": disk_bytes(bundle.spec, ladder, asked, tokens),
         "compile_seconds": round(compile_seconds(bundle.spec, ladder, tokens, wanted.threads)),
         "default_point": default_point(points).name if fits else None,
@@ -140,8 +140,8 @@ def planned_for(
 ) -> tuple[Draft, Budget]:
     """Return the draft of the bundle that compiling for a device should make, and the division of the device's memory.
 
-    With AUTO the compiler gives dense weights MAX_BITS where all experts fit beside them. Where they do not, it
-    measures what fewer bits cost, which only compiling can tell; then this has the most with which the model runs.
+    With AUTO the compiler measures what fewer bits of dense weights cost, which only compiling can tell; this has the
+    most bits with which the model runs.
     """
     for bits in (MAX_BITS, *FEWER_BITS) if dense_bits == AUTO else (int(dense_bits),):
         draft = drafts.of(ladder, bits)

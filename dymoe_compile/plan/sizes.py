@@ -28,7 +28,7 @@ from dymoe_runtime.bundle.contents import dense_file_bytes, layer_header
 from dymoe_runtime.bundle.policy import Policy
 from dymoe_runtime.spec import ModelSpec
 
-# Bits of dense weights that are not chosen by their cost, and those that are tried besides if memory is short.
+# Bits of dense weights that are not chosen by their cost, and those that are tried besides.
 MAX_BITS = 8
 FEWER_BITS = (6, 4)
 # Assumed bytes of tokenizer.json for each token of the vocabulary where the file is not at hand; 42 to 138 were seen.

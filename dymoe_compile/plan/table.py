@@ -92,9 +92,7 @@ def _speed(point: Mapping[str, Any], profile: Mapping[str, Any]) -> str:
 def _notes(plan: Mapping[str, Any], free_bytes: int | None) -> list[str]:
     notes = []
     if any(profile["dense_bits_may_change"] for profile in plan["profiles"]):
-        notes.append(
-            "where not all experts fit, compiling measures what fewer bits of dense weights cost, and may choose them"
-        )
+        notes.append("compiling measures what fewer bits of dense weights cost, and may choose them")
     needed = max(profile["disk_bytes"] for profile in plan["profiles"])
     if free_bytes is not None and free_bytes < needed:
         notes.append(f"compiling takes {format_size(needed)} of disk, {format_size(free_bytes)} are free here")

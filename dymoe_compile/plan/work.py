@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dymoe_compile.plan.sizes import FEWER_BITS
 from dymoe_runtime.bundle.bundle import dense_kind
 from dymoe_runtime.bundle.tiers import MXFP4, TRELLIS
 from dymoe_runtime.spec import ModelSpec
@@ -57,7 +58,9 @@ def compile_seconds(spec: ModelSpec, ladder: tuple[int, ...], tokens: int, threa
     sensitivity = 1 + len(spec.moe_layers) * (len(ladder) - 1) / 2  # each shares the layers before its own
     every = 1 if CANDIDATE_TOKENS * active_weights(spec) <= MAX_WORK else 2
     candidates = len(ladder) + bits * FITTED_RULES + math.ceil(bits / every) * OTHER_RULES
-    passes = sensitivity * measured_tokens(spec, held_out, SENSITIVITY_TOKENS)
+    kinds = {dense_kind(name, shape) for name, shape in spec.each_tensor()} - {None}
+    choosing = len(ladder) + len(kinds) * len(FEWER_BITS)  # bits of dense weights
+    passes = (sensitivity + choosing) * measured_tokens(spec, held_out, SENSITIVITY_TOKENS)
     passes += (candidates + len(ladder) + bits) * measured_tokens(spec, held_out, CANDIDATE_TOKENS)
     dense = sum(math.prod(shape) for name, shape in spec.each_tensor() if dense_kind(name, shape))
     products = (tokens + passes) * (active_weights(spec) + dense)

@@ -2,7 +2,7 @@
 
 Each kind of dense weights competes with the experts for speed, because every token reads both. If the experts do not
 all fit the device next to dense weights of 8 bits, it also competes for memory. Fewer bits for a kind cost the KL that
-was measured. Each byte that a token need not read is worth the KL that one more byte a token saves the experts near
+was measured. Each byte that a token need not read is worth the KL that one more byte a token saves the experts, below
 the highest tier. Each byte of memory is worth the KL that one more byte saves the experts, at the mean bits that fit
 the device.
 """
@@ -42,9 +42,9 @@ from dymoe_runtime.spec import ModelSpec
 PRICE_STEP = 4.0
 PRICES = 32
 MIN_PRICE = 1e-18
-# Near the highest tier, KL by mean bits when tiers are chosen for each token, over that when all experts have one tier.
-# On the reference model of benchmarks/quality/RESULTS.md: 0.0014 nats a bit from 3.2 to 4 bits, and 0.0032 at 4.25.
-CHOSEN_TIERS = 0.45
+# What a bit between the highest two tiers saves where tiers are chosen for each token, over what it saves where all
+# experts have one tier. On the reference model of benchmarks/quality/RESULTS.md: 0.0014 over 0.0051 nats.
+CHOSEN_TIERS = 0.27
 STATE = "dense_bits"
 
 
@@ -115,7 +115,7 @@ def choose_dense_bits(
     sizes = [bundle.layout.bits_per_weight(tier) for tier in ladder]
     fitting = min(max(8 * budget.arena_bytes / spec.expert_weights, sizes[0]), sizes[-1])
     held = 0.0 if all_fit else kl_per_bit(sizes, kls, fitting) * 8 / spec.expert_weights
-    read = CHOSEN_TIERS * kl_per_bit(sizes, kls, sizes[-1]) * 8 / active_weights(spec)
+    read = CHOSEN_TIERS * kl_of_last_bits(sizes, kls) * 8 / active_weights(spec)
     nbytes = kind_bytes(spec)
     costs = {
         kind: {b: kl + (read * nbytes[kind][b] if is_read(spec, kind) else 0.0) for b, kl in row.items()}
@@ -130,13 +130,20 @@ def kl_per_bit(bits: Sequence[float], kls: Sequence[float], at: float) -> float:
     """Return the KL that one more bit for each expert weight saves, at mean bits `at`.
 
     `kls` has the KL for each of `bits`, with all experts at that tier. Between tiers the logarithm of KL is taken as
-    linear in bits. Returns 0 if KL does not fall at `at`.
+    linear in bits. Where KL does not fall, the next tiers count; returns 0 if it falls at none.
     """
     for (b0, k0), (b1, k1) in pairwise(zip(bits, kls, strict=True)):
-        if at <= b1 and 0 < k1 < k0:
+        if at <= b1 and 0 < k1 < k0 < math.inf:
             rate = math.log(k0 / k1) / (b1 - b0)
             return k0 * math.exp(-rate * (at - b0)) * rate
     return 0.0
+
+
+def kl_of_last_bits(bits: Sequence[float], kls: Sequence[float]) -> float:
+    """Return the KL that a bit between the highest two of `bits` saves, or 0 if there is one, or KL does not fall."""
+    if len(bits) < 2 or not kls[-1] < kls[-2] < math.inf:
+        return 0.0
+    return (kls[-2] - kls[-1]) / (bits[-1] - bits[-2])
 
 
 def cheapest(

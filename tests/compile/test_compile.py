@@ -164,6 +164,7 @@ def test_a_device_that_cannot_hold_the_bundle_exits_with_4(
 
 def test_a_bundle_says_what_rounded_its_sums(tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path) -> None:
     args = (tiny_checkpoint, "-o", tmp_path / "out.dymoe", "--calibration", calibration_text, "--jobs", 1, "--json")
+    args = (*args, *EIGHT_BITS)
     built = compile_cli(*args).json["provenance"]["built_with"]
     assert built["instruction_set"] == load_kernels().name and built["threads"] == 1
     assert set(built) == {"instruction_set", "torch_instruction_set", "machine", "threads", "python", "numpy", "torch"}

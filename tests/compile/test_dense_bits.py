@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bundle_kit import forge
 from compile_kit import interrupt, same_files
-from helpers import RATES, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
+from helpers import MODEL, RATES, assert_one_sentence, bundle_cli, compile_cli, run_cli, save_tiny
 from safetensors.numpy import save
 
 from dymoe_compile.checkpoint.checkpoint import Checkpoint
@@ -20,13 +20,16 @@ from dymoe_compile.compile import profile_budget
 from dymoe_compile.job.profile import DEVICE_PROCESS_BYTES
 from dymoe_compile.job.progress import silent
 from dymoe_compile.policy.dense_bits import (
+    CHOSEN_TIERS,
     FEWER_BITS,
     MAX_BITS,
     DenseChoice,
     ReplacedDense,
     cheapest,
     choose_dense_bits,
+    is_read,
     kind_bytes,
+    kl_of_last_bits,
     kl_per_bit,
     records_of,
     write_dense,
@@ -53,12 +56,15 @@ def budget_between(bundle: Bundle, share: float) -> Budget:
     return replace(budget, memory_bytes=budget.need_bytes + int(share * experts))
 
 
-def chosen(bundle: Bundle, model: Path, budget: Budget) -> dict[str, int]:
+def choice_for(bundle: Bundle, model: Path, budget: Budget) -> DenseChoice:
     windows = np.random.default_rng(0).integers(0, bundle.spec.vocab_size, (2, 32))
     whole = open_original(model, KERNELS)
     original = Original([whole.hidden(ids) for ids in windows], whole.logits)
-    choice = choose_dense_bits(bundle, Checkpoint.open(model), windows, original, budget, KERNELS, silent)
-    return dict(choice.bits)
+    return choose_dense_bits(bundle, Checkpoint.open(model), windows, original, budget, KERNELS, silent)
+
+
+def chosen(bundle: Bundle, model: Path, budget: Budget) -> dict[str, int]:
+    return dict(choice_for(bundle, model, budget).bits)
 
 
 @pytest.mark.parametrize(("active", "bits"), [(1, min(FEWER_BITS)), (1 << 60, MAX_BITS)], ids=["few", "many"])
@@ -73,11 +79,36 @@ def test_where_all_fits_dense_weights_that_are_much_of_a_token_have_fewer_bits(
     assert chosen(bundle, tiny_checkpoint, budget_between(bundle, 1.0)) == {"embed": MAX_BITS, **others}
 
 
+@pytest.mark.parametrize("worth", [1e-3, 1e-1, 1e1])
+def test_where_all_fits_a_byte_of_a_token_is_worth_what_one_of_experts_is(
+    worth: float, tiny_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`worth` is the KL of one more bit for each expert weight that a token uses."""
+    bundle = Bundle.open(tiny_path)
+    monkeypatch.setattr("dymoe_compile.policy.dense_bits.kl_of_last_bits", lambda bits, kls: worth / CHOSEN_TIERS)
+    choice = choice_for(bundle, tiny_checkpoint, budget_between(bundle, 1.0))
+    spec, sizes = bundle.spec, kind_bytes(bundle.spec)
+    expert_weights = spec.top_k * spec.num_layers * sum(rows * cols for rows, cols in spec.expert_shapes.values())
+    for kind, added in choice.added_kl.items():
+        bits_each = {bits: 8 * sizes[kind][bits] / expert_weights for bits in sizes[kind]}
+        costs = {bits: added.get(str(bits), 0.0) + worth * bits_each[bits] for bits in bits_each}
+        assert choice.bits[kind] == (MAX_BITS if kind == "embed" else min(costs, key=lambda bits: costs[bits]))
+
+
+def test_embeddings_that_are_the_head_as_well_are_read() -> None:
+    spec = Checkpoint.open(MODEL).spec
+    assert spec.tie_embeddings and is_read(spec, "embed")
+    assert not is_read(replace(spec, tie_embeddings=False), "embed") and is_read(spec, "attn")
+
+
 def test_the_worth_of_a_bit_follows_the_measured_kl() -> None:
     bits, kls = [2.0, 3.0, 4.0], [4.0, 1.0, 0.5]
     assert kl_per_bit(bits, kls, 2.0) == pytest.approx(4.0 * np.log(4.0))
     assert kl_per_bit(bits, kls, 4.0) == pytest.approx(0.5 * np.log(2.0))
     assert kl_per_bit(bits, [1.0, 1.0, 2.0], 4.0) == 0.0
+    assert kl_per_bit([2.0, 3.0], [np.inf, 0.1], 3.0) == 0.0
+    assert kl_of_last_bits(bits, kls) == 0.5 and kl_of_last_bits([4.0], [1.0]) == 0.0
+    assert kl_of_last_bits(bits, [1.0, 1.0, 2.0]) == 0.0 == kl_of_last_bits(bits, [1.0, np.inf, 1.0])
 
 
 def test_the_less_memory_the_fewer_bytes_for_dense_weights(tiny_path: Path, tiny_checkpoint: Path) -> None:

@@ -67,10 +67,13 @@ std::vector<uint8_t> random_bytes(int64_t count) {
 
 /// Whether they are equal but for the order of float sums.
 bool is_close(const std::vector<float>& a, const std::vector<float>& b, float share = 1e-5f) {
+  if (a.size() != b.size()) return false;
   float most = 0.0f, off = 0.0f;
   for (size_t i = 0; i < a.size(); ++i) {
     most = std::max(most, std::fabs(b[i]));
-    off = std::max(off, std::fabs(a[i] - b[i]));
+    const float apart = std::fabs(a[i] - b[i]);
+    if (std::isnan(apart)) return false;
+    off = std::max(off, apart);
   }
   return off <= share * most;
 }

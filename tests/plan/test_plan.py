@@ -46,7 +46,7 @@ def test_a_plan_has_the_size_and_the_floor_of_the_bundle(shipped_path: Path) -> 
     bundle = Bundle.open(shipped_path)
     planned = of_profile(plan_of(MODEL), "laptop-8gb")
     dense = bundle.manifest.files[DENSE].nbytes  # with fewer bits where they cost little
-    assert dense <= planned["dense_bytes"]
+    assert dense <= planned["dense_bytes"] and planned["dense_bits_may_change"]
     assert planned["bundle_bytes"] - planned["dense_bytes"] == pytest.approx(bundle.total_bytes() - dense, rel=0.01)
     assert (
         planned["dense_bytes"] + sum(planned["tier_bytes"].values()) + planned["other_bytes"]

@@ -24,7 +24,8 @@ DYMOE_INLINE void fold_rows(const Floats (&rows)[kCacheRows], float* out) {
   DYMOE_UNROLL for (int r = 0; r < kCacheRows; ++r) {
 #if defined(__AVX512F__)
     const __m512 all = __m512(rows[r]);
-    half[r] = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+    half[r] = _mm256_add_ps(_mm512_castps512_ps256(all), high);
 #else
     half[r] = __m256(rows[r]);
 #endif

@@ -16,7 +16,8 @@
 namespace dymoe {
 namespace {
 
-#if !defined(__AVXVNNI__) && !defined(__AVX512VNNI__)
+// With AVX-512, vectors of floats are wider than those of AVX-VNNI.
+#if !defined(__AVX512VNNI__) && (!defined(__AVXVNNI__) || defined(__AVX512F__))
 /// Returns whether `attend_codes` takes heads of n columns.
 constexpr bool attends_to_codes(int64_t, int) { return false; }
 inline void attend_codes(const float*, int64_t, const CacheRows&, int64_t, int64_t, const float*, float*, float*) {}
@@ -192,10 +193,18 @@ void score_keys(const uint8_t* keys, int64_t pitch, int64_t n, const QueryCodes*
   }
 }
 
-DYMOE_INLINE float greatest(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+/// Returns the greatest of `Width` floats, which are not NaN.
+template <int Width, class Vector>
+DYMOE_INLINE float greatest(const Vector& v) {
+  if constexpr (Width == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * Width)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return greatest<Width / 2>(Half(low > high ? low : high));
+  }
 }
 
 /// Columns 8 i to 8 i + 3 and 8 i + 4 to 8 i + 7 of 2 * kLanes columns lie in the first and the second vector of pairs.
@@ -214,18 +223,15 @@ void add_values(const uint8_t* values, int64_t pitch, int64_t n, const float* we
   alignas(64) uint16_t halves[kMostGroups][kValueRows];
   float scales[kMostGroups][kValueRows], invalid[kMostGroups];  // NaN if a scale is, else 0
   gather_scales(values, pitch, n, halves);
-  Floats greatest_scales = {};
   for (int64_t g = 0; g < groups; ++g) {
     Floats nothing = {};
     DYMOE_UNROLL for (int p = 0; p < kValueRows; p += kLanes) {
       const Floats scale = halves_at(halves[g] + p);
       store_lanes(scales[g] + p, scale);
-      greatest_scales = scale > greatest_scales ? scale : greatest_scales;
       nothing += scale * 0.0f;
     }
     invalid[g] = fold_vector<kLanes>(nothing);
   }
-  const float greatest_scale = greatest(greatest_scales);
   for (int64_t p = 0; p < kValueRows; p += 2)
     for (int64_t c = 0; c < n; c += 2 * kLanes) {
       const Numbers a = widened(values + p * pitch + c), b = widened(values + (p + 1) * pitch + c);
@@ -234,17 +240,21 @@ void add_values(const uint8_t* values, int64_t pitch, int64_t n, const float* we
     }
   for (int64_t h = 0; h < heads; ++h) {
     const float* weight = weights + h * weights_pitch;
-    Floats most = {};
-    DYMOE_UNROLL for (int p = 0; p < kValueRows; p += kLanes) {
-      const Floats some = load_lanes(weight + p);
-      most = some > most ? some : most;
+    float shares[kMostGroups][kValueRows], unit[kMostGroups], factor[kMostGroups];
+    for (int64_t g = 0; g < groups; ++g) {
+      Floats most = {};
+      DYMOE_UNROLL for (int p = 0; p < kValueRows; p += kLanes) {
+        const Floats share = load_lanes(weight + p) * load_lanes(scales[g] + p);
+        store_lanes(shares[g] + p, share);
+        most = share > most ? share : most;
+      }
+      unit[g] = greatest<kLanes>(most) * (1.0f / kWeightMax);
     }
-    const float full = greatest(most) * greatest_scale, unit = full > kLeast ? full / kWeightMax : 0.0f;
-    const float factor = full > kLeast ? kWeightMax / full : 0.0f;
+    for (int64_t g = 0; g < groups; ++g) factor[g] = unit[g] > kLeast ? 1.0f / unit[g] : 0.0f;
     for (int64_t g = 0; g < groups; ++g) {
       alignas(64) int16_t numbers[kValueRows];
       DYMOE_UNROLL for (int p = 0; p < kValueRows; p += kLanes)
-          store_narrowed(numbers + p, rounded(load_lanes(weight + p) * factor * load_lanes(scales[g] + p)));
+          store_narrowed(numbers + p, rounded(load_lanes(shares[g] + p) * factor[g]));
       constexpr int vectors = kCacheGroup / kLanes;
       Numbers sums[vectors];
       DYMOE_UNROLL for (int i = 0; i < vectors; ++i) sums[i] = repeat(0);
@@ -254,7 +264,7 @@ void add_values(const uint8_t* values, int64_t pitch, int64_t n, const float* we
         DYMOE_UNROLL for (int i = 0; i < vectors; ++i) sums[i] =
             add_pair_products(sums[i], load_numbers(pairs + p * n + g * kCacheGroup + i * kLanes), repeat(two));
       }
-      const Floats size = unit + invalid[g] - Floats{};
+      const Floats size = unit[g] + invalid[g] - Floats{};
       float* to = out + h * n + g * kCacheGroup;
       DYMOE_UNROLL for (int i = 0; i < vectors; ++i)
           store_lanes(to + i * kLanes, multiply_add(as_floats(sums[i]), size, load_lanes(to + i * kLanes)));
