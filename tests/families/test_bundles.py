@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from families.cases import CASES
 from families.harness import PROMPT, STEPS, our_logits, random_model
-from helpers import compile_cli, save_byte_tokenizer
+from helpers import EIGHT_BITS, compile_cli, save_byte_tokenizer
 from kernel_kit import ALL, COMPILED, kernels_of
 
 from dymoe_runtime import Bundle, Model, RunOptions, load_model
@@ -41,7 +41,7 @@ def compiled(
     checkpoint, bundle = tmp_path_factory.mktemp("checkpoint"), tmp_path_factory.mktemp("bundle") / "m.dymoe"
     random_model(request.param, vocab_size=256).save_pretrained(checkpoint)
     save_byte_tokenizer(checkpoint)
-    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", few_words, "--tiers", "2,8")
+    outcome = compile_cli(checkpoint, "-o", bundle, "--calibration", few_words, "--tiers", "2,8", *EIGHT_BITS)
     assert outcome.code == 0, outcome.err
     return checkpoint, Bundle.open(bundle)
 
