@@ -11,13 +11,13 @@ from helpers import run_cli
 from dymoe_runtime.bundle.bundle import Bundle
 
 TOKENS = 30
-PROMPT = ("--prompt", "def __init__(self, name):")
+PROMPT = "def __init__(self, name):"
 
 
-def traced(bundle: Path, path: Path, *args: object) -> dict[str, Any]:
-    """Trace a run of `TOKENS` tokens to `path`; return the run's own figures."""
+def traced(bundle: Path, path: Path, *args: object, prompt: str = PROMPT) -> dict[str, Any]:
+    """Trace a run of `TOKENS` tokens after `prompt` to `path`; return the run's own figures."""
     tail = ("--max-tokens", TOKENS, "--ignore-eos", "--json", "--trace", path, *args)
-    outcome = run_cli(bundle, *PROMPT, *tail)
+    outcome = run_cli(bundle, "--prompt", prompt, *tail)
     assert outcome.code == 0, outcome.err
     figures: dict[str, Any] = outcome.json
     return figures

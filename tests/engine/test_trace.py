@@ -64,18 +64,18 @@ def test_decisions_of_another_run_are_refused(shipped_path: Path, tmp_path: Path
     traced(shipped_path, path, "--point", 3)
     tail = ("--decisions", path, "--ignore-eos", "--max-tokens")
     refused = [
-        (*PROMPT, "--point", 3, *tail, TOKENS + 1),  # more tokens than there are
+        ("--prompt", PROMPT, "--point", 3, *tail, TOKENS + 1),  # more tokens than there are
         ("--prompt", "something else, which is a little longer than that", "--point", 3, *tail, 4),
         ("--prompt", "def __init__(self, mane):", "--point", 3, *tail, 9),
-        (*PROMPT, "--tiers", 4, *tail, 4),
+        ("--prompt", PROMPT, "--tiers", 4, *tail, 4),
     ]
     for args in refused:
         assert_one_sentence(run_cli(shipped_path, *args), "trace")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if '"pass": 3,' not in line or '"layer": 1,' not in line))
-    assert_one_sentence(run_cli(shipped_path, *PROMPT, "--point", 3, *tail, 9), "trace")
+    assert_one_sentence(run_cli(shipped_path, "--prompt", PROMPT, "--point", 3, *tail, 9), "trace")
     wrong = [("--latency",), ("--tpot", "100ms"), ("--trace", path)]
-    assert all(run_cli(shipped_path, *PROMPT, *tail, 4, *args).code == 2 for args in wrong)
+    assert all(run_cli(shipped_path, "--prompt", PROMPT, *tail, 4, *args).code == 2 for args in wrong)
 
 
 def test_what_cannot_be_traced_is_refused(shipped_path: Path, tmp_path: Path) -> None:
