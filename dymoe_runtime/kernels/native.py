@@ -260,10 +260,10 @@ class NativeKernels:
         """Return the bytes of the experts' hidden activations and of the quantized tokens.
 
         There are two float32 arrays of hidden activations, for gate and up. There are two buffers of int8 tokens, for
-        `moe` and `linear`; scales, four times each, and sums add 28 bytes to 64 of them. The scratch memory of threads
-        is a part of `reserve_bytes`.
+        `moe` and `linear`; some kernels keep them in two orders. Scales, up to five times each, and sums add up to 36
+        bytes to 64 of them. The scratch memory of threads is a part of `reserve_bytes`.
         """
-        return tokens * (2 * 4 * expert_width + 2 * widest * 23 // 16)
+        return tokens * (2 * 4 * expert_width + 2 * widest * 41 // 16)
 
     def _plan(self, layout: RecordLayout) -> _native.Plan:
         """Return the layout as the compiled kernels know it; each layout is checked only once."""

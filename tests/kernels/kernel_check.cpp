@@ -31,8 +31,8 @@ namespace {
 
 /// Tokens quantized by `isa`, in buffers of their own.
 struct Quantized {
-  std::unique_ptr<int8_t[]> codes;
-  std::unique_ptr<float[]> scales, sums, half_sums;
+  std::unique_ptr<int8_t[]> codes, folded_codes;
+  std::unique_ptr<float[]> scales, sums, half_sums, folded_scales, folded_sums;
   Activations view;
 
   Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
@@ -40,7 +40,18 @@ struct Quantized {
     codes = buffer<int8_t>(tokens * codes_pitch(blocks));
     scales = buffer<float>(kCopies * tokens * pitch), sums = buffer<float>(tokens * pitch);
     half_sums = buffer<float>(2 * tokens * pitch);
-    view = {tokens, blocks, pitch, codes.get(), scales.get(), sums.get(), half_sums.get()};
+    if (isa.folds_from) folded_scales = buffer<float>(tokens * pitch), folded_sums = buffer<float>(tokens * pitch);
+    if (isa.folds_from && tokens >= isa.folds_from) folded_codes = buffer<int8_t>(tokens * codes_pitch(blocks));
+    view = {tokens,
+            blocks,
+            pitch,
+            codes.get(),
+            scales.get(),
+            sums.get(),
+            half_sums.get(),
+            folded_scales.get(),
+            folded_sums.get(),
+            folded_codes.get()};
     for (int64_t t = 0; t < tokens; ++t) {
       const std::vector<float> row(x.begin() + t * cols, x.begin() + (t + 1) * cols);
       isa.quantize(row.data(), cols, t, view);
@@ -99,7 +110,7 @@ std::vector<ProductCase> make_product_cases() {
                                                 {4},    {4, 2},       {4, 2, 1},      {8},          {1, 1, 1},
                                                 {4, 1}, {2, 1, 1, 1}, {2, 1, 1, 1, 1}};
   const int64_t shapes[][2] = {{1, 1},    {7, 64},  {19, 150}, {16, 1024}, {9, 1085},
-                               {37, 200}, {5, 100}, {11, 33},  {263, 70}};
+                               {37, 430}, {5, 330}, {11, 33},  {263, 70}};
   std::vector<ProductCase> cases;
   for (const Grid grid : {Grid::usual, Grid::mxfp4, Grid::trellis})
     for (const auto& split : splits) {

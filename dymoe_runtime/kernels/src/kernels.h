@@ -132,6 +132,10 @@ struct Activations {
   float* scales;     // [tokens, pitch, kCopies], each as often as kernels want it; NaN if a block is not finite
   float* sums;       // [tokens, pitch], scale times the sum of the codes of a block
   float* half_sums;  // [tokens, pitch, 2], the same for each half of a block
+  // Only of kernels that fold, see product.h: scales and sums [tokens, pitch] in the order of folded lanes, and codes
+  // [tokens, codes_pitch(blocks)] that fold by themselves, null if there are fewer than Kernels::folds_from tokens.
+  float *folded_scales, *folded_sums;
+  int8_t* folded_codes;
 };
 
 /// One block of columns of a matrix while its codes are chosen; see descend.h. The error of a tier is scale * level -
@@ -249,8 +253,9 @@ struct Fit {
 /// The functions of one instruction set.
 struct Kernels {
   const char* name;
-  int64_t at_once;    // blocks that are multiplied together; decides the order of codes, see `place`
-  int64_t tile_rows;  // most rows of a PromptTile
+  int64_t at_once;     // blocks that are multiplied together; decides the order of codes, see `place`
+  int64_t tile_rows;   // most rows of a PromptTile
+  int64_t folds_from;  // fewest tokens that are also quantized to folded codes; 0 for kernels that do not fold
 
   /// Quantizes x [cols] as token number `token` of `out`.
   void (*quantize)(const float* x, int64_t cols, int64_t token, const Activations& out);

@@ -20,11 +20,11 @@ struct Avx2 {
 
   static constexpr int64_t at_once = 2, scales = 1;
   static constexpr int lanes = 8;
-  static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 1, tile_tokens = 4;
+  static constexpr int direct_rows = 4, direct_step = 1, tile_rows = 2, tile_tokens = 4;
   static constexpr int direct_tokens = 2;
   template <bool Wide>
   static constexpr int direct_most = Wide ? 4 : 3;
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = false, folds = true;
   static constexpr int64_t unpacked_rows = 8;
   // Not for exactly one plane of one bit: spreading its bits takes no longer than merging it.
   template <int First, int... Rest>
@@ -191,25 +191,103 @@ struct Avx2 {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred));
   }
 
+  /// Four sums of each of two blocks, as `dots` of other policies, but whole numbers.
+  using Sums = __m256i;
+  static Sums no_sums() { return _mm256_setzero_si256(); }
   template <bool Wide>
-  static Lanes dot(const Codes& codes, const Tokens& a) {
+  static Sums sum_products(const Codes& codes, const Tokens& a) {
     __m256i pairs[4];
     DYMOE_UNROLL for (int k = 0; k < 4; ++k) pairs[k] =
         Wide ? signed_pairs(codes.part[k], a.part[k]) : _mm256_maddubs_epi16(codes.part[k], a.part[k]);
     if constexpr (Wide) {
       DYMOE_UNROLL for (__m256i& sums : pairs) sums = add_pairs(sums);
       pairs[0] = _mm256_add_epi32(pairs[0], pairs[1]), pairs[2] = _mm256_add_epi32(pairs[2], pairs[3]);
-      return _mm256_cvtepi32_ps(_mm256_add_epi32(pairs[0], pairs[2]));
+      return _mm256_add_epi32(pairs[0], pairs[2]);
     } else {
       // Four products of 6-bit codes: at most 4 * 63 * 127 < 2^15.
-      return _mm256_cvtepi32_ps(_mm256_add_epi32(add_pairs(_mm256_add_epi16(pairs[0], pairs[1])),
-                                                 add_pairs(_mm256_add_epi16(pairs[2], pairs[3]))));
+      return _mm256_add_epi32(add_pairs(_mm256_add_epi16(pairs[0], pairs[1])),
+                              add_pairs(_mm256_add_epi16(pairs[2], pairs[3])));
     }
   }
 
-  template <bool Wide, int Rows, int Tokens>
-  static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
-    each_dot<Avx2, Wide>(codes, a, out);
+  /// Otherwise GCC copies a whole tile from register to register in each round of the loop, some of it by way of
+  /// memory.
+  template <int Rows, int Tokens>
+  static void hold([[maybe_unused]] Sums (&v)[Rows][Tokens]) {
+#if defined(__GNUC__)
+    if constexpr (Rows == 2 && Tokens == 4)
+      asm(""
+          : "+x"(v[0][0]), "+x"(v[0][1]), "+x"(v[0][2]), "+x"(v[0][3]), "+x"(v[1][0]), "+x"(v[1][1]), "+x"(v[1][2]),
+            "+x"(v[1][3]));
+#endif
+  }
+  static Lanes to_lanes(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+  static Lanes fold(const Sums (&parts)[4]) {
+    return to_lanes(_mm256_hadd_epi32(_mm256_hadd_epi32(parts[0], parts[1]), _mm256_hadd_epi32(parts[2], parts[3])));
+  }
+  /// Four blocks have two sums each, and two blocks have four.
+  static Sums fold_rest(Sums sums, int64_t count, int64_t before) {
+    const Sums folded = _mm256_hadd_epi32(sums, no_sums());
+    if (count > 2) return folded;
+    return before ? _mm256_hadd_epi32(no_sums(), folded) : _mm256_hadd_epi32(folded, no_sums());
+  }
+
+  static void fold_row(const uint8_t* from, int64_t blocks, uint8_t* to) {
+    const auto keep = [](uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); };
+    const uint8_t* end = from + blocks * kBlock;
+    // Four 32-bit words of each of eight blocks: word w of all blocks.
+    for (; from + 6 * kBlock < end; from += 8 * kBlock, to += 8 * kBlock) {
+      DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
+        const __m256i a = load256(from + at), b = load256(from + 128 + at);
+        const __m256i c = load256(from + 256 + at), d = load256(from + 384 + at);
+        const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+        keep(to + at, _mm256_unpacklo_epi64(ab, cd)), keep(to + 128 + at, _mm256_unpackhi_epi64(ab, cd));
+        const __m256i high_ab = _mm256_unpackhi_epi32(a, b), high_cd = _mm256_unpackhi_epi32(c, d);
+        keep(to + 256 + at, _mm256_unpacklo_epi64(high_ab, high_cd));
+        keep(to + 384 + at, _mm256_unpackhi_epi64(high_ab, high_cd));
+      }
+    }
+    // Two 64-bit words of each of four blocks.
+    if (from + 2 * kBlock < end) {
+      DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
+        const __m256i a = load256(from + at), b = load256(from + 128 + at);
+        keep(to + at, _mm256_unpacklo_epi64(a, b)), keep(to + 128 + at, _mm256_unpackhi_epi64(a, b));
+      }
+      from += 4 * kBlock, to += 4 * kBlock;
+    }
+    if (from < end) store(to, load_stored(from));
+  }
+
+  /// Bytes of folded codes that are multiplied together. Wide codes take twice the registers: they are centred, and
+  /// their magnitudes follow.
+  template <bool Wide>
+  static constexpr int64_t folded_step = Wide ? 32 : 64;
+  struct Folds {
+    __m256i part[2];
+  };
+  template <bool Wide>
+  static Folds load_folded_row(const uint8_t* p) {
+    if constexpr (Wide) {
+      const __m256i centred = _mm256_xor_si256(load256(p), _mm256_set1_epi8(-128));
+      return {{centred, _mm256_abs_epi8(centred)}};
+    } else {
+      return {{load256(p), load256(p + 32)}};
+    }
+  }
+  template <bool Wide>
+  static Folds load_folded_token(const int8_t* p) {
+    return {{load256(p), Wide ? _mm256_setzero_si256() : load256(p + 32)}};
+  }
+  template <bool Wide>
+  static Sums add_products(const Folds& row, const Folds& token, Sums sums) {
+    if constexpr (Wide) {
+      const __m256i a = _mm256_sign_epi8(token.part[0], row.part[0]);
+      return _mm256_add_epi32(sums, add_pairs(_mm256_maddubs_epi16(row.part[1], a)));
+    } else {
+      const __m256i first = _mm256_maddubs_epi16(row.part[0], token.part[0]);
+      const __m256i second = _mm256_maddubs_epi16(row.part[1], token.part[1]);
+      return _mm256_add_epi32(sums, add_pairs(_mm256_add_epi16(first, second)));
+    }
   }
 
   /// Returns sums over pieces First and First + 1, for codes of 6 bits.
@@ -219,22 +297,23 @@ struct Avx2 {
                                       _mm256_maddubs_epi16(codes.part[First + 1], a.part[First + 1])));
   }
 
-  static Lanes load_scales(const float* p) {
-    const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    const __m256 both = _mm256_castsi256_ps(_mm256_broadcastq_epi64(two));
-    return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-  }
-
   static Lanes zero() { return _mm256_setzero_ps(); }
   static Lanes broadcast(float value) { return _mm256_set1_ps(value); }
   static Lanes load_floats(const float* p) { return _mm256_loadu_ps(p); }
   static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
     const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(int32_t(word)));
     const __m128i indices = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
-    const __m256i index = _mm256_cvtepu8_epi32(indices);
+    return choose_sizes(sizes, _mm256_cvtepu8_epi32(indices));
+  }
+  static Lanes choose_sizes(const float* sizes, __m256i index) {
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(sizes), index);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(sizes + 8), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  /// The even blocks of eight first, then the odd ones.
+  static Lanes load_folded_sizes(const float* sizes, uint64_t word) {
+    const uint32_t low = uint32_t(word) & 0x0f0f0f0fu, high = uint32_t(word) >> 4 & 0x0f0f0f0fu;
+    return choose_sizes(sizes, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(high) << 32 | int64_t(low))));
   }
   static void store_floats(float* p, Lanes v) { _mm256_storeu_ps(p, v); }
   static Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
@@ -251,6 +330,8 @@ struct Halved : Base {
   using typename Base::Codes, typename Base::Lanes;
 
   static constexpr int64_t scales = 2;
+  static constexpr int tile_rows = 1;
+  static constexpr bool folds = false;
 
   template <bool Wide>
   static Lanes dot(const Codes& codes, const Codes& a) {

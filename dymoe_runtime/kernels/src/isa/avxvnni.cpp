@@ -39,15 +39,26 @@ struct AvxVnni : Avx2 {
 
   /// Sums products of unsigned and signed bytes in 32 bits, so that even Wide codes need no offset.
   template <bool Wide>
-  static Lanes dot(const Codes& codes, const Tokens& a) {
-    __m256i sums = _mm256_setzero_si256();
+  static Sums sum_products(const Codes& codes, const Tokens& a) {
+    __m256i sums = no_sums();
     DYMOE_UNROLL for (int k = 0; k < 4; ++k) sums = _mm256_dpbusd_avx_epi32(sums, codes.part[k], a.part[k]);
-    return _mm256_cvtepi32_ps(sums);
+    return sums;
   }
 
-  template <bool Wide, int Rows, int Tokens>
-  static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
-    each_dot<AvxVnni, Wide>(codes, a, out);
+  template <bool>
+  static constexpr int64_t folded_step = 64;
+  template <bool>
+  static Folds load_folded_row(const uint8_t* p) {
+    return Avx2::load_folded_row<false>(p);
+  }
+  template <bool>
+  static Folds load_folded_token(const int8_t* p) {
+    return Avx2::load_folded_token<false>(p);
+  }
+  template <bool>
+  static Sums add_products(const Folds& row, const Folds& token, Sums sums) {
+    DYMOE_UNROLL for (int k = 0; k < 2; ++k) sums = _mm256_dpbusd_avx_epi32(sums, row.part[k], token.part[k]);
+    return sums;
   }
 
   template <int First>

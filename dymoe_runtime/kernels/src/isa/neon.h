@@ -22,7 +22,7 @@ struct Neon {
   static constexpr int direct_tokens = 1;
   template <bool Wide>
   static constexpr int direct_most = 1;
-  static constexpr bool pairs = false;
+  static constexpr bool pairs = false, folds = false;
   static constexpr int64_t unpacked_rows = 8;
   template <int... Widths>
   static constexpr bool merges = false;

@@ -71,13 +71,17 @@ class QuantizedTokens {
   template <class Row>
   Activations quantize(const Kernels& isa, int64_t tokens, int64_t cols, Row row) {
     const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = round_up(blocks, kGroup);
+    const bool folds = isa.folds_from && tokens >= isa.folds_from;
     const Activations a{tokens,
                         blocks,
                         pitch,
                         codes_.reserve(tokens * codes_pitch(blocks)),
                         scales_.reserve(kCopies * tokens * pitch),
                         sums_.reserve(tokens * pitch),
-                        half_sums_.reserve(2 * tokens * pitch)};
+                        half_sums_.reserve(2 * tokens * pitch),
+                        isa.folds_from ? folded_scales_.reserve(tokens * pitch) : nullptr,
+                        isa.folds_from ? folded_sums_.reserve(tokens * pitch) : nullptr,
+                        folds ? folded_codes_.reserve(tokens * codes_pitch(blocks)) : nullptr};
     parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) isa.quantize(row(t), cols, t, a);
     });
@@ -85,8 +89,8 @@ class QuantizedTokens {
   }
 
  private:
-  Buffer<int8_t> codes_;
-  Buffer<float> scales_, sums_, half_sums_;
+  Buffer<int8_t> codes_, folded_codes_;
+  Buffer<float> scales_, sums_, half_sums_, folded_scales_, folded_sums_;
 };
 
 /// Returns tokens [first, first + count) of `a`.
@@ -97,7 +101,10 @@ inline Activations some_tokens(const Activations& a, int64_t first, int64_t coun
           a.codes + first * codes_pitch(a.blocks),
           a.scales + kCopies * first * a.pitch,
           a.sums + first * a.pitch,
-          a.half_sums + 2 * first * a.pitch};
+          a.half_sums + 2 * first * a.pitch,
+          a.folded_scales ? a.folded_scales + first * a.pitch : nullptr,
+          a.folded_sums ? a.folded_sums + first * a.pitch : nullptr,
+          a.folded_codes ? a.folded_codes + first * codes_pitch(a.blocks) : nullptr};
 }
 
 }  // namespace dymoe

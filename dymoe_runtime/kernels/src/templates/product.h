@@ -18,6 +18,8 @@
 //   zero, broadcast, load_floats, store_floats, multiply, multiply_add
 //   sum(v, out)                    the sum of each Lanes of an array; does not depend on the other Lanes
 //   load_scale_sizes(sizes, word)  those of sizes[16] that `lanes` indices of four bits ask for, from the lowest on
+//   folds                          whether products add up each block in whole numbers, to one lane of floats: then a
+//                                  scale is applied once to V::lanes blocks, not to each at_once. See below
 //   scales                         scales of a block: 1, or 2 if each half has its own. Then `dots` keeps the halves in
 //                                  different lanes, and a policy also has:
 //   load_half_scales(p)            p[2 i] and p[2 i + 1] in the lanes of the first and the second half of block i
@@ -37,6 +39,22 @@
 //   pair_scales(rows, row_pitch, tokens, pitch)  the factors of such Lanes; scales of rows are row_pitch apart, those
 //                                  of tokens pitch. With two scales, the first two Lanes are those of the first halves
 //   part_pair(first, second)       turns the summed Lanes of pair_dots, [2] and [2], into those of each row and token
+//
+// A policy that folds has no `dots`, but
+//   Sums, no_sums()                whole numbers, at first a few for each of at_once blocks
+//   sum_products<Wide>(codes, a)   the Sums of a row and a token
+//   fold(parts)                    Lanes: one for each of V::lanes blocks, see `folded_block`, whose Sums are `parts`
+//   load_folded_sizes(sizes, word) load_scale_sizes in the order of these lanes
+//   fold_row(from, blocks, to)     reorders the stored codes of a row or of a token so that sums over registers are
+//   those
+//                                  of V::lanes blocks, or of what `folded_blocks` says at the end of a row; from may be
+//                                  to
+//   folded_step<Wide>, Folds       bytes of such codes that are multiplied together; their registers
+//   load_folded_row<Wide>(p), load_folded_token<Wide>(p), add_products<Wide>(row, token, sums)
+//   hold(sums)                     keeps an array of Sums in registers
+//   to_lanes(sums)                 the Lanes of the Sums of V::lanes blocks
+//   fold_rest(sums, count, before) Sums in the order of folded lanes, from those of the last `count` blocks of a row;
+//                                  `before` is the number of blocks before them in these lanes
 #pragma once
 
 #include <cstring>
@@ -96,7 +114,18 @@ inline uint64_t read_scale_indices(const MatrixView& m, int64_t row_bytes, int64
   return count < kGroup ? word & ((uint64_t(1) << (4 * count)) - 1) : word;
 }
 
-/// Reads the scale sizes of `count` rows into sizes [count, pitch, V::scales]; past the last block they are finite.
+/// Returns those of sizes[16] that V::lanes indices of four bits ask for, in the order of folded lanes if V folds.
+template <class V>
+DYMOE_INLINE typename V::Lanes load_some_sizes(const float* sizes, uint64_t word) {
+  if constexpr (V::folds) {
+    return V::load_folded_sizes(sizes, word);
+  } else {
+    return V::load_scale_sizes(sizes, word);
+  }
+}
+
+/// Reads the scale sizes of `count` rows into sizes [count, pitch, V::scales]; past the last block they are finite. If
+/// V folds, those of V::lanes blocks are in the order of folded lanes.
 template <class V>
 void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, float* sizes) {
   constexpr const float* table = V::scales == 2 ? kMxSizes : kScaleSizes;
@@ -106,7 +135,7 @@ void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, 
       const uint64_t indices = read_scale_indices(m, row_bytes, row + r, begin, smaller(kGroup, all - begin));
       float* out = sizes + r * V::scales * pitch + begin;
       DYMOE_UNROLL for (int i = 0; i < kGroup; i += V::lanes)
-          V::store_floats(out + i, V::load_scale_sizes(table, indices >> (4 * i)));
+          V::store_floats(out + i, load_some_sizes<V>(table, indices >> (4 * i)));
     }
   }
 }
@@ -137,6 +166,11 @@ template <class V, int Further>
 constexpr bool is_coded<Coded<V, Further>> = true;
 template <class V, int Further, int Rows>
 constexpr bool is_coded<CodedRows<V, Further, Rows>> = true;
+
+template <class Source>
+constexpr bool is_folded = false;
+template <class V, bool Wide>
+constexpr bool is_folded<Folded<V, Wide>> = true;
 
 /// Reads the codes of `Step` rows of a tile, from its row number `from` on; `row` is the number of its first row.
 template <class V, int Step, class Source>
@@ -173,8 +207,156 @@ DYMOE_INLINE typename V::Lanes load_row_scales(const float* sizes) {
   }
 }
 
-/// Computes y for Rows rows from `row` on and Tokens tokens from `token` on. The codes are those of rows `source_row`
-/// on of `source`; sizes [Rows, pitch, V::scales] are the scale sizes.
+/// A tile: rows of a source from `source_row` on, of `blocks` blocks each, with their scale sizes
+/// [rows, a.pitch, V::scales], and the tokens of `a` from `token` on.
+struct TileView {
+  int64_t source_row, blocks;
+  const float* sizes;
+  const Activations& a;
+  int64_t token;
+
+  int64_t token_pitch() const { return codes_pitch(a.blocks); }
+  const int8_t* codes(int64_t block) const { return a.codes + token * token_pitch() + block * kBlock; }
+  const float* scales(int64_t block) const { return a.scales + kCopies * (token * a.pitch + block); }
+};
+
+/// The rows of a tile that are read together.
+template <class V, int Rows, int Tokens, class Source>
+constexpr int rows_at_once = Tokens <= V::direct_tokens && Rows == V::direct_rows ? step_of<V, Source> : Rows;
+
+/// Reads `count` blocks of Step rows, from number `first` of the tile's Rows rows on, and of the tokens.
+template <class V, int Rows, int Step, int Tokens, class Source>
+DYMOE_INLINE void read_blocks(const Source& source, const TileView& tile, int first, int64_t block, int64_t count,
+                              typename V::Codes (&codes)[Step], typename V::Tokens (&tokens)[Tokens]) {
+  // Each step prefetches as much of the rows ahead as it uses, in whole cache lines. So memory is always busy.
+  constexpr int Asked = Step * V::at_once >= kAsked ? Step : Rows;
+  const int64_t ahead = (tile.source_row + (kAheadBlocks + tile.blocks - 1) / tile.blocks) * tile.blocks;
+  if (first % Asked == 0) source.template prefetch<Asked * V::at_once>(ahead + Rows * block + first * V::at_once);
+  load_codes<V>(source, tile.source_row, first, block, count, codes);
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] = V::load_tokens(tile.codes(block) + t * tile.token_pitch());
+}
+
+/// Adds the products of a tile to `sums`, scaled, block by block.
+template <class V, int Rows, int Tokens, class Source>
+DYMOE_INLINE void add_blocks(const Source& source, const TileView& tile, typename V::Lanes (&sums)[Rows][Tokens]) {
+  using Lanes = typename V::Lanes;
+  const int64_t pitch = tile.a.pitch;
+  const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
+    if constexpr (in_pairs<V, Rows, Tokens>) {
+      add_pairs<V, Rows>(source.paired(tile.source_row, block), tile.codes(block), tile.token_pitch(),
+                         tile.sizes + V::scales * block, tile.scales(block), pitch, sums);
+      return;
+    }
+    constexpr int Step = rows_at_once<V, Rows, Tokens, Source>;
+    DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
+      typename V::Codes codes[Step];
+      typename V::Tokens tokens[Tokens];
+      Lanes dots[Step][Tokens], scales[Step];
+      read_blocks<V, Rows>(source, tile, first, block, count, codes, tokens);
+      DYMOE_UNROLL for (int r = 0; r < Step; ++r) scales[r] =
+          load_row_scales<V>(tile.sizes + ((first + r) * pitch + block) * V::scales);
+      V::template dots<Source::wide>(codes, tokens, dots);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const Lanes scale = V::load_floats(tile.scales(block) + kCopies * t * pitch);
+        DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[first + r][t] =
+            V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
+      }
+    }
+  };
+  int64_t block = 0;
+  for (; block + V::at_once <= tile.blocks; block += V::at_once) add(block, V::at_once);
+  if (block < tile.blocks) add(block, tile.blocks - block);
+  if constexpr (in_pairs<V, Rows, Tokens>) {
+    DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
+  }
+}
+
+/// Adds the folded products of V::lanes blocks from `block` on to `sums`, scaled; folded(r, t) returns their Lanes.
+template <class V, int Rows, int Tokens, class Get>
+DYMOE_INLINE void add_scaled(const TileView& tile, int64_t block, Get folded, typename V::Lanes (&sums)[Rows][Tokens]) {
+  const int64_t pitch = tile.a.pitch;
+  const float* scales = tile.a.folded_scales + tile.token * pitch + block;
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
+    const typename V::Lanes own = V::load_floats(tile.sizes + r * pitch + block);
+    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
+        V::multiply_add(V::multiply(own, V::load_floats(scales + t * pitch)), folded(r, t), sums[r][t]);
+  }
+}
+
+/// `add_blocks` for a policy that folds.
+template <class V, int Rows, int Tokens, class Source>
+DYMOE_INLINE void add_and_fold(const Source& source, const TileView& tile, typename V::Lanes (&sums)[Rows][Tokens]) {
+  constexpr int Parts = V::lanes / V::at_once;
+  typename V::Sums parts[Rows][Tokens][Parts];
+  int part = 0;
+  const auto take = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
+    constexpr int Step = rows_at_once<V, Rows, Tokens, Source>;
+    DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
+      typename V::Codes codes[Step];
+      typename V::Tokens tokens[Tokens];
+      read_blocks<V, Rows>(source, tile, first, block, count, codes, tokens);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) DYMOE_UNROLL for (int r = 0; r < Step; ++r)
+          parts[first + r][t][part] = V::template sum_products<Source::wide>(codes[r], tokens[t]);
+    }
+    ++part;
+  };
+  const auto fold = [&](int64_t begin) DYMOE_INLINE_LAMBDA {
+    add_scaled<V>(tile, begin, [&](int r, int t) DYMOE_INLINE_LAMBDA { return V::fold(parts[r][t]); }, sums);
+    part = 0;
+  };
+  int64_t block = 0;
+  for (; block + V::at_once <= tile.blocks; block += V::at_once) {
+    take(block, V::at_once);
+    if (part == Parts) fold(block + V::at_once - V::lanes);
+  }
+  if (block < tile.blocks) take(block, tile.blocks - block);
+  if (part == 0) return;
+  for (; part < Parts; ++part)
+    for (auto& row : parts)
+      for (auto& token : row) token[part] = V::no_sums();
+  fold(block / V::lanes * V::lanes);
+}
+
+/// Returns how many of the `rest` last blocks of a row are folded together.
+template <class V>
+constexpr int64_t folded_blocks(int64_t rest) {
+  return rest > V::lanes - V::at_once ? V::lanes : rest > V::at_once ? V::lanes / 2 : V::at_once;
+}
+
+/// Adds the products of a tile of folded codes to `sums`, scaled. The result is that of `add_and_fold`.
+template <class V, int Rows, int Tokens, bool Wide>
+DYMOE_INLINE void add_folded(const Folded<V, Wide>& source, const TileView& tile,
+                             typename V::Lanes (&sums)[Rows][Tokens]) {
+  const int64_t rows_pitch = stored_bytes<V>(source.blocks), pitch = tile.token_pitch();
+  const uint8_t* rows = source.row(tile.source_row);
+  const int8_t* tokens = tile.a.folded_codes + tile.token * pitch;
+  int64_t block = 0;
+  const auto add = [&](int64_t count, bool whole) DYMOE_INLINE_LAMBDA {
+    typename V::Sums dots[Rows][Tokens];
+    DYMOE_UNROLL for (auto& row : dots) DYMOE_UNROLL for (auto& dot : row) dot = V::no_sums();
+    for (int64_t at = block * kBlock, end = at + count * kBlock; at < end; at += V::template folded_step<Wide>) {
+      typename V::Folds own[Rows];
+      DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] =
+          V::template load_folded_row<Wide>(rows + r * rows_pitch + at);
+      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+        const typename V::Folds token = V::template load_folded_token<Wide>(tokens + t * pitch + at);
+        DYMOE_UNROLL for (int r = 0; r < Rows; ++r) dots[r][t] =
+            V::template add_products<Wide>(own[r], token, dots[r][t]);
+      }
+      V::hold(dots);
+    }
+    const int64_t before = block % V::lanes;
+    const auto folded = [&](int r, int t) DYMOE_INLINE_LAMBDA {
+      return V::to_lanes(whole ? dots[r][t] : V::fold_rest(dots[r][t], count, before));
+    };
+    add_scaled<V>(tile, block - before, folded, sums);
+    block += count;
+  };
+  while (block + V::lanes - V::at_once < tile.blocks) add(V::lanes, true);
+  while (block < tile.blocks) add(folded_blocks<V>(tile.blocks - block), false);
+}
+
+/// Computes y for a tile, whose rows are those of m from `row` on.
 template <class V, int Rows, int Tokens, class Source>
 DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64_t source_row, const float* sizes,
                                 const Activations& a, int64_t row, int64_t token, float* y, int64_t stride) {
@@ -182,46 +364,17 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
   Lanes sums[Rows][Tokens], corrections[Rows][Tokens];
   DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) sums[r][t] =
       corrections[r][t] = V::zero();
-  const int64_t blocks = m.blocks, pitch = codes_pitch(a.blocks), sizes_pitch = a.pitch;
-  const int8_t* codes_of_tokens = a.codes + token * pitch;
-  const float* scales_of_tokens = a.scales + kCopies * token * sizes_pitch;
-  const int64_t ahead = (source_row + (kAheadBlocks + blocks - 1) / blocks) * blocks;
-  const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
-    if constexpr (in_pairs<V, Rows, Tokens>) {
-      add_pairs<V, Rows>(source.paired(source_row, block), codes_of_tokens + block * kBlock, pitch,
-                         sizes + V::scales * block, scales_of_tokens + kCopies * block, sizes_pitch, sums);
-      return;
-    }
-    constexpr int Step = Tokens <= V::direct_tokens && Rows == V::direct_rows ? step_of<V, Source> : Rows;
-    DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
-      typename V::Codes codes[Step];
-      typename V::Tokens tokens[Tokens];
-      Lanes dots[Step][Tokens], scales[Step];
-      // Each step prefetches as much of the rows ahead as it uses, in whole cache lines. So memory is always busy.
-      constexpr int Asked = Step * V::at_once >= kAsked ? Step : Rows;
-      if (first % Asked == 0) source.template prefetch<Asked * V::at_once>(ahead + Rows * block + first * V::at_once);
-      load_codes<V>(source, source_row, first, block, count, codes);
-      DYMOE_UNROLL for (int r = 0; r < Step; ++r) scales[r] =
-          load_row_scales<V>(sizes + ((first + r) * sizes_pitch + block) * V::scales);
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] =
-          V::load_tokens(codes_of_tokens + t * pitch + block * kBlock);
-      V::template dots<Source::wide>(codes, tokens, dots);
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
-        const Lanes scale = V::load_floats(scales_of_tokens + kCopies * (t * sizes_pitch + block));
-        DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[first + r][t] =
-            V::multiply_add(V::multiply(scales[r], scale), dots[r][t], sums[first + r][t]);
-      }
-    }
-  };
-  int64_t block = 0;
-  for (; block + V::at_once <= blocks; block += V::at_once) add(block, V::at_once);
-  if (block < blocks) add(block, blocks - block);
-  if constexpr (in_pairs<V, Rows, Tokens>) {
-    DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
+  const TileView tile{source_row, m.blocks, sizes, a, token};
+  if constexpr (is_folded<Source>) {
+    add_folded<V>(source, tile, sums);
+  } else if constexpr (V::folds) {
+    add_and_fold<V>(source, tile, sums);
+  } else {
+    add_blocks<V>(source, tile, sums);
   }
   // level = number - centre. The centre adds centre * (sum of the activations) to each block, which is subtracted here.
   const Lanes off_centre = V::broadcast(V::template offset<Source::wide> - m.levels.centre);
-  const float* token_sums = V::scales == 2 ? a.half_sums : a.sums;
+  const float* token_sums = V::folds ? a.folded_sums : V::scales == 2 ? a.half_sums : a.sums;
   for (int64_t i = 0; i < V::scales * m.blocks; i += V::lanes) {
     Lanes own[Rows];
     DYMOE_UNROLL for (int r = 0; r < Rows; ++r) own[r] = V::load_floats(sizes + r * V::scales * a.pitch + i);
@@ -329,6 +482,12 @@ void read_numbers(const MatrixView& m, int64_t row, int64_t count, const uint8_t
   unpack_rows<V>(m, row, count, codes);
 }
 
+/// Folds unpacked rows.
+template <class V>
+void fold_rows(int64_t count, int64_t blocks, uint8_t* codes) {
+  for (int64_t r = 0; r < count; ++r, codes += stored_bytes<V>(blocks)) V::fold_row(codes, blocks, codes);
+}
+
 /// Returns a row of symbols that are 0, in the scratch memory of a product.
 inline const uint8_t* zeros_in(const MatrixView& m, uint8_t* scratch) {
   uint8_t* zeros = scratch + kScratchRows * scratch_row_bytes(m.blocks);
@@ -336,22 +495,33 @@ inline const uint8_t* zeros_in(const MatrixView& m, uint8_t* scratch) {
   return zeros;
 }
 
+/// Multiplies all tokens by the `count` rows of m from `row` on that have been unpacked to `codes`.
+template <class V, bool Wide>
+void multiply_codes(const MatrixView& m, const Activations& a, int64_t row, int64_t count, const float* sizes, float* y,
+                    int64_t stride, uint8_t* codes) {
+  const Unpacked<V, Wide> source{codes, m.blocks};
+  if constexpr (V::folds) {
+    if (!a.folded_codes) return multiply_tokens<V, 1>(m, source, count, sizes, a, row, 0, y, stride);
+    fold_rows<V>(count, m.blocks, codes);
+    multiply_tokens<V, V::tile_tokens>(m, Folded<V, Wide>{codes, m.blocks}, count, sizes, a, row, 0, y, stride);
+  } else {
+    if constexpr (V::pairs) {
+      if (a.tokens >= V::tile_tokens) pair_rows<V, Wide>(count, m.blocks, codes);
+    }
+    multiply_tokens<V, V::tile_tokens>(m, source, count, sizes, a, row, 0, y, stride);
+  }
+}
+
 /// Multiplies all tokens by rows [begin, end), a few unpacked rows at a time.
 template <class V, bool Wide>
 void multiply_unpacked(const MatrixView& m, const Activations& a, int64_t begin, int64_t end, float* y, int64_t stride,
                        uint8_t* codes, float* sizes, const uint8_t* zeros) {
   static_assert(V::unpacked_rows % V::tile_rows == 0 && V::unpacked_rows <= kScratchRows, "whole tiles");
-  const Unpacked<V, Wide> source{codes, m.blocks};
   for (int64_t row = begin; row < end; row += V::unpacked_rows) {
     const int64_t count = smaller(V::unpacked_rows, end - row);
     read_numbers<V>(m, row, count, zeros, codes);
     load_sizes<V>(m, row, count, a.pitch, sizes);
-    const bool pairs = V::pairs && a.tokens >= V::tile_tokens;
-    if constexpr (V::pairs) {
-      if (pairs) pair_rows<V, Wide>(count, m.blocks, codes);
-    }
-    // The outer loop is over tokens: unpacked rows stay in the L1 cache, and each token is loaded once for all of them.
-    multiply_tokens<V, V::tile_tokens>(m, source, count, sizes, a, row, 0, y, stride);
+    multiply_codes<V, Wide>(m, a, row, count, sizes, y, stride, codes);
   }
 }
 
@@ -407,10 +577,12 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 /// Returns the kernels of an instruction set by its policies; `Halved` is the one with two scales of a block.
 template <class V, class Halved>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,          V::at_once,  kTileRows,  quantize<V>, product<V, Halved>,   activate,
-          dequantize<V>, norm,        layer_norm, dots,        exponentials,         pack_row,
-          attend,        attend_tile, convolve,   delta,       sizeof(TrellisGroup), descend,
-          fit_rows};
+  constexpr int64_t folds_from =
+      V::folds ? 1 + smaller(V::template direct_most<false>, V::template direct_most<true>) : 0;
+  return {name,     V::at_once,    kTileRows,   folds_from, quantize<V>, product<V, Halved>,
+          activate, dequantize<V>, norm,        layer_norm, dots,        exponentials,
+          pack_row, attend,        attend_tile, convolve,   delta,       sizeof(TrellisGroup),
+          descend,  fit_rows};
 }
 
 }  // namespace

@@ -87,6 +87,17 @@ void quantize(const float* x, int64_t cols, int64_t token, const Activations& ou
     const int64_t at = token * out.pitch + group;
     for (int64_t i = 0; i < kCopies * kGroup; ++i) out.scales[kCopies * at + i] = scales[i / kCopies];
     scale_sums(scales, packed, out.sums + at, out.half_sums + 2 * at);
+    if constexpr (V::folds) {
+      for (int64_t i = 0; i < kGroup; ++i) {
+        const int64_t block = i / V::lanes * V::lanes + folded_block<V>(i % V::lanes);
+        out.folded_scales[at + i] = scales[block], out.folded_sums[at + i] = out.sums[at + block];
+      }
+    }
+  }
+  if constexpr (V::folds) {
+    if (out.folded_codes)
+      V::fold_row(reinterpret_cast<const uint8_t*>(codes), out.blocks,
+                  reinterpret_cast<uint8_t*>(out.folded_codes + token * codes_pitch(out.blocks)));
   }
 }
 

@@ -30,7 +30,7 @@ namespace {
 
 constexpr int kNarrowBits = 6;  // most bits of codes that `dots` takes without Wide
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// Prefetches `Bytes` bytes into the second level of the cache. The first has too few buffers for lines that memory has
 /// not sent yet, and what is multiplied now needs them.
@@ -45,6 +45,13 @@ DYMOE_INLINE void prefetch_bytes(const uint8_t* begin) {
 template <class V>
 constexpr int64_t stored_bytes(int64_t blocks) {
   return (blocks + V::at_once - 1) / V::at_once * V::at_once * kBlock;
+}
+
+/// Returns the block, of V::lanes blocks that are folded together, whose sum is in a lane; see product.h.
+template <class V>
+constexpr int64_t folded_block(int64_t lane) {
+  constexpr int64_t parts = V::lanes / V::at_once;
+  return lane % parts * V::at_once + lane / parts;
 }
 
 // A source has load(row, block, count), which returns the numbers of `count` blocks, and prefetch<Count>(block).
@@ -152,6 +159,16 @@ struct Unpacked {
   const uint8_t* paired(int64_t row, int64_t block) const {
     return codes + (V::unpacked_rows + row) * stored_bytes<V>(blocks) + V::tile_rows * block * kBlock;
   }
+};
+
+/// Rows unpacked likewise and then folded by V::fold_row.
+template <class V, bool Wide>
+struct Folded {
+  static constexpr bool wide = Wide;
+  const uint8_t* codes;
+  int64_t blocks;
+
+  const uint8_t* row(int64_t row) const { return codes + row * stored_bytes<V>(blocks); }
 };
 
 /// The splits of codes into planes that have sources of their own.
