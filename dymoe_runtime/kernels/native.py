@@ -260,10 +260,12 @@ class NativeKernels:
         """Return the bytes of the experts' hidden activations and of the quantized tokens.
 
         There are two float32 arrays of hidden activations, for gate and up. There are two buffers of int8 tokens, for
-        `moe` and `linear`; some kernels keep them in two orders. Scales, up to five times each, and sums add up to 36
-        bytes to 64 of them. The scratch memory of threads is a part of `reserve_bytes`.
+        `moe` and `linear`; some kernels keep them in two orders, each padded to 256 columns. A block of 64 columns has
+        at most nine float32 scales and sums, padded to 16 blocks. The scratch memory of threads is a part of
+        `reserve_bytes`.
         """
-        return tokens * (2 * 4 * expert_width + 2 * widest * 41 // 16)
+        quantized = 2 * -(-widest // 256) * 256 + 9 * 4 * -(-widest // 1024) * 16
+        return tokens * (2 * 4 * expert_width + 2 * quantized)
 
     def _plan(self, layout: RecordLayout) -> _native.Plan:
         """Return the layout as the compiled kernels know it; each layout is checked only once."""

@@ -132,8 +132,9 @@ struct Activations {
   float* scales;     // [tokens, pitch, kCopies], each as often as kernels want it; NaN if a block is not finite
   float* sums;       // [tokens, pitch], scale times the sum of the codes of a block
   float* half_sums;  // [tokens, pitch, 2], the same for each half of a block
-  // Only of kernels that fold, see product.h: scales and sums [tokens, pitch] in the order of folded lanes, and codes
-  // [tokens, codes_pitch(blocks)] that fold by themselves, null if there are fewer than Kernels::folds_from tokens.
+  // Only of kernels that fold, see product.h: scales and sums [tokens, pitch] in the order of folded lanes, and folded
+  // codes [tokens, codes_pitch(blocks)]; these are null if fewer than Kernels::folds_from tokens were quantized
+  // together.
   float *folded_scales, *folded_sums;
   int8_t* folded_codes;
 };

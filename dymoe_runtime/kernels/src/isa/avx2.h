@@ -210,8 +210,8 @@ struct Avx2 {
     }
   }
 
-  /// Otherwise GCC copies a whole tile from register to register in each round of the loop, some of it by way of
-  /// memory.
+  /// Has the sums of a whole tile in registers at the end of each round of a loop. Without it, GCC copies them from
+  /// register to register in each round, some by way of memory.
   template <int Rows, int Tokens>
   static void hold([[maybe_unused]] Sums (&v)[Rows][Tokens]) {
 #if defined(__GNUC__)
@@ -234,9 +234,8 @@ struct Avx2 {
 
   static void fold_row(const uint8_t* from, int64_t blocks, uint8_t* to) {
     const auto keep = [](uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); };
-    const uint8_t* end = from + blocks * kBlock;
-    // Four 32-bit words of each of eight blocks: word w of all blocks.
-    for (; from + 6 * kBlock < end; from += 8 * kBlock, to += 8 * kBlock) {
+    // Each register gets one 32-bit word of each of eight blocks.
+    for (; blocks > 6; blocks -= 8, from += 8 * kBlock, to += 8 * kBlock) {
       DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
         const __m256i a = load256(from + at), b = load256(from + 128 + at);
         const __m256i c = load256(from + 256 + at), d = load256(from + 384 + at);
@@ -247,19 +246,19 @@ struct Avx2 {
         keep(to + 384 + at, _mm256_unpackhi_epi64(high_ab, high_cd));
       }
     }
-    // Two 64-bit words of each of four blocks.
-    if (from + 2 * kBlock < end) {
+    // One 64-bit word of each of four blocks.
+    if (blocks > 2) {
       DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
         const __m256i a = load256(from + at), b = load256(from + 128 + at);
         keep(to + at, _mm256_unpacklo_epi64(a, b)), keep(to + 128 + at, _mm256_unpackhi_epi64(a, b));
       }
-      from += 4 * kBlock, to += 4 * kBlock;
+      blocks -= 4, from += 4 * kBlock, to += 4 * kBlock;
     }
-    if (from < end) store(to, load_stored(from));
+    if (blocks > 0) store(to, load_stored(from));
   }
 
-  /// Bytes of folded codes that are multiplied together. Wide codes take twice the registers: they are centred, and
-  /// their magnitudes follow.
+  /// Bytes of folded codes that are multiplied together. A row of wide codes takes two registers for as many codes as
+  /// others have in one: the centred codes and their magnitudes.
   template <bool Wide>
   static constexpr int64_t folded_step = Wide ? 32 : 64;
   struct Folds {

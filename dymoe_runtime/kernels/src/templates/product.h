@@ -40,18 +40,17 @@
 //                                  of tokens pitch. With two scales, the first two Lanes are those of the first halves
 //   part_pair(first, second)       turns the summed Lanes of pair_dots, [2] and [2], into those of each row and token
 //
-// A policy that folds has no `dots`, but
-//   Sums, no_sums()                whole numbers, at first a few for each of at_once blocks
+// A policy that folds has no `dots` and no `load_scales`, but
+//   Sums, no_sums()                whole numbers: a register of sums, a few for each block
 //   sum_products<Wide>(codes, a)   the Sums of a row and a token
 //   fold(parts)                    Lanes: one for each of V::lanes blocks, see `folded_block`, whose Sums are `parts`
 //   load_folded_sizes(sizes, word) load_scale_sizes in the order of these lanes
-//   fold_row(from, blocks, to)     reorders the stored codes of a row or of a token so that sums over registers are
-//   those
-//                                  of V::lanes blocks, or of what `folded_blocks` says at the end of a row; from may be
-//                                  to
-//   folded_step<Wide>, Folds       bytes of such codes that are multiplied together; their registers
+//   fold_row(from, blocks, to)     reorders the stored codes of a row or of a token. Where products of V::lanes blocks
+//                                  are added up register by register, each lane then has the sum of one block. At the
+//                                  end of a row, `folded_blocks` takes the place of V::lanes. `from` may be `to`
+//   folded_step<Wide>, Folds       bytes of such codes that are multiplied together, and their registers
 //   load_folded_row<Wide>(p), load_folded_token<Wide>(p), add_products<Wide>(row, token, sums)
-//   hold(sums)                     keeps an array of Sums in registers
+//   hold(sums)                     tells the compiler to have an array of Sums in registers at this place
 //   to_lanes(sums)                 the Lanes of the Sums of V::lanes blocks
 //   fold_rest(sums, count, before) Sums in the order of folded lanes, from those of the last `count` blocks of a row;
 //                                  `before` is the number of blocks before them in these lanes

@@ -28,7 +28,7 @@
 namespace dymoe {
 namespace {
 
-constexpr int kNarrowBits = 6;  // most bits of codes that `dots` takes without Wide
+constexpr int kNarrowBits = 6;  // most bits of codes that are multiplied without Wide
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
