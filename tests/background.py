@@ -35,7 +35,7 @@ KEPT = ROOT / "build" / "tests"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=object-size -fno-sanitize-recover=all"
 ARM = "aarch64-linux-gnu-g++"
 KERNELS = "-DDYMOE_KERNEL_CHECK=ON"
-OF_X86 = ("avx2", "avxvnni", "avx512", "avx512vbmi")
+OF_X86 = ("avx2", "avxvnni", "avx512", "avx512vbmi", "amx")
 
 
 # Takes the bundle that is kept, or compiles one and keeps it in place of older ones; a copy that is not whole has

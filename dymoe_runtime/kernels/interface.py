@@ -97,7 +97,7 @@ class LayerStack(Protocol):
 class Kernels(Protocol):
     """The operations of a model, and the properties of one implementation of them."""
 
-    name: str  # avx512vbmi, avx512, avxvnni, avx2, i8mm, neon, scalar or numpy
+    name: str  # amx, avx512vbmi, avx512, avxvnni, avx2, i8mm, neon, scalar or numpy
     compiled_isa: str | None  # instruction set of the compiled extension; None for other implementations
     batch_invariant: bool  # whether a token's results do not depend on the other tokens of a call
     reserve_bytes: int  # memory that Python and the allocator may take on top of what is counted

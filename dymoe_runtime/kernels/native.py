@@ -261,10 +261,10 @@ class NativeKernels:
 
         There are two float32 arrays of hidden activations, for gate and up. There are two buffers of int8 tokens, for
         `moe` and `linear`; some kernels keep them in two orders, each padded to 256 columns. A block of 64 columns has
-        at most nine float32 scales and sums, padded to 16 blocks. The scratch memory of threads is a part of
-        `reserve_bytes`.
+        at most eleven float32 scales and sums, padded to 16 blocks. The scratch memory of threads is a part of
+        `reserve_bytes`, and so are the places of at most 30 tokens by which the second order may be padded with AMX.
         """
-        quantized = 2 * -(-widest // 256) * 256 + 9 * 4 * -(-widest // 1024) * 16
+        quantized = 2 * -(-widest // 256) * 256 + 11 * 4 * -(-widest // 1024) * 16
         return tokens * (2 * 4 * expert_width + 2 * quantized)
 
     def _plan(self, layout: RecordLayout) -> _native.Plan:

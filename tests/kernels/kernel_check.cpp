@@ -32,31 +32,13 @@ namespace {
 
 /// Tokens quantized by `isa`, in buffers of their own.
 struct Quantized {
-  std::unique_ptr<int8_t[]> codes, folded_codes;
-  std::unique_ptr<float[]> scales, sums, half_sums, folded_scales, folded_sums;
+  QuantizedTokens buffers;
   Activations view;
 
   Quantized(const Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t cols) {
-    const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = (blocks + kGroup - 1) / kGroup * kGroup;
-    codes = buffer<int8_t>(tokens * codes_pitch(blocks));
-    scales = buffer<float>(kCopies * tokens * pitch), sums = buffer<float>(tokens * pitch);
-    half_sums = buffer<float>(2 * tokens * pitch);
-    if (isa.folds_from) folded_scales = buffer<float>(tokens * pitch), folded_sums = buffer<float>(tokens * pitch);
-    if (isa.folds_from && tokens >= isa.folds_from) folded_codes = buffer<int8_t>(tokens * codes_pitch(blocks));
-    view = {tokens,
-            blocks,
-            pitch,
-            codes.get(),
-            scales.get(),
-            sums.get(),
-            half_sums.get(),
-            folded_scales.get(),
-            folded_sums.get(),
-            folded_codes.get()};
-    for (int64_t t = 0; t < tokens; ++t) {
-      const std::vector<float> row(x.begin() + t * cols, x.begin() + (t + 1) * cols);
-      isa.quantize(row.data(), cols, t, view);
-    }
+    std::vector<std::vector<float>> rows;  // each in memory of its own, so that sanitizers see reads past its end
+    for (int64_t t = 0; t < tokens; ++t) rows.emplace_back(x.begin() + t * cols, x.begin() + (t + 1) * cols);
+    view = buffers.quantize(isa, tokens, cols, [&](int64_t t) { return rows[t].data(); });
   }
 };
 
@@ -65,7 +47,7 @@ std::vector<int8_t> codes_of(const Kernels& isa, const Quantized& a) {
   std::vector<int8_t> codes;
   for (int64_t t = 0; t < a.view.tokens; ++t)
     for (int64_t i = 0; i < a.view.blocks * kBlock; ++i)
-      codes.push_back(a.codes[t * codes_pitch(a.view.blocks) + place(isa.at_once, i / kBlock, i % kBlock)]);
+      codes.push_back(a.view.codes[t * codes_pitch(a.view.blocks) + place(isa.at_once, i / kBlock, i % kBlock)]);
   return codes;
 }
 
@@ -110,8 +92,8 @@ std::vector<ProductCase> make_product_cases() {
   const std::vector<std::vector<int>> splits = {{2},    {2, 1},       {2, 1, 1},      {2, 1, 1, 4}, {2, 2},
                                                 {4},    {4, 2},       {4, 2, 1},      {8},          {1, 1, 1},
                                                 {4, 1}, {2, 1, 1, 1}, {2, 1, 1, 1, 1}};
-  const int64_t shapes[][2] = {{1, 1},   {7, 64},  {19, 150}, {16, 1024}, {9, 1085}, {37, 200},
-                               {5, 100}, {11, 33}, {6, 300},  {3, 430},   {4, 820},  {263, 70}};
+  const int64_t shapes[][2] = {{1, 1},   {7, 64},  {19, 150}, {16, 1024}, {9, 1085}, {37, 200}, {5, 100},
+                               {11, 33}, {6, 300}, {3, 430},  {4, 820},   {263, 70}, {2, 4200}};
   std::vector<ProductCase> cases;
   for (const Grid grid : {Grid::usual, Grid::mxfp4, Grid::trellis})
     for (const auto& split : splits) {
@@ -145,9 +127,10 @@ void check_products(const Kernels& isa) {
       const std::vector<float> alone = product_of(isa, c.matrix, one.view);
       expect(std::equal(alone.begin(), alone.end(), y.begin() + t * rows), isa.name, c.what + ": a token alone");
     }
-    if (c.tokens > 4) {
-      const std::vector<float> some = product_of(isa, c.matrix, some_tokens(all.view, 2, 3));
-      expect(std::equal(some.begin(), some.end(), y.begin() + 2 * rows), isa.name, c.what + ": three of the tokens");
+    for (const int64_t count : {3, 19}) {
+      if (c.tokens < count + 2) continue;
+      const std::vector<float> some = product_of(isa, c.matrix, some_tokens(all.view, 2, count));
+      expect(std::equal(some.begin(), some.end(), y.begin() + 2 * rows), isa.name, c.what + ": some of the tokens");
     }
     if (c.tokens == 1) expect(rows_of(isa, c.matrix) == c.rows, isa.name, c.what + ": dequantize");
   }
@@ -159,9 +142,9 @@ void check_quantize(const Kernels& isa) {
     x[cols] = NAN;
     const Quantized a(isa, x, 3, cols), b(kScalar, x, 3, cols);
     const int64_t bytes = a.view.pitch * 3 * int64_t(sizeof(float));
-    expect(codes_of(isa, a) == codes_of(kScalar, b) && !std::memcmp(a.scales.get(), b.scales.get(), kCopies * bytes) &&
-               !std::memcmp(a.sums.get(), b.sums.get(), bytes) &&
-               !std::memcmp(a.half_sums.get(), b.half_sums.get(), 2 * bytes),
+    expect(codes_of(isa, a) == codes_of(kScalar, b) && !std::memcmp(a.view.scales, b.view.scales, kCopies * bytes) &&
+               !std::memcmp(a.view.sums, b.view.sums, bytes) &&
+               !std::memcmp(a.view.half_sums, b.view.half_sums, 2 * bytes),
            isa.name, "quantize, " + std::to_string(cols) + " columns");
   }
 }

@@ -137,7 +137,15 @@ struct Activations {
   // together.
   float *folded_scales, *folded_sums;
   int8_t* folded_codes;
+  // Only of kernels that transpose: codes [blocks, kBlock / 4, transposed_pitch, 4], scales and sums
+  // [blocks, transposed_pitch], with tokens side by side; null if fewer than Kernels::transposes_from tokens were
+  // quantized together. `transposed_pitch` is at least `tokens` and kBeside, scales and sums beyond the tokens are 0.
+  int64_t transposed_pitch;
+  int8_t* transposed_codes;
+  float *transposed_scales, *transposed_sums;
 };
+
+constexpr int64_t kBeside = 15;  // most tokens that kernels read beyond the last one of those side by side
 
 /// One block of columns of a matrix while its codes are chosen; see descend.h. The error of a tier is scale * level -
 /// weight, and its slope is the error times the Hessian. Coordinate descent minimizes the sum over tiers of
@@ -254,9 +262,10 @@ struct Fit {
 /// The functions of one instruction set.
 struct Kernels {
   const char* name;
-  int64_t at_once;     // blocks that are multiplied together; decides the order of codes, see `place`
-  int64_t tile_rows;   // most rows of a PromptTile
-  int64_t folds_from;  // fewest tokens that are also quantized to folded codes; 0 for kernels that do not fold
+  int64_t at_once;          // blocks that are multiplied together; decides the order of codes, see `place`
+  int64_t tile_rows;        // most rows of a PromptTile
+  int64_t folds_from;       // fewest tokens that are also quantized to folded codes; 0 for kernels that do not fold
+  int64_t transposes_from;  // fewest tokens that are also quantized side by side; 0 for kernels that do not transpose
 
   /// Quantizes x [cols] as token number `token` of `out`.
   void (*quantize)(const float* x, int64_t cols, int64_t token, const Activations& out);

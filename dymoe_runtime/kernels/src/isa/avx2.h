@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "templates/fold.h"
 #include "templates/product.h"
 #include "templates/sum.h"
 
@@ -24,7 +25,9 @@ struct Avx2 {
   static constexpr int direct_tokens = 2;
   template <bool Wide>
   static constexpr int direct_most = Wide ? 4 : 3;
-  static constexpr bool pairs = false, folds = true;
+  static constexpr bool pairs = false, folds = true, transposes = false;
+  static constexpr int folded_together = 1;
+  static constexpr int64_t folded_from = 4, unfolded_tokens = 1;
   static constexpr int64_t unpacked_rows = 8;
   // Not for exactly one plane of one bit: spreading its bits takes no longer than merging it.
   template <int First, int... Rest>
@@ -172,6 +175,14 @@ struct Avx2 {
   static Bytes shuffle(Bytes table, Bytes indices) { return _mm256_shuffle_epi8(table, indices); }
   static Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
   static Bytes& part(Codes& codes, int k) { return codes.part[k]; }
+  static Bytes load_register(const uint8_t* p) { return load256(p); }
+  static void store_register(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  template <int Bits, bool High>
+  static Bytes unpack(Bytes a, Bytes b) {
+    if constexpr (Bits == 32) return High ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
+    return High ? _mm256_unpackhi_epi64(a, b) : _mm256_unpacklo_epi64(a, b);
+  }
+  static Bytes add_adjacent(Bytes a, Bytes b) { return _mm256_hadd_epi32(a, b); }
 
   static void store(uint8_t* out, const Codes& codes) {
     for (int k = 0; k < 4; ++k) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * k), codes.part[k]);
@@ -222,40 +233,8 @@ struct Avx2 {
 #endif
   }
   static Lanes to_lanes(Sums sums) { return _mm256_cvtepi32_ps(sums); }
-  static Lanes fold(const Sums (&parts)[4]) {
-    return to_lanes(_mm256_hadd_epi32(_mm256_hadd_epi32(parts[0], parts[1]), _mm256_hadd_epi32(parts[2], parts[3])));
-  }
-  /// Four blocks have two sums each, and two blocks have four.
-  static Sums fold_rest(Sums sums, int64_t count, int64_t before) {
-    const Sums folded = _mm256_hadd_epi32(sums, no_sums());
-    if (count > 2) return folded;
-    return before ? _mm256_hadd_epi32(no_sums(), folded) : _mm256_hadd_epi32(folded, no_sums());
-  }
-
-  static void fold_row(const uint8_t* from, int64_t blocks, uint8_t* to) {
-    const auto keep = [](uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); };
-    // Each register gets one 32-bit word of each of eight blocks.
-    for (; blocks > 6; blocks -= 8, from += 8 * kBlock, to += 8 * kBlock) {
-      DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
-        const __m256i a = load256(from + at), b = load256(from + 128 + at);
-        const __m256i c = load256(from + 256 + at), d = load256(from + 384 + at);
-        const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
-        keep(to + at, _mm256_unpacklo_epi64(ab, cd)), keep(to + 128 + at, _mm256_unpackhi_epi64(ab, cd));
-        const __m256i high_ab = _mm256_unpackhi_epi32(a, b), high_cd = _mm256_unpackhi_epi32(c, d);
-        keep(to + 256 + at, _mm256_unpacklo_epi64(high_ab, high_cd));
-        keep(to + 384 + at, _mm256_unpackhi_epi64(high_ab, high_cd));
-      }
-    }
-    // One 64-bit word of each of four blocks.
-    if (blocks > 2) {
-      DYMOE_UNROLL for (int at = 0; at < 128; at += 32) {
-        const __m256i a = load256(from + at), b = load256(from + 128 + at);
-        keep(to + at, _mm256_unpacklo_epi64(a, b)), keep(to + 128 + at, _mm256_unpackhi_epi64(a, b));
-      }
-      blocks -= 4, from += 4 * kBlock, to += 4 * kBlock;
-    }
-    if (blocks > 0) store(to, load_stored(from));
-  }
+  static Sums fold_rest(Sums sums, int64_t count, int64_t before) { return fold_few<Avx2>(sums, count, before); }
+  static void fold_row(const uint8_t* from, int64_t blocks, uint8_t* to) { fold_pieces<Avx2>(from, blocks, to); }
 
   /// Bytes of folded codes that are multiplied together. A row of wide codes takes two registers for as many codes as
   /// others have in one: the centred codes and their magnitudes.

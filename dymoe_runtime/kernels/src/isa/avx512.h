@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "templates/fold.h"
 #include "templates/product.h"
 #include "templates/sum.h"
 
@@ -20,11 +21,13 @@ struct Avx512 {
 
   static constexpr int64_t at_once = 4, scales = 1;
   static constexpr int lanes = 16;
-  static constexpr int direct_rows = 8, direct_step = 2, tile_rows = 4, tile_tokens = 2;
+  static constexpr int direct_rows = 8, direct_step = 2, tile_rows = 4, tile_tokens = 4;
   static constexpr int direct_tokens = 1;
   template <bool Wide>
   static constexpr int direct_most = 1;
-  static constexpr bool pairs = false, folds = false;
+  static constexpr bool pairs = false, folds = true, transposes = false;
+  static constexpr int folded_together = 2;
+  static constexpr int64_t folded_from = 4, unfolded_tokens = 2;
   static constexpr int64_t unpacked_rows = 16;
   template <int... Widths>
   static constexpr bool merges = false;
@@ -122,6 +125,18 @@ struct Avx512 {
   static Bytes shuffle(Bytes table, Bytes indices) { return _mm512_shuffle_epi8(table, indices); }
   static Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
   static Bytes& part(Codes& codes, int k) { return codes.part[k]; }
+  static Bytes load_register(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_register(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+  template <int Bits, bool High>
+  static Bytes unpack(Bytes a, Bytes b) {
+    if constexpr (Bits == 32) return High ? _mm512_unpackhi_epi32(a, b) : _mm512_unpacklo_epi32(a, b);
+    return High ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
+  }
+  static Bytes add_adjacent(Bytes a, Bytes b) {
+    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+  }
 
   static void store(uint8_t* out, const Codes& codes) {
     DYMOE_UNROLL for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + 64 * k, codes.part[k]);
@@ -133,13 +148,79 @@ struct Avx512 {
 
   using Tokens = Codes;
   static Tokens load_tokens(const int8_t* p) { return load_stored(reinterpret_cast<const uint8_t*>(p)); }
-  template <bool Wide, int Rows, int Tokens>
-  DYMOE_INLINE static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {
-    __m512i sums[Rows][Tokens];
-    add_pieces<0, 4>(codes, a, sums);
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) out[r][t] =
-        _mm512_cvtepi32_ps(sums[r][t]);
+
+  /// Four sums of each of four blocks.
+  using Sums = __m512i;
+  static Sums no_sums() { return _mm512_setzero_si512(); }
+  template <bool Wide>
+  static Sums sum_products(const Codes& codes, const Tokens& a) {
+    Sums sums = no_sums();
+    DYMOE_UNROLL for (int k = 0; k < 4; ++k) sums = _mm512_dpbusd_epi32(sums, codes.part[k], a.part[k]);
+    return sums;
   }
+  static Lanes to_lanes(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+  static Sums fold_rest(Sums sums, int64_t count, int64_t before) { return fold_few<Avx512>(sums, count, before); }
+  static void fold_row(const uint8_t* from, int64_t blocks, uint8_t* to) { fold_pieces<Avx512>(from, blocks, to); }
+
+  template <bool>
+  static constexpr int64_t folded_step = 64;
+  using Folds = __m512i;
+  template <bool>
+  static Folds load_folded_row(const uint8_t* p) {
+    Folds row = _mm512_loadu_si512(p);
+    keep(row);
+    return row;
+  }
+  template <bool>
+  static Folds load_folded_token(const int8_t* p) {
+    Folds token = _mm512_loadu_si512(p);
+    keep(token);
+    return token;
+  }
+  template <bool>
+  static Sums add_products(const Folds& row, const Folds& token, Sums sums) {
+    return _mm512_dpbusd_epi32(sums, row, token);
+  }
+  template <int Rows, int Tokens>
+  static void hold(Sums (&v)[Rows][Tokens]) {
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) keep(v[r][t]);
+  }
+
+  /// Keeps a vector in its register; the compiler would read it from memory again.
+  static void keep(__m512i& vector) { asm("" : "+v"(vector)); }
+
+  static Lanes zero() { return _mm512_setzero_ps(); }
+  static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
+  static Lanes load_floats(const float* p) { return _mm512_loadu_ps(p); }
+  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(int64_t(word)));
+    const __m128i indices = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices), _mm512_load_ps(sizes));
+  }
+  static Lanes load_folded_sizes(const float* sizes, uint64_t word) {
+    // Lane 4 i + j is block 4 j + i, whose index begins at bit 16 j + 4 i of the word.
+    const __m128i halves = _mm_shuffle_epi32(_mm_cvtsi64_si128(int64_t(word)), 0x50);
+    const __m512i shift = _mm512_setr_epi32(0, 16, 0, 16, 4, 20, 4, 20, 8, 24, 8, 24, 12, 28, 12, 28);
+    // A permutation by floats heeds only the lower four bits of each index.
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_broadcast_i32x4(halves), shift), _mm512_load_ps(sizes));
+  }
+  static void store_floats(float* p, Lanes v) { _mm512_storeu_ps(p, v); }
+  static Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+  template <int Rows>
+  DYMOE_INLINE static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
+    __m256 halves[Rows];
+    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) halves[r] =
+        _mm256_add_ps(_mm512_castps512_ps256(v[r]), _mm512_extractf32x8_ps(v[r], 1));
+    sum_eight(halves, out);
+  }
+};
+
+/// The first two of four lanes of a dot product are those of the first half of a block.
+struct HalvedAvx512 : Avx512 {
+  static constexpr int64_t scales = 2;
+  static constexpr int tile_tokens = 2;
+  static constexpr bool folds = false;
 
   /// Computes sums over pieces First to End - 1.
   template <int First, int End, int Rows, int Tokens>
@@ -161,37 +242,6 @@ struct Avx512 {
       }
     }
   }
-
-  /// Keeps a vector in its register; the compiler would read it from memory again.
-  static void keep(__m512i& vector) { asm("" : "+v"(vector)); }
-
-  static Lanes load_scales(const float* p) {
-    const __m512i own_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), own_lane);
-  }
-  static Lanes zero() { return _mm512_setzero_ps(); }
-  static Lanes broadcast(float value) { return _mm512_set1_ps(value); }
-  static Lanes load_floats(const float* p) { return _mm512_loadu_ps(p); }
-  static Lanes load_scale_sizes(const float* sizes, uint64_t word) {
-    const __m128i pairs = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(int64_t(word)));
-    const __m128i indices = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
-    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices), _mm512_load_ps(sizes));
-  }
-  static void store_floats(float* p, Lanes v) { _mm512_storeu_ps(p, v); }
-  static Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-  template <int Rows>
-  DYMOE_INLINE static void sum(const Lanes (&v)[Rows], float (&out)[Rows]) {
-    __m256 halves[Rows];
-    DYMOE_UNROLL for (int r = 0; r < Rows; ++r) halves[r] =
-        _mm256_add_ps(_mm512_castps512_ps256(v[r]), _mm512_extractf32x8_ps(v[r], 1));
-    sum_eight(halves, out);
-  }
-};
-
-/// The first two of four lanes of a dot product are those of the first half of a block.
-struct HalvedAvx512 : Avx512 {
-  static constexpr int64_t scales = 2;
 
   template <bool Wide, int Rows, int Tokens>
   DYMOE_INLINE static void dots(const Codes (&codes)[Rows], const Codes (&a)[Tokens], Lanes (&out)[Rows][Tokens]) {

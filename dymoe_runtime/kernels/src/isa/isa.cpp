@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -61,6 +65,21 @@ bool has_matrix_products() {
 }
 #endif
 
+#ifdef DYMOE_AMX
+/// Whether the processor has matrix tiles of int8, and the system lets this process use them.
+bool has_tiles() {
+  constexpr unsigned kTilesAndProducts = 3u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTilesAndProducts) != kTilesAndProducts) return false;
+#if defined(__linux__)
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux 5.16, and what it is asked for
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 #ifdef DYMOE_AVX512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -70,6 +89,9 @@ bool has_avx512() {
 #endif
 
 const Row kRows[] = {
+#ifdef DYMOE_AMX
+    {&kAmx, [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi") && has_tiles(); }},
+#endif
 #ifdef DYMOE_AVX512VBMI
     {&kAvx512Vbmi, [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); }},
 #endif

@@ -9,7 +9,7 @@
 namespace dymoe {
 
 /// The kernels of each instruction set; a build defines those that its compiler knows.
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Vbmi, kNeon, kI8mm;
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512, kAvx512Vbmi, kAmx, kNeon, kI8mm;
 
 /// Returns the kernels that run on this processor, best first; the last are the scalar ones.
 const std::vector<const Kernels*>& available_isas();

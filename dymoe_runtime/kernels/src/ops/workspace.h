@@ -72,6 +72,8 @@ class QuantizedTokens {
   Activations quantize(const Kernels& isa, int64_t tokens, int64_t cols, Row row) {
     const int64_t blocks = (cols + kBlock - 1) / kBlock, pitch = round_up(blocks, kGroup);
     const bool folds = isa.folds_from && tokens >= isa.folds_from;
+    const bool transposes = isa.transposes_from && tokens >= isa.transposes_from;
+    const int64_t beside = transposes ? round_up(tokens + kBeside, kRowMultiple) : 0;
     const Activations a{tokens,
                         blocks,
                         pitch,
@@ -81,7 +83,15 @@ class QuantizedTokens {
                         half_sums_.reserve(2 * tokens * pitch),
                         isa.folds_from ? folded_scales_.reserve(tokens * pitch) : nullptr,
                         isa.folds_from ? folded_sums_.reserve(tokens * pitch) : nullptr,
-                        folds ? folded_codes_.reserve(tokens * codes_pitch(blocks)) : nullptr};
+                        folds ? folded_codes_.reserve(tokens * codes_pitch(blocks)) : nullptr,
+                        beside,
+                        transposes ? transposed_codes_.reserve(beside * blocks * kBlock) : nullptr,
+                        transposes ? transposed_scales_.reserve(beside * blocks) : nullptr,
+                        transposes ? transposed_sums_.reserve(beside * blocks) : nullptr};
+    for (int64_t at = 0; at < beside * blocks; at += beside) {
+      std::fill(a.transposed_scales + at + tokens, a.transposed_scales + at + beside, 0.0f);
+      std::fill(a.transposed_sums + at + tokens, a.transposed_sums + at + beside, 0.0f);
+    }
     parallel_ranges(tokens, 1, tokens * blocks, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) isa.quantize(row(t), cols, t, a);
     });
@@ -89,8 +99,8 @@ class QuantizedTokens {
   }
 
  private:
-  Buffer<int8_t> codes_, folded_codes_;
-  Buffer<float> scales_, sums_, half_sums_, folded_scales_, folded_sums_;
+  Buffer<int8_t> codes_, folded_codes_, transposed_codes_;
+  Buffer<float> scales_, sums_, half_sums_, folded_scales_, folded_sums_, transposed_scales_, transposed_sums_;
 };
 
 /// Returns tokens [first, first + count) of `a`.
@@ -104,7 +114,11 @@ inline Activations some_tokens(const Activations& a, int64_t first, int64_t coun
           a.half_sums + 2 * first * a.pitch,
           a.folded_scales ? a.folded_scales + first * a.pitch : nullptr,
           a.folded_sums ? a.folded_sums + first * a.pitch : nullptr,
-          a.folded_codes ? a.folded_codes + first * codes_pitch(a.blocks) : nullptr};
+          a.folded_codes ? a.folded_codes + first * codes_pitch(a.blocks) : nullptr,
+          a.transposed_pitch,
+          a.transposed_codes ? a.transposed_codes + 4 * first : nullptr,
+          a.transposed_codes ? a.transposed_scales + first : nullptr,
+          a.transposed_codes ? a.transposed_sums + first : nullptr};
 }
 
 }  // namespace dymoe

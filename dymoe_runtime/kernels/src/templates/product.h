@@ -35,16 +35,24 @@
 //                                  tile_rows is even, and a policy also has:
 //   pair_rows<Wide>(a, b, out)     the stored codes of a block of two rows, in the order of pair_dots
 //   TokenPair, load_token_pair     a block of two tokens in the order of pair_dots; read it from memory
-//   pair_dots(a, b, tokens, out)   four Lanes for two rows and two tokens, with the products mixed
+//   pair_dots(a, b, tokens, out)   four Lanes for two rows and two tokens, with the products mixed. A policy that folds
+//   or pair_dot(rows, tokens)      has the Lanes of one block instead: one for each row and token
 //   pair_scales(rows, row_pitch, tokens, pitch)  the factors of such Lanes; scales of rows are row_pitch apart, those
 //                                  of tokens pitch. With two scales, the first two Lanes are those of the first halves
-//   part_pair(first, second)       turns the summed Lanes of pair_dots, [2] and [2], into those of each row and token
+//   part_pair(first, second)       turns the summed Lanes of pair_dots, or of four blocks, [2] and [2], into those of
+//   each
+//                                  row and token
 //
 // A policy that folds has no `dots` and no `load_scales`, but
 //   Sums, no_sums()                whole numbers: a register of sums, a few for each block
 //   sum_products<Wide>(codes, a)   the Sums of a row and a token
-//   fold(parts)                    Lanes: one for each of V::lanes blocks, see `folded_block`, whose Sums are `parts`
+//   add_adjacent(a, b)             folds Sums: adds adjacent lanes of a, then those of b. What has been folded twice
+//   has
+//                                  one lane for each of V::lanes blocks, see `folded_block`
 //   load_folded_sizes(sizes, word) load_scale_sizes in the order of these lanes
+//   folded_together                of at_once blocks, 1 or 2: how many are folded in registers where codes are not
+//                                  reordered
+//   folded_from, unfolded_tokens   fewest tokens for which rows are reordered by fold_row; tokens of a tile for fewer
 //   fold_row(from, blocks, to)     reorders the stored codes of a row or of a token. Where products of V::lanes blocks
 //                                  are added up register by register, each lane then has the sum of one block. At the
 //                                  end of a row, `folded_blocks` takes the place of V::lanes. `from` may be `to`
@@ -52,6 +60,11 @@
 //   load_folded_row<Wide>(p), load_folded_token<Wide>(p), add_products<Wide>(row, token, sums)
 //   hold(sums)                     tells the compiler to have an array of Sums in registers at this place
 //   to_lanes(sums)                 the Lanes of the Sums of V::lanes blocks
+//   transposes                     whether tokens are quantized side by side too, see Activations. Then also
+//     transposed_from                the fewest tokens that are multiplied so
+//     multiply_transposed(m, a, row, count, sizes, y, stride, codes)  multiplies all tokens by `count` unpacked rows,
+//     of
+//                                    which the first is number `row` of m; may change `codes`
 //   fold_rest(sums, count, before) Sums in the order of folded lanes, from those of the last `count` blocks of a row;
 //                                  `before` is the number of blocks before them in these lanes
 #pragma once
@@ -139,26 +152,6 @@ void load_sizes(const MatrixView& m, int64_t row, int64_t count, int64_t pitch, 
   }
 }
 
-/// Adds the products of one block of Rows rows and two tokens to sums, mixed as by V::pair_dots. All pointers are to
-/// the block.
-template <class V, int Rows>
-DYMOE_INLINE void add_pairs(const uint8_t* rows, const int8_t* codes, int64_t codes_pitch, const float* sizes,
-                            const float* scales, int64_t pitch, typename V::Lanes (&sums)[Rows][2]) {
-  const typename V::TokenPair tokens = V::load_token_pair(codes, codes + codes_pitch);
-  DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
-    typename V::Lanes scale[V::scales];
-    DYMOE_UNROLL for (int h = 0; h < V::scales; ++h) scale[h] =
-        V::pair_scales(sizes + r * V::scales * pitch + h, V::scales * pitch, scales, kCopies * pitch);
-    typename V::Lanes dots[4];
-    const uint8_t* pair = rows + r * V::at_once * kBlock;
-    V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
-    DYMOE_UNROLL for (int i = 0; i < 4; ++i) {
-      typename V::Lanes& sum = sums[r + i / 2][i % 2];
-      sum = V::multiply_add(scale[i * V::scales / 4], dots[i], sum);
-    }
-  }
-}
-
 template <class Source>
 constexpr bool is_coded = false;
 template <class V, int Further>
@@ -213,9 +206,9 @@ struct TileView {
   const float* sizes;
   const Activations& a;
   int64_t token;
+  int64_t token_pitch = codes_pitch(a.blocks);
 
-  int64_t token_pitch() const { return codes_pitch(a.blocks); }
-  const int8_t* codes(int64_t block) const { return a.codes + token * token_pitch() + block * kBlock; }
+  const int8_t* codes(int64_t block) const { return a.codes + token * token_pitch + block * kBlock; }
   const float* scales(int64_t block) const { return a.scales + kCopies * (token * a.pitch + block); }
 };
 
@@ -232,7 +225,48 @@ DYMOE_INLINE void read_blocks(const Source& source, const TileView& tile, int fi
   const int64_t ahead = (tile.source_row + (kAheadBlocks + tile.blocks - 1) / tile.blocks) * tile.blocks;
   if (first % Asked == 0) source.template prefetch<Asked * V::at_once>(ahead + Rows * block + first * V::at_once);
   load_codes<V>(source, tile.source_row, first, block, count, codes);
-  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] = V::load_tokens(tile.codes(block) + t * tile.token_pitch());
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) tokens[t] = V::load_tokens(tile.codes(block) + t * tile.token_pitch);
+}
+
+/// Adds the products of one block of a tile to `sums` as V::part_pair takes them: those of a pair of rows are in
+/// four Lanes, of which `lane` is the one for the block if V folds.
+template <class V, int Rows, class Source>
+DYMOE_INLINE void add_pairs(const Source& source, const TileView& tile, int64_t block, [[maybe_unused]] int lane,
+                            typename V::Lanes (&sums)[Rows][2]) {
+  const int64_t pitch = tile.a.pitch;
+  const uint8_t* rows = source.paired(tile.source_row, block);
+  const float *sizes = tile.sizes + V::scales * block, *scales = tile.scales(block);
+  const int8_t* codes = tile.codes(block);
+  const typename V::TokenPair tokens = V::load_token_pair(codes, codes + tile.token_pitch);
+  DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) {
+    typename V::Lanes scale[V::scales];
+    DYMOE_UNROLL for (int h = 0; h < V::scales; ++h) scale[h] =
+        V::pair_scales(sizes + r * V::scales * pitch + h, V::scales * pitch, scales, kCopies * pitch);
+    const uint8_t* pair = rows + r * V::at_once * kBlock;
+    if constexpr (V::folds) {
+      typename V::Lanes& sum = sums[r + lane / 2][lane % 2];
+      sum = V::multiply_add(scale[0], V::pair_dot(pair, tokens), sum);
+    } else {
+      typename V::Lanes dots[4];
+      V::pair_dots(V::load_stored(pair), V::load_stored(pair + V::at_once * kBlock), tokens, dots);
+      DYMOE_UNROLL for (int i = 0; i < 4; ++i) {
+        typename V::Lanes& sum = sums[r + i / 2][i % 2];
+        sum = V::multiply_add(scale[i * V::scales / 4], dots[i], sum);
+      }
+    }
+  }
+}
+
+/// `add_blocks` for a tile that is multiplied in pairs.
+template <class V, int Rows, class Source>
+DYMOE_INLINE void add_in_pairs(const Source& source, const TileView& tile, typename V::Lanes (&sums)[Rows][2]) {
+  static_assert(V::at_once == 1, "a block at a time");
+  int64_t block = 0;
+  for (; block + V::lanes <= tile.blocks; block += V::lanes)
+    DYMOE_UNROLL for (int i = 0; i < V::lanes; ++i) add_pairs<V>(source, tile, block + i, i, sums);
+  DYMOE_UNROLL for (int i = 0; i < V::lanes - 1; ++i) if (block + i < tile.blocks)
+      add_pairs<V>(source, tile, block + i, i, sums);
+  DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
 }
 
 /// Adds the products of a tile to `sums`, scaled, block by block.
@@ -241,11 +275,6 @@ DYMOE_INLINE void add_blocks(const Source& source, const TileView& tile, typenam
   using Lanes = typename V::Lanes;
   const int64_t pitch = tile.a.pitch;
   const auto add = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
-    if constexpr (in_pairs<V, Rows, Tokens>) {
-      add_pairs<V, Rows>(source.paired(tile.source_row, block), tile.codes(block), tile.token_pitch(),
-                         tile.sizes + V::scales * block, tile.scales(block), pitch, sums);
-      return;
-    }
     constexpr int Step = rows_at_once<V, Rows, Tokens, Source>;
     DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
       typename V::Codes codes[Step];
@@ -265,9 +294,6 @@ DYMOE_INLINE void add_blocks(const Source& source, const TileView& tile, typenam
   int64_t block = 0;
   for (; block + V::at_once <= tile.blocks; block += V::at_once) add(block, V::at_once);
   if (block < tile.blocks) add(block, tile.blocks - block);
-  if constexpr (in_pairs<V, Rows, Tokens>) {
-    DYMOE_UNROLL for (int r = 0; r < Rows; r += 2) V::part_pair(sums[r], sums[r + 1]);
-  }
 }
 
 /// Adds the folded products of V::lanes blocks from `block` on to `sums`, scaled; folded(r, t) returns their Lanes.
@@ -282,33 +308,59 @@ DYMOE_INLINE void add_scaled(const TileView& tile, int64_t block, Get folded, ty
   }
 }
 
-/// `add_blocks` for a policy that folds.
+/// Adds up the products of a tile in Sums, from block `block` on: `count` blocks of rows from number `first` on.
+template <class V, int Rows, int Step, int Tokens, class Source>
+DYMOE_INLINE void sum_blocks(const Source& source, const TileView& tile, int first, int64_t block, int64_t count,
+                             typename V::Sums (&sums)[Step][Tokens]) {
+  typename V::Codes codes[Step];
+  typename V::Tokens tokens[Tokens];
+  read_blocks<V, Rows>(source, tile, first, block, count, codes, tokens);
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) DYMOE_UNROLL for (int r = 0; r < Step; ++r) sums[r][t] =
+      V::template sum_products<Source::wide>(codes[r], tokens[t]);
+}
+
+/// `add_blocks` for a policy that folds. Sums of V::lanes blocks wait in memory until they can be folded.
 template <class V, int Rows, int Tokens, class Source>
 DYMOE_INLINE void add_and_fold(const Source& source, const TileView& tile, typename V::Lanes (&sums)[Rows][Tokens]) {
-  constexpr int Parts = V::lanes / V::at_once;
-  typename V::Sums parts[Rows][Tokens][Parts];
+  using Sums = typename V::Sums;
+  static_assert(V::lanes == 4 * V::at_once, "a lane for each block that is folded twice");
+  constexpr int Together = V::folded_together, Parts = 4 / Together;
+  constexpr int Most = Tokens > V::direct_tokens ? 2 : Rows;  // rows whose sums fit the registers
+  constexpr int Step = smaller(Most, rows_at_once<V, Rows, Tokens, Source>);
+  Sums parts[Rows][Tokens][Parts];
   int part = 0;
-  const auto take = [&](int64_t block, int64_t count) DYMOE_INLINE_LAMBDA {
-    constexpr int Step = rows_at_once<V, Rows, Tokens, Source>;
+  // Reads `count` blocks, and `more` blocks after them.
+  const auto take = [&](int64_t block, int64_t count, [[maybe_unused]] int64_t more) DYMOE_INLINE_LAMBDA {
     DYMOE_UNROLL for (int first = 0; first < Rows; first += Step) {
-      typename V::Codes codes[Step];
-      typename V::Tokens tokens[Tokens];
-      read_blocks<V, Rows>(source, tile, first, block, count, codes, tokens);
-      DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) DYMOE_UNROLL for (int r = 0; r < Step; ++r)
-          parts[first + r][t][part] = V::template sum_products<Source::wide>(codes[r], tokens[t]);
+      Sums own[Step][Tokens];
+      sum_blocks<V, Rows>(source, tile, first, block, count, own);
+      if constexpr (Together == 2) {
+        Sums next[Step][Tokens];
+        if (more > 0) sum_blocks<V, Rows>(source, tile, first, block + count, more, next);
+        DYMOE_UNROLL for (int r = 0; r < Step; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) own[r][t] =
+            V::add_adjacent(own[r][t], more > 0 ? next[r][t] : V::no_sums());
+      }
+      DYMOE_UNROLL for (int r = 0; r < Step; ++r) DYMOE_UNROLL for (int t = 0; t < Tokens; ++t)
+          parts[first + r][t][part] = own[r][t];
     }
     ++part;
   };
   const auto fold = [&](int64_t begin) DYMOE_INLINE_LAMBDA {
-    add_scaled<V>(tile, begin, [&](int r, int t) DYMOE_INLINE_LAMBDA { return V::fold(parts[r][t]); }, sums);
+    const auto folded = [&](int r, int t) DYMOE_INLINE_LAMBDA {
+      const Sums(&own)[Parts] = parts[r][t];
+      if constexpr (Together == 2) return V::to_lanes(V::add_adjacent(own[0], own[1]));
+      return V::to_lanes(V::add_adjacent(V::add_adjacent(own[0], own[1]), V::add_adjacent(own[2], own[3])));
+    };
+    add_scaled<V>(tile, begin, folded, sums);
     part = 0;
   };
+  constexpr int64_t Blocks = Together * V::at_once;
   int64_t block = 0;
-  for (; block + V::at_once <= tile.blocks; block += V::at_once) {
-    take(block, V::at_once);
-    if (part == Parts) fold(block + V::at_once - V::lanes);
+  for (; block + Blocks <= tile.blocks; block += Blocks) {
+    take(block, V::at_once, V::at_once);
+    if (part == Parts) fold(block + Blocks - V::lanes);
   }
-  if (block < tile.blocks) take(block, tile.blocks - block);
+  if (const int64_t rest = tile.blocks - block; rest > 0) take(block, smaller(rest, V::at_once), rest - V::at_once);
   if (part == 0) return;
   for (; part < Parts; ++part)
     for (auto& row : parts)
@@ -326,7 +378,7 @@ constexpr int64_t folded_blocks(int64_t rest) {
 template <class V, int Rows, int Tokens, bool Wide>
 DYMOE_INLINE void add_folded(const Folded<V, Wide>& source, const TileView& tile,
                              typename V::Lanes (&sums)[Rows][Tokens]) {
-  const int64_t rows_pitch = stored_bytes<V>(source.blocks), pitch = tile.token_pitch();
+  const int64_t rows_pitch = stored_bytes<V>(source.blocks), pitch = tile.token_pitch;
   const uint8_t* rows = source.row(tile.source_row);
   const int8_t* tokens = tile.a.folded_codes + tile.token * pitch;
   int64_t block = 0;
@@ -366,6 +418,8 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
   const TileView tile{source_row, m.blocks, sizes, a, token};
   if constexpr (is_folded<Source>) {
     add_folded<V>(source, tile, sums);
+  } else if constexpr (in_pairs<V, Rows, Tokens>) {
+    add_in_pairs<V>(source, tile, sums);
   } else if constexpr (V::folds) {
     add_and_fold<V>(source, tile, sums);
   } else {
@@ -388,9 +442,11 @@ DYMOE_INLINE void multiply_tile(const MatrixView& m, const Source& source, int64
       V::multiply_add(off_centre, corrections[r][t], sums[r][t]);
   float totals[Tokens * Rows];
   V::sum(all, totals);
-  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) {
-    const float scale = row_scale(m, row + r);
-    DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) y[(token + t) * stride + row + r] = totals[t * Rows + r] * scale;
+  float scales[Rows];
+  DYMOE_UNROLL for (int r = 0; r < Rows; ++r) scales[r] = row_scale(m, row + r);
+  DYMOE_UNROLL for (int t = 0; t < Tokens; ++t) {
+    float* out = y + (token + t) * stride + row;
+    for (int r = 0; r < Rows; ++r) out[r] = totals[t * Rows + r] * scales[r];
   }
 }
 
@@ -499,8 +555,13 @@ template <class V, bool Wide>
 void multiply_codes(const MatrixView& m, const Activations& a, int64_t row, int64_t count, const float* sizes, float* y,
                     int64_t stride, uint8_t* codes) {
   const Unpacked<V, Wide> source{codes, m.blocks};
-  if constexpr (V::folds) {
-    if (!a.folded_codes) return multiply_tokens<V, 1>(m, source, count, sizes, a, row, 0, y, stride);
+  if constexpr (transposing<V>) {
+    if (a.transposed_codes && a.tokens >= V::transposed_from)
+      return V::multiply_transposed(m, a, row, count, sizes, y, stride, codes);
+  }
+  if constexpr (V::folds && !V::pairs) {
+    if (!a.folded_codes || a.tokens < V::folded_from)
+      return multiply_tokens<V, V::unfolded_tokens>(m, source, count, sizes, a, row, 0, y, stride);
     fold_rows<V>(count, m.blocks, codes);
     multiply_tokens<V, V::tile_tokens>(m, Folded<V, Wide>{codes, m.blocks}, count, sizes, a, row, 0, y, stride);
   } else {
@@ -576,12 +637,35 @@ void dequantize(const MatrixView& m, int64_t row, float* out, uint8_t* scratch) 
 /// Returns the kernels of an instruction set by its policies; `Halved` is the one with two scales of a block.
 template <class V, class Halved>
 constexpr Kernels make_kernels(const char* name) {
-  constexpr int64_t folds_from =
-      V::folds ? 1 + smaller(V::template direct_most<false>, V::template direct_most<true>) : 0;
-  return {name,     V::at_once,    kTileRows,   folds_from, quantize<V>, product<V, Halved>,
-          activate, dequantize<V>, norm,        layer_norm, dots,        exponentials,
-          pack_row, attend,        attend_tile, convolve,   delta,       sizeof(TrellisGroup),
-          descend,  fit_rows};
+  constexpr int64_t folds_from = [] {
+    if constexpr (V::folds) return V::folded_from;
+    return int64_t(0);
+  }();
+  constexpr int64_t transposes_from = [] {
+    if constexpr (transposing<V>) return V::transposed_from;
+    return int64_t(0);
+  }();
+  return {name,
+          V::at_once,
+          kTileRows,
+          folds_from,
+          transposes_from,
+          quantize<V>,
+          product<V, Halved>,
+          activate,
+          dequantize<V>,
+          norm,
+          layer_norm,
+          dots,
+          exponentials,
+          pack_row,
+          attend,
+          attend_tile,
+          convolve,
+          delta,
+          sizeof(TrellisGroup),
+          descend,
+          fit_rows};
 }
 
 }  // namespace

@@ -68,6 +68,12 @@ void scale_sums(const float* __restrict scales, const int32_t (&packed)[kGroup],
   }
 }
 
+/// Writes the codes of a block of a token beside those of other tokens.
+void transpose_block(const int8_t* codes, int64_t block, int64_t token, const Activations& out) {
+  int8_t* to = out.transposed_codes + block * kBlock * out.transposed_pitch + 4 * token;
+  for (int64_t i = 0; i < kBlock; i += 4, to += 4 * out.transposed_pitch) std::memcpy(to, codes + i, 4);
+}
+
 /// See Kernels::quantize.
 template <class V>
 void quantize(const float* x, int64_t cols, int64_t token, const Activations& out) {
@@ -83,10 +89,19 @@ void quantize(const float* x, int64_t cols, int64_t token, const Activations& ou
       int8_t quantized[kBlock];
       packed[block - group] = quantize_block(from, quantized, scales + block - group);
       for (int64_t i = 0; i < kBlock; i += 16) std::memcpy(codes + place(V::at_once, block, i), quantized + i, 16);
+      if constexpr (transposing<V>) {
+        if (out.transposed_codes) transpose_block(quantized, block, token, out);
+      }
     }
     const int64_t at = token * out.pitch + group;
     for (int64_t i = 0; i < kCopies * kGroup; ++i) out.scales[kCopies * at + i] = scales[i / kCopies];
     scale_sums(scales, packed, out.sums + at, out.half_sums + 2 * at);
+    if constexpr (transposing<V>) {
+      for (int64_t i = 0; out.transposed_codes && i < smaller(kGroup, out.blocks - group); ++i) {
+        const int64_t to = (group + i) * out.transposed_pitch + token;
+        out.transposed_scales[to] = scales[i], out.transposed_sums[to] = out.sums[at + i];
+      }
+    }
     if constexpr (V::folds) {
       for (int64_t i = 0; i < kGroup; ++i) {
         const int64_t block = i / V::lanes * V::lanes + folded_block<V>(i % V::lanes);

@@ -32,11 +32,21 @@ constexpr int kNarrowBits = 6;  // most bits of codes that are multiplied withou
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/// Returns p, of which the compiler does not know the parts. On ARM, whose loads add only a constant to a register, it
+/// would compute each address from the start of the array.
+DYMOE_INLINE const uint8_t* anchored(const uint8_t* p) {
+#if defined(__aarch64__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
 /// Prefetches `Bytes` bytes into the second level of the cache. The first has too few buffers for lines that memory has
 /// not sent yet, and what is multiplied now needs them.
 template <int64_t Bytes>
 DYMOE_INLINE void prefetch_bytes(const uint8_t* begin) {
 #if defined(__GNUC__)
+  begin = anchored(begin);
   DYMOE_UNROLL for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
 #endif
 }
@@ -53,6 +63,13 @@ constexpr int64_t folded_block(int64_t lane) {
   constexpr int64_t parts = V::lanes / V::at_once;
   return lane % parts * V::at_once + lane / parts;
 }
+
+/// Whether a policy has tokens side by side; see product.h.
+template <class V>
+constexpr bool transposing = [] {
+  if constexpr (V::folds) return V::transposes;
+  return false;
+}();
 
 // A source has load(row, block, count), which returns the numbers of `count` blocks, and prefetch<Count>(block).
 
@@ -83,9 +100,9 @@ struct Planes {
 
   DYMOE_INLINE typename V::Codes load(int64_t row, int64_t block, int64_t count) const {
     const int64_t at = 8 * (row * blocks + block);
-    typename V::Codes codes = V::template load<First>(data[0] + at * First, count);
+    typename V::Codes codes = V::template load<First>(anchored(data[0] + at * First), count);
     [[maybe_unused]] int i = 1;
-    ((codes = V::template append<Rest>(codes, data[i++] + at * Rest, count)), ...);
+    ((codes = V::template append<Rest>(codes, anchored(data[i++] + at * Rest), count)), ...);
     if constexpr (looked_up) codes = V::look_up(codes, table);
     return codes;
   }
