@@ -33,10 +33,6 @@ struct TileRows {
   const int8_t* tokens(int64_t block) const {
     return a.transposed_codes + block * kBlock * a.transposed_pitch + 4 * token;
   }
-  __m512 scales(int64_t block) const {
-    return _mm512_loadu_ps(a.transposed_scales + block * a.transposed_pitch + token);
-  }
-  __m512 sums(int64_t block) const { return _mm512_loadu_ps(a.transposed_sums + block * a.transposed_pitch + token); }
 };
 
 /// A step of a product: lanes `pair` and `pair + kPairs`, which are added to each other, and of each at most kAtOnce
@@ -110,29 +106,43 @@ void multiply_step(const TileRows& rows, TileStep step, Products& products) {
   multiply_lane(rows, step.pair + kPairs, step.first, products.of[1]);
 }
 
+/// The blocks of a lane in a step: `count` of them, kTile tokens of the first of which are at these places.
+struct LaneBlocks {
+  const int32_t (*products)[kTile][kTile];
+  const float *sizes, *scales, *sums;
+  int64_t count;
+
+  LaneBlocks(const TileRows& rows, int64_t lane, int64_t first, const int32_t (*products)[kTile][kTile])
+      : products(products), sizes(rows.sizes + first * Amx::lanes + lane) {
+    const int64_t at = (first_block(lane) + first * Amx::lanes) * rows.a.transposed_pitch + rows.token;
+    scales = rows.a.transposed_scales + at, sums = rows.a.transposed_sums + at;
+    count = smaller(blocks_of_lane(rows.a.blocks, lane) - first, kAtOnce);
+  }
+};
+
 /// Scales the products of a step and adds them to the sums.
 void add_step(const TileRows& rows, TileStep step, const Products& products, Unfinished& sums) {
-  constexpr int kRows = 4;  // whose scales of tokens are read once
-  const int64_t pitch = rows.a.pitch;
+  constexpr int kRows = 8;  // whose scales of tokens are read once
+  const int64_t pitch = rows.a.pitch, next = Amx::lanes * rows.a.transposed_pitch;
   const bool more = blocks_of_lane(rows.a.blocks, step.pair) > step.first + kAtOnce;
+  const LaneBlocks lanes[2] = {{rows, step.pair, step.first, products.of[0]},
+                               {rows, step.pair + kPairs, step.first, products.of[1]}};
   for (int64_t row = 0; row < kTile; row += kRows) {
     __m512 of_lane[2][kRows];
     DYMOE_UNROLL for (int h = 0; h < 2; ++h) {
-      const int64_t lane = step.pair + h * kPairs;
-      const int64_t end = smaller(blocks_of_lane(rows.a.blocks, lane), step.first + kAtOnce);
       __m512 total[kRows], correction[kRows];
       DYMOE_UNROLL for (int r = 0; r < kRows; ++r) {
         total[r] = step.first ? sums.sums[h][row + r] : _mm512_setzero_ps();
         correction[r] = step.first ? sums.corrections[h][row + r] : _mm512_setzero_ps();
       }
-      for (int64_t i = step.first; i < end; ++i) {
-        const int64_t block = first_block(lane) + i * Amx::lanes;
-        const __m512 scales = rows.scales(block), of_tokens = rows.sums(block);
+      const float *sizes = lanes[h].sizes + row * pitch, *scales = lanes[h].scales, *token_sums = lanes[h].sums;
+      for (int64_t i = 0; i < lanes[h].count; ++i, sizes += Amx::lanes, scales += next, token_sums += next) {
+        const __m512 of_tokens = _mm512_loadu_ps(scales), sum = _mm512_loadu_ps(token_sums);
         DYMOE_UNROLL for (int r = 0; r < kRows; ++r) {
-          const __m512 own = _mm512_set1_ps(rows.sizes[(row + r) * pitch + i * Amx::lanes + lane]);
-          const __m512i whole = _mm512_load_si512(products.of[h][i - step.first][row + r]);
-          total[r] = _mm512_fmadd_ps(_mm512_mul_ps(own, scales), _mm512_cvtepi32_ps(whole), total[r]);
-          correction[r] = _mm512_fmadd_ps(own, of_tokens, correction[r]);
+          const __m512 own = _mm512_set1_ps(sizes[r * pitch]);
+          const __m512i whole = _mm512_load_si512(lanes[h].products[i][row + r]);
+          total[r] = _mm512_fmadd_ps(_mm512_mul_ps(own, of_tokens), _mm512_cvtepi32_ps(whole), total[r]);
+          correction[r] = _mm512_fmadd_ps(own, sum, correction[r]);
         }
       }
       DYMOE_UNROLL for (int r = 0; r < kRows; ++r) {
