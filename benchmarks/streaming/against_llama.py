@@ -1,4 +1,4 @@
-r"""Decoding and prompts where memory is smaller than the model, against llama.cpp inside the same limit.
+r"""Decoding and prompts where memory is smaller than the model, against llama.cpp or ik_llama.cpp in the same limit.
 
     python benchmarks/streaming/against_llama.py BUNDLE --llama-bench PATH --limit-mb 1964 982 \
         --gguf Q4_0.gguf --gguf Q2_K.gguf
@@ -8,6 +8,9 @@ at `--tiers` and `--points`, and each GGUF file, mapped, behind a loop device wi
 (`--read-ahead-kb`, tuned; 0: as the disk comes). *decode*: `--new-tokens` random tokens, ours after a prompt. *prompt*:
 of `--prompt` random tokens after another one, as llama-bench does. *cold s*: from the start of the process to the first
 token after a prompt, which is its first. Prints medians, ranges and ratios, and the peak by the kernel's accounts.
+
+With `--sweep-bench`, the llama-sweep-bench of ik_llama.cpp runs each file, with and without `--prefetch-experts`: after
+a prompt, `--new-tokens` random tokens are decoded from an empty context, and then comes a prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))  # where limited.py is
 
 from limited import checked, run
 
+SECTOR = 512  # bytes; a loop device has whole ones
+
 # test -> tokens per second of each round
 Rates = dict[str, list[float]]
 
@@ -35,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--sweep-bench", type=Path, help="of ik_llama.cpp")
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--limit-mb", type=float, nargs="+", required=True, help="10^6 bytes, whole process")
     parser.add_argument("--tiers", default="4,2")
@@ -55,7 +61,11 @@ def main() -> None:
             for setting in ours:
                 add(rates[f"DyMoE {' '.join(setting).strip('-')}"], dymoe(args, setting, limit))
             for gguf in args.gguf:
-                add(rates[f"llama.cpp {gguf.stem}"], llama(args, gguf, limit))
+                if args.llama_bench:
+                    add(rates[f"llama.cpp {gguf.stem}"], llama(args, gguf, limit))
+                if args.sweep_bench:
+                    add(rates[f"ik {gguf.stem}"], sweep(args, gguf, limit))
+                    add(rates[f"ik {gguf.stem}, prefetch"], sweep(args, gguf, limit, "--prefetch-experts"))
         report(limit, rates)
 
 
@@ -97,12 +107,25 @@ def llama(args: argparse.Namespace, gguf: Path, limit: float) -> dict[str, float
     return found
 
 
+def sweep(args: argparse.Namespace, gguf: Path, limit: float, *options: str) -> dict[str, float]:
+    """Return the figures of ik_llama.cpp, whose llama-bench does not know `--prefetch-experts`."""
+    prompt = str(args.prompt)
+    with behind_loop(gguf, args.read_ahead_kb) as model:
+        command = [args.sweep_bench, "-m", model, "-t", str(args.threads), "-c", prompt, "-b", prompt, "-ub", prompt]
+        command += ["-n", str(args.new_tokens), "--warmup-batch", "--output-format", "jsonl", *options]
+        outcome = checked(run(command, int(limit * 1e6)))
+    first = next(json.loads(line) for line in outcome.out.splitlines() if line.startswith("{"))
+    return {"decode": first["speed_tg"], "prompt": first["speed_pp"], "peak MB": outcome.peak_bytes / 1e6}
+
+
 @contextmanager
 def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
     """Yield a loop device over the file with that read-ahead, or with 0 the file itself."""
     if not read_ahead_kb:
         yield path
         return
+    if path.stat().st_size % SECTOR:
+        sys.exit(f"{path}: a loop device would cut off its last bytes; pad it with `truncate -s %{SECTOR} {path}`.")
     command = ["losetup", "--find", "--show", "--read-only", "--direct-io=on", str(path)]
     device = Path(subprocess.check_output(command, text=True).strip())
     try:
@@ -115,7 +138,7 @@ def behind_loop(path: Path, read_ahead_kb: int) -> Iterator[Path]:
 def report(limit: float, rates: dict[str, Rates]) -> None:
     """Print the table of one limit, and our ratios to each peer."""
     tests = ("decode", "prompt", "cold s", "MB/token", "hit rate", "peak MB")
-    peers = [name for name in rates if name.startswith("llama")]
+    peers = [name for name in rates if not name.startswith("DyMoE")]
     print(f"\n{limit:.0f} MB{'':<12}" + "".join(f"{test:>24}" for test in tests))
     for name, found in rates.items():
         print(f"{name:<28}" + "".join(f"{cell(found.get(test, [])):>24}" for test in tests))
@@ -124,6 +147,7 @@ def report(limit: float, rates: dict[str, Rates]) -> None:
             ratios = [
                 f"{test} {statistics.median(rates[name][test]) / statistics.median(rates[peer][test]):.2f}"
                 for test in ("decode", "prompt", "cold s")
+                if rates[peer][test]
             ]
             print(f"{name} over {peer}: {', '.join(ratios)}")
     sys.stdout.flush()
