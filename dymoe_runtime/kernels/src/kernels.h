@@ -139,7 +139,8 @@ struct Activations {
   int8_t* folded_codes;
   // Only of kernels that transpose: codes [blocks, kBlock / 4, transposed_pitch, 4], scales and sums
   // [blocks, transposed_pitch], with tokens side by side; null if fewer than Kernels::transposes_from tokens were
-  // quantized together. `transposed_pitch` is at least `tokens` and kBeside, scales and sums beyond the tokens are 0.
+  // quantized together. `transposed_pitch` is at least `tokens` + kBeside. Scales and sums beyond the tokens are 0,
+  // codes undefined.
   int64_t transposed_pitch;
   int8_t* transposed_codes;
   float *transposed_scales, *transposed_sums;

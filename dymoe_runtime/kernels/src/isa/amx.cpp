@@ -1,7 +1,7 @@
 // The kernels for AMX: those of AVX-512 with VBMI, but many tokens are multiplied in matrix tiles of int8.
 //
-// A tile product multiplies a block of 16 rows by that block of 16 tokens, in whole numbers. They are scaled and added
-// up in the order of folded products, so an element has the same bits as if its token came alone.
+// A tile product multiplies a block of 16 rows by the same block of 16 tokens, in whole numbers. The results are scaled
+// and added up in the order of folded products, so an element has the same bits as if its token came alone.
 #include "isa/avx512vbmi.h"
 #include "isa/isa.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 struct Amx : Avx512Vbmi {
   static constexpr bool transposes = true;
-  // Parting the blocks of a row takes as long as multiplying it by two tokens, and tiles have 16 tokens.
+  // Rows are never folded: tokens would have to be quantized in a third order. Tiles pay off from 8 tokens on.
   static constexpr int64_t folded_from = INT64_MAX, transposed_from = 8;
 
   static void multiply_transposed(const MatrixView& m, const Activations& a, int64_t row, int64_t count,
@@ -61,7 +61,7 @@ int64_t blocks_of_lane(int64_t blocks, int64_t lane) {
   return (blocks - first_block(lane) + Amx::lanes - 1) / Amx::lanes;
 }
 
-/// Turns v[i], whose 128-bit lane j is that of v[j] before, into lane i: a transposition of four by four lanes.
+/// Transposes 128-bit lanes: lane j of v[i] becomes lane i of v[j].
 void transpose_lanes(__m512i (&v)[4]) {
   const __m512i low_ab = _mm512_shuffle_i32x4(v[0], v[1], 0x44), high_ab = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
   const __m512i low_cd = _mm512_shuffle_i32x4(v[2], v[3], 0x44), high_cd = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
@@ -79,7 +79,7 @@ void part_blocks(int64_t nbytes, uint8_t* codes) {
   }
 }
 
-// Tiles have numbers in instructions, so these are macros: a product in tile C of rows in tile A and tokens in tile B.
+// Instructions name tiles by constants, so this is a macro: a product in tile C of rows in tile A and tokens in tile B.
 #define DYMOE_MULTIPLY_TILE(C, A, B, rows, block, out)                         \
   do {                                                                         \
     _tile_loadd(A, rows.codes + (block) * kBlock, codes_pitch(rows.a.blocks)); \
@@ -106,7 +106,7 @@ void multiply_step(const TileRows& rows, TileStep step, Products& products) {
   multiply_lane(rows, step.pair + kPairs, step.first, products.of[1]);
 }
 
-/// The blocks of a lane in a step: `count` of them, kTile tokens of the first of which are at these places.
+/// The blocks of a lane in a step: `count` of them. The pointers are to the first of them and of kTile tokens.
 struct LaneBlocks {
   const int32_t (*products)[kTile][kTile];
   const float *sizes, *scales, *sums;
@@ -114,9 +114,10 @@ struct LaneBlocks {
 
   LaneBlocks(const TileRows& rows, int64_t lane, int64_t first, const int32_t (*products)[kTile][kTile])
       : products(products), sizes(rows.sizes + first * Amx::lanes + lane) {
-    const int64_t at = (first_block(lane) + first * Amx::lanes) * rows.a.transposed_pitch + rows.token;
-    scales = rows.a.transposed_scales + at, sums = rows.a.transposed_sums + at;
     count = smaller(blocks_of_lane(rows.a.blocks, lane) - first, kAtOnce);
+    const int64_t block = count > 0 ? first_block(lane) + first * Amx::lanes : 0;
+    const int64_t at = block * rows.a.transposed_pitch + rows.token;
+    scales = rows.a.transposed_scales + at, sums = rows.a.transposed_sums + at;
   }
 };
 
@@ -151,7 +152,7 @@ void add_step(const TileRows& rows, TileStep step, const Products& products, Unf
       }
     }
     if (more) continue;
-    // The order of Amx::sum.
+    // In the order of Amx::sum, which adds up the lanes of a token that comes alone.
     int level = 0;
     DYMOE_UNROLL for (int r = 0; r < kRows; ++r) of_lane[0][r] = _mm512_add_ps(of_lane[0][r], of_lane[1][r]);
     for (; step.pair >> level & 1; ++level)
@@ -209,7 +210,8 @@ void Amx::multiply_transposed(const MatrixView& m, const Activations& a, int64_t
                               float* y, int64_t stride, uint8_t* codes) {
   static_assert(unpacked_rows == kTile && unpacked_rows == kScratchRows, "tiles of rows that have memory");
   part_blocks(count * codes_pitch(m.blocks), codes);
-  asm volatile("" ::: "memory");  // GCC does not know that a tile is loaded from memory
+  // GCC does not know that loading a tile reads memory. It knows that storing one writes it.
+  asm volatile("" ::: "memory");
   for (int64_t token = 0; token < a.tokens; token += kTile) {
     const TileRows rows{codes, sizes, a, token, _mm512_set1_ps(-m.levels.centre)};
     multiply_tokens_of_tile(m, rows, row, count, smaller(kTile, a.tokens - token), y + token * stride + row, stride);

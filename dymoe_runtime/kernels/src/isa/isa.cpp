@@ -66,7 +66,8 @@ bool has_matrix_products() {
 #endif
 
 #ifdef DYMOE_AMX
-/// Whether the processor has matrix tiles of int8, and the system lets this process use them.
+/// Whether the processor has matrix tiles of int8, and the system lets this process use them. From then on the system
+/// refuses stacks for signals that could not hold the tiles; it refuses the tiles if a thread has such a stack already.
 bool has_tiles() {
   constexpr unsigned kTilesAndProducts = 3u << 24;
   unsigned a, b, c, d;

@@ -40,18 +40,16 @@
 //   pair_scales(rows, row_pitch, tokens, pitch)  the factors of such Lanes; scales of rows are row_pitch apart, those
 //                                  of tokens pitch. With two scales, the first two Lanes are those of the first halves
 //   part_pair(first, second)       turns the summed Lanes of pair_dots, or of four blocks, [2] and [2], into those of
-//   each
-//                                  row and token
+//                                  each row and token
 //
 // A policy that folds has no `dots` and no `load_scales`, but
 //   Sums, no_sums()                whole numbers: a register of sums, a few for each block
 //   sum_products<Wide>(codes, a)   the Sums of a row and a token
 //   add_adjacent(a, b)             folds Sums: adds adjacent lanes of a, then those of b. What has been folded twice
-//   has
-//                                  one lane for each of V::lanes blocks, see `folded_block`
+//                                  has one lane for each of V::lanes blocks, see `folded_block`
 //   load_folded_sizes(sizes, word) load_scale_sizes in the order of these lanes
-//   folded_together                of at_once blocks, 1 or 2: how many are folded in registers where codes are not
-//                                  reordered
+//   folded_together                1 or 2: how many times at_once blocks are read before their Sums are kept in memory,
+//                                  where codes are not reordered
 //   folded_from, unfolded_tokens   fewest tokens for which rows are reordered by fold_row; tokens of a tile for fewer
 //   fold_row(from, blocks, to)     reorders the stored codes of a row or of a token. Where products of V::lanes blocks
 //                                  are added up register by register, each lane then has the sum of one block. At the
@@ -62,9 +60,8 @@
 //   to_lanes(sums)                 the Lanes of the Sums of V::lanes blocks
 //   transposes                     whether tokens are quantized side by side too, see Activations. Then also
 //     transposed_from                the fewest tokens that are multiplied so
-//     multiply_transposed(m, a, row, count, sizes, y, stride, codes)  multiplies all tokens by `count` unpacked rows,
-//     of
-//                                    which the first is number `row` of m; may change `codes`
+//     multiply_transposed(m, a, row, count, sizes, y, stride, codes)  multiplies all tokens by `count` unpacked rows;
+//                                  the first is number `row` of m. May change `codes`
 //   fold_rest(sums, count, before) Sums in the order of folded lanes, from those of the last `count` blocks of a row;
 //                                  `before` is the number of blocks before them in these lanes
 #pragma once
