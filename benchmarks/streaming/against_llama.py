@@ -114,7 +114,8 @@ def sweep(args: argparse.Namespace, gguf: Path, limit: float, *options: str) -> 
         command = [args.sweep_bench, "-m", model, "-t", str(args.threads), "-c", prompt, "-b", prompt, "-ub", prompt]
         command += ["-n", str(args.new_tokens), "--warmup-batch", "--output-format", "jsonl", *options]
         outcome = checked(run(command, int(limit * 1e6)))
-    first = next(json.loads(line) for line in outcome.out.splitlines() if line.startswith("{"))
+    lines = (outcome.out + outcome.err).splitlines()
+    first = next(json.loads(line) for line in lines if line.startswith("{"))
     return {"decode": first["speed_tg"], "prompt": first["speed_pp"], "peak MB": outcome.peak_bytes / 1e6}
 
 
